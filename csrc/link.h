@@ -1,0 +1,144 @@
+// The whole native surface: sizes, element types, plain pointers, a status code.
+//
+// Nothing here knows torch or Python, allocates memory, reads the environment or picks a stream. Matrices are
+// row-major with a stride in elements between rows; vectors are contiguous. The mathematics, for a row x:
+//
+//     u = norm_in(x)    p = u W1^T + b1    a = gelu(p)    z = r(x) + a W2^T + b2    y = norm_out(z)
+//     r(x) = x (identity) | x W3^T + b3 (linear) | 0 (none), always of the raw x
+//
+// Every sum is accumulated in fp32. Same arguments and same thread count give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace recmas {
+
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Residual : int32_t { none = 0, identity = 1, linear = 2 };
+enum class Gelu : int32_t { erf = 0, tanh = 1 };
+
+enum class Status : int32_t {
+  ok = 0,
+  bad_argument = 1,         // a size is negative, a required pointer is null, or a dtype pair is not served
+  isa_unavailable = 2,      // the requested instruction set is not built or this processor lacks it
+  workspace_too_small = 3,  // fewer bytes than the matching *_workspace function asks for
+  row_out_of_range = 4,     // a slot row or token id points outside its table
+  device_error = 5,         // the accelerator's runtime reported an error
+};
+
+struct LinkShape {
+  int64_t tokens, in_features, hidden_features, out_features;  // all > 0
+};
+
+struct MatrixView {  // absent if data is null
+  const void* data;
+  int64_t stride;
+  Dtype dtype;
+};
+
+struct VectorView {  // absent if data is null
+  const void* data;
+  Dtype dtype;
+};
+
+struct Output {  // contiguous; not wanted if data is null
+  void* data;
+  Dtype dtype;
+};
+
+// The instruction sets with kernels of their own, in rising order; a processor that has one has all below it.
+enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+namespace cpu {
+
+struct Weight {  // [rows, columns] as nn.Linear stores it, or the same matrix after pack_weight; absent if null
+  const void* data;
+  Dtype dtype;
+  bool packed;  // panels in the compute dtype
+};
+
+struct LinkWeights {
+  Weight w1;  // [hidden, in]
+  Weight w2;  // [out, hidden]
+  Weight w3;  // [out, in], with Residual::linear only
+  VectorView b1, b2, b3;
+  VectorView norm_in_weight, norm_in_bias;    // absent weight: no input norm
+  VectorView norm_out_weight, norm_out_bias;  // absent weight: no output norm
+};
+
+struct LinkConfig {
+  LinkShape shape;
+  Residual residual;
+  Gelu gelu;
+  float eps;      // both norms
+  Dtype compute;  // inputs and weights are rounded to it
+  Isa isa;
+  int32_t threads;  // >= 1
+};
+
+struct LinkForward {
+  LinkConfig config;
+  LinkWeights weights;
+  MatrixView x;   // [tokens, in]
+  Output y;       // [tokens, out]
+  Output pre;     // [tokens, hidden] p, compute dtype; training only
+  Output z;       // [tokens, out] z, compute dtype; training with an output norm only
+  float* stats;   // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
+};
+
+struct LinkBackward {
+  LinkConfig config;
+  LinkWeights weights;  // unpacked
+  MatrixView dy;        // [tokens, out]
+  MatrixView x;         // [tokens, in]
+  MatrixView pre;       // [tokens, hidden]
+  MatrixView z;         // [tokens, out], with an output norm only
+  const float* stats;   // [4, tokens]
+  Output dx;            // [tokens, in]
+  Output dw1, db1, dw2, db2, dw3, db3;
+  Output dnorm_in_weight, dnorm_in_bias, dnorm_out_weight, dnorm_out_bias;
+};
+
+struct Alignment {
+  int64_t tokens, features, table_rows;
+  MatrixView pred;           // [tokens, features]
+  MatrixView target;         // [tokens, features], or the table [table_rows, features] when token_ids is given
+  const int64_t* token_ids;  // [tokens] or null
+  const float* mask;         // [tokens] or null (all ones)
+  float cosine_weight, mse_weight, embed_scale;
+  float* loss;  // [1]
+  Output grad;  // [tokens, features]
+  Isa isa;
+  int32_t threads;
+};
+
+Isa best_isa();  // by cpuid, and what was built
+
+// Weight packing: `weight` is [rows, columns] contiguous; the result is rounded to `compute`.
+int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute, Isa isa);
+Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, Isa isa,
+                   int32_t threads);
+
+// Fills words[64] with the 64-bit words at 64 places spread over data[bytes]; shorter data is sampled whole.
+void sample_words(const void* data, int64_t bytes, uint64_t* words);
+bool words_match(const void* data, int64_t bytes, const uint64_t* words);
+
+int64_t link_forward_workspace(const LinkForward& call);  // bytes, 64-byte aligned by the caller
+Status link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes);
+int64_t link_backward_workspace(const LinkBackward& call);
+Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes);
+
+// out[table_rows, row_bytes] = embeds, with out[slot_rows[i]] = rows[i]; embeds null: out is written in place.
+Status handoff(const void* rows, int64_t rows_count, int64_t row_bytes, const void* embeds, int64_t table_rows,
+               const int64_t* slot_rows, void* out, int32_t threads);
+// drows[i] = dy[slot_rows[i]]; dembeds = dy with the slot rows zeroed. Either may be null.
+Status handoff_backward(const void* dy, int64_t table_rows, int64_t row_bytes, const int64_t* slot_rows,
+                        int64_t rows_count, void* drows, void* dembeds, int32_t threads);
+
+// loss = sum_t mask_t (cw (1 - cos(p_t, s e_t)) + mw mean_d (p_t - s e_t)^2) / sum_t mask_t, and its gradient in p.
+int64_t alignment_workspace(const Alignment& call);
+Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes);
+
+}  // namespace cpu
+
+}  // namespace recmas
