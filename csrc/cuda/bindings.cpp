@@ -1,0 +1,57 @@
+// The only CUDA file that knows Python: integers in, GIL released while launching, error code → exception.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "link.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void raise_if_failed(int code, const char* op, int device) {
+  if (code == cudaSuccess) return;
+  const auto error = static_cast<cudaError_t>(code);
+  throw std::runtime_error(std::string(op) + " on cuda:" + std::to_string(device) + ": CUDA error " +
+                           std::to_string(code) + " (" + cudaGetErrorName(error) + "): " + cudaGetErrorString(error));
+}
+
+void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, uintptr_t embeds, int64_t embeds_stride,
+                     int64_t rows_count, int64_t row_bytes, int device, uintptr_t stream) {
+  int code = 0;
+  {
+    const py::gil_scoped_release unlocked;
+    code = recmas::cuda::handoff_scatter(reinterpret_cast<const void*>(rows), rows_stride,
+                                         reinterpret_cast<const int64_t*>(slot_rows), reinterpret_cast<void*>(embeds),
+                                         embeds_stride, rows_count, row_bytes, stream);
+  }
+  raise_if_failed(code, "handoff_scatter", device);
+}
+
+void handoff_take(uintptr_t embeds, int64_t embeds_stride, uintptr_t slot_rows, uintptr_t rows, int64_t rows_stride,
+                  int64_t rows_count, int64_t row_bytes, int device, uintptr_t stream) {
+  int code = 0;
+  {
+    const py::gil_scoped_release unlocked;
+    code = recmas::cuda::handoff_take(reinterpret_cast<void*>(embeds), embeds_stride,
+                                      reinterpret_cast<const int64_t*>(slot_rows), reinterpret_cast<void*>(rows),
+                                      rows_stride, rows_count, row_bytes, stream);
+  }
+  raise_if_failed(code, "handoff_take", device);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels over raw pointers; recmas_kernels.backends.cuda is the only caller.";
+  module.attr("toolkit_version") = CUDART_VERSION;
+  module.def("handoff_scatter", &handoff_scatter, py::arg("rows"), py::arg("rows_stride"), py::arg("slot_rows"),
+             py::arg("embeds"), py::arg("embeds_stride"), py::arg("rows_count"), py::arg("row_bytes"),
+             py::arg("device"), py::arg("stream"), "embeds[slot_rows[i]] = rows[i]; strides and row_bytes in bytes");
+  module.def("handoff_take", &handoff_take, py::arg("embeds"), py::arg("embeds_stride"), py::arg("slot_rows"),
+             py::arg("rows"), py::arg("rows_stride"), py::arg("rows_count"), py::arg("row_bytes"), py::arg("device"),
+             py::arg("stream"), "rows[i] = embeds[slot_rows[i]], which becomes zero; strides and row_bytes in bytes");
+}

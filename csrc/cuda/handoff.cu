@@ -1,0 +1,102 @@
+// Rows of latents into rows of input embeddings, and the way back. Pure copies: the element type does not matter, only
+// how many bytes a row has and how far every address is aligned.
+#include <cuda_runtime.h>
+
+#include "link.h"
+
+namespace recmas::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Enough blocks to fill any chip; more rows than this share blocks.
+constexpr int64_t kMaxBlocks = 16384;
+
+// One block per row: at d = 4096 in bf16 a thread moves two 16-byte words, so a launch of a few dozen rows is all
+// latency.
+template <class Word>
+__global__ void scatter_rows(const char* __restrict__ rows,  // [rows_count] rows of row_bytes, rows_stride apart
+                             int64_t rows_stride,
+                             const int64_t* __restrict__ slot_rows,  // [rows_count], unique
+                             char* __restrict__ embeds,              // rows of row_bytes, embeds_stride apart
+                             int64_t embeds_stride, int64_t rows_count, int64_t words) {
+  for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
+    const auto* source = reinterpret_cast<const Word*>(rows + row * rows_stride);
+    auto* target = reinterpret_cast<Word*>(embeds + slot_rows[row] * embeds_stride);
+    for (int64_t word = threadIdx.x; word < words; word += kThreads) target[word] = source[word];
+  }
+}
+
+template <class Word>
+__global__ void take_rows(char* __restrict__ embeds,  // rows of row_bytes, embeds_stride apart; taken rows become zero
+                          int64_t embeds_stride,
+                          const int64_t* __restrict__ slot_rows,  // [rows_count], unique
+                          char* __restrict__ rows,                // [rows_count] rows of row_bytes, rows_stride apart
+                          int64_t rows_stride, int64_t rows_count, int64_t words) {
+  for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
+    auto* source = reinterpret_cast<Word*>(embeds + slot_rows[row] * embeds_stride);
+    auto* target = reinterpret_cast<Word*>(rows + row * rows_stride);
+    for (int64_t word = threadIdx.x; word < words; word += kThreads) {
+      target[word] = source[word];
+      source[word] = Word{};
+    }
+  }
+}
+
+// The widest word that divides every address and every row.
+int64_t common_alignment(const void* rows, int64_t rows_stride, const void* embeds, int64_t embeds_stride,
+                         int64_t row_bytes) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(rows) | reinterpret_cast<uint64_t>(embeds) |
+                        static_cast<uint64_t>(rows_stride) | static_cast<uint64_t>(embeds_stride) |
+                        static_cast<uint64_t>(row_bytes);
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
+}
+
+unsigned blocks_for(int64_t rows_count) {
+  return static_cast<unsigned>(rows_count < kMaxBlocks ? rows_count : kMaxBlocks);
+}
+
+// Calls launch(word) with a value of the widest word type that fits, and answers with the launch's error.
+template <class Launch>
+int32_t with_word(int64_t alignment, Launch launch) {
+  switch (alignment) {
+    case 16:
+      launch(uint4{});
+      break;
+    case 4:
+      launch(uint32_t{});
+      break;
+    case 2:
+      launch(uint16_t{});
+      break;
+    default:
+      launch(uint8_t{});
+      break;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, void* embeds,
+                        int64_t embeds_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
+  if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
+  return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
+    using Word = decltype(word);
+    scatter_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+        static_cast<const char*>(rows), rows_stride, slot_rows, static_cast<char*>(embeds), embeds_stride, rows_count,
+        row_bytes / static_cast<int64_t>(sizeof(Word)));
+  });
+}
+
+int32_t handoff_take(void* embeds, int64_t embeds_stride, const int64_t* slot_rows, void* rows, int64_t rows_stride,
+                     int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
+  if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
+  return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
+    using Word = decltype(word);
+    take_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+        static_cast<char*>(embeds), embeds_stride, slot_rows, static_cast<char*>(rows), rows_stride, rows_count,
+        row_bytes / static_cast<int64_t>(sizeof(Word)));
+  });
+}
+
+}  // namespace recmas::cuda
