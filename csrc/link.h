@@ -141,4 +141,17 @@ Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes
 
 }  // namespace cpu
 
+// Device pointers. Work goes to `stream`, a cudaStream_t of the current device; nothing waits for it. Rows are copied as
+// they are, so sizes and strides are in bytes. Returns the CUDA runtime's own error code, 0 for success.
+namespace cuda {
+
+// embeds[slot_rows[i]] = rows[i]
+int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, void* embeds,
+                        int64_t embeds_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream);
+// rows[i] = embeds[slot_rows[i]], which becomes zero
+int32_t handoff_take(void* embeds, int64_t embeds_stride, const int64_t* slot_rows, void* rows, int64_t rows_stride,
+                     int64_t rows_count, int64_t row_bytes, uintptr_t stream);
+
+}  // namespace cuda
+
 }  // namespace recmas
