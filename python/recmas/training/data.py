@@ -1,0 +1,153 @@
+"""Training rows and the batches made of them.
+
+A row is a JSON object: the fields that the agents' templates name, and what each agent should say::
+
+    {"question": "2 bako", "planner_sheet": "...",
+     "targets": {"planner": "1 red", "critic": ["1 cat", "0 cat"], "solver": ["1 dilo", "0 dilo"]}}
+
+A target is one text, said in every round, or one text per round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Union
+
+import torch
+
+if TYPE_CHECKING:
+    from recmas.agent import Agent
+
+Row = Mapping[str, object]
+RowSource = Union[str, "os.PathLike[str]", Sequence[Row], Callable[[int], Sequence[Row]]]
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
+    """Rows of a JSONL file (blank lines are skipped).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object (names file and line), the file is not UTF-8 or holds no rows.
+    """
+    rows: list[dict[str, object]] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+                rows.append(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
+
+
+class DataSource:
+    """Batches of rows as a pure function of ``(seed, index)``, so that a run resumes exactly where it stopped.
+
+    ``rows`` is a JSONL path, a sequence of rows (shuffled anew in every epoch) or a callable ``index -> rows`` that
+    makes the batch itself (generated worlds; it decides the batch's size and must return the same rows for the same
+    index).
+    """
+
+    def __init__(self, rows: RowSource, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self._make: Callable[[int], Sequence[Row]]
+        if callable(rows):
+            self._make = rows
+            return
+        self._rows: Sequence[Row] = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
+        if not self._rows:
+            raise ValueError("rows: expected at least one row, got an empty sequence")
+        self._batch_size = batch_size
+        self._seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._make = self._shuffled
+
+    def batch(self, index: int) -> list[Row]:
+        """The rows of batch ``index`` (from 0)."""
+        rows = list(self._make(index))
+        if not rows:
+            raise ValueError(f"rows: the callable returned no rows for batch {index}")
+        return rows
+
+    def _shuffled(self, index: int) -> list[Row]:
+        first = index * self._batch_size
+        return [self._rows[self._position(i)] for i in range(first, first + self._batch_size)]
+
+    def _position(self, i: int) -> int:
+        epoch, offset = divmod(i, len(self._rows))
+        if self._order[0] != epoch:
+            order = list(range(len(self._rows)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1][offset]
+
+
+def pick(seed: int, step: int, choices: int | Sequence[int]) -> int:
+    """One of ``choices`` for this step, a pure function of ``(seed, step)``; an int stands for itself."""
+    return choices if isinstance(choices, int) else random.Random(f"{seed}:{step}").choice(list(choices))
+
+
+def target_texts(rows: Sequence[Row], role: str, round: int) -> list[str]:
+    """What agent ``role`` should say in ``round`` (from 1), one text per row.
+
+    Raises:
+        ValueError: a row has no text for this agent and round; names the row, the agent and what was found.
+    """
+    return [_target_text(row, index, role, round) for index, row in enumerate(rows)]
+
+
+def _target_text(row: Row, index: int, role: str, round: int) -> str:
+    targets = row.get("targets")
+    if not isinstance(targets, Mapping):
+        raise ValueError(f"row {index}: expected 'targets' to be an object of texts by agent, got {targets!r}")
+    if role not in targets:
+        raise ValueError(f"row {index}: targets has no text for agent {role!r}, only for {sorted(targets)}")
+    text = targets[role]
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        if round > len(text):
+            raise ValueError(f"row {index}: targets of agent {role!r} cover {len(text)} rounds, round {round} is needed")
+        text = text[round - 1]
+    if not isinstance(text, str):
+        raise ValueError(f"row {index}: expected the target of agent {role!r} to be text, got {text!r}")
+    return text
+
+
+def target_batch(
+    agent: Agent, texts: Sequence[str], *, max_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both int64 [batch, length], right padded, on the agent's device.
+
+    Each text is tokenised without special tokens and ends with the end-of-sequence token; ``max_tokens`` keeps the
+    first tokens only. Padding repeats the end-of-sequence token and is masked.
+    """
+    if not texts:
+        raise ValueError("texts: expected at least one text")
+    end = end_token(agent)
+    encoded = agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    tokens = [[*ids, end][:max_tokens] for ids in encoded]
+    length = max(len(ids) for ids in tokens)
+    ids = torch.tensor([row + [end] * (length - len(row)) for row in tokens], device=agent.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in tokens], device=agent.device)
+    return ids, mask
+
+
+def end_token(agent: Agent) -> int:
+    """The token that ends an agent's message: its tokenizer's end-of-sequence token, else its model's first one."""
+    if agent.tokenizer.eos_token_id is not None:
+        return int(agent.tokenizer.eos_token_id)
+    for token in agent.eos_ids:
+        return int(token)
+    raise ValueError(f"agent {agent.name!r}: neither its tokenizer nor its model names an end-of-sequence token")

@@ -1,0 +1,304 @@
+"""The one step loop of all training stages: optimiser, schedule, clipping, log, checkpoint and exact resume.
+
+A stage hands over the modules it trains and a function ``(batch index, step) -> loss``; both must be pure functions of
+their arguments and of the parameters. A run that is stopped and resumed then gives the bits of an uninterrupted one.
+
+The output folder holds ``log.jsonl`` (one line per step: step, loss, grad_norm, learning_rate, seconds) and
+``checkpoint.pt`` (parameters, optimiser, step, random state, settings), replaced as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings that every stage shares.
+
+    Attributes:
+        steps: optimiser steps in all; the schedule ends there.
+        batch_size: rows per batch (a callable row source decides for itself).
+        accumulation: batches per step; the step's loss is the plain mean of their losses.
+        learning_rate: peak of the schedule.
+        betas, weight_decay: AdamW; weight decay is never applied to biases and other 1-D parameters.
+        schedule: "cosine" or "linear" to zero at the last step, or "constant", after the warm-up.
+        warmup_steps: steps over which the rate grows linearly to its peak.
+        clip_norm: bound of the gradient's norm over all trained parameters.
+        checkpoint_every: steps between checkpoints (one more is written at the end); 0 writes only that one.
+        seed: of the order of rows and of everything else that is drawn.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 10
+    clip_norm: float = 1.0
+    checkpoint_every: int = 100
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {self.schedule!r}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of ``step`` (from 0)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of the log; ``step`` counts finished steps, so the first is 1."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a loop did: finished steps in all, and the records of the steps of this call (none if it had finished)."""
+
+    steps: int
+    records: list[StepRecord] = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the last tenth of this call's steps."""
+        last = self.records[-max(1, len(self.records) // 10) :]
+        return sum(record.loss for record in last) / len(last) if last else math.nan
+
+
+Loss = Callable[[int, int], torch.Tensor]
+OnStep = Callable[[StepRecord], "bool | None"]
+
+
+def train(
+    modules: Mapping[str, nn.Module],
+    loss: Loss,
+    config: LoopConfig,
+    *,
+    name: str,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Train all parameters of ``modules`` in place.
+
+    Args:
+        modules: by name; the names are the keys of the checkpoint. Parameters are fp32 (or fp64) masters.
+        loss: ``loss(batch index, step)``, a scalar; the batch index counts from 0 over all steps and accumulations.
+        config: settings of the loop and of the stage; they are stored and compared on resume.
+        name: of this run, shown beside the progress bar.
+        output: folder for the log and checkpoints; None keeps neither.
+        resume: continue from the folder's checkpoint if it has one.
+        on_step: called after each step; a true answer ends the run there (a checkpoint is written).
+
+    Raises:
+        ValueError: nothing to train, a parameter in half precision, a folder that already holds a run although
+            ``resume`` is off, or a checkpoint of other settings or modules.
+        FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
+    """
+    parameters = _parameters(modules)
+    optimizer = _optimizer(parameters, config)
+    folder = None if output is None else Path(output)
+    first = 0
+    if folder is not None:
+        first = _open(folder, parameters, optimizer, config, resume)
+    records: list[StepRecord] = []
+    step = first
+    began = time.perf_counter()
+    bar = tqdm(total=config.steps, initial=first, desc=name, disable=not progress, unit="step")
+    try:
+        while step < config.steps:
+            value, norm = _step(parameters, optimizer, loss, config, step)
+            step += 1
+            records.append(StepRecord(step, value, norm, config.rate(step - 1), time.perf_counter() - began))
+            bar.update()
+            bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
+            if folder is not None:
+                _append(folder / LOG, records[-1])
+            stop = on_step is not None and bool(on_step(records[-1]))
+            due = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+            if folder is not None and (stop or due or step == config.steps):
+                _save(folder / CHECKPOINT, parameters, optimizer, config, step)
+            if stop:
+                break
+    finally:
+        bar.close()
+        for parameter in parameters.values():
+            parameter.grad = None
+    return TrainingResult(step, records)
+
+
+def _step(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    config: LoopConfig,
+    step: int,
+) -> tuple[float, float]:
+    """One optimiser step; the mean loss and the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for part in range(config.accumulation):
+        value = loss(step * config.accumulation + part, step) / config.accumulation
+        value.backward()
+        total += value.item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    optimizer.step()
+    return total, norm
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+    if not parameters:
+        raise ValueError("modules: there are no parameters to train")
+    for key, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{key}: trained parameters must be float32 masters, got {parameter.dtype}")
+        if not parameter.requires_grad:
+            raise ValueError(f"{key}: a trained parameter must require grad")
+    return parameters
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    plain = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def _settings(config: LoopConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
+
+
+def _open(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    resume: bool,
+) -> int:
+    """Make the folder ready; the number of steps that its checkpoint, if any, has finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = folder / CHECKPOINT, folder / LOG
+    if not resume and (checkpoint.exists() or log.exists()):
+        raise ValueError(f"{folder}: already holds a training run; resume it or choose another folder")
+    step = _load(checkpoint, parameters, optimizer, config) if checkpoint.exists() else 0
+    if log.exists():
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+        _replace(log, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+    return step
+
+
+def _logged_step(line: str) -> float:
+    """Step of a line of the log; infinity for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _append(path: Path, record: StepRecord) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def _save(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    step: int,
+) -> None:
+    state = {
+        "settings": _settings(config),
+        "step": step,
+        "parameters": {key: p.detach() for key, p in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    _replace(path, lambda file: torch.save(state, file))
+
+
+def _load(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: LoopConfig
+) -> int:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        stored, settings = state["parameters"], state["settings"]
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+    for key, value in _settings(config).items():
+        if settings.get(key) != value:
+            raise ValueError(f"{path}: was made with {key} = {settings.get(key)!r}, this run has {value!r}")
+    if stored.keys() != parameters.keys():
+        other = sorted(stored.keys() ^ parameters.keys())
+        raise ValueError(f"{path}: trains other parameters than this run ({other[0]} is in one of them only)")
+    for key, parameter in parameters.items():
+        if stored[key].shape != parameter.shape:
+            found, expected = list(stored[key].shape), list(parameter.shape)
+            raise ValueError(f"{path}: {key} has shape {found}, expected {expected}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(stored[key])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return int(state["step"])
+
+
+def _replace(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file beside ``path`` and put it in its place only when it is safely on disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
