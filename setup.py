@@ -72,7 +72,11 @@ def find_nvcc() -> str:
         if chosen is None:
             raise NotWanted(f"no nvcc: CUDACXX={os.environ['CUDACXX']} is no program")
         return chosen
-    folders = [os.path.join(os.environ.get("CUDA_HOME", ""), "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    folders = [
+        os.path.join(os.environ.get("CUDA_HOME", ""), "bin"),
+        os.environ.get("PATH", ""),
+        "/usr/local/cuda/bin",
+    ]
     chosen = shutil.which("nvcc", path=os.pathsep.join(folders))
     if chosen is None:
         raise NotWanted("no nvcc: looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda")
@@ -81,7 +85,9 @@ def find_nvcc() -> str:
 
 def run(command: list[str], step: str) -> str:
     """Output of ``command``; BuildFailure with that output if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if done.returncode != 0:
         raise BuildFailure(f"{step} failed: {first_error(done.stdout)}", done.stdout)
     return done.stdout
@@ -135,7 +141,9 @@ class CMakeBuild(build_ext):
         if module.switch == "0":
             raise NotWanted(f"switched off by {module.switch_name}=0")
         if not (module.folder / "CMakeLists.txt").is_file():
-            raise BuildFailure(f"{module.folder.relative_to(ROOT)}/CMakeLists.txt is missing from these sources")
+            raise BuildFailure(
+                f"{module.folder.relative_to(ROOT)}/CMakeLists.txt is missing from these sources"
+            )
         arguments = []
         if module.short_name == "cuda":
             arguments.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
@@ -167,7 +175,9 @@ class CMakeBuild(build_ext):
             "configuration",
         )
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        log += run([cmake, "--build", str(build_dir), "--target", f"_{module.short_name}", *jobs], "compilation")
+        log += run(
+            [cmake, "--build", str(build_dir), "--target", f"_{module.short_name}", *jobs], "compilation"
+        )
         products = sorted(output_dir.glob(f"_{module.short_name}.*"))
         if not products:
             raise BuildFailure(f"the build made no _{module.short_name} module", log)
@@ -176,7 +186,9 @@ class CMakeBuild(build_ext):
         partial = target.with_name(target.name + ".partial")
         shutil.copy2(products[0], partial)
         os.replace(partial, target)
-        compilers = [line.removeprefix("-- The ") for line in log.splitlines() if "compiler identification is" in line]
+        compilers = [
+            line.removeprefix("-- The ") for line in log.splitlines() if "compiler identification is" in line
+        ]
         return {"status": "built", "file": target.name, "compilers": compilers}
 
 

@@ -43,11 +43,20 @@ void handoff_take(uintptr_t embeds, int64_t embeds_stride, uintptr_t slot_rows, 
   raise_if_failed(code, "handoff_take", device);
 }
 
+int driver_version() {
+  int version = 0;
+  const cudaError_t code = cudaDriverGetVersion(&version);
+  if (code != cudaSuccess) throw std::runtime_error(std::string("driver_version: ") + cudaGetErrorString(code));
+  return version;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels over raw pointers; recmas_kernels.backends.cuda is the only caller.";
   module.attr("toolkit_version") = CUDART_VERSION;
+  module.def("driver_version", &driver_version,
+             "newest CUDA version the installed driver serves, as 1000 * major + 10 * minor; 0 without a driver");
   module.def("handoff_scatter", &handoff_scatter, py::arg("rows"), py::arg("rows_stride"), py::arg("slot_rows"),
              py::arg("embeds"), py::arg("embeds_stride"), py::arg("rows_count"), py::arg("row_bytes"),
              py::arg("device"), py::arg("stream"), "embeds[slot_rows[i]] = rows[i]; strides and row_bytes in bytes");

@@ -1,0 +1,60 @@
+# Everything a developer does; `make help` lists it. Every target works from a bare clone: it creates .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+RUNTIME := $(VENV)/.installed
+DEVELOPMENT := $(VENV)/.installed-dev
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench sanitize native gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed again only when what is compiled, or how, has changed.
+$(RUNTIME): $(BUILD_INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
+	@touch $@
+
+$(DEVELOPMENT): $(BUILD_INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+	@touch $(RUNTIME) $@
+
+install: $(RUNTIME) ## the library and its command line, in .venv
+
+demo: $(RUNTIME) ## the main job: relay questions answered through latents, with controls, on the shipped system
+	$(BIN)/python -m recmas_kernels.info
+	$(BIN)/recmas lab demo examples/relay
+
+test: $(DEVELOPMENT) ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(DEVELOPMENT) ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(DEVELOPMENT) ## measure everything here; rows also go to build/benchmarks.json
+	@mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json
+
+gpu: $(DEVELOPMENT) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean: ## remove everything that building and testing made, .venv too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f recmas_kernels/*.so recmas_kernels/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,126 @@
+"""The compiled CUDA kernels: allocation and the pointer call, on torch's current stream. The only caller of ``_cuda``.
+
+So far the module holds the handoff; the link's ops are declined, and the next backend in the table serves them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from recmas_kernels.backends import Call
+
+OLDEST_CAPABILITY = (8, 0)  # sm_80 is the oldest code in the module
+_HANDOFF = ("handoff_fwd", "handoff_", "handoff_bwd")
+
+
+@cache
+def _native() -> ModuleType:
+    return importlib.import_module("recmas_kernels._cuda")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no CUDA tensor can be served on this machine; None if it can. Asked once, then remembered."""
+    try:
+        native = _native()
+    except ImportError as error:
+        return f"{error} (python -m recmas_kernels.info says why)"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, the module for CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    # Newer minor versions of the runtime work on an older driver of the same major version, never on an older major one.
+    driver, toolkit = native.driver_version(), native.toolkit_version
+    if driver // 1000 < toolkit // 1000:
+        return (
+            f"the driver serves CUDA {_version(driver)}, the module was built with CUDA {_version(toolkit)}"
+        )
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, the module starts at 8.0"
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def declines(call: Call) -> str | None:
+    """Why ``call`` is not served; None if it is."""
+    return None if call.op in _HANDOFF else f"the CUDA module has no {call.op}; it holds the handoff"
+
+
+def _check_slots(slot_rows: Tensor, table_rows: int) -> None:
+    """Range and uniqueness, under RECMAS_CHECK=1 only: looking at the numbers makes the host wait for the device."""
+    if os.environ.get("RECMAS_CHECK") != "1" or slot_rows.numel() == 0:
+        return
+    low, high = int(slot_rows.min()), int(slot_rows.max())
+    if low < 0 or high >= table_rows:
+        raise ValueError(f"slot_rows goes from {low} to {high}, expected rows of a table of {table_rows}")
+    if slot_rows.unique().numel() != slot_rows.numel():
+        raise ValueError("slot_rows names a row twice, expected unique rows")
+
+
+def _row_bytes(rows: Tensor) -> tuple[int, int]:
+    """Bytes from one row to the next, and of one row; the last dimension must be contiguous."""
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"rows have stride {rows.stride(1)} between elements, expected 1")
+    return rows.stride(0) * rows.element_size(), rows.shape[1] * rows.element_size()
+
+
+def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]`` of the same dtype, slot_rows int64 ``[n]``."""
+    _check_slots(slot_rows, embeds.shape[0])
+    slots = slot_rows.contiguous()
+    rows_stride, row_bytes = _row_bytes(rows)
+    embeds_stride, _ = _row_bytes(embeds)
+    with torch.cuda.device(embeds.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _native().handoff_scatter(
+            rows.data_ptr(),
+            rows_stride,
+            slots.data_ptr(),
+            embeds.data_ptr(),
+            embeds_stride,
+            rows.shape[0],
+            row_bytes,
+            embeds.device.index,
+            stream,
+        )
+
+
+def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    """A copy of embeds ``[R, d]`` with ``copy[slot_rows[i]] = rows[i]``."""
+    out = embeds.clone(memory_format=torch.contiguous_format)
+    handoff_(rows, out, slot_rows)
+    return out
+
+
+def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients ``(drows [n, d], dembeds [R, d])``: the slot rows of dy ``[R, d]``, and dy with them zeroed."""
+    _check_slots(slot_rows, dy.shape[0])
+    slots = slot_rows.contiguous()
+    dembeds = dy.clone(memory_format=torch.contiguous_format)
+    drows = dy.new_empty(slots.shape[0], dy.shape[1])
+    embeds_stride, row_bytes = _row_bytes(dembeds)
+    with torch.cuda.device(dy.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _native().handoff_take(
+            dembeds.data_ptr(),
+            embeds_stride,
+            slots.data_ptr(),
+            drows.data_ptr(),
+            row_bytes,
+            slots.shape[0],
+            row_bytes,
+            dy.device.index,
+            stream,
+        )
+    return drows, dembeds
