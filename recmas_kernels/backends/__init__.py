@@ -1,0 +1,156 @@
+"""Which kernel serves which call: the whole dispatch, as one readable table.
+
+A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call) -> reason |
+None`` (does it take this call?) and one function per op, named and shaped as the op. The reference takes everything. This
+package and its modules are the only readers of ``RECMAS_*`` variables at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# Tried in this order for tensors on a device; the first that is available and does not decline serves the call.
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ELSEWHERE = ("reference",)
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+_MODULES = {
+    "reference": "recmas_kernels.reference",
+    "cpu": "recmas_kernels.backends.cpu",
+    "cuda": "recmas_kernels.backends.cuda",
+    "triton": "recmas_kernels.backends.triton",
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call; the message says why."""
+
+
+class Call(NamedTuple):
+    """What the choice of a kernel depends on. Sizes count elements; ``hidden_features`` is 0 for the row ops."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    hidden_features: int
+    out_features: int
+    training: bool
+
+
+_forced: list[str] = []
+
+
+def requested() -> str:
+    """The backend asked for: the innermost ``use_backend``, else ``RECMAS_BACKEND``, else "auto"."""
+    name = _forced[-1] if _forced else os.environ.get("RECMAS_BACKEND", "auto")
+    return _known(name)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the block with ``name`` ("auto", "reference", "cpu", "cuda" or "triton").
+
+    A named backend never falls back: a call that it cannot serve raises `BackendUnavailableError` with the reason. The choice
+    holds for the whole process, since backward passes run on threads of autograd's own.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The module of a backend. Importing it loads nothing compiled."""
+    return importlib.import_module(_MODULES[name])
+
+
+def refusal(name: str, call: Call) -> str | None:
+    """Why backend ``name`` does not serve ``call``; None if it does."""
+    if name == "reference":
+        return None
+    if name not in ORDER.get(call.device, ELSEWHERE):
+        return f"it does not serve {call.device} tensors"
+    try:
+        module = load(name)
+    except ModuleNotFoundError as error:
+        if error.name != _MODULES[name]:
+            raise
+        return "this build does not contain it"
+    return module.unavailable() or module.declines(call)
+
+
+def choose(op: str, call: Call) -> ModuleType:
+    """The backend module that serves ``call``, by the table and the user's request."""
+    name = requested()
+    if name != "auto":
+        reason = refusal(name, call)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend {name!r} cannot serve {op} on {call.device} in {call.dtype}: {reason}; "
+                "use_backend('auto') chooses one that can"
+            )
+        return load(name)
+    for candidate in ORDER.get(call.device, ELSEWHERE):
+        if refusal(candidate, call) is None:
+            return load(candidate)
+    raise AssertionError("the reference backend takes every call")
+
+
+def explain_call(call: Call) -> str:
+    """One line per backend: whether it would serve ``call``, and if not, why not."""
+    shape = f"{call.tokens} x {call.in_features} -> {call.hidden_features} -> {call.out_features}"
+    lines = [f"{call.op} {call.device} {str(call.dtype).removeprefix('torch.')} {shape}:"]
+    name, chosen = requested(), None
+    for candidate in ORDER.get(call.device, ELSEWHERE):
+        reason = refusal(candidate, call)
+        if reason is None and chosen is None and name in ("auto", candidate):
+            chosen = candidate
+            lines.append(f"  {candidate}: serves this call")
+        elif reason is None:
+            lines.append(
+                f"  {candidate}: could serve it" + ("" if name == "auto" else f", but {name!r} was asked for")
+            )
+        else:
+            lines.append(f"  {candidate}: {reason}")
+    if chosen is None:
+        lines.append(f"  error: {name!r} was asked for and does not serve it")
+    return "\n".join(lines)
+
+
+def explain(link: Any, x: torch.Tensor) -> str:
+    """Which kernel would serve ``link(x)`` in the present grad mode, and why not the others.
+
+    ``link`` is a `RecursiveLink` (or anything with its ``config``); ``x`` is ``[..., in_features]``. Under grad the backward op
+    is explained as well.
+    """
+    config = link.config
+    if config.layers == 1:
+        return "a one-layer link runs as plain torch; no kernel is involved"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    tokens = x.numel() // max(1, x.shape[-1])
+    training = torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in link.parameters())
+    )
+    ops = ("link_fwd_train", "link_bwd") if training else ("link_fwd",)
+    sizes = (tokens, config.in_features, config.hidden_features, config.out_features)
+    return "\n".join(explain_call(Call(op, x.device.type, dtype, *sizes, training)) for op in ops)

@@ -1,0 +1,173 @@
+"""`FusedRecursiveLink`, the drop-in module, and `fuse`, which swaps it in for the eager links inside a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from recmas_kernels import checkpoint
+from recmas_kernels.functional import Norm, forget_packed, recursive_link
+from recmas_kernels.link import NORM_NAMES, RecursiveLink
+
+Module = TypeVar("Module", bound=nn.Module)
+_CHECK_ROWS = 16
+_LINK_CHILDREN = {"proj1", "proj2", "residual_proj", "pre_ln", "post_ln", "ln_source", "ln_target"}
+
+
+class FusedRecursiveLink(RecursiveLink):
+    """A `RecursiveLink` that runs as fused kernels: same parameters, same state dict, same results within rounding.
+
+    Only ``forward`` differs, so hooks on its inner ``nn.Linear``s do not run. Under autocast the arithmetic runs in autocast's
+    dtype and the output keeps x's dtype. One-layer links (the ablation) run as plain torch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype; see `recursive_link`."""
+        config = self.config
+        if config.layers == 1:
+            return super().forward(x)
+        modules = self._modules  # nn.Module.__getattr__ costs about 0.3 us for each of up to eleven tensors
+        w1, b1 = _weight_and_bias(modules["proj1"])
+        w2, b2 = _weight_and_bias(modules["proj2"])
+        w3, b3 = _weight_and_bias(modules["residual_proj"]) if config.residual == "linear" else (None, None)
+        norm_in = norm_out = None
+        if config.norm:
+            name_in, name_out = NORM_NAMES[config.kind]
+            norm_in, norm_out = _weight_and_bias(modules[name_in]), _weight_and_bias(modules[name_out])
+        return recursive_link(
+            x,
+            w1,
+            w2,
+            b1,
+            b2,
+            w3=w3,
+            b3=b3,
+            residual=config.residual,
+            norm_in=norm_in,
+            norm_out=norm_out,
+            eps=config.eps,
+            activation=config.activation,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecursiveLink:
+        forget_packed(self.parameters())
+        return super()._apply(fn, recurse)
+
+
+def _weight_and_bias(module: Any) -> Norm:
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def fuse(module: Module) -> Module:
+    """Replace every eager RecursiveLink inside ``module`` by a `FusedRecursiveLink` that shares its parameters.
+
+    Links are ours (`RecursiveLink`) or the reference implementation's, recognised by their ``adapter_type`` and parameter names;
+    each is compared with its replacement on random rows before the swap. Links whose layers are wrapped (PEFT, quantised or
+    hooked Linears) are left alone and reported in a warning.
+
+    Args:
+        module: any module; a link at the root is replaced too.
+
+    Returns:
+        ``module``, changed in place; the fused link itself when ``module`` is a link.
+
+    Raises:
+        ValueError: a link's type cannot be told from its attributes and parameters, or its results differ.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, child in list(module.named_modules()):
+        fused = _fused(child, name or type(child).__name__)
+        if fused is not None:
+            replaced[child] = fused
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    return replaced.get(module, module)  # type: ignore[return-value]
+
+
+def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
+    if isinstance(module, FusedRecursiveLink):
+        return None
+    adapter_type = getattr(module, "adapter_type", None)
+    children = dict(module.named_children())
+    if not isinstance(module, RecursiveLink):
+        norms = any({a, b} <= children.keys() for a, b in NORM_NAMES.values())
+        if "proj1" not in children or not (isinstance(adapter_type, str) or ("proj2" in children and norms)):
+            return None
+        if not isinstance(adapter_type, str):
+            raise ValueError(
+                f"{name} has the parameters of a RecursiveLink but no adapter_type, which tells its residual"
+            )
+    wrapped = _wrapped(module, children)
+    if wrapped is not None:
+        warnings.warn(f"fuse: {name} is left as it is: {wrapped}", stacklevel=3)
+        return None
+    config = (
+        module.config
+        if isinstance(module, RecursiveLink)
+        else checkpoint.infer_config(dict(module.named_parameters()), adapter_type)
+    )
+    fused = FusedRecursiveLink(config, device="meta")
+    for child_name, child in children.items():
+        setattr(fused, child_name, child)
+    fused.train(module.training)
+    _compare(module, fused, name)
+    return fused
+
+
+def _wrapped(module: nn.Module, children: dict[str, nn.Module]) -> str | None:
+    """Why the module's layers cannot be read directly; None if they are plain."""
+    for child_name, child in children.items():
+        if child_name in _LINK_CHILDREN:
+            if type(child) not in (nn.Linear, nn.LayerNorm):
+                return f"{child_name} is a {type(child).__module__}.{type(child).__qualname__}"
+            if (
+                child._forward_hooks
+                or child._forward_pre_hooks
+                or child._backward_hooks
+                or child._backward_pre_hooks
+            ):
+                return f"{child_name} has hooks"
+        elif any(True for _ in child.parameters()):
+            return f"it has parameters of its own in {child_name}"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "it has hooks"
+    return None
+
+
+@torch.no_grad()
+def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
+    """Raise unless both give the same rows: within twice plain torch's own distance from float64, plus one eps."""
+    weight = fused.proj1.weight
+    if weight.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator).to(
+        weight.device, weight.dtype
+    )
+    exact = RecursiveLink(fused.config, device=weight.device, dtype=torch.float64)
+    exact.load_state_dict({key: value.to(torch.float64) for key, value in fused.state_dict().items()})
+    truth = exact(rows.double())
+    scale = truth.abs().max()
+
+    def error(out: Tensor) -> Tensor:
+        return (out.double() - truth).abs().max()
+
+    budget = 2 * error(RecursiveLink.forward(fused, rows)) + torch.finfo(weight.dtype).eps * scale
+    if error(eager(rows)) > budget:
+        raise ValueError(
+            f"{name} does not compute what its type and parameters say; it is not a RecursiveLink we know"
+        )
+    if error(fused(rows)) > budget:
+        raise ValueError(f"the fused kernels differ from {name} by more than rounding on this machine")

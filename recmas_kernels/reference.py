@@ -1,0 +1,275 @@
+"""The mathematics of every op in plain torch: the oracle, the fallback and the documentation.
+
+Each function has the signature of the op of the same name in ``ops.py``. Tensors named ``x`` are ``[tokens, in_features]``;
+weights are stored as ``nn.Linear`` stores them: ``w1 [hidden, in]``, ``w2 [out, hidden]``, ``w3 [out, in]``. With T tokens
+
+    u = norm_in(x)                LayerNorm (gi, ci), or x itself
+    p = u W1^T + b1               the pre-activation
+    a = gelu(p)                   exact erf ("none") or "tanh"
+    r = x | x W3^T + b3 | 0       residual: "identity" | "linear" | "none"; always reads the raw x
+    z = r + a W2^T + b2
+    y = norm_out(z)               LayerNorm (go, co), or z itself
+
+which is equation (3) (inner link) and (4) (outer link) of arXiv 2604.25917 with the LayerNorms of the released modules.
+Matmuls run in the compute dtype ``dtype``; statistics, reductions and the loss run in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COSINE_EPS = 1e-8  # the clamp of torch.nn.functional.cosine_similarity
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over ``dtype`` values are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _layer_norm(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last dimension with statistics in the accumulator dtype.
+
+    Returns ``(normalised [T, n] in dtype, mean [T], rstd [T])``.
+    """
+    acc = accumulator(dtype)
+    out, mean, rstd = torch.native_layer_norm(
+        rows.to(acc), [rows.shape[-1]], weight.to(acc), _cast(bias, acc), eps
+    )
+    return out.to(dtype), mean.flatten(), rstd.flatten()
+
+
+def _layer_norm_backward(
+    dout: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(drows, rows_hat)`` in the accumulator dtype; ``rows_hat`` is the normalised input before gain and bias."""
+    acc = dout.dtype
+    rows_hat = (rows.to(acc) - mean.to(acc)[:, None]) * rstd.to(acc)[:, None]
+    scaled = dout * weight.to(acc)
+    drows = scaled - scaled.mean(-1, keepdim=True) - rows_hat * (scaled * rows_hat).mean(-1, keepdim=True)
+    return drows * rstd.to(acc)[:, None], rows_hat
+
+
+def gelu_backward(pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """``(gelu(p), gelu'(p))``: Phi(p) + p phi(p) for erf, the derivative of the tanh form otherwise."""
+    if approximate == "none":
+        cdf = 0.5 * (1 + torch.erf(pre * math.sqrt(0.5)))
+        return pre * cdf, cdf + pre * torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+    slope, cubic = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(slope * (pre + cubic * pre**3))
+    gate = 0.5 * (1 + t)
+    return pre * gate, gate + 0.5 * pre * (1 - t * t) * slope * (1 + 3 * cubic * pre * pre)
+
+
+def _outer_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``left^T right`` accumulated and returned in at least float32, then cast to ``out_dtype`` once.
+
+    A bf16 product cast to a float32 master would round every weight gradient to 8 bits first.
+    """
+    if left.dtype == out_dtype:
+        return left.t() @ right
+    if left.is_cuda and out_dtype == torch.float32:
+        return torch.mm(left.t(), right, out_dtype=out_dtype)
+    acc = accumulator(out_dtype)
+    return (left.to(acc).t() @ right.to(acc)).to(out_dtype)
+
+
+def link_fwd_train(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(y [T, out] in x.dtype, pre [T, hidden], z [T, out] or [0], stats [4, T])``.
+
+    ``stats`` holds mean_in, rstd_in, mean_out, rstd_out, zero where a norm is absent; ``z`` is kept only for an output norm.
+    """
+    raw = x.to(dtype)
+    stats = torch.zeros(4, x.shape[0], dtype=accumulator(dtype), device=x.device)
+    u = raw
+    if gi is not None:
+        u, stats[0], stats[1] = _layer_norm(raw, gi, ci, eps, dtype)
+    pre = F.linear(u, w1.to(dtype), _cast(b1, dtype))
+    z = F.linear(F.gelu(pre, approximate=gelu), w2.to(dtype), _cast(b2, dtype))
+    if residual == "identity":
+        z = z + raw
+    elif residual == "linear":
+        assert w3 is not None
+        z = z + F.linear(raw, w3.to(dtype), _cast(b3, dtype))
+    if go is None:
+        return z.to(x.dtype), pre, z.new_empty(0), stats
+    y, stats[2], stats[3] = _layer_norm(z, go, co, eps, dtype)
+    return y.to(x.dtype), pre, z, stats
+
+
+def link_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    may_pack: bool,
+) -> Tensor:
+    """``y [T, out]`` in x's dtype. ``may_pack`` is a permission that the reference has no use for."""
+    return link_fwd_train(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype)[0]
+
+
+def link_bwd(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``, in that order; ``[0]`` where ``needs`` is False.
+
+    Hand-written: dz through the output norm, da = dz W2, dp = da * gelu'(p), du = dp W1, dx = norm_in^T(du) + residual^T(dz).
+    """
+    need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, need_go, need_co = needs
+    acc = accumulator(dtype)
+    empty = x.new_empty(0)
+    dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = dgi = dci = dgo = dco = empty
+
+    raw, dz_acc = x.to(dtype), dy.to(acc)
+    if go is not None:
+        dout = dz_acc
+        dz_acc, z_hat = _layer_norm_backward(dout, z, stats[2], stats[3], go)
+        if need_go:
+            dgo = (dout * z_hat).sum(0).to(go.dtype)
+        if need_co and co is not None:
+            dco = dout.sum(0).to(co.dtype)
+    dz = dz_acc.to(dtype)
+    if need_b2 and b2 is not None:
+        db2 = dz_acc.sum(0).to(b2.dtype)
+    if need_b3 and b3 is not None:
+        db3 = dz_acc.sum(0).to(b3.dtype)
+    if need_w3 and w3 is not None:
+        dw3 = _outer_product(dz, raw, w3.dtype)
+
+    a, slope = gelu_backward(pre.to(acc), gelu)
+    if need_w2:
+        dw2 = _outer_product(dz, a.to(dtype), w2.dtype)
+    if need_x or need_w1 or need_b1 or need_gi or need_ci:
+        dp_acc = (dz @ w2.to(dtype)).to(acc) * slope
+        dp = dp_acc.to(dtype)
+        if need_b1 and b1 is not None:
+            db1 = dp_acc.sum(0).to(b1.dtype)
+        if need_w1:
+            u = raw if gi is None else _layer_norm(raw, gi, ci, eps, dtype)[0]
+            dw1 = _outer_product(dp, u, w1.dtype)
+        if need_x or need_gi or need_ci:
+            du = (dp @ w1.to(dtype)).to(acc)
+            if gi is not None:
+                dnormed = du
+                du, x_hat = _layer_norm_backward(dnormed, raw, stats[0], stats[1], gi)
+                if need_gi:
+                    dgi = (dnormed * x_hat).sum(0).to(gi.dtype)
+                if need_ci and ci is not None:
+                    dci = dnormed.sum(0).to(ci.dtype)
+            if residual == "identity":
+                du = du + dz_acc
+            elif residual == "linear":
+                assert w3 is not None
+                du = du + (dz @ w3.to(dtype)).to(acc)
+            if need_x:
+                dx = du.to(x.dtype)
+    return dx, dw1, db1, dw2, db2, dw3, db3, dgi, dci, dgo, dco
+
+
+def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    """A copy of ``embeds [R, d]`` in which row ``slot_rows[i]`` is ``rows[i]``; the slot rows are unique."""
+    return embeds.index_copy(0, slot_rows, rows.to(embeds.dtype))
+
+
+def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    """``handoff_fwd`` into ``embeds`` itself."""
+    embeds.index_copy_(0, slot_rows, rows.to(embeds.dtype))
+
+
+def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(drows [n, d], dembeds [R, d])``: the slots' gradients, and the rest with the slots zeroed."""
+    return dy.index_select(0, slot_rows), dy.index_fill(0, slot_rows, 0)
+
+
+def alignment_fwd(
+    pred: Tensor,
+    target: Tensor,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    cosine_weight: float,
+    mse_weight: float,
+    embed_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The alignment loss and its gradient with respect to ``pred [T, d]``, in one pass.
+
+    With e the target row (``target[token_ids]`` when ids are given) times ``embed_scale``,
+
+        loss = sum_t mask_t (cosine_weight (1 - cos(pred_t, e_t)) + mse_weight mean_d (pred_t - e_t)^2) / sum_t mask_t
+
+    Returns ``(loss, scalar in float32 or float64; grad [T, d] in pred's dtype)``; both are 0 for an empty mask.
+    """
+    acc = accumulator(pred.dtype)
+    rows = target if token_ids is None else target.index_select(0, token_ids)
+    p, e = pred.to(acc), rows.to(acc) * embed_scale
+    weight = torch.ones(p.shape[0], dtype=acc, device=p.device) if mask is None else mask.to(acc)
+    total = weight.sum()
+    share = torch.where(total > 0, weight / total.where(total > 0, 1), 0)
+
+    norm_p, norm_e = p.norm(dim=-1), e.norm(dim=-1).clamp_min(COSINE_EPS)
+    inverse = 1 / norm_p.clamp_min(COSINE_EPS)
+    cosine = (p * e).sum(-1) * inverse / norm_e
+    # Below the clamp the denominator is a constant, so the radial part of the gradient vanishes.
+    radial = torch.where(norm_p > COSINE_EPS, cosine * inverse * inverse, 0)
+    difference = p - e
+    chosen = share > 0  # rows that are masked out may hold anything, NaN included
+    row_loss = cosine_weight * (1 - cosine) + mse_weight * difference.square().mean(-1)
+    loss = torch.where(chosen, share * row_loss, 0).sum()
+    dcosine = e * (inverse / norm_e)[:, None] - p * radial[:, None]
+    row_grad = difference * (2 * mse_weight / max(1, p.shape[-1])) - cosine_weight * dcosine
+    grad = torch.where(chosen[:, None], share[:, None] * row_grad, 0)
+    return loss, grad.to(pred.dtype)
