@@ -1,7 +1,8 @@
 """Links on disk: our folders (safetensors + config.json) and the reference implementation's checkpoints.
 
-A missing, truncated, wrong-shaped or wrong-version file raises ValueError (or FileNotFoundError) naming the file and the key.
-Writing goes to a temporary file that is synced and renamed, so a good file is only ever replaced by a whole one.
+A missing, truncated, wrong-shaped or wrong-version file raises ValueError (or FileNotFoundError) naming the file and
+the key. Writing goes to a temporary file that is synced and renamed, so a good file is only ever replaced by a whole
+one.
 """
 
 from __future__ import annotations
@@ -145,10 +146,10 @@ def read_upstream(
     """Config and state of a link of the reference implementation.
 
     Args:
-        source: a state dict, one of its modules, a ``.pt`` or ``.safetensors`` file, or a role folder with ``adapter.pt`` and
-            ``adapter_config.json``.
-        adapter_type: its type name or alias; needed where the parameters do not tell (an inner link without norms may or may
-            not have a residual).
+        source: a state dict, one of its modules, a ``.pt`` or ``.safetensors`` file, or a role folder with
+            ``adapter.pt`` and ``adapter_config.json``.
+        adapter_type: its type name or alias; needed where the parameters do not tell (an inner link without norms may
+            or may not have a residual).
 
     Raises:
         ValueError: the type is unknown, ambiguous or does not fit the parameters.
@@ -173,7 +174,7 @@ def read_upstream(
 
 
 def infer_config(state: Mapping[str, Tensor], adapter_type: str | None = None) -> LinkConfig:
-    """The shape of a link of the reference implementation, from its parameter names and sizes and its type, if known."""
+    """The shape of a link of the reference implementation, from its parameters and its type (if known)."""
     if "proj1.weight" not in state:
         raise ValueError("key 'proj1.weight' is missing: not a RecursiveLink")
     layers = 2 if "proj2.weight" in state else 1
@@ -183,9 +184,7 @@ def infer_config(state: Mapping[str, Tensor], adapter_type: str | None = None) -
     else:
         kind, layers_named, residual, norm = _lookup(adapter_type, state, norms)
         if layers_named != layers:
-            raise ValueError(
-                f"adapter_type {adapter_type!r} has {layers_named} layer(s), the parameters have {layers}"
-            )
+            raise ValueError(f"adapter_type {adapter_type!r} has {layers_named} layer(s), the parameters have {layers}")
         if norm != bool(norms):
             raise ValueError(
                 f"adapter_type {adapter_type!r} {'needs' if norm else 'has no'} norms, the parameters differ"
@@ -224,13 +223,11 @@ def _lookup(adapter_type: str, state: Mapping[str, Tensor], norms: list[str]) ->
 
 
 def build(cls: type[Link], config: LinkConfig, state: Mapping[str, Tensor]) -> Link:
-    """A ``cls`` of this shape holding ``state`` strictly, in the state's dtype; ValueError names a key that does not fit."""
+    """A ``cls`` of this shape holding ``state`` strictly, in the state's dtype; ValueError names a wrong key."""
     link = cls(config, device="meta")
     expected = {key: value.shape for key, value in link.state_dict().items()}
     for key in sorted(expected.keys() ^ state.keys()):
-        raise ValueError(
-            f"key {key!r} is {'missing' if key in expected else 'not expected'} in a link of this shape"
-        )
+        raise ValueError(f"key {key!r} is {'missing' if key in expected else 'not expected'} in a link of this shape")
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(shape)}")

@@ -1,7 +1,7 @@
 """The differentiable functions: checks, shapes and dtypes around the ops, and their ``autograd.Function``s.
 
-Nothing here knows devices or kernels. Inputs of any leading shape and stride are brought to two dimensions with a contiguous
-last one; incoming gradients are made contiguous; nothing that was given or saved is ever written to.
+Nothing here knows devices or kernels. Inputs of any leading shape and stride are brought to two dimensions with a
+contiguous last one; incoming gradients are made contiguous; nothing that was given or saved is ever written to.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class _Alignment(torch.autograd.Function):
 
 def _rows(tensor: Tensor) -> Tensor:
     """``[..., n]`` as ``[T, n]`` with a contiguous last dimension; the row stride stays whatever it is."""
-    rows = (
-        tensor if tensor.dim() == 2 else tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
-    )
+    rows = tensor if tensor.dim() == 2 else tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -125,9 +123,7 @@ def _check_link(x: Tensor, residual: str, autocast: bool, named: dict[str, Tenso
         raise ValueError(f"w1 and w2 must have two dimensions, have {w1.dim()} and {w2.dim()}")
     (hidden, in_features), out_features = w1.shape, w2.shape[0]
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, expected [..., {in_features}] to fit w1 {tuple(w1.shape)}"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {in_features}] to fit w1 {tuple(w1.shape)}")
     _expect("w2", w2, out_features, hidden)
     _expect("b1", named["b1"], hidden)
     _expect("w3", w3, out_features, in_features)
@@ -144,9 +140,7 @@ def _check_link(x: Tensor, residual: str, autocast: bool, named: dict[str, Tenso
     if w3 is None and named["b3"] is not None:
         raise ValueError("b3 is given without w3")
     if residual == "identity" and in_features != out_features:
-        raise ValueError(
-            f"residual='identity' needs in_features == out_features, got {in_features} and {out_features}"
-        )
+        raise ValueError(f"residual='identity' needs in_features == out_features, got {in_features} and {out_features}")
     for name, tensor in named.items():
         if tensor is None:
             continue
@@ -176,7 +170,8 @@ def recursive_link(
     """A RecursiveLink: ``norm_out(r + gelu(norm_in(x) w1^T + b1) w2^T + b2)`` (arXiv 2604.25917, equations 3 and 4).
 
     Args:
-        x: ``[..., in_features]``, float32, bfloat16, float16 or float64, any strides, any number of rows including none.
+        x: ``[..., in_features]``, float32, bfloat16, float16 or float64, any strides, any number of rows including
+            none.
         w1: ``[hidden_features, in_features]``.
         w2: ``[out_features, hidden_features]``.
         b1: ``[hidden_features]``, or None.
@@ -190,8 +185,8 @@ def recursive_link(
         activation: "gelu" (exact erf) or "gelu_tanh".
 
     Returns:
-        ``[..., out_features]`` in x's dtype. Under autocast the arithmetic runs in autocast's dtype; weights of another dtype
-        are cast inside, and weight gradients leave in the weight's own dtype, accumulated in float32.
+        ``[..., out_features]`` in x's dtype. Under autocast the arithmetic runs in autocast's dtype; weights of
+        another dtype are cast inside, and weight gradients leave in the weight's own dtype, accumulated in float32.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
@@ -247,9 +242,9 @@ def latent_handoff(
 ) -> Tensor:
     """Send latents through an outer link into a receiver's input embeddings.
 
-    ``embeds'[slot_rows[i]] = link(hidden[source_rows[i]])``, every other row as it was, rows counted over the flattened leading
-    dimensions of ``hidden`` and ``embeds``. The latents are already through the sender's inner link: a handoff is
-    R_out(R_in(H)). Latents are never rescaled here.
+    ``embeds'[slot_rows[i]] = link(hidden[source_rows[i]])``, every other row as it was, rows counted over the
+    flattened leading dimensions of ``hidden`` and ``embeds``. The latents are already through the sender's inner
+    link: a handoff is R_out(R_in(H)). Latents are never rescaled here.
 
     Args:
         hidden: ``[..., d_source]``, R_in'd latents.
@@ -285,11 +280,7 @@ def latent_handoff(
         ops.handoff_(mapped, _rows(embeds), slot_rows)
         return embeds
     flat = _rows(embeds).contiguous()
-    out = (
-        _Handoff.apply(mapped, flat, slot_rows)
-        if differentiable
-        else ops.handoff_fwd(mapped, flat, slot_rows)
-    )
+    out = _Handoff.apply(mapped, flat, slot_rows) if differentiable else ops.handoff_fwd(mapped, flat, slot_rows)
     return out.view(embeds.shape)
 
 

@@ -54,9 +54,7 @@ class LinkConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
         for name in ("in_features", "hidden_features", "out_features"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -86,8 +84,8 @@ class LinkConfig:
 class RecursiveLink(nn.Module):
     """A RecursiveLink in plain torch, with the parameter names of the reference implementation.
 
-    ``norm_out(r + proj2(gelu(proj1(norm_in(x)))))``, r the raw x, ``residual_proj(x)`` or nothing (arXiv 2604.25917, equations
-    3 and 4, with the released modules' LayerNorms). Initialised as `nn.Linear` and `nn.LayerNorm` are.
+    ``norm_out(r + proj2(gelu(proj1(norm_in(x)))))``, r the raw x, ``residual_proj(x)`` or nothing (arXiv 2604.25917,
+    equations 3 and 4, with the released modules' LayerNorms). Initialised as `nn.Linear` and `nn.LayerNorm` are.
 
     Args:
         config: the link's shape.
@@ -127,7 +125,7 @@ class RecursiveLink(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """An inner link ``[..., features] -> [..., features]``; the released shape (hidden = features, norms) by default."""
+        """An inner link ``[..., features]`` to the same; by default the released shape (hidden = features, norms)."""
         width = features if hidden is None else hidden
         config = LinkConfig("inner", features, width, features, residual, norm, bias, layers, activation, eps)
         return cls(config, device=device, dtype=dtype)
@@ -148,11 +146,9 @@ class RecursiveLink(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """An outer link ``[..., in_features] -> [..., out_features]``; the released shape (hidden = 2 out, norms) by default."""
+        """An outer link ``[..., in] -> [..., out]``; by default the released shape (hidden = 2 out, norms)."""
         width = 2 * out_features if hidden is None else hidden
-        config = LinkConfig(
-            "outer", in_features, width, out_features, residual, norm, bias, layers, activation, eps
-        )
+        config = LinkConfig("outer", in_features, width, out_features, residual, norm, bias, layers, activation, eps)
         return cls(config, device=device, dtype=dtype)
 
     @classmethod
@@ -161,7 +157,7 @@ class RecursiveLink(nn.Module):
         source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
         adapter_type: str | None = None,
     ) -> Self:
-        """A link from the reference implementation's checkpoint, state dict or module; see `checkpoint.read_upstream`."""
+        """A link from the reference implementation's file, state dict or module; see `checkpoint.read_upstream`."""
         from recmas_kernels import checkpoint
 
         return checkpoint.build(cls, *checkpoint.read_upstream(source, adapter_type))
@@ -174,7 +170,7 @@ class RecursiveLink(nn.Module):
         return checkpoint.build(cls, *checkpoint.read_link(source))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``directory``; a good file is only ever replaced whole."""
+        """Write ``model.safetensors`` and ``config.json`` into ``directory``, each replaced whole or not at all."""
         from recmas_kernels import checkpoint
 
         checkpoint.write_link(directory, self.config, self.state_dict())

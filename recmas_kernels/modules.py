@@ -21,8 +21,8 @@ _LINK_CHILDREN = {"proj1", "proj2", "residual_proj", "pre_ln", "post_ln", "ln_so
 class FusedRecursiveLink(RecursiveLink):
     """A `RecursiveLink` that runs as fused kernels: same parameters, same state dict, same results within rounding.
 
-    Only ``forward`` differs, so hooks on its inner ``nn.Linear``s do not run. Under autocast the arithmetic runs in autocast's
-    dtype and the output keeps x's dtype. One-layer links (the ablation) run as plain torch.
+    Only ``forward`` differs, so hooks on its inner ``nn.Linear``s do not run. Under autocast the arithmetic runs in
+    autocast's dtype and the output keeps x's dtype. One-layer links (the ablation) run as plain torch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def _weight_and_bias(module: Any) -> Norm:
 def fuse(module: Module) -> Module:
     """Replace every eager RecursiveLink inside ``module`` by a `FusedRecursiveLink` that shares its parameters.
 
-    Links are ours (`RecursiveLink`) or the reference implementation's, recognised by their ``adapter_type`` and parameter names;
-    each is compared with its replacement on random rows before the swap. Links whose layers are wrapped (PEFT, quantised or
-    hooked Linears) are left alone and reported in a warning.
+    Links are ours (`RecursiveLink`) or the reference implementation's, recognised by their ``adapter_type`` and
+    parameter names; each is compared with its replacement on random rows before the swap. Links whose layers are
+    wrapped (PEFT, quantised or hooked Linears) are left alone and reported in a warning.
 
     Args:
         module: any module; a link at the root is replaced too.
@@ -127,21 +127,11 @@ def _wrapped(module: nn.Module, children: dict[str, nn.Module]) -> str | None:
         if child_name in _LINK_CHILDREN:
             if type(child) not in (nn.Linear, nn.LayerNorm):
                 return f"{child_name} is a {type(child).__module__}.{type(child).__qualname__}"
-            if (
-                child._forward_hooks
-                or child._forward_pre_hooks
-                or child._backward_hooks
-                or child._backward_pre_hooks
-            ):
+            if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
                 return f"{child_name} has hooks"
         elif any(True for _ in child.parameters()):
             return f"it has parameters of its own in {child_name}"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     return None
 
@@ -153,9 +143,7 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
     if weight.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator).to(
-        weight.device, weight.dtype
-    )
+    rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator).to(weight.device, weight.dtype)
     exact = RecursiveLink(fused.config, device=weight.device, dtype=torch.float64)
     exact.load_state_dict({key: value.to(torch.float64) for key, value in fused.state_dict().items()})
     truth = exact(rows.double())
@@ -166,8 +154,6 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
 
     budget = 2 * error(RecursiveLink.forward(fused, rows)) + torch.finfo(weight.dtype).eps * scale
     if error(eager(rows)) > budget:
-        raise ValueError(
-            f"{name} does not compute what its type and parameters say; it is not a RecursiveLink we know"
-        )
+        raise ValueError(f"{name} does not compute what its type and parameters say; it is not a RecursiveLink we know")
     if error(fused(rows)) > budget:
         raise ValueError(f"the fused kernels differ from {name} by more than rounding on this machine")

@@ -1,8 +1,9 @@
 """Every op: its schema, its fake and its registration, on one page.
 
 An op is functional, knows no autograd (``functional.py`` holds the Functions) and does not know which kernel runs:
-``backends.choose`` decides inside the op, where tracing cannot see it, so nothing here breaks a graph. Schemas are written by
-hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much per call.
+``backends.choose`` decides inside the op, where tracing cannot see it, so nothing here breaks a graph. Schemas are
+written by hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much
+per call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from recmas_kernels import backends
 
-_PARAMETERS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w3, Tensor? b3, Tensor? gi, Tensor? ci, Tensor? go, Tensor? co"
+_PARAMETERS = (
+    "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w3, Tensor? b3, "
+    "Tensor? gi, Tensor? ci, Tensor? go, Tensor? co"
+)
 _SETTINGS = "str residual, str gelu, float eps, ScalarType dtype"
 _ELEVEN = ", ".join(["Tensor"] * 11)
 
@@ -27,8 +31,8 @@ SCHEMAS = {
     "handoff_fwd": "(Tensor rows, Tensor embeds, Tensor slot_rows) -> Tensor",
     "handoff_": "(Tensor rows, Tensor(a!) embeds, Tensor slot_rows) -> ()",
     "handoff_bwd": "(Tensor dy, Tensor slot_rows) -> (Tensor, Tensor)",
-    "alignment_fwd": "(Tensor pred, Tensor target, Tensor? token_ids, Tensor? mask, float cosine_weight, float mse_weight, "
-    "float embed_scale) -> (Tensor, Tensor)",
+    "alignment_fwd": "(Tensor pred, Tensor target, Tensor? token_ids, Tensor? mask, "
+    "float cosine_weight, float mse_weight, float embed_scale) -> (Tensor, Tensor)",
 }
 
 
@@ -51,9 +55,7 @@ def _fake_link_fwd_train(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any)
     )
 
 
-def _fake_link_bwd(
-    dy: Tensor, x: Tensor, pre: Tensor, z: Tensor, stats: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Tensor, z: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wanted, needs = (x, *rest[:10]), rest[14]
     return tuple(
         x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
@@ -91,9 +93,7 @@ def _link_call(op: str, args: tuple[Any, ...]) -> backends.Call:
 def _row_call(op: str, args: tuple[Any, ...]) -> backends.Call:
     rows = args[0]
     tokens, width = rows.shape
-    return backends.Call(
-        op, rows.device.type, rows.dtype, tokens, width, 0, width, training=op.endswith("bwd")
-    )
+    return backends.Call(op, rows.device.type, rows.dtype, tokens, width, 0, width, training=op.endswith("bwd"))
 
 
 def _launcher(op: str) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """The mathematics of every op in plain torch: the oracle, the fallback and the documentation.
 
-Each function has the signature of the op of the same name in ``ops.py``. Tensors named ``x`` are ``[tokens, in_features]``;
-weights are stored as ``nn.Linear`` stores them: ``w1 [hidden, in]``, ``w2 [out, hidden]``, ``w3 [out, in]``. With T tokens
+Each function has the signature of the op of the same name in ``ops.py``. Tensors named ``x`` are ``[tokens,
+in_features]``; weights are stored as ``nn.Linear`` stores them: ``w1 [hidden, in]``, ``w2 [out, hidden]``, ``w3 [out,
+in]``. With T tokens
 
     u = norm_in(x)                LayerNorm (gi, ci), or x itself
     p = u W1^T + b1               the pre-activation
@@ -42,9 +43,7 @@ def _layer_norm(
     Returns ``(normalised [T, n] in dtype, mean [T], rstd [T])``.
     """
     acc = accumulator(dtype)
-    out, mean, rstd = torch.native_layer_norm(
-        rows.to(acc), [rows.shape[-1]], weight.to(acc), _cast(bias, acc), eps
-    )
+    out, mean, rstd = torch.native_layer_norm(rows.to(acc), [rows.shape[-1]], weight.to(acc), _cast(bias, acc), eps)
     return out.to(dtype), mean.flatten(), rstd.flatten()
 
 
@@ -102,7 +101,8 @@ def link_fwd_train(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y [T, out] in x.dtype, pre [T, hidden], z [T, out] or [0], stats [4, T])``.
 
-    ``stats`` holds mean_in, rstd_in, mean_out, rstd_out, zero where a norm is absent; ``z`` is kept only for an output norm.
+    ``stats`` holds mean_in, rstd_in, mean_out, rstd_out, zero where a norm is absent; ``z`` is kept only for an
+    output norm.
     """
     raw = x.to(dtype)
     stats = torch.zeros(4, x.shape[0], dtype=accumulator(dtype), device=x.device)
@@ -168,7 +168,8 @@ def link_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``, in that order; ``[0]`` where ``needs`` is False.
 
-    Hand-written: dz through the output norm, da = dz W2, dp = da * gelu'(p), du = dp W1, dx = norm_in^T(du) + residual^T(dz).
+    Hand-written: dz through the output norm, da = dz W2, dp = da * gelu'(p), du = dp W1, dx = norm_in^T(du) +
+    residual^T(dz).
     """
     need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, need_go, need_co = needs
     acc = accumulator(dtype)

@@ -1,8 +1,8 @@
 """Which kernel serves which call: the whole dispatch, as one readable table.
 
-A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call) -> reason |
-None`` (does it take this call?) and one function per op, named and shaped as the op. The reference takes everything. This
-package and its modules are the only readers of ``RECMAS_*`` variables at run time.
+A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call)
+-> reason | None`` (does it take this call?) and one function per op, named and shaped as the op. The reference takes
+everything. This package and its modules are the only readers of ``RECMAS_*`` variables at run time.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _known(name: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every op inside the block with ``name`` ("auto", "reference", "cpu", "cuda" or "triton").
 
-    A named backend never falls back: a call that it cannot serve raises `BackendUnavailableError` with the reason. The choice
-    holds for the whole process, since backward passes run on threads of autograd's own.
+    A named backend never falls back: a call that it cannot serve raises `BackendUnavailableError` with the reason.
+    The choice holds for the whole process, since backward passes run on threads of autograd's own.
     """
     _forced.append(_known(name))
     try:
@@ -126,9 +126,7 @@ def explain_call(call: Call) -> str:
             chosen = candidate
             lines.append(f"  {candidate}: serves this call")
         elif reason is None:
-            lines.append(
-                f"  {candidate}: could serve it" + ("" if name == "auto" else f", but {name!r} was asked for")
-            )
+            lines.append(f"  {candidate}: could serve it" + ("" if name == "auto" else f", but {name!r} was asked for"))
         else:
             lines.append(f"  {candidate}: {reason}")
     if chosen is None:
@@ -139,8 +137,8 @@ def explain_call(call: Call) -> str:
 def explain(link: Any, x: torch.Tensor) -> str:
     """Which kernel would serve ``link(x)`` in the present grad mode, and why not the others.
 
-    ``link`` is a `RecursiveLink` (or anything with its ``config``); ``x`` is ``[..., in_features]``. Under grad the backward op
-    is explained as well.
+    ``link`` is a `RecursiveLink` (or anything with its ``config``); ``x`` is ``[..., in_features]``. Under grad the
+    backward op is explained as well.
     """
     config = link.config
     if config.layers == 1:
@@ -148,9 +146,7 @@ def explain(link: Any, x: torch.Tensor) -> str:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     tokens = x.numel() // max(1, x.shape[-1])
-    training = torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in link.parameters())
-    )
+    training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in link.parameters()))
     ops = ("link_fwd_train", "link_bwd") if training else ("link_fwd",)
     sizes = (tokens, config.in_features, config.hidden_features, config.out_features)
     return "\n".join(explain_call(Call(op, x.device.type, dtype, *sizes, training)) for op in ops)
