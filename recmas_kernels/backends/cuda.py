@@ -1,6 +1,7 @@
-"""The compiled CUDA kernels: allocation and the pointer call, on torch's current stream. The only caller of ``_cuda``.
+"""The compiled CUDA kernels: allocation and the pointer call, on torch's current stream.
 
-So far the module holds the handoff; the link's ops are declined, and the next backend in the table serves them.
+The only caller of ``_cuda``. That module holds the handoff; the link's ops are declined, and the next backend in
+the table serves them.
 """
 
 from __future__ import annotations
@@ -35,16 +36,14 @@ def unavailable() -> str | None:
         return "this torch is built for ROCm, the module for CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    # Newer minor versions of the runtime work on an older driver of the same major version, never on an older major one.
+    # A runtime works on older drivers of the same major version, never on an older major one.
     driver, toolkit = native.driver_version(), native.toolkit_version
     if driver // 1000 < toolkit // 1000:
-        return (
-            f"the driver serves CUDA {_version(driver)}, the module was built with CUDA {_version(toolkit)}"
-        )
+        return f"the driver serves CUDA {_version(driver)}, the module was built with CUDA {_version(toolkit)}"
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
-            return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, the module starts at 8.0"
+            return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more"
     return None
 
 
@@ -58,7 +57,7 @@ def declines(call: Call) -> str | None:
 
 
 def _check_slots(slot_rows: Tensor, table_rows: int) -> None:
-    """Range and uniqueness, under RECMAS_CHECK=1 only: looking at the numbers makes the host wait for the device."""
+    """Range and uniqueness, under RECMAS_CHECK=1 only: looking at the numbers makes the host wait."""
     if os.environ.get("RECMAS_CHECK") != "1" or slot_rows.numel() == 0:
         return
     low, high = int(slot_rows.min()), int(slot_rows.max())
@@ -76,7 +75,7 @@ def _row_bytes(rows: Tensor) -> tuple[int, int]:
 
 
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
-    """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]`` of the same dtype, slot_rows int64 ``[n]``."""
+    """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]`` of their dtype."""
     _check_slots(slot_rows, embeds.shape[0])
     slots = slot_rows.contiguous()
     rows_stride, row_bytes = _row_bytes(rows)
@@ -104,7 +103,7 @@ def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
 
 
 def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients ``(drows [n, d], dembeds [R, d])``: the slot rows of dy ``[R, d]``, and dy with them zeroed."""
+    """Gradients ``(drows [n, d], dembeds [R, d])``: the slot rows of dy, and dy with those rows zeroed."""
     _check_slots(slot_rows, dy.shape[0])
     slots = slot_rows.contiguous()
     dembeds = dy.clone(memory_format=torch.contiguous_format)
