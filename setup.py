@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def first_error(log: str) -> str:
     return lines[-1][:300]
 
 
+def compiler_names(build_folder: Path) -> list[str]:
+    """Such as ``GNU 12.2.0``, from what CMake noted when it examined them."""
+    noted = [path.read_text(encoding="utf-8") for path in build_folder.glob("CMakeFiles/*/CMake*Compiler.cmake")]
+    pattern = re.compile(r'set\(CMAKE_(?:CXX|CUDA)_COMPILER_(?:ID|VERSION) "(.+)"\)')
+    return sorted(" ".join(pattern.findall(text)) for text in noted)
+
+
 class CMakeBuild(build_ext):
     """Builds the modules that can be built, records the outcome, and drops the others from the distribution."""
 
@@ -174,8 +182,7 @@ class CMakeBuild(build_ext):
         partial = target.with_name(target.name + ".partial")
         shutil.copy2(product_folder / target.name, partial)
         os.replace(partial, target)
-        marker = "compiler identification is "
-        compilers = sorted({line.split(marker)[1] for line in log.splitlines() if marker in line})
+        compilers = compiler_names(build_folder)
         return {"status": "built", "file": target.name, "compilers": compilers}
 
 
