@@ -1,0 +1,22 @@
+"""The backends under test: every one that this machine can run, each a counted skip where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recmas_kernels import backends, use_backend
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per backend that serves CPU tensors, by name: a named backend never falls back."""
+    reason = backends.refusal(
+        request.param, backends.Call("handoff_fwd", "cpu", torch.float32, 1, 8, 0, 8, training=False)
+    )
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with use_backend(request.param):
+        yield request.param

@@ -1,0 +1,112 @@
+"""Inputs, the float64 oracle and the error budget that all kernel tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def configs() -> dict[str, LinkConfig]:
+    """Every kind of link of the mathematics, at sizes that divide nothing."""
+    return {
+        "inner": LinkConfig("inner", 40, 40, 40, "identity"),
+        "inner-equation-3": LinkConfig("inner", 40, 23, 40, "identity", norm=False, bias=False),
+        "outer": LinkConfig("outer", 40, 46, 23, "linear"),
+        "outer-equation-4": LinkConfig("outer", 23, 8, 40, "linear", norm=False),
+        "no-residual": LinkConfig("outer", 23, 40, 17, "none", bias=False),
+        "tanh": LinkConfig("inner", 17, 33, 17, "identity", activation="gelu_tanh"),
+    }
+
+
+def make_link(config: LinkConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> FusedRecursiveLink:
+    """A link with every parameter random, norm gains and biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    link = FusedRecursiveLink(config, dtype=dtype)
+    for name, parameter in link.named_parameters():
+        is_gain = parameter.dim() == 1 and name.endswith("weight")
+        scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+        values = torch.randn(parameter.shape, generator=generator) * (0.2 if is_gain else scale) + is_gain
+        parameter.data.copy_(values)
+    return link
+
+
+def make_rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclass
+class Results:
+    """``y`` and the gradient of every input, by name ("x" and the parameters' names)."""
+
+    y: Tensor
+    grads: dict[str, Tensor]
+
+
+def run(link: RecursiveLink, x: Tensor, dy: Tensor) -> Results:
+    x = x.detach().requires_grad_()
+    names, parameters = zip(*link.named_parameters(), strict=True)
+    y = link(x)
+    grads = torch.autograd.grad(y, (x, *parameters), dy.to(y.dtype))
+    return Results(y.detach(), dict(zip(("x", *names), grads, strict=True)))
+
+
+def eager_twin(link: RecursiveLink, dtype: torch.dtype) -> RecursiveLink:
+    twin = RecursiveLink(link.config, dtype=dtype)
+    twin.load_state_dict({key: value.to(dtype) for key, value in link.state_dict().items()})
+    return twin
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    if truth.numel() == 0:
+        return 0.0
+    scale = truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((actual.double() - truth).abs().max() / scale).item()
+
+
+def check_budget(what: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """``max|out - ref64| / max|ref64|`` is at most twice eager torch's in ``dtype``, plus one eps of it."""
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    error, budget = relative_error(actual, truth), 2 * relative_error(eager, truth) + torch.finfo(dtype).eps
+    assert error <= budget, f"{what}: error {error:.3e} exceeds the budget {budget:.3e}"
+
+
+def check_link(link: FusedRecursiveLink, x: Tensor, dy: Tensor) -> Results:
+    """Run the fused link with all gradients and hold every one to the budget. Returns the fused results."""
+    dtype = x.dtype
+    truth = run(eager_twin(link, torch.float64), x.double(), dy.double())
+    eager, fused = run(eager_twin(link, dtype), x, dy), run(link, x, dy)
+    check_budget("y", fused.y, eager.y, truth.y, dtype)
+    for name, grad in truth.grads.items():
+        check_budget(f"gradient of {name}", fused.grads[name], eager.grads[name], grad, dtype)
+        assert fused.grads[name].dtype == dtype
+    return fused
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fill every ``torch.empty`` and ``new_empty`` with NaN, so that an element nothing wrote shows."""
+    empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
+        mock.patch.object(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k))),
+    ):
+        yield

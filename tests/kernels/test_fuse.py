@@ -1,0 +1,111 @@
+"""``fuse`` swaps eager links for fused ones: shared parameters, equal results, clear refusals."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recmas_kernels import FusedRecursiveLink, RecursiveLink, fuse
+from tests.kernels.helpers import make_rows
+
+
+class ForeignInner(nn.Module):
+    """A link as other code writes one: the released form, known by its adapter_type and parameter names."""
+
+    def __init__(self, features: int, adapter_type: str | None = "ln_res_adapter", gain: float = 1.0) -> None:
+        super().__init__()
+        self.proj1, self.proj2 = nn.Linear(features, features), nn.Linear(features, features)
+        self.pre_ln, self.post_ln = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.activation = nn.GELU()
+        self.gain = gain
+        if adapter_type is not None:
+            self.adapter_type = adapter_type
+
+    def forward(self, x):
+        return self.post_ln(x + self.gain * self.proj2(self.activation(self.proj1(self.pre_ln(x)))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.foreign = ForeignInner(8)
+        self.ours = RecursiveLink.outer(8, 5)
+        self.links = nn.ModuleDict({"shared": self.ours, "inner": RecursiveLink.inner(8)})
+
+    def forward(self, x):
+        return self.ours(self.links["inner"](self.foreign(self.body(x))))
+
+
+def test_links_are_replaced_and_share_their_parameters():
+    model = Model()
+    x = make_rows(3, 8)
+    expected, names = model(x).detach(), list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    assert fuse(model) is model
+    assert isinstance(model.foreign, FusedRecursiveLink)
+    assert isinstance(model.ours, FusedRecursiveLink)
+    assert model.links["shared"] is model.ours
+    assert list(model.state_dict()) == names
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_link_at_the_root_is_replaced_too():
+    for link in (RecursiveLink.inner(8), ForeignInner(8)):
+        fused = fuse(link.eval())
+        assert isinstance(fused, FusedRecursiveLink)
+        assert not fused.training
+        assert fuse(fused) is fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    link = ForeignInner(24).to(dtype)
+    assert isinstance(fuse(link), FusedRecursiveLink)
+
+
+def test_what_is_no_link_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    children = list(model)
+    assert list(fuse(model)) == children
+
+
+def test_an_ambiguous_link_is_an_error():
+    with pytest.raises(ValueError, match="no adapter_type, which tells its residual"):
+        fuse(nn.Sequential(ForeignInner(8, adapter_type=None)))
+
+
+def test_an_unknown_type_is_an_error():
+    with pytest.raises(ValueError, match="unknown adapter_type 'gated'"):
+        fuse(ForeignInner(8, adapter_type="gated"))
+
+
+def test_a_link_that_computes_something_else_is_an_error():
+    with pytest.raises(ValueError, match="0 does not compute what its type and parameters say"):
+        fuse(nn.Sequential(ForeignInner(8, gain=0.5)))
+
+
+class Wrapped(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+def test_wrapped_and_hooked_links_are_left_alone_and_reported():
+    wrapped, hooked, extended = ForeignInner(8), ForeignInner(8), ForeignInner(8)
+    wrapped.proj1 = Wrapped(8, 8)
+    hooked.proj2.register_forward_hook(lambda module, args, out: out + 1)
+    extended.lora = nn.Linear(8, 8)
+    for link, reason in ((wrapped, "proj1 is a .*Wrapped"), (hooked, "proj2 has hooks"), (extended, "lora")):
+        with pytest.warns(UserWarning, match=reason):
+            assert fuse(link) is link
+
+
+def test_nothing_is_reported_without_cause():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(Model())
