@@ -1,0 +1,254 @@
+"""One frozen language model: reads a prompt, thinks in latents, or writes text."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recmas.cache import Continuation, positions_of
+from recmas.sampling import Sampler
+from recmas.splice import Latents, Prompt, run_link
+
+
+class Agent:
+    """A frozen transformers causal language model with its tokenizer.
+
+    Args:
+        model: a transformers model with an LM head; it is frozen and put into eval mode.
+        tokenizer: its tokenizer.
+        name: begins error messages (the role).
+        source: hub id or folder the model came from; None if it was built in memory.
+
+    Raises:
+        ValueError: a model whose logits this class cannot compute from hidden states.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, source: str | None = None) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.name, self.source = tokenizer, name, source
+        self.decoder: PreTrainedModel = model.get_decoder()
+        self._config = model.config.get_text_config(decoder=True)
+        self._logits_factor = _logits_factor(self._config, name)
+        self._softcap: float | None = getattr(self._config, "final_logit_softcapping", None)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"agent {name!r}: {type(model).__name__} has no LM head")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        *,
+        name: str | None = None,
+    ) -> Agent:
+        """Load a model and its tokenizer from a folder, or from the hub where no such folder exists.
+
+        Raises:
+            ValueError: a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id; one line.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = os.fspath(path_or_id)
+        name = name or Path(source).name
+        folder = Path(source)
+        if folder.is_dir():
+            if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+                raise ValueError(f"agent {name!r}: {source} is a PEFT adapter; merge it into its base model first")
+        elif folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            raise ValueError(f"agent {name!r}: no such folder: {source}")
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
+            raise ValueError(f"agent {name!r}: cannot load {source}: {_first_line(error)}") from error
+        return cls(model.to(device), tokenizer, name=name, source=source)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model (safetensors) and tokenizer into `folder`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def to(self, *args: Any, **kwargs: Any) -> Agent:
+        self.model.to(*args, **kwargs)
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model was made for; None where its configuration does not say."""
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a text: of the generation configuration and of the tokenizer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, which nothing ever attends to."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
+
+    @property
+    def embed_scale(self) -> float:
+        """Factor the input embedding module puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
+        module = self.model.get_input_embeddings()
+        scale = getattr(module, "embed_scale", 1.0)
+        return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+
+    def embedding_rms(self) -> float:
+        """Root mean square of an input embedding's entries, scale included."""
+        weight = self.model.get_input_embeddings().weight
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        return norm / math.sqrt(weight.numel()) * self.embed_scale
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor) -> Tensor:
+        """Hidden states at the positions that PREDICT each target token: one uncached teacher-forced forward.
+
+        Args:
+            prompt: the batch of prompts.
+            targets: int64 ``[B, L]``, right padded.
+            target_mask: int64 ``[B, L]``.
+
+        Returns:
+            ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
+        """
+        length = targets.shape[1]
+        mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
+        embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
+        self._check_context(mask, 0)
+        output = self.decoder(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        )
+        first = prompt.mask.shape[1] - 1
+        return output.last_hidden_state[:, first : first + length]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., vocabulary]`` of final-norm hidden states ``[..., d]``, with the model's own scale and cap."""
+        logits = self.model.get_output_embeddings()(hidden) * self._logits_factor
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def think(self, prompt: Prompt, steps: int, link: Callable[[Tensor], Tensor]) -> Latents:
+        """The latent rollout: hidden states fed back through the inner link; no vocabulary, no sampling.
+
+        h_1 is the hidden state of the last prompt position after the final norm, ``e_k = link(h_k)`` the next input;
+        the last e is not fed back. Only the decoder body runs, on a cache.
+
+        Args:
+            prompt: the batch of prompts.
+            steps: m >= 0; 0 gives empty latents.
+            link: the agent's inner link, ``[B, d] -> [B, d]``.
+
+        Returns:
+            e_1..e_m, ``[B, m, d]`` in the link's dtype.
+
+        Raises:
+            ValueError: a prompt that does not leave room for the steps in the model's context.
+        """
+        if steps == 0:
+            return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
+        self._check_context(prompt.mask, steps - 1)
+        past = Continuation(self.decoder, prompt.mask, steps - 1)
+        inputs, states = prompt.embeds, []
+        for _ in range(steps):
+            states.append(run_link(link, past.feed(inputs)))
+            inputs = states[-1][:, None].to(prompt.embeds.dtype)
+        return Latents(torch.stack(states, dim=1))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Write text: token ids per row, the end-of-text token included where one was written.
+
+        A row stops at an end-of-text token, at `max_new_tokens` or at the end of the model's context. Its random stream
+        depends on (seed, row number) alone, so its neighbours do not change it.
+
+        Args:
+            prompt: the batch of prompts.
+            max_new_tokens: most tokens per row.
+            temperature: 0 is greedy.
+            top_p: nucleus, in (0, 1].
+            seed: one or more integers.
+            rows: number of each row in the run; None counts from 0.
+        """
+        batch = prompt.embeds.shape[0]
+        self._check_context(prompt.mask, 0)
+        room = [max_new_tokens] * batch
+        if self.context_length is not None:
+            room = [min(max_new_tokens, self.context_length - used + 1) for used in prompt.mask.sum(dim=1).tolist()]
+        seeds = [seed] if isinstance(seed, int) else seed
+        sampler = Sampler(temperature, top_p, seeds, range(batch) if rows is None else rows)
+        past = Continuation(self.decoder, prompt.mask, max(max(room, default=0) - 1, 0))
+        written: list[list[int]] = [[] for _ in range(batch)]
+        going = {row for row in range(batch) if room[row] > 0}
+        inputs = prompt.embeds
+        while going:
+            tokens = sampler.choose(self.logits(past.feed(inputs))).tolist()
+            for row in tuple(going):
+                written[row].append(tokens[row])
+                if tokens[row] in self.eos_ids or len(written[row]) == room[row]:
+                    going.discard(row)
+            fed = [token if row in going else self.pad_id for row, token in enumerate(tokens)]
+            inputs = self.embed(torch.tensor(fed, device=self.device)[:, None])
+        return written
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Decoded tokens without special ones."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _check_context(self, mask: Tensor, room: int) -> None:
+        longest = int(mask.sum(dim=1).max()) if mask.numel() else 0
+        if self.context_length is not None and longest + room > self.context_length:
+            used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
+            raise ValueError(f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}")
+
+
+def _logits_factor(config: Any, name: str) -> float:
+    """The factor between LM head and logits, for the families known to have one."""
+    family = str(config.model_type)
+    if (factor := getattr(config, "logit_scale", None)) is not None and family.startswith("cohere"):
+        return float(factor)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        if not family.startswith("granite"):
+            raise ValueError(f"agent {name!r}: how a {family} model scales its logits is not known here")
+        return 1.0 / float(divisor)
+    return 1.0
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

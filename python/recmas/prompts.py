@@ -1,0 +1,223 @@
+"""Templates, slots and their tokenised segments. No torch here.
+
+A template is parsed once into literals, ``{{field}}`` (from the question's row) and ``{{from:role}}`` (a slot for that
+agent's message). Rendering is a single pass: inserted values are never scanned again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+_MARK = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+_FIELD = re.compile(r"[A-Za-z_][\w.-]*")
+_FROM = re.compile(r"from:([\w-]+(?:,[\w-]+)*)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a message goes: of one upstream agent, or of several that meet in one joint slot."""
+
+    senders: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "{{from:" + ",".join(self.senders) + "}}"
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+
+
+class Template:
+    """A prompt template; `fields` and `slots` list what it names, in order.
+
+    Raises:
+        ValueError: a mark that is neither ``{{field}}`` nor ``{{from:role}}``, or one that is never closed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._parts: list[str | _Field | Slot] = []
+        position = 0
+        for mark in _MARK.finditer(text):
+            self._literal(text[position : mark.start()])
+            inner = mark.group(1).strip()
+            if sent := _FROM.fullmatch(inner):
+                self._parts.append(Slot(tuple(sent.group(1).split(","))))
+            elif _FIELD.fullmatch(inner):
+                self._parts.append(_Field(inner))
+            else:
+                raise ValueError(f"template {_short(text)}: {mark.group(0)!r} is neither a field nor from:role")
+            position = mark.end()
+        self._literal(text[position:])
+        self.fields = tuple(dict.fromkeys(part.name for part in self._parts if isinstance(part, _Field)))
+        self.slots = tuple(part for part in self._parts if isinstance(part, Slot))
+
+    def _literal(self, text: str) -> None:
+        if "{{" in text:
+            raise ValueError(f"template {_short(self.text)}: '{{{{' is never closed")
+        if text:
+            self._parts.append(text)
+
+    @property
+    def senders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(role for slot in self.slots for role in slot.senders))
+
+    def check_senders(self, senders: Sequence[str], joint: bool, where: str) -> None:
+        """Every sender must have a slot and every slot its senders; `where` begins the one-line ValueError.
+
+        `joint`: all senders meet in one slot ``{{from:a,b}}``; else each has its own.
+        """
+        for role in self.senders:
+            if role not in senders:
+                heard = ", ".join(senders) or "nobody"
+                raise ValueError(
+                    f"{where}: template {_short(self.text)} has a slot for {role!r}, but hears from {heard}"
+                )
+        for slot in [Slot(tuple(senders))] if joint and senders else [Slot((role,)) for role in senders]:
+            if not any(set(slot.senders) == set(found.senders) for found in self.slots):
+                raise ValueError(f"{where}: template {_short(self.text)} has no slot {slot}")
+        for found in self.slots:
+            if len(found.senders) > 1 and not joint:
+                raise ValueError(f"{where}: joint slot {found} needs combine 'mean' or 'weighted'")
+
+    def render(self, row: Mapping[str, object]) -> list[str | Slot]:
+        """Literals and the row's values joined into text between the slots.
+
+        Raises:
+            ValueError: a field that the row lacks; names template and field.
+        """
+        rendered: list[str | Slot] = []
+        for part in self._parts:
+            if isinstance(part, _Field):
+                if part.name not in row:
+                    known = ", ".join(sorted(row)) or "nothing"
+                    raise ValueError(
+                        f"template {_short(self.text)}: no field {part.name!r} in the row, which has {known}"
+                    )
+                part = str(row[part.name])
+            if isinstance(part, str) and rendered and isinstance(rendered[-1], str):
+                rendered[-1] += part
+            else:
+                rendered.append(part)
+        return rendered
+
+
+class Tokenizer(Protocol):
+    """What the renderer needs of a transformers tokenizer."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
+
+    def __call__(self, text: str, **kwargs: Any) -> Any: ...
+
+
+class PromptRenderer:
+    """Turns a template and a row into token ids and slots, in the way one agent wants its prompts.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat: wrap the prompt as one user message in the tokenizer's chat template, with the generation prompt; False
+            takes the template as it is, special tokens only where written.
+        system: system message (chat only); joined into the user message where the chat template has no such role.
+        name: begins error messages.
+
+    Raises:
+        ValueError: chat without a chat template, or a system message without chat.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool, system: str | None = None, *, name: str = "agent") -> None:
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"{name}: the tokenizer has no chat template; set chat to false")
+        if system and not chat:
+            raise ValueError(f"{name}: system is set but chat is false; write it into the template")
+        self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
+        self._system_role: bool | None = None
+
+    def segments(
+        self, template: Template, row: Mapping[str, object], texts: Mapping[str, str] | None = None
+    ) -> list[list[int] | Slot]:
+        """Token ids between slots, each piece tokenised by itself; empty pieces are left out.
+
+        Roles in `texts` are inserted as text, like a field (several in a joint slot: one after the other, a line
+        each); the others stay slots.
+
+        Raises:
+            ValueError: a missing field, a slot that the chat template dropped, or a prompt with nothing in it.
+        """
+        pieces: list[str | Slot] = []
+        for part in template.render(row):
+            if isinstance(part, Slot) and texts and all(role in texts for role in part.senders):
+                part = "\n".join(texts[role] for role in part.senders)
+            if isinstance(part, str) and pieces and isinstance(pieces[-1], str):
+                pieces[-1] += part
+            else:
+                pieces.append(part)
+        if self.chat:
+            pieces = self._in_chat(pieces)
+        segments: list[list[int] | Slot] = []
+        for piece in pieces:
+            if isinstance(piece, Slot):
+                segments.append(piece)
+            elif ids := self.tokenizer(piece, add_special_tokens=False)["input_ids"]:
+                segments.append(list(ids))
+        if not segments:
+            raise ValueError(f"{self.name}: template {_short(template.text)} renders to an empty prompt")
+        return segments
+
+    def _in_chat(self, pieces: Sequence[str | Slot]) -> list[str | Slot]:
+        """The chat template's text around the pieces, cut at the slots again."""
+        slots = [piece for piece in pieces if isinstance(piece, Slot)]
+        stem = _unused_stem([piece for piece in pieces if isinstance(piece, str)] + [self.system or ""])
+        sentinels = [f"{stem}{index}>" for index in range(len(slots))]
+        waiting = iter(sentinels)
+        text = self._chat_text("".join(piece if isinstance(piece, str) else next(waiting) for piece in pieces))
+        cut: list[str | Slot] = []
+        for slot, sentinel in zip(slots, sentinels, strict=True):
+            if text.count(sentinel) != 1:
+                raise ValueError(f"{self.name}: slot {slot} occurs {text.count(sentinel)} times in the rendered prompt")
+            before, text = text.split(sentinel)
+            cut += [before, slot]
+        return [piece for piece in [*cut, text] if piece]
+
+    def _chat_text(self, content: str) -> str:
+        if self.system is None:
+            return self._apply([{"role": "user", "content": content}])
+        if self._system_role is None:
+            self._system_role = self._takes_system_role()
+        if self._system_role:
+            return self._apply([{"role": "system", "content": self.system}, {"role": "user", "content": content}])
+        return self._apply([{"role": "user", "content": f"{self.system}\n\n{content}"}])
+
+    def _takes_system_role(self) -> bool:
+        """False where the chat template refuses a system message or silently drops it."""
+        from jinja2 import TemplateError
+
+        probe = _unused_stem([self.system or ""])
+        try:
+            text = self._apply([{"role": "system", "content": probe}, {"role": "user", "content": "question"}])
+        except TemplateError:
+            return False
+        return probe in text
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        )
+
+
+def _unused_stem(texts: Sequence[str]) -> str:
+    """A sentinel's beginning that occurs in none of the texts; it cannot overlap itself, '<' only begins it."""
+    stems = (f"<recmas {number} " for number in count())
+    return next(stem for stem in stems if not any(stem in text for text in texts))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

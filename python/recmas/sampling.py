@@ -1,0 +1,43 @@
+"""Choosing the next token of each row, independently of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+class Sampler:
+    """Greedy at temperature 0, else nucleus sampling with one random stream per row.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: smallest set of most likely tokens whose probability reaches this, in (0, 1].
+        seed: integers that name the run.
+        rows: number of each row within the run; (seed, row) alone determine a row's random stream.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[int]) -> None:
+        self._temperature, self._top_p = temperature, top_p
+        self._streams = [_stream(*seed, row) for row in rows] if temperature > 0 else []
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``."""
+        if self._temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities, order = (logits.float() / self._temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        below = probabilities.cumsum(dim=-1) - probabilities
+        kept = probabilities.masked_fill(below >= self._top_p, 0.0)
+        uniform = torch.stack([torch.rand((), generator=stream) for stream in self._streams]).to(logits.device)
+        cumulative = kept.cumsum(dim=-1)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, threshold, right=True)
+        place = place.clamp_(max=(kept > 0).sum(dim=-1, keepdim=True) - 1)
+        return order.gather(1, place).squeeze(1)
+
+
+def _stream(*numbers: int) -> torch.Generator:
+    digest = blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,171 @@
+"""A system on disk: ``system.json``, ``links/<name>/`` and, for models that are not on the hub, ``agents/<role>/``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from recmas.agent import Agent
+from recmas.pattern import Edge
+from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
+from recmas_kernels import FusedRecursiveLink
+
+if TYPE_CHECKING:
+    from recmas.system import RecursiveMAS
+
+EDGE_SCORES = "links/edge_scores.safetensors"
+
+
+def describe(mas: RecursiveMAS) -> SystemSpec:
+    """What ``system.json`` says of `mas`, with the paths that `save` gives to its parts."""
+    homes: dict[int, str] = {}
+    agents = {}
+    for role, agent in mas.agents.items():
+        home = homes.setdefault(id(agent), f"agents/{role}")
+        model = home if agent.source is None or _is_local(agent) else agent.source
+        inner_link = f"links/{role}" if role in mas.inner_links else None
+        agents[role] = replace(mas.settings[role], model=model, inner_link=inner_link)
+    outer_links = {edge: f"links/{edge[0]}-{edge[1]}" for edge in mas.outer_links}
+    return SystemSpec(mas.pattern, agents, outer_links, mas.defaults)
+
+
+def save(mas: RecursiveMAS, folder: Path) -> None:
+    """Write everything beside `folder`, sync it, then move it into place; ``system.json`` last."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
+        raise ValueError(f"{folder}: exists and is not a system; nothing was written")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    spec = describe(mas)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        fresh, replaced = Path(temporary, "fresh"), Path(temporary, "replaced")
+        _write(mas, spec, fresh, folder)
+        _sync(fresh)
+        folder.mkdir(exist_ok=True)
+        parts = sorted(part for kind in ("agents", "links") for part in fresh.glob(f"{kind}/*"))
+        for part in [*parts, fresh / FILE_NAME]:
+            place = folder / part.relative_to(fresh)
+            place.parent.mkdir(exist_ok=True)
+            if place.is_dir():
+                aside = replaced / part.relative_to(fresh)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                place.rename(aside)
+            os.replace(part, place)
+        _sync_folder(folder)
+
+
+def _write(mas: RecursiveMAS, spec: SystemSpec, fresh: Path, folder: Path) -> None:
+    written: set[str] = set()
+    for role, agent in mas.agents.items():
+        home = spec.agents[role].model
+        in_place = agent.source is not None and Path(agent.source).resolve() == (folder / home).resolve()
+        if _is_local(agent) and home not in written and not in_place:
+            agent.save_pretrained(fresh / home)
+            written.add(home)
+    for role, link in mas.inner_links.items():
+        link.save_pretrained(fresh / str(spec.agents[role].inner_link))
+    for edge, link in mas.outer_links.items():
+        link.save_pretrained(fresh / spec.outer_links[edge])
+    if mas.edge_scores:
+        (fresh / "links").mkdir(parents=True, exist_ok=True)
+        scores = {edge_name(edge): score.detach().cpu() for edge, score in mas.edge_scores.items()}
+        save_file(scores, fresh / EDGE_SCORES)
+    fresh.mkdir(parents=True, exist_ok=True)
+    write_spec(fresh, spec)
+
+
+def load(
+    cls: type[RecursiveMAS],
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> RecursiveMAS:
+    """The system in `folder`; roles that name the same model share one agent. See `RecursiveMAS.from_pretrained`."""
+    spec = read_spec(folder)
+    link_dtype = torch.float32 if dtype is None else dtype
+    inner_links = {
+        role: _load_link(folder, agent.inner_link, f"inner link of {role!r}").to(device=device, dtype=link_dtype)
+        for role, agent in spec.agents.items()
+        if agent.inner_link is not None
+    }
+    outer_links = {
+        edge: _load_link(folder, path, f"outer link {edge_name(edge)}").to(device=device, dtype=link_dtype)
+        for edge, path in spec.outer_links.items()
+    }
+    edge_scores = _load_edge_scores(folder, outer_links, device) if spec.pattern.combine == "weighted" else {}
+    shared: dict[tuple[str, str], Agent] = {}
+    agents = {}
+    for role, agent in spec.agents.items():
+        source = str(folder / agent.model) if (folder / agent.model).is_dir() else agent.model
+        if source.startswith("agents/"):
+            raise ValueError(f"{folder / FILE_NAME}: agents.{role}.model: no such folder: {folder / agent.model}")
+        key = (source, agent.dtype)
+        if key not in shared:
+            wanted = agent.dtype if dtype is None else dtype
+            shared[key] = Agent.from_pretrained(source, wanted, device, trust_remote_code, name=role)
+        agents[role] = shared[key]
+    try:
+        return cls(
+            agents,
+            inner_links,
+            outer_links,
+            spec.pattern,
+            settings=spec.agents,
+            defaults=spec.defaults,
+            edge_scores=edge_scores,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _load_link(folder: Path, path: str, name: str) -> FusedRecursiveLink:
+    place = folder / path
+    if not place.is_dir():
+        raise ValueError(f"{name}: no such folder: {place}")
+    try:
+        return FusedRecursiveLink.from_pretrained(place)
+    except (ValueError, OSError) as error:
+        where = "" if str(place) in str(error) else f"{place}: "
+        raise ValueError(f"{name}: {where}{error}") from None
+
+
+def _load_edge_scores(
+    folder: Path, edges: Mapping[Edge, nn.Module], device: str | torch.device
+) -> dict[Edge, nn.Parameter]:
+    path = folder / EDGE_SCORES
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if missing := sorted(edge_name(edge) for edge in edges if edge_name(edge) not in stored):
+        raise ValueError(f"{path}: no score for {', '.join(missing)}")
+    return {edge: nn.Parameter(stored[edge_name(edge)].to(device)) for edge in edges}
+
+
+def _is_local(agent: Agent) -> bool:
+    return agent.source is None or Path(agent.source).is_dir()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
