@@ -101,6 +101,8 @@ def _launcher(op: str) -> Callable[..., Any]:
 
     def launch(*args: Any) -> Any:
         call = describe(op, args)
+        if op.startswith("handoff"):
+            backends.check_slot_rows(args[-1], args[-2].shape[0])
         run = getattr(backends.choose(op, call), op)
         if torch.is_autocast_enabled(call.device):
             # The dtype was settled outside; autocast would cast the float32 accumulations of the reference again.

@@ -17,8 +17,6 @@ Matmuls run in the compute dtype ``dtype``; statistics, reductions and the loss 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,25 +46,20 @@ def _layer_norm(
 
 
 def _layer_norm_backward(
-    dout: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(drows, rows_hat)`` in the accumulator dtype; ``rows_hat`` is the normalised input before gain and bias."""
+    dout: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(drows, dweight, dbias)`` in the accumulator dtype, which is that of ``dout``."""
     acc = dout.dtype
-    rows_hat = (rows.to(acc) - mean.to(acc)[:, None]) * rstd.to(acc)[:, None]
-    scaled = dout * weight.to(acc)
-    drows = scaled - scaled.mean(-1, keepdim=True) - rows_hat * (scaled * rows_hat).mean(-1, keepdim=True)
-    return drows * rstd.to(acc)[:, None], rows_hat
-
-
-def gelu_backward(pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """``(gelu(p), gelu'(p))``: Phi(p) + p phi(p) for erf, the derivative of the tanh form otherwise."""
-    if approximate == "none":
-        cdf = 0.5 * (1 + torch.erf(pre * math.sqrt(0.5)))
-        return pre * cdf, cdf + pre * torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
-    slope, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(slope * (pre + cubic * pre**3))
-    gate = 0.5 * (1 + t)
-    return pre * gate, gate + 0.5 * pre * (1 - t * t) * slope * (1 + 3 * cubic * pre * pre)
+    return torch.ops.aten.native_layer_norm_backward(
+        dout,
+        rows.to(acc),
+        [rows.shape[-1]],
+        mean.to(acc)[:, None],
+        rstd.to(acc)[:, None],
+        weight.to(acc),
+        _cast(bias, acc),
+        [True, True, True],
+    )
 
 
 def _outer_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -168,58 +161,50 @@ def link_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``, in that order; ``[0]`` where ``needs`` is False.
 
-    Hand-written: dz through the output norm, da = dz W2, dp = da * gelu'(p), du = dp W1, dx = norm_in^T(du) +
-    residual^T(dz).
+    With dz = dy through the output norm: da = dz W2, dp = da * gelu'(p), du = dp W1 and dx = du through the input norm
+    plus dz through the residual.
     """
     need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, need_go, need_co = needs
     acc = accumulator(dtype)
-    empty = x.new_empty(0)
-    dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = dgi = dci = dgo = dco = empty
+    dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = dgi = dci = dgo = dco = None
 
     raw, dz_acc = x.to(dtype), dy.to(acc)
     if go is not None:
-        dout = dz_acc
-        dz_acc, z_hat = _layer_norm_backward(dout, z, stats[2], stats[3], go)
-        if need_go:
-            dgo = (dout * z_hat).sum(0).to(go.dtype)
-        if need_co and co is not None:
-            dco = dout.sum(0).to(co.dtype)
+        dz_acc, dgo, dco = _layer_norm_backward(dz_acc, z, stats[2], stats[3], go, co)
     dz = dz_acc.to(dtype)
-    if need_b2 and b2 is not None:
-        db2 = dz_acc.sum(0).to(b2.dtype)
-    if need_b3 and b3 is not None:
-        db3 = dz_acc.sum(0).to(b3.dtype)
+    if need_b2:
+        db2 = dz_acc.sum(0)
+    if need_b3:
+        db3 = dz_acc.sum(0)
     if need_w3 and w3 is not None:
         dw3 = _outer_product(dz, raw, w3.dtype)
-
-    a, slope = gelu_backward(pre.to(acc), gelu)
     if need_w2:
-        dw2 = _outer_product(dz, a.to(dtype), w2.dtype)
+        dw2 = _outer_product(dz, F.gelu(pre, approximate=gelu), w2.dtype)
     if need_x or need_w1 or need_b1 or need_gi or need_ci:
-        dp_acc = (dz @ w2.to(dtype)).to(acc) * slope
+        da = (dz @ w2.to(dtype)).to(acc)
+        dp_acc = torch.ops.aten.gelu_backward(da, pre.to(acc), approximate=gelu)
         dp = dp_acc.to(dtype)
-        if need_b1 and b1 is not None:
-            db1 = dp_acc.sum(0).to(b1.dtype)
+        if need_b1:
+            db1 = dp_acc.sum(0)
         if need_w1:
             u = raw if gi is None else _layer_norm(raw, gi, ci, eps, dtype)[0]
             dw1 = _outer_product(dp, u, w1.dtype)
         if need_x or need_gi or need_ci:
             du = (dp @ w1.to(dtype)).to(acc)
             if gi is not None:
-                dnormed = du
-                du, x_hat = _layer_norm_backward(dnormed, raw, stats[0], stats[1], gi)
-                if need_gi:
-                    dgi = (dnormed * x_hat).sum(0).to(gi.dtype)
-                if need_ci and ci is not None:
-                    dci = dnormed.sum(0).to(ci.dtype)
+                du, dgi, dci = _layer_norm_backward(du, raw, stats[0], stats[1], gi, ci)
             if residual == "identity":
                 du = du + dz_acc
             elif residual == "linear":
                 assert w3 is not None
                 du = du + (dz @ w3.to(dtype)).to(acc)
-            if need_x:
-                dx = du.to(x.dtype)
-    return dx, dw1, db1, dw2, db2, dw3, db3, dgi, dci, dgo, dco
+            dx = du
+    grads = (dx, dw1, db1, dw2, db2, dw3, db3, dgi, dci, dgo, dco)
+    inputs = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    return tuple(
+        grad.to(tensor.dtype) if need and grad is not None and tensor is not None else x.new_empty(0)
+        for grad, tensor, need in zip(grads, inputs, needs, strict=True)
+    )
 
 
 def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:

@@ -98,6 +98,19 @@ def refusal(name: str, call: Call) -> str | None:
     return module.unavailable() or module.declines(call)
 
 
+def check_slot_rows(slot_rows: torch.Tensor, table_rows: int) -> None:
+    """Under ``RECMAS_CHECK=1``: raise ValueError unless the rows are unique and inside ``[0, table_rows)``.
+
+    Not otherwise, since on an accelerator it waits for the device.
+    """
+    if os.environ.get("RECMAS_CHECK") != "1" or slot_rows.numel() == 0:
+        return
+    if slot_rows.unique().numel() != slot_rows.numel():
+        raise ValueError("slot_rows names a row more than once")
+    if slot_rows.min() < 0 or slot_rows.max() >= table_rows:
+        raise ValueError(f"slot_rows names rows outside [0, {table_rows})")
+
+
 def choose(op: str, call: Call) -> ModuleType:
     """The backend module that serves ``call``, by the table and the user's request."""
     name = requested()
