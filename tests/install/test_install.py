@@ -1,0 +1,148 @@
+"""Installing works under isolation, from a wheel, without a compiler, without nvcc; a module asked for must build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, run
+
+HAS_NVCC = shutil.which("nvcc") is not None
+EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+REFERENCE_FORWARD = (
+    "import torch, recmas_kernels as r; link = r.FusedRecursiveLink.inner(8); "
+    "y = link(torch.randn(3, 8)); y.sum().backward(); assert y.shape == (3, 8)"
+)
+
+
+def test_editable_under_isolation(environment: Environment, sources: Path) -> None:
+    outcome = environment.pip_install("-e", sources, isolated=True, RECMAS_CUDA_ARCHS="80-real")
+    assert outcome.returncode == 0, outcome.output
+    info = environment.info()
+    assert Path(info["folder"]) == sources / "recmas_kernels"
+    assert info["modules"]["cpu"]["status"] == "built"
+    assert info["modules"]["cpu"]["loads"]
+    assert info["instruction_set"]["used"]
+    assert info["chosen"]["cpu"]["link_fwd"]["float32 x 8"] == "cpu"
+    if HAS_NVCC:
+        assert info["modules"]["cuda"]["status"] == "built"
+        assert info["modules"]["cuda"]["loads"], "the CUDA module must import on a machine without a GPU"
+    assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
+    assert environment.run("-m", "recmas", "--help").returncode == 0
+    assert (environment.folder / "bin" / "recmas").is_file()
+
+
+def test_wheel_from_sdist_without_nvcc(environment: Environment, sources: Path, tmp_path: Path) -> None:
+    packed = run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path / "sdist"], sources, {})
+    assert packed.returncode == 0, packed.output
+    (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        assert any(name.endswith("csrc/link.h") for name in files.getnames())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path / "wheel",
+        archive,
+    ]
+    built = run(command, tmp_path, NO_NVCC)
+    assert built.returncode == 0, built.output
+    (wheel,) = (tmp_path / "wheel").glob("recmas_kernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"recmas_kernels/_cpu{EXTENSION_SUFFIX}" in names
+    assert {"recmas_kernels/_build.json", "recmas_kernels/py.typed", "recmas/py.typed"} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"recmas_kernels", "recmas"}, "nothing else leaks in"
+    shutil.rmtree(sources)
+    outcome = environment.pip_install(wheel)
+    assert outcome.returncode == 0, outcome.output
+    info = environment.info()
+    assert Path(info["folder"]).is_relative_to(environment.folder)
+    assert info["modules"]["cpu"]["loads"]
+    assert info["modules"]["cuda"]["status"] == "skipped"
+    assert NOWHERE in info["modules"]["cuda"]["reason"]
+    assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
+
+
+def test_without_a_compiler_the_reference_serves(environment: Environment, sources: Path) -> None:
+    outcome = environment.pip_install("-e", sources, **NO_COMPILER)
+    assert outcome.returncode == 0, outcome.output
+    info = environment.info()
+    for module in info["modules"].values():
+        assert module["status"] == "failed"
+        assert not module["loads"]
+        assert NOWHERE in module["reason"]
+    assert info["instruction_set"]["used"] is None
+    assert set(info["chosen"]["cpu"]["link_fwd"].values()) == {"reference"}
+    forward = environment.run("-c", REFERENCE_FORWARD)
+    assert forward.returncode == 0, forward.output
+
+
+def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources: Path) -> None:
+    """CMake starts and fails: the reason and the tail of what it printed reach ``info``."""
+    (sources / "csrc" / "link.h").write_text('#error "these sources cannot compile"\n', encoding="utf-8")
+    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0")
+    assert outcome.returncode == 0, outcome.output
+    module = environment.info()["modules"]["cpu"]
+    assert module["status"] == "failed"
+    assert "these sources cannot compile" in module["reason"]
+    assert any("these sources cannot compile" in line for line in module["log"])
+
+
+@pytest.mark.parametrize(("module", "broken"), [("cpu", NO_COMPILER), ("cuda", NO_NVCC)])
+def test_a_module_that_was_asked_for_must_build(
+    environment: Environment, sources: Path, module: str, broken: dict[str, str]
+) -> None:
+    switches = {"RECMAS_BUILD_CPU": "0", "RECMAS_BUILD_CUDA": "0"} | {f"RECMAS_BUILD_{module.upper()}": "1"}
+    outcome = environment.pip_install("-e", sources, **switches, **broken)
+    assert outcome.returncode != 0
+    assert f"recmas_kernels._{module} not built" in outcome.output
+    assert NOWHERE in outcome.output
+
+
+def test_a_switch_must_be_known(sources: Path) -> None:
+    outcome = run([sys.executable, "setup.py", "build_ext"], sources, {"RECMAS_BUILD_CPU": "yes"})
+    assert outcome.returncode != 0
+    assert outcome.output.strip().splitlines()[-1] == "RECMAS_BUILD_CPU: expected auto, 0 or 1, got 'yes'"
+
+
+def test_build_ext_is_loud_without_a_compiler(sources: Path) -> None:
+    outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, NO_COMPILER)
+    assert outcome.returncode != 0
+    assert "no C++ compiler: CXX=/nonexistent is no program" in outcome.output
+
+
+def test_build_ext_does_not_expect_cuda_without_nvcc(sources: Path) -> None:
+    switches = {"RECMAS_BUILD_CPU": "0", **NO_NVCC}
+    outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, switches)
+    assert outcome.returncode == 0, outcome.output
+
+
+def test_a_stale_module_goes_when_its_rebuild_fails(environment: Environment, sources: Path) -> None:
+    stale = [sources / "recmas_kernels" / f"_{name}{EXTENSION_SUFFIX}" for name in ("cpu", "cuda")]
+    foreign = sources / "recmas_kernels" / f"_cpu.another-python{os.path.splitext(EXTENSION_SUFFIX)[1]}"
+    for module in (*stale, foreign):
+        module.write_bytes(b"built from older sources")
+    outcome = environment.pip_install("-e", sources, **NO_COMPILER)
+    assert outcome.returncode == 0, outcome.output
+    assert not any(module.exists() for module in stale)
+    assert foreign.exists(), "another interpreter's module is not this build's to remove"
+
+
+def test_importing_the_package_loads_nothing_compiled(environment: Environment, sources: Path) -> None:
+    environment.pip_install("-e", sources, **NO_COMPILER)
+    for name in ("cpu", "cuda"):
+        (sources / "recmas_kernels" / f"_{name}{EXTENSION_SUFFIX}").write_bytes(b"would raise if it were loaded")
+    script = "import sys, recmas_kernels; assert not {'triton', 'transformers'} & set(sys.modules)"
+    outcome = environment.run("-c", script)
+    assert outcome.returncode == 0, outcome.output
