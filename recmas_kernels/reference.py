@@ -164,7 +164,7 @@ def link_bwd(
     With dz = dy through the output norm: da = dz W2, dp = da * gelu'(p), du = dp W1 and dx = du through the input norm
     plus dz through the residual.
     """
-    need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, need_go, need_co = needs
+    need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, _, _ = needs
     acc = accumulator(dtype)
     dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = dgi = dci = dgo = dco = None
 
