@@ -11,29 +11,38 @@ constexpr int kThreads = 256;
 // Enough blocks to fill any chip; more rows than this share blocks.
 constexpr int64_t kMaxBlocks = 16384;
 
+// A row of the table; a number outside it must not become an address, so it ends the kernel and, as every device
+// failure does, the process's use of the device.
+template <class Word>
+__device__ Word* table_row(char* table, int64_t stride, int64_t table_rows, int64_t row) {
+  if (row < 0 || row >= table_rows) __trap();
+  return reinterpret_cast<Word*>(table + row * stride);
+}
+
 // One block per row: at d = 4096 in bf16 a thread moves two 16-byte words, so a launch of a few dozen rows is all
 // latency.
 template <class Word>
-__global__ void scatter_rows(const char* __restrict__ rows,  // [rows_count] rows of row_bytes, rows_stride apart
-                             int64_t rows_stride,
+__global__ void scatter_rows(const char* __restrict__ rows,          // [rows_count], rows_stride apart
+                             int64_t rows_stride,                    //
                              const int64_t* __restrict__ slot_rows,  // [rows_count], unique
-                             char* __restrict__ embeds,              // rows of row_bytes, embeds_stride apart
-                             int64_t embeds_stride, int64_t rows_count, int64_t words) {
+                             int64_t rows_count,                     //
+                             char* __restrict__ embeds,              // [table_rows], embeds_stride apart
+                             int64_t embeds_stride, int64_t table_rows, int64_t words) {
   for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
     const auto* source = reinterpret_cast<const Word*>(rows + row * rows_stride);
-    auto* target = reinterpret_cast<Word*>(embeds + slot_rows[row] * embeds_stride);
+    Word* target = table_row<Word>(embeds, embeds_stride, table_rows, slot_rows[row]);
     for (int64_t word = threadIdx.x; word < words; word += kThreads) target[word] = source[word];
   }
 }
 
 template <class Word>
-__global__ void take_rows(char* __restrict__ embeds,  // rows of row_bytes, embeds_stride apart; taken rows become zero
-                          int64_t embeds_stride,
+__global__ void take_rows(char* __restrict__ embeds,  // [table_rows], embeds_stride apart; taken rows become zero
+                          int64_t embeds_stride, int64_t table_rows,
                           const int64_t* __restrict__ slot_rows,  // [rows_count], unique
-                          char* __restrict__ rows,                // [rows_count] rows of row_bytes, rows_stride apart
+                          char* __restrict__ rows,                // [rows_count], rows_stride apart
                           int64_t rows_stride, int64_t rows_count, int64_t words) {
   for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
-    auto* source = reinterpret_cast<Word*>(embeds + slot_rows[row] * embeds_stride);
+    Word* source = table_row<Word>(embeds, embeds_stride, table_rows, slot_rows[row]);
     auto* target = reinterpret_cast<Word*>(rows + row * rows_stride);
     for (int64_t word = threadIdx.x; word < words; word += kThreads) {
       target[word] = source[word];
@@ -77,25 +86,25 @@ int32_t with_word(int64_t alignment, Launch launch) {
 
 }  // namespace
 
-int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, void* embeds,
-                        int64_t embeds_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
+int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t rows_count,
+                        void* embeds, int64_t embeds_stride, int64_t table_rows, int64_t row_bytes, uintptr_t stream) {
   if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
   return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
     using Word = decltype(word);
     scatter_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        static_cast<const char*>(rows), rows_stride, slot_rows, static_cast<char*>(embeds), embeds_stride, rows_count,
-        row_bytes / static_cast<int64_t>(sizeof(Word)));
+        static_cast<const char*>(rows), rows_stride, slot_rows, rows_count, static_cast<char*>(embeds), embeds_stride,
+        table_rows, row_bytes / static_cast<int64_t>(sizeof(Word)));
   });
 }
 
-int32_t handoff_take(void* embeds, int64_t embeds_stride, const int64_t* slot_rows, void* rows, int64_t rows_stride,
-                     int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
+int32_t handoff_take(void* embeds, int64_t embeds_stride, int64_t table_rows, const int64_t* slot_rows, void* rows,
+                     int64_t rows_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
   if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
   return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
     using Word = decltype(word);
     take_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        static_cast<char*>(embeds), embeds_stride, slot_rows, static_cast<char*>(rows), rows_stride, rows_count,
-        row_bytes / static_cast<int64_t>(sizeof(Word)));
+        static_cast<char*>(embeds), embeds_stride, table_rows, slot_rows, static_cast<char*>(rows), rows_stride,
+        rows_count, row_bytes / static_cast<int64_t>(sizeof(Word)));
   });
 }
 

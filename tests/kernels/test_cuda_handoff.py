@@ -1,0 +1,117 @@
+"""The compiled CUDA module: it imports anywhere, answers errors clearly, and on a device copies rows exactly."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from recmas_kernels import backends, use_backend
+from recmas_kernels.backends import cuda
+
+SLOTS = torch.tensor([7, 0, 3])
+
+
+@pytest.fixture
+def native():
+    """The compiled module; tests that need it are counted as skipped where it was not built."""
+    return pytest.importorskip("recmas_kernels._cuda", reason="recmas_kernels._cuda is not built", exc_type=ImportError)
+
+
+@pytest.fixture
+def serving():
+    """Skips unless the CUDA backend can serve, and forces it."""
+    reason = cuda.unavailable()
+    if reason is not None:
+        pytest.skip(f"backend cuda: {reason}")
+    with use_backend("cuda"):
+        yield
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a device the calls succeed")
+def test_without_a_device_a_call_names_op_device_and_error(native):
+    with pytest.raises(RuntimeError, match=r"handoff_scatter on cuda:0: CUDA error \d+ \(cudaError\w+\): \w+"):
+        native.handoff_scatter(0, 16, 0, 1, 0, 16, 1, 16, 0, 0)
+    with pytest.raises(RuntimeError, match=r"handoff_take on cuda:0: CUDA error \d+"):
+        native.handoff_take(0, 16, 1, 0, 0, 16, 1, 16, 0, 0)
+
+
+def test_empty_calls_launch_nothing(native):
+    native.handoff_scatter(0, 16, 0, 0, 0, 16, 0, 16, 0, 0)
+    native.handoff_take(0, 16, 0, 0, 0, 16, 0, 16, 0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device makes the backend usable")
+def test_unusable_backend_says_why():
+    reason = cuda.unavailable()
+    built = importlib.util.find_spec("recmas_kernels._cuda") is not None
+    assert reason == "torch sees no CUDA device" if built else "recmas_kernels.info" in reason
+
+
+def test_the_link_is_declined_by_name():
+    call = backends.Call("link_fwd", "cuda", torch.float32, 4, 8, 8, 8, training=False)
+    assert cuda.declines(call) == "the CUDA module has no link_fwd; it holds the handoff"
+    assert cuda.declines(call._replace(op="handoff_fwd")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 6, 40, 4096])
+def test_rows_are_copied_exactly(serving, dtype, width):
+    """Every word size: 2 to 16 bytes, by width and dtype."""
+    rows, embeds = torch.randn(3, width, dtype=dtype), torch.randn(9, width, dtype=dtype)
+    with use_backend("reference"):
+        expected = torch.ops.recmas.handoff_fwd(rows, embeds, SLOTS)
+        expected_back = torch.ops.recmas.handoff_bwd(embeds, SLOTS)
+    device_embeds, slots = embeds.cuda(), SLOTS.cuda()
+    assert torch.equal(torch.ops.recmas.handoff_fwd(rows.cuda(), device_embeds, slots).cpu(), expected)
+    assert torch.equal(device_embeds.cpu(), embeds), "handoff_fwd must not write into its input"
+    for actual, wanted in zip(torch.ops.recmas.handoff_bwd(device_embeds, slots), expected_back, strict=True):
+        assert torch.equal(actual.cpu(), wanted)
+    torch.ops.recmas.handoff_(rows.cuda(), device_embeds, slots)
+    assert torch.equal(device_embeds.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_row_strides_and_misaligned_starts(serving):
+    wide = torch.randn(3, 20, device="cuda", dtype=torch.bfloat16)
+    table = torch.zeros(9, 32, device="cuda", dtype=torch.bfloat16)
+    torch.ops.recmas.handoff_(wide[:, 1:9], table[:, 3:11], SLOTS.cuda())
+    expected = torch.zeros_like(table)
+    expected[SLOTS.cuda(), 3:11] = wide[:, 1:9]
+    assert torch.equal(table, expected)
+
+
+@pytest.mark.gpu
+def test_work_goes_to_the_current_stream(serving):
+    stream = torch.cuda.Stream()
+    rows = torch.randn(3, 64, device="cuda")
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        embeds = torch.zeros(9, 64, device="cuda")
+        out = torch.ops.recmas.handoff_fwd(rows, embeds, SLOTS.cuda())
+    stream.synchronize()
+    assert torch.equal(out[SLOTS.cuda()], rows)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph(serving):
+    rows, embeds, slots = torch.randn(3, 64, device="cuda"), torch.zeros(9, 64, device="cuda"), SLOTS.cuda()
+    torch.ops.recmas.handoff_(rows, embeds, slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.recmas.handoff_(rows, embeds, slots)
+    rows.fill_(5.0)
+    graph.replay()
+    assert torch.equal(embeds[slots], rows)
+
+
+@pytest.mark.gpu
+def test_rows_past_two_gibibytes(serving):
+    """64-bit offsets: the slot lies beyond 2^31 bytes and 2^31 elements."""
+    table = torch.zeros(2**21 + 2, 1024, device="cuda", dtype=torch.float16)
+    rows = torch.ones(1, 1024, device="cuda", dtype=torch.float16)
+    torch.ops.recmas.handoff_(rows, table, torch.tensor([2**21 + 1], device="cuda"))
+    assert torch.equal(table[-1], rows[0])
+    assert not table[:-1].any()
