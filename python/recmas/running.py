@@ -152,6 +152,8 @@ class _Batch:
             message = plan.on_message(visit, message)
         if plan.trace and not visit.final:
             self.record(visit, message)
+        if prompt.embeds.is_cuda:
+            torch.cuda.synchronize(prompt.embeds.device)
         now = time.perf_counter()
         self.seconds[f"round {visit.round}, {visit.role}"] += now - self.started
         self.started = now

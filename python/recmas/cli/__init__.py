@@ -1,0 +1,51 @@
+"""The command line: ``recmas COMMAND ...``. One module per command; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from recmas.cli.parser import CommandLineParser, one_line
+
+COMMANDS = {
+    "init": "make a system of given models, with fresh links",
+    "run": "answer questions with a system",
+    "eval": "measure a system's accuracy on questions with known answers",
+    "train": "train a system's links: inner, warmup or outer",
+    "inspect": "show a system's parts, and what its latents look like",
+    "info": "show versions, what is built, and which kernels serve",
+}
+DESCRIPTION = """Recursive multi-agent systems whose agents pass latent thoughts instead of text.
+
+A system is a folder with system.json, its links and, where local, its models. `recmas COMMAND --help` explains a
+command; every option can also stand in a YAML file given with --config."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 after a one-line error, 130 after an interrupt."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = CommandLineParser(prog="recmas", description=DESCRIPTION)
+    chosen = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
+        chosen.add_subcommand(name, command, help=summary)
+        if words[:1] == [name]:
+            importlib.import_module(f"recmas.cli.{name}").add_options(command)
+    try:
+        parsed = parser.parse_args(words)
+        result = importlib.import_module(f"recmas.cli.{parsed.command}").execute(parsed[parsed.command])
+        sys.stdout.flush()
+        return int(result)
+    except KeyboardInterrupt:
+        print("recmas: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("RECMAS_DEBUG") == "1":
+            raise
+        print(f"recmas: error: {one_line(error)}", file=sys.stderr)
+        return 2

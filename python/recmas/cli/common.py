@@ -1,0 +1,106 @@
+"""Options and steps that several commands share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recmas.cli.parser import LATENT_STEPS, CommandLineParser
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from recmas.system import RecursiveMAS
+
+
+def add_system(parser: CommandLineParser) -> None:
+    """The system and how it is loaded."""
+    parser.add_argument("system", type=str, help="folder of the system")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--device", type=str, default="cpu", help="where everything runs: cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of models and links; auto: models as the system says, links float32",
+    )
+    parser.add_argument(
+        "--backend",
+        type=str,
+        default="auto",
+        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_answering(parser: CommandLineParser) -> None:
+    """How questions are answered."""
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of the recursion (default: the system's)")
+    parser.add_argument(
+        "--latent-steps",
+        type=LATENT_STEPS,
+        default=None,
+        help="latent thoughts per message, for all agents or by role: 32 or planner=2,solver=3",
+    )
+    parser.add_argument(
+        "--mode",
+        default="latent",
+        choices=["latent", "text"],
+        help="what agents pass on; text is the baseline: same agents, prompts and rounds, text in the slots",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="most tokens per text")
+    parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def answering(options: Namespace) -> dict[str, Any]:
+    """`add_answering`'s options, as `RecursiveMAS.answer` and `evaluate` call them."""
+    names = ("rounds", "latent_steps", "mode", "batch_size", "max_new_tokens", "temperature", "top_p", "seed")
+    return {name: options[name] for name in names}
+
+
+@contextlib.contextmanager
+def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
+    """The system that `add_system`'s options name, served by the backend they name."""
+    from recmas.spec import read_spec
+
+    read_spec(options.system)  # a broken file is told of before torch has loaded
+    import torch
+    import transformers
+
+    from recmas.system import RecursiveMAS
+    from recmas_kernels import use_backend
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    with use_backend(options.backend):
+        yield RecursiveMAS.from_pretrained(options.system, options.device, dtype, options.trust_remote_code)
+
+
+def dump(value: Any) -> None:
+    """Print JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_lines(path: str, records: list[dict[str, Any]]) -> None:
+    """Write records as JSON lines, whole or not at all."""
+    from recmas.spec import write_atomically
+
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), "".join(lines))
+
+
+def read_questions(options: Namespace) -> list[dict[str, object]]:
+    """The rows of --questions, or the one of --question."""
+    from recmas.training.data import read_rows
+
+    if (options.questions is None) == (options.question is None):
+        raise ValueError("give either --questions FILE.jsonl or --question TEXT")
+    return [{"question": options.question}] if options.questions is None else read_rows(options.questions)

@@ -1,0 +1,112 @@
+"""``recmas train inner|warmup|outer``: train a system's links."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from recmas.cli.common import add_system, dump, loaded
+from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, CommandLineParser
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+STAGES = {
+    "inner": "each agent's inner link, toward the embeddings of its own gold texts",
+    "warmup": "each outer link, toward the receiver's embeddings of the sender's gold texts",
+    "outer": "all outer links together, by the cross entropy of the answer through all rounds",
+}
+
+
+def add_options(parser: CommandLineParser) -> None:
+    stages = parser.add_subcommands(required=True, dest="stage", metavar="STAGE")
+    for stage, summary in STAGES.items():
+        command = CommandLineParser(description=f"Train {summary}.")
+        add_system(command)
+        command.add_argument(
+            "--data", type=str, required=True, help='JSONL file; rows carry "targets": {role: text or [text per round]}'
+        )
+        command.add_argument(
+            "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
+        )
+        command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
+        only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
+        command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
+        _add_settings(command, stage)
+        stages.add_subcommand(stage, command, help=summary)
+
+
+def execute(options: Namespace) -> int:
+    from recmas import training
+
+    stage, chosen = options.stage, options[options.stage]
+    config_class = _config_class(stage)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    config = config_class(**{name: _setting(name, chosen[name]) for name in names})
+    rows = training.read_rows(chosen.data)
+    output = Path(chosen.system if chosen.output is None else chosen.output)
+    train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
+    only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
+    with loaded(chosen) as mas:
+        if chosen.output is not None:
+            mas.save_pretrained(output)
+        logs = output / "training" / stage
+        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, **only)
+        mas.save_pretrained(output)
+    results = result if isinstance(result, dict) else {"outer links": result}
+    summary = {
+        name if isinstance(name, str) else "->".join(name): {"steps": done.steps, "loss": done.loss}
+        for name, done in results.items()
+    }
+    if chosen.json:
+        dump({"system": str(output), "results": summary})
+    else:
+        for name, done in summary.items():
+            print(f"{name}: loss {done['loss']:.4f} after {done['steps']} steps")
+        print(f"trained system in {output}, logs in {logs}")
+    return 0
+
+
+def _config_class(stage: str) -> Any:
+    from recmas import training
+
+    return {"inner": training.InnerConfig, "warmup": training.WarmupConfig, "outer": training.OuterConfig}[stage]
+
+
+def _add_settings(parser: CommandLineParser, stage: str) -> None:
+    """An option per field of the stage's configuration, explained by its docstring."""
+    config_class = _config_class(stage)
+    explained, hints = _explained(config_class), get_type_hints(config_class)
+    special = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
+    for field in dataclasses.fields(config_class):
+        kind = special.get(field.name, hints[field.name])
+        text = explained.get(field.name, "")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
+
+
+def _explained(config_class: type) -> dict[str, str]:
+    """Texts of the ``Attributes:`` sections of a dataclass and its bases, by field."""
+    texts: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:\n")[2]
+        for names, text in re.findall(r"^ {8}([\w, ]+): (.+(?:\n {12}.+)*)", section, re.MULTILINE):
+            for name in names.split(","):
+                texts[name.strip()] = re.sub(r"\s+", " ", text).rstrip(".").replace("%", "%%").replace("`", "")
+    return texts
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A single round count stands for itself, several are drawn from."""
+    return value[0] if name == "rounds" and isinstance(value, tuple) and len(value) == 1 else value
+
+
+def _edges(names: list[str] | None) -> list[tuple[str, str]] | None:
+    if names is None:
+        return None
+    edges = [name.partition("->") for name in names]
+    for name, (source, arrow, target) in zip(names, edges, strict=True):
+        if not (source and arrow and target):
+            raise ValueError(f"--edges: {name!r} is not of the form source->target")
+    return [(source, target) for source, _, target in edges]
