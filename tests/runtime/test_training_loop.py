@@ -37,7 +37,7 @@ def regression():
 def run(config, *, output=None, resume=False, on_step=None):
     module, loss = regression()
     options = {"name": "test", "progress": False, "output": output, "resume": resume, "on_step": on_step}
-    return module, train({"net": module}, loss, config, **options)
+    return module, train(dict(module.named_parameters()), loss, config, **options)
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
@@ -58,7 +58,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert [record.step for record in second.records] == list(range(6, 13))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
-    logs = [[json.loads(line) for line in open(tmp_path / name / LOG)] for name in ("whole", "parts")]
+    logs = [[json.loads(line) for line in (tmp_path / name / LOG).open()] for name in ("whole", "parts")]
     assert [line["step"] for line in logs[1]] == list(range(1, 13))
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [line[key] for line in logs[0]] == [line[key] for line in logs[1]]
@@ -67,7 +67,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 def test_a_finished_run_resumes_to_its_result_without_a_step(tmp_path):
     trained, _ = run(SmallConfig(), output=tmp_path)
     again, result = run(SmallConfig(), output=tmp_path, resume=True)
-    assert result.records == [] and result.steps == 12 and math.isnan(result.loss)
+    assert result.records == []
+    assert result.steps == 12
+    assert math.isnan(result.loss)
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
 
@@ -116,7 +118,8 @@ def test_early_stop_keeps_a_checkpoint(tmp_path):
     module, result = run(SmallConfig(), output=tmp_path, on_step=lambda record: record.step == 7)
     assert result.steps == 7
     stored = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert stored["step"] == 7 and torch.equal(stored["parameters"]["net.0.weight"], module[0].weight)
+    assert stored["step"] == 7
+    assert torch.equal(stored["parameters"]["0.weight"], module[0].weight)
 
 
 def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
@@ -132,19 +135,20 @@ def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_parameters_are_touched():
     module, loss = regression()
+    parameters = dict(module.named_parameters())
     before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        train({"net": module}, lambda i, s: loss(i, s) * math.nan, SmallConfig(), name="test", progress=False)
+        train(parameters, lambda i, s: loss(i, s) * math.nan, SmallConfig(), name="test", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_trained_parameters_must_be_masters_that_require_grad():
     options = {"config": SmallConfig(), "name": "test", "progress": False}
-    with pytest.raises(ValueError, match=r"net\.0\.weight: trained parameters must be float32 masters"):
-        train({"net": regression()[0].bfloat16()}, lambda i, s: torch.zeros(()), **options)
+    with pytest.raises(ValueError, match=r"0\.weight: trained parameters must be float32 masters"):
+        train(dict(regression()[0].bfloat16().named_parameters()), lambda i, s: torch.zeros(()), **options)
     with pytest.raises(ValueError, match="must require grad"):
-        train({"net": regression()[0].requires_grad_(False)}, lambda i, s: torch.zeros(()), **options)
-    with pytest.raises(ValueError, match="no parameters"):
+        train(dict(regression()[0].requires_grad_(False).named_parameters()), lambda i, s: torch.zeros(()), **options)
+    with pytest.raises(ValueError, match="there are none to train"):
         train({}, lambda i, s: torch.zeros(()), **options)
 
 
@@ -164,7 +168,8 @@ def test_batches_are_a_pure_function_of_seed_and_index():
     forward = [source.batch(index) for index in range(5)]
     assert [source.batch(index) for index in reversed(range(5))] == forward[::-1]
     flat = [row["n"] for batch in forward for row in batch]
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
     assert DataSource(rows, batch_size=4, seed=4).batch(0) != forward[0]
 
 
@@ -201,7 +206,7 @@ def test_targets_are_one_text_or_one_per_round():
     rows = [{"targets": {"a": "same", "b": ["one", "two"]}}]
     assert [target_texts(rows, "a", t) for t in (1, 2, 3)] == [["same"]] * 3
     assert [target_texts(rows, "b", t) for t in (1, 2)] == [["one"], ["two"]]
-    with pytest.raises(ValueError, match="row 0: targets of agent 'b' cover 2 rounds, round 3 is needed"):
+    with pytest.raises(ValueError, match="row 0: targets of 'b' cover 2 rounds, round 3 is needed"):
         target_texts(rows, "b", 3)
     with pytest.raises(ValueError, match=r"row 0: targets has no text for agent 'c', only for \['a', 'b'\]"):
         target_texts(rows, "c", 1)
@@ -213,5 +218,7 @@ def test_targets_are_one_text_or_one_per_round():
 
 def test_pick_depends_on_seed_and_step_only():
     drawn = [pick(5, step, (1, 2, 3)) for step in range(60)]
-    assert set(drawn) == {1, 2, 3} and drawn == [pick(5, step, (1, 2, 3)) for step in range(60)]
-    assert drawn != [pick(6, step, (1, 2, 3)) for step in range(60)] and pick(5, 9, 2) == 2
+    assert set(drawn) == {1, 2, 3}
+    assert drawn == [pick(5, step, (1, 2, 3)) for step in range(60)]
+    assert drawn != [pick(6, step, (1, 2, 3)) for step in range(60)]
+    assert pick(5, 9, 2) == 2

@@ -118,7 +118,7 @@ def _target_text(row: Row, index: int, role: str, round: int) -> str:
     text = targets[role]
     if isinstance(text, Sequence) and not isinstance(text, str):
         if round > len(text):
-            raise ValueError(f"row {index}: targets of agent {role!r} cover {len(text)} rounds, round {round} is needed")
+            raise ValueError(f"row {index}: targets of {role!r} cover {len(text)} rounds, round {round} is needed")
         text = text[round - 1]
     if not isinstance(text, str):
         raise ValueError(f"row {index}: expected the target of agent {role!r} to be text, got {text!r}")

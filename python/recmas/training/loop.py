@@ -1,7 +1,7 @@
 """The one step loop of all training stages: optimiser, schedule, clipping, log, checkpoint and exact resume.
 
-A stage hands over the modules it trains and a function ``(batch index, step) -> loss``; both must be pure functions of
-their arguments and of the parameters. A run that is stopped and resumed then gives the bits of an uninterrupted one.
+A stage hands over the parameters it trains and a loss, a pure function of (batch index, step) and of the parameters.
+A run that is stopped and resumed then gives the bits of an uninterrupted one.
 
 The output folder holds ``log.jsonl`` (one line per step: step, loss, grad_norm, learning_rate, seconds) and
 ``checkpoint.pt`` (parameters, optimiser, step, random state, settings), replaced as a whole or not at all.
@@ -111,7 +111,7 @@ OnStep = Callable[[StepRecord], "bool | None"]
 
 
 def train(
-    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
     loss: Loss,
     config: LoopConfig,
     *,
@@ -121,10 +121,10 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
-    """Train all parameters of ``modules`` in place.
+    """Train ``parameters`` in place.
 
     Args:
-        modules: by name; the names are the keys of the checkpoint. Parameters are fp32 (or fp64) masters.
+        parameters: fp32 (or fp64) masters by name; the names are the keys of the checkpoint.
         loss: ``loss(batch index, step)``, a scalar; the batch index counts from 0 over all steps and accumulations.
         config: settings of the loop and of the stage; they are stored and compared on resume.
         name: of this run, shown beside the progress bar.
@@ -134,10 +134,10 @@ def train(
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run although
-            ``resume`` is off, or a checkpoint of other settings or modules.
+            ``resume`` is off, or a checkpoint of other settings or parameters.
         FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
     """
-    parameters = _parameters(modules)
+    _check(parameters)
     optimizer = _optimizer(parameters, config)
     folder = None if output is None else Path(output)
     first = 0
@@ -192,16 +192,14 @@ def _step(
     return total, norm
 
 
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+def _check(parameters: Mapping[str, nn.Parameter]) -> None:
     if not parameters:
-        raise ValueError("modules: there are no parameters to train")
+        raise ValueError("parameters: there are none to train")
     for key, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{key}: trained parameters must be float32 masters, got {parameter.dtype}")
         if not parameter.requires_grad:
             raise ValueError(f"{key}: a trained parameter must require grad")
-    return parameters
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:

@@ -1,0 +1,118 @@
+"""What the inner stage and the warm-up share: states under gold messages, and links trained apart from each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from recmas.pattern import Edge, Pattern, Visit
+from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
+from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+
+if TYPE_CHECKING:
+    from recmas.system import RecursiveMAS
+
+Key = TypeVar("Key", bound="str | Edge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(LoopConfig):
+    """Settings of a stage that aligns links' outputs with embeddings; see `LoopConfig` for the rest.
+
+    Attributes:
+        rounds: the round whose prompts and messages are trained on, or several of which each step draws one.
+        cosine_weight, mse_weight: of the loss.
+        max_tokens: only the first tokens of a message count; None takes all.
+    """
+
+    rounds: int | tuple[int, ...] = 1
+    cosine_weight: float = 1.0
+    mse_weight: float = 0.0
+    max_tokens: int | None = None
+
+
+def visit_of(pattern: Pattern, role: str, round: int) -> Visit:
+    """The visit of ``role`` in the last of ``round`` rounds."""
+    for visit in pattern.visits(round):
+        if visit.role == role and visit.round == round:
+            return visit
+    raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+
+
+def forced_with_gold(
+    system: RecursiveMAS, role: str, rows: Sequence[Row], round: int, *, max_tokens: int | None = None
+) -> Speech:
+    """The message of ``role`` in ``round``, forced after a prompt that holds its senders' gold messages as text.
+
+    No link takes part, and no gradient is kept.
+    """
+    visit = visit_of(system.pattern, role, round)
+    texts = target_texts(rows, role, round)
+    with torch.no_grad():
+        heard = {sender: target_texts(rows, sender, at) for sender, at in zip(visit.senders, visit.heard, strict=True)}
+        prompt = system.prompt(visit, rows, heard)
+        return force(system.agents[role], prompt, texts, max_tokens=max_tokens)
+
+
+def train_apart(
+    system: RecursiveMAS,
+    links: Mapping[Key, nn.Module],
+    loss: Callable[..., torch.Tensor],
+    rows: RowSource,
+    config: AlignmentConfig,
+    *,
+    stage: str,
+    output: str | os.PathLike[str] | None,
+    resume: bool,
+    progress: bool,
+    on_step: OnStep | None,
+) -> dict[Key, TrainingResult]:
+    """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
+
+    ``loss`` is called as ``inner_loss`` and ``warmup_loss`` are: system, key, rows, round, and the config's weights.
+    """
+    source = DataSource(rows, config.batch_size, config.seed)
+    results: dict[Key, TrainingResult] = {}
+    for key in links:
+        name = "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+        loss_of = partial(_batch_loss, system, key, loss, source, config)
+        parameters = named_parameters({name: links[key]})
+        with only_trainable(system, parameters):
+            results[key] = train(
+                parameters,
+                loss_of,
+                config,
+                name=name,
+                output=None if output is None else os.path.join(output, name),
+                resume=resume,
+                progress=progress,
+                on_step=on_step,
+            )
+    return results
+
+
+def _batch_loss(
+    system: RecursiveMAS,
+    key: str | Edge,
+    loss: Callable[..., torch.Tensor],
+    source: DataSource,
+    config: AlignmentConfig,
+    index: int,
+    step: int,
+) -> torch.Tensor:
+    return loss(
+        system,
+        key,
+        source.batch(index),
+        pick(config.seed, step, config.rounds),
+        cosine_weight=config.cosine_weight,
+        mse_weight=config.mse_weight,
+        max_tokens=config.max_tokens,
+    )

@@ -1,0 +1,107 @@
+"""Inner links: R_in turns an agent's hidden state into the input embedding of the token it was about to say.
+
+Per agent, over the tokens x of its own message (arXiv 2604.25917, inner loop), h_t the state that predicts x_t:
+
+    mean_t  cosine_weight (1 - cos(R_in(h_t), E(x_t))) + mse_weight mean((R_in(h_t) - E(x_t))^2)
+
+E is the agent's input embedding, scaled where the model scales it. The prompt holds the gold messages of the agent's
+senders as text, so agents need nothing of each other and each one is trained by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from recmas.splice import run_link
+from recmas.training.alignment import AlignmentConfig, forced_with_gold, train_apart
+from recmas.training.data import Row, RowSource
+from recmas.training.loop import OnStep, TrainingResult
+from recmas_kernels import alignment_loss
+
+if TYPE_CHECKING:
+    from recmas.system import RecursiveMAS
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerConfig(AlignmentConfig):
+    """Settings of the inner stage: those of `AlignmentConfig` with the defaults of the reference implementation.
+
+    Rounds from 2 on show a first-stage agent the prompt that holds feedback.
+    """
+
+
+def inner_loss(
+    system: RecursiveMAS,
+    role: str,
+    rows: Sequence[Row],
+    round: int = 1,
+    *,
+    cosine_weight: float = 1.0,
+    mse_weight: float = 0.0,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """The loss above over a batch of rows, a scalar; only the agent's inner link receives a gradient."""
+    speech = forced_with_gold(system, role, rows, round, max_tokens=max_tokens)
+    agent = system.agents[role]
+    said = speech.mask.bool()
+    return alignment_loss(
+        run_link(system.inner_links[role], speech.hidden[said]),
+        agent.model.get_input_embeddings().weight,
+        token_ids=speech.ids[said],
+        cosine_weight=cosine_weight,
+        mse_weight=mse_weight,
+        embed_scale=agent.embed_scale,
+    )
+
+
+def train_inner(
+    system: RecursiveMAS,
+    rows: RowSource,
+    config: InnerConfig | None = None,
+    *,
+    roles: Sequence[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> dict[str, TrainingResult]:
+    """Train inner links in place, one agent after the other; everything else stays frozen.
+
+    Args:
+        system: whose agents and links these are.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets.
+        config: settings; None takes the defaults.
+        roles: agents to train; None takes every agent that has an inner link.
+        output: folder of logs and checkpoints, one folder ``inner-<role>`` each; None keeps none.
+        resume: go on where the folder's checkpoints stopped.
+        progress: show a bar per agent.
+        on_step: called after every step with its record; a true answer ends that agent's run.
+
+    Returns:
+        What each agent's run did.
+
+    Raises:
+        ValueError: an unknown role, one without an inner link, or rows that lack fields or targets.
+    """
+    chosen = list(system.inner_links) if roles is None else list(roles)
+    for role in chosen:
+        if role not in system.inner_links:
+            known = ", ".join(system.inner_links) or "nobody"
+            raise ValueError(f"roles: {role!r} has no inner link, only {known}")
+    return train_apart(
+        system,
+        {role: system.inner_links[role] for role in chosen},
+        inner_loss,
+        rows,
+        config or InnerConfig(),
+        stage="inner",
+        output=output,
+        resume=resume,
+        progress=progress,
+        on_step=on_step,
+    )

@@ -1,0 +1,163 @@
+"""Outer links: cross entropy of the answer, back through all rounds of the recursion.
+
+The pattern's visits run as they run at inference, through the same prompts and the same handoffs, in one graph: an
+agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
+positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
+cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+
+from recmas.pattern import Edge, Visit
+from recmas.running import Message, steps_by_role
+from recmas.spec import edge_name
+from recmas.splice import Latents, Prompt, run_link
+from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
+from recmas.training.teacher import force, named_parameters, only_trainable
+
+if TYPE_CHECKING:
+    from recmas.agent import Agent
+    from recmas.system import RecursiveMAS
+
+SAFE_RATE = 1e-4
+Source = Literal["forced", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(LoopConfig):
+    """Settings of the outer stage; see `LoopConfig` for the rest.
+
+    Attributes:
+        learning_rate: 1e-4. A higher one (5e-4, 1e-3) serves a single round only: through two rounds or more it was
+            measured to destroy links that worked, so `train_outer` warns.
+        rounds: of the unrolled recursion, or several of which each step draws one.
+        latent_steps: of every agent or by role; None takes the system's own.
+        latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
+            lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
+    """
+
+    learning_rate: float = SAFE_RATE
+    rounds: int | tuple[int, ...] = 3
+    latent_steps: int | Mapping[str, int] | None = None
+    latents: Source = "forced"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents not in ("forced", "rollout"):
+            raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
+
+    @property
+    def most_rounds(self) -> int:
+        return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
+
+
+def outer_loss(
+    system: RecursiveMAS,
+    rows: Sequence[Row],
+    rounds: int,
+    *,
+    latent_steps: int | Mapping[str, int] | None = None,
+    latents: Source = "forced",
+) -> torch.Tensor:
+    """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds."""
+    steps = steps_by_role(system, latent_steps)
+    losses: list[torch.Tensor] = []
+
+    def speak(visit: Visit, prompt: Prompt) -> Message:
+        agent, count = system.agents[visit.role], steps[visit.role]
+        if not visit.final and (latents == "rollout" or count == 0):
+            return agent.think(prompt, count, system.inner_links[visit.role])
+        texts = target_texts(rows, visit.role, visit.round)
+        if visit.final:
+            losses.append(answer_loss(agent, prompt, texts))
+            return texts
+        speech = force(agent, prompt, texts, max_tokens=count)
+        states = run_link(system.inner_links[visit.role], speech.hidden)
+        return Latents(states, speech.mask.sum(dim=1).cpu())
+
+    system.walk(rows, rounds, speak)
+    return losses[0]
+
+
+def answer_loss(agent: Agent, prompt: Prompt, texts: Sequence[str]) -> torch.Tensor:
+    """Mean cross entropy of the texts' tokens; the LM head sees the positions that predict them and no others."""
+    speech = force(agent, prompt, texts)
+    said = speech.mask.bool()
+    logits = agent.logits(speech.hidden[said])
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), speech.ids[said])
+
+
+def train_outer(
+    system: RecursiveMAS,
+    rows: RowSource,
+    config: OuterConfig | None = None,
+    *,
+    edges: Sequence[Edge] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Train outer links in place, all together; agents and inner links stay frozen.
+
+    Args:
+        system: whose agents and links these are; inner links trained and outer links warmed up before.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets of every agent
+            for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
+        config: settings; None takes the defaults.
+        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use.
+        output: folder of the log and the checkpoints; None keeps none.
+        resume: go on where the folder's checkpoint stopped.
+        progress: show a bar.
+        on_step: called after every step with its record; a true answer ends the run.
+
+    Raises:
+        ValueError: links that the rounds need are missing, an edge without a link, or rows that lack fields or targets.
+    """
+    config = config or OuterConfig()
+    system.check_run(config.most_rounds)
+    steps_by_role(system, config.latent_steps)
+    needed = system.pattern.edges(config.most_rounds)
+    chosen = [edge for edge in system.outer_links if edge in needed] if edges is None else [(a, b) for a, b in edges]
+    for edge in chosen:
+        if edge not in needed:
+            known = ", ".join(map(edge_name, sorted(needed)))
+            raise ValueError(f"edges: {edge_name(edge)} is not used by {config.most_rounds} rounds, only {known}")
+    if config.most_rounds > 1 and config.learning_rate > SAFE_RATE:
+        warnings.warn(
+            f"learning_rate {config.learning_rate:g} through {config.most_rounds} rounds: more than {SAFE_RATE:g} tends"
+            " to destroy the recursion",
+            stacklevel=2,
+        )
+    source = DataSource(rows, config.batch_size, config.seed)
+
+    def loss(index: int, step: int) -> torch.Tensor:
+        rounds = pick(config.seed, step, config.rounds)
+        batch = source.batch(index)
+        return outer_loss(system, batch, rounds, latent_steps=config.latent_steps, latents=config.latents)
+
+    parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})
+    for edge in chosen:
+        if edge in system.edge_scores:
+            parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
+    with only_trainable(system, parameters):
+        return train(
+            parameters,
+            loss,
+            config,
+            name="outer",
+            output=None if output is None else os.path.join(output, "outer"),
+            resume=resume,
+            progress=progress,
+            on_step=on_step,
+        )

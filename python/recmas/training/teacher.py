@@ -1,0 +1,57 @@
+"""Teacher forcing, shared by all stages: what the agents say is given, and what they think while saying it is read off.
+
+The hidden state that matters is always the one that PREDICTS a token: the last prompt position for a message's first
+token. That is also where a rollout's latents come from, h_1 being the state of the last prompt token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from recmas.training.data import target_batch
+
+if TYPE_CHECKING:
+    from recmas.agent import Agent
+    from recmas.splice import Prompt
+    from recmas.system import RecursiveMAS
+
+
+class Speech(NamedTuple):
+    """An agent's forced message: ``hidden`` [batch, length, d] predicts ``ids`` [batch, length] where ``mask`` is 1."""
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def force(agent: Agent, prompt: Prompt, texts: Sequence[str], *, max_tokens: int | None = None) -> Speech:
+    """One uncached forward of prompt and given texts; ``max_tokens`` forces only the first tokens of each."""
+    ids, mask = target_batch(agent, texts, max_tokens=max_tokens)
+    return Speech(agent.hidden(prompt, ids, mask), ids, mask)
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """All parameters of the modules as ``<name of the module>.<name of the parameter>``."""
+    return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+
+
+@contextmanager
+def only_trainable(system: RecursiveMAS, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
+    modules: list[nn.Module] = [agent.model for agent in system.agents.values()]
+    modules += [*system.inner_links.values(), *system.outer_links.values()]
+    everything = [p for module in modules for p in module.parameters()] + list(system.edge_scores.values())
+    flags = {p: p.requires_grad for p in everything}
+    trained = set(parameters.values())
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in trained)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

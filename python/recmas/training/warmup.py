@@ -1,0 +1,181 @@
+"""Warm-up of the outer links: a dictionary between two agents' spaces, before any answer is asked for.
+
+Per edge a -> b, over the tokens of a's own message, h_j the state of a that predicts its token j:
+
+    mean_j  cosine_weight (1 - cos(R_out(R_in(h_j)), e_j)) + mse_weight mean((R_out(R_in(h_j)) - e_j)^2)
+
+e_j is what b would have read as text there: the mean of b's input embeddings over those of b's tokens of the same
+message that share a character with a's token j. Neither answers nor the receiver's layers take part. This stage goes
+beyond the recipe of the paper; from random outer links the answer's cross entropy alone finds no gradient to follow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recmas.pattern import Edge
+from recmas.spec import edge_name
+from recmas.splice import run_link
+from recmas.training.alignment import AlignmentConfig, forced_with_gold, train_apart
+from recmas.training.data import Row, RowSource, target_texts
+from recmas.training.loop import OnStep, TrainingResult
+from recmas_kernels import alignment_loss
+
+if TYPE_CHECKING:
+    from recmas.agent import Agent
+    from recmas.system import RecursiveMAS
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig(AlignmentConfig):
+    """Settings of the warm-up: those of `AlignmentConfig`."""
+
+    learning_rate: float = 1e-3
+
+
+def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:
+    """For each span of ``source``, the indices of the spans of ``target`` that share a character with it.
+
+    Spans are ``(start, end)`` character offsets into one text; empty ones share nothing.
+    """
+    return [
+        [index for index, (first, last) in enumerate(target) if max(start, first) < min(end, last)]
+        for start, end in source
+    ]
+
+
+def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Which tokens of ``target`` stand for each token of ``source``, in each text.
+
+    Args:
+        source: the sender's fast tokenizer.
+        target: the receiver's.
+        texts: messages.
+
+    Returns:
+        Per text and source token, indices into the receiver's tokens of that text (none where either side has only a
+        special or unknown token); and the receiver's token ids per text.
+
+    Raises:
+        ValueError: a tokenizer that does not report character offsets.
+    """
+    encoded = []
+    for tokenizer in (source, target):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
+        encoding = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        special = set(tokenizer.all_special_ids)
+        spans = [
+            [(0, 0) if token in special else span for token, span in zip(ids, offsets, strict=True)]
+            for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        ]
+        encoded.append((encoding["input_ids"], spans))
+    (_, source_spans), (target_ids, target_spans) = encoded
+    return [overlaps(a, b) for a, b in zip(source_spans, target_spans, strict=True)], target_ids
+
+
+def aligned_embeddings(
+    sender: Agent, receiver: Agent, texts: Sequence[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the receiver would read in place of each of the sender's first ``length`` tokens.
+
+    Returns:
+        Mean embeddings ``[n, d]`` (fp32 at least) of those tokens that have a counterpart, in order of text and token,
+        and the mask bool ``[texts, length]`` that says which these are; both on the receiver's device.
+    """
+    groups, ids = aligned_tokens(sender.tokenizer, receiver.tokenizer, texts)
+    found = torch.zeros(len(texts), length, dtype=torch.bool)
+    flat_ids: list[int] = []
+    owners: list[int] = []
+    count = 0
+    for row, (tokens, receiver_ids) in enumerate(zip(groups, ids, strict=True)):
+        for column, members in enumerate(tokens[:length]):
+            if members:
+                found[row, column] = True
+                flat_ids += [receiver_ids[member] for member in members]
+                owners += [count] * len(members)
+                count += 1
+    embeds = receiver.embed(torch.tensor([flat_ids], dtype=torch.long, device=receiver.device))[0]
+    embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+    index = torch.tensor(owners, dtype=torch.long, device=receiver.device)
+    total = embeds.new_zeros(count, embeds.shape[-1]).index_add_(0, index, embeds)
+    return total / torch.bincount(index, minlength=count)[:, None], found.to(receiver.device)
+
+
+def warmup_loss(
+    system: RecursiveMAS,
+    edge: Edge,
+    rows: Sequence[Row],
+    round: int = 1,
+    *,
+    cosine_weight: float = 1.0,
+    mse_weight: float = 0.0,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """The loss above over a batch of rows, a scalar; only the edge's outer link receives a gradient.
+
+    End-of-message tokens and others without a counterpart do not count; a batch without any gives zero.
+    """
+    speech = forced_with_gold(system, edge[0], rows, round, max_tokens=max_tokens)
+    sender, receiver = (system.agents[role] for role in edge)
+    with torch.no_grad():
+        texts = target_texts(rows, edge[0], round)
+        target, found = aligned_embeddings(sender, receiver, texts, speech.ids.shape[1])
+        latents = run_link(system.inner_links[edge[0]], speech.hidden[found.to(speech.hidden.device)])
+    pred = run_link(system.outer_links[edge], latents.to(receiver.device))
+    return alignment_loss(pred, target, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+def train_warmup(
+    system: RecursiveMAS,
+    rows: RowSource,
+    config: WarmupConfig | None = None,
+    *,
+    edges: Sequence[Edge] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> dict[Edge, TrainingResult]:
+    """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
+
+    Args:
+        system: whose agents and links these are; inner links trained before.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry the senders' targets.
+        config: settings; None takes the defaults.
+        edges: (source, target) pairs to train; None takes every outer link.
+        output: folder of logs and checkpoints, one folder ``warmup-<source>-<target>`` each; None keeps none.
+        resume: go on where the folder's checkpoints stopped.
+        progress: show a bar per edge.
+        on_step: called after every step with its record; a true answer ends that edge's run.
+
+    Returns:
+        What each edge's run did.
+
+    Raises:
+        ValueError: an edge without a link, a slow tokenizer, or rows that lack fields or targets.
+    """
+    chosen = list(system.outer_links) if edges is None else [(source, target) for source, target in edges]
+    for edge in chosen:
+        if edge not in system.outer_links:
+            known = ", ".join(map(edge_name, system.outer_links)) or "none at all"
+            raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
+    return train_apart(
+        system,
+        {edge: system.outer_links[edge] for edge in chosen},
+        warmup_loss,
+        rows,
+        config or WarmupConfig(),
+        stage="warmup",
+        output=output,
+        resume=resume,
+        progress=progress,
+        on_step=on_step,
+    )
