@@ -76,7 +76,7 @@ def wilson(correct: int, questions: int) -> tuple[float, float]:
     share, z2 = correct / questions, Z95 * Z95
     centre = (share + z2 / (2 * questions)) / (1 + z2 / questions)
     half = Z95 / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never excludes the share
 
 
 def summarize(records: Sequence[Record]) -> Summary:
@@ -188,7 +188,9 @@ def evaluate(
         "top_p": top_p,
     }
     run = [_digest(system), metric, answer_field, seed, batch_size, options]
-    keys = [hashlib.sha256(json.dumps([run, row], sort_keys=True).encode()).hexdigest()[:16] for row in rows]
+    keys = [
+        hashlib.sha256(json.dumps([run, row], sort_keys=True, default=str).encode()).hexdigest()[:16] for row in rows
+    ]
     path = None if output is None else Path(output)
     done = {} if path is None else _recorded(path, keys)
     bar = tqdm(total=len(rows), initial=len(done), desc="evaluate", disable=not progress, unit="question")
