@@ -128,12 +128,12 @@ Status link_forward(const LinkForward& call, void* workspace, int64_t workspace_
 int64_t link_backward_workspace(const LinkBackward& call);
 Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes);
 
-// out[table_rows, row_bytes] = embeds, with out[slot_rows[i]] = rows[i]; embeds null: out is written in place.
-Status handoff(const void* rows, int64_t rows_count, int64_t row_bytes, const void* embeds, int64_t table_rows,
-               const int64_t* slot_rows, void* out, int32_t threads);
-// drows[i] = dy[slot_rows[i]]; dembeds = dy with the slot rows zeroed. Either may be null.
-Status handoff_backward(const void* dy, int64_t table_rows, int64_t row_bytes, const int64_t* slot_rows,
-                        int64_t rows_count, void* drows, void* dembeds, int32_t threads);
+// The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
+Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count, int64_t row_bytes,
+                       void* table, int64_t table_stride, int64_t table_rows);
+// Its gradient: rows[i] = table[slot_rows[i]], and those rows of the table become 0. rows is [count, row_bytes].
+Status handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,
+                    int64_t row_bytes, void* rows);
 
 // loss = sum_t mask_t (cw (1 - cos(p_t, s e_t)) + mw mean_d (p_t - s e_t)^2) / sum_t mask_t, and its gradient in p.
 int64_t alignment_workspace(const Alignment& call);

@@ -1,0 +1,176 @@
+// link.h's CPU entries: argument checks, then the kernels of the instruction set asked for. Built for the oldest
+// processor, like everything outside kernels.cpp.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace recmas::cpu {
+namespace {
+
+const Kernels* kernels_of(Isa isa) {
+  if (isa < Isa::baseline || isa > best_isa()) return nullptr;
+  switch (isa) {
+#ifdef RECMAS_X86
+    case Isa::avx2:
+      return &kernels_avx2;
+    case Isa::avx512:
+      return &kernels_avx512;
+    case Isa::avx512_bf16:
+      return &kernels_avx512_bf16;
+#endif
+    default:
+      return &kernels_baseline;
+  }
+}
+
+bool known(Dtype dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
+
+// A 16-bit compute dtype is served with fp32 masters or weights of its own dtype; fp32 with any.
+bool serves(const Weight& weight, Dtype compute) {
+  return weight.data == nullptr || weight.packed || weight.dtype == Dtype::f32 || weight.dtype == compute ||
+         compute == Dtype::f32;
+}
+
+Status check_link(const LinkConfig& config, const LinkWeights& weights, const MatrixView& x) {
+  const LinkShape& s = config.shape;
+  if (s.tokens <= 0 || s.in_features <= 0 || s.hidden_features <= 0 || s.out_features <= 0) return Status::bad_argument;
+  if (config.threads < 1 || !known(config.compute)) return Status::bad_argument;
+  if (weights.w1.data == nullptr || weights.w2.data == nullptr || x.data == nullptr) return Status::bad_argument;
+  if ((config.residual == Residual::linear) != (weights.w3.data != nullptr)) return Status::bad_argument;
+  if (config.residual == Residual::identity && s.in_features != s.out_features) return Status::bad_argument;
+  if (!serves(weights.w1, config.compute) || !serves(weights.w2, config.compute) ||
+      !serves(weights.w3, config.compute)) {
+    return Status::bad_argument;
+  }
+  return kernels_of(config.isa) == nullptr ? Status::isa_unavailable : Status::ok;
+}
+
+}  // namespace
+
+Isa best_isa() {
+#ifdef RECMAS_X86
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+    return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+  }();
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute, Isa isa) {
+  const Kernels* kernels = kernels_of(isa);
+  return kernels == nullptr || !known(compute) || rows < 0 || columns < 0 ? -1
+                                                                          : kernels->packed_bytes(rows, columns, compute);
+}
+
+Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, Isa isa,
+                   int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (kernels == nullptr) return Status::isa_unavailable;
+  if (weight.data == nullptr || packed == nullptr || rows <= 0 || columns <= 0 || threads < 1 || !known(compute)) {
+    return Status::bad_argument;
+  }
+  kernels->pack_weight(weight, rows, columns, packed, compute, threads);
+  return Status::ok;
+}
+
+namespace {
+
+constexpr int64_t kSamples = 64;
+
+// Place of sample i among `words` whole words: the first and the last are always among them.
+int64_t sample_place(int64_t i, int64_t words) { return words <= kSamples ? i : i * (words - 1) / (kSamples - 1); }
+
+uint64_t sample_at(const char* data, int64_t bytes, int64_t i) {
+  const int64_t words = bytes / 8;
+  uint64_t word = 0;
+  if (i < (words < kSamples ? words : kSamples)) {
+    std::memcpy(&word, data + 8 * sample_place(i, words), 8);
+  } else if (i == words) {  // fewer than 64 words: the bytes left over
+    std::memcpy(&word, data + 8 * words, static_cast<size_t>(bytes % 8));
+  }
+  return word;
+}
+
+}  // namespace
+
+void sample_words(const void* data, int64_t bytes, uint64_t* words) {
+  for (int64_t i = 0; i < kSamples; ++i) words[i] = sample_at(static_cast<const char*>(data), bytes, i);
+}
+
+bool words_match(const void* data, int64_t bytes, const uint64_t* words) {
+  uint64_t difference = 0;
+  for (int64_t i = 0; i < kSamples; ++i) difference |= words[i] ^ sample_at(static_cast<const char*>(data), bytes, i);
+  return difference == 0;
+}
+
+int64_t link_forward_workspace(const LinkForward& call) {
+  return check_link(call.config, call.weights, call.x) == Status::ok
+             ? kernels_of(call.config.isa)->link_forward_workspace(call)
+             : -1;
+}
+
+Status link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_link(call.config, call.weights, call.x);
+  if (status != Status::ok) return status;
+  if (call.y.data == nullptr) return Status::bad_argument;
+  const Kernels* kernels = kernels_of(call.config.isa);
+  if (workspace == nullptr || workspace_bytes < kernels->link_forward_workspace(call)) {
+    return Status::workspace_too_small;
+  }
+  kernels->link_forward(call, workspace);
+  return Status::ok;
+}
+
+int64_t link_backward_workspace(const LinkBackward& call) {
+  return check_link(call.config, call.weights, call.x) == Status::ok
+             ? kernels_of(call.config.isa)->link_backward_workspace(call)
+             : -1;
+}
+
+Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_link(call.config, call.weights, call.x);
+  if (status != Status::ok) return status;
+  const bool norm_in = call.weights.norm_in_weight.data != nullptr, norm_out = call.weights.norm_out_weight.data != nullptr;
+  if (call.dy.data == nullptr || call.pre.data == nullptr || (norm_out && call.z.data == nullptr) ||
+      ((norm_in || norm_out) && call.stats == nullptr) || call.weights.w1.packed || call.weights.w2.packed ||
+      call.weights.w3.packed) {
+    return Status::bad_argument;
+  }
+  const Kernels* kernels = kernels_of(call.config.isa);
+  if (workspace == nullptr || workspace_bytes < kernels->link_backward_workspace(call)) {
+    return Status::workspace_too_small;
+  }
+  kernels->link_backward(call, workspace);
+  return Status::ok;
+}
+
+int64_t alignment_workspace(const Alignment& call) {
+  const Kernels* kernels = kernels_of(call.isa);
+  return kernels == nullptr || call.tokens < 0 ? -1 : kernels->alignment_workspace(call);
+}
+
+Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes) {
+  const Kernels* kernels = kernels_of(call.isa);
+  if (kernels == nullptr) return Status::isa_unavailable;
+  if (call.tokens <= 0 || call.features <= 0 || call.threads < 1 || call.loss == nullptr || call.grad.data == nullptr ||
+      call.pred.data == nullptr || call.target.data == nullptr) {
+    return Status::bad_argument;
+  }
+  if (call.token_ids != nullptr) {
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      if (call.token_ids[t] < 0 || call.token_ids[t] >= call.table_rows) return Status::row_out_of_range;
+    }
+  }
+  if (workspace == nullptr || workspace_bytes < kernels->alignment_workspace(call)) return Status::workspace_too_small;
+  kernels->alignment(call, workspace);
+  return Status::ok;
+}
+
+}  // namespace recmas::cpu

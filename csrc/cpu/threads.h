@@ -1,0 +1,47 @@
+// Threads are torch's OpenMP team. Work is cut into items; each thread takes one contiguous run of them, and no item's
+// arithmetic depends on how many threads there are.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "types.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+struct Team {
+  int64_t rank, size;
+
+  void wait() const {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+
+  int64_t begin(int64_t items) const { return items * rank / size; }
+  int64_t end(int64_t items) const { return items * (rank + 1) / size; }
+};
+
+// Runs body(team) on `threads` threads, or as many as OpenMP gives.
+template <class Body>
+void run_team(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  body(Team{0, 1});
+}
+
+// Below about 4 microseconds of arithmetic a second thread costs more than it brings.
+inline int64_t useful_threads(int64_t threads, double flops) {
+  const double most = flops / 400000.0;
+  return most < static_cast<double>(threads) ? larger(static_cast<int64_t>(most), 1) : threads;
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA

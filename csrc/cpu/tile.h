@@ -1,0 +1,149 @@
+// The inner loops: a tile of kTileRows x kPanel outputs kept in registers while one panel of weights streams past.
+//
+// A panel holds kPanel columns of the right-hand matrix for all k, k-major, so that it is read once, in order.
+//     Format::f32    [k][kPanel] fp32
+//     Format::f16    [k][kPanel] fp16, widened on the way into registers
+//     Format::pairs  [k/2][kPanel][2] bf16, two consecutive k side by side; odd k is padded with zero
+// The left-hand rows are fp32, or bf16 (pairs as they lie in memory) where the processor multiplies bf16 itself.
+#pragma once
+
+#include "vec.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+constexpr int kPanel = kPanelVecs * kWidth;
+constexpr bool kDotPairs = RECMAS_ISA_LEVEL >= 3;
+
+enum class Format { f32, f16, pairs };
+
+constexpr Format packed_format(Dtype compute) {
+  return compute == Dtype::f32 ? Format::f32 : compute == Dtype::f16 ? Format::f16 : Format::pairs;
+}
+// Steps of the k loop, and bytes of one step of a panel.
+constexpr int64_t panel_steps(Format format, int64_t k) { return format == Format::pairs ? (k + 1) / 2 : k; }
+constexpr int64_t step_bytes(Format format) { return kPanel * (format == Format::f16 ? 2 : 4); }
+constexpr int64_t panel_bytes(Format format, int64_t k) { return round_up(panel_steps(format, k) * step_bytes(format), 64); }
+
+template <int rows, int vecs>
+struct Accumulators {
+  Vec at[rows][vecs];
+};
+
+// out[r][c * kWidth ..] (+)= sum_k left[r][k] * panel[k][c], for one k step given by the format.
+template <Format format, bool bf16_left, int rows, int vecs>
+inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64_t left_stride, const char* panel,
+                          int64_t step) {
+  if constexpr (format == Format::pairs && bf16_left) {
+#if RECMAS_ISA_LEVEL >= 3
+    Vec w[vecs];
+    for (int c = 0; c < vecs; ++c) w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
+    for (int r = 0; r < rows; ++r) {
+      float pair;
+      __builtin_memcpy(&pair, static_cast<const Bf16*>(left) + r * left_stride + 2 * step, sizeof pair);
+      const Vec a = set1(pair);
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = dot_pairs(acc.at[r][c], a, w[c]);
+    }
+#endif
+  } else if constexpr (format == Format::pairs) {
+    Vec low[vecs], high[vecs];
+    for (int c = 0; c < vecs; ++c) {
+      const Vec pair = load(reinterpret_cast<const float*>(panel) + c * kWidth);
+      low[c] = low_halves(pair);
+      high[c] = high_halves(pair);
+    }
+    const float* a = static_cast<const float*>(left) + 2 * step;
+    for (int r = 0; r < rows; ++r) {
+      const Vec first_k = set1(a[r * left_stride]), second_k = set1(a[r * left_stride + 1]);
+      for (int c = 0; c < vecs; ++c) {
+        acc.at[r][c] = fma(first_k, low[c], acc.at[r][c]);
+        acc.at[r][c] = fma(second_k, high[c], acc.at[r][c]);
+      }
+    }
+  } else {
+    Vec w[vecs];
+    for (int c = 0; c < vecs; ++c) {
+      if constexpr (format == Format::f16) {
+        w[c] = load(reinterpret_cast<const F16*>(panel) + c * kWidth);
+      } else {
+        w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
+      }
+    }
+    const float* a = static_cast<const float*>(left) + step;
+    for (int r = 0; r < rows; ++r) {
+      const Vec value = set1(a[r * left_stride]);
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = fma(value, w[c], acc.at[r][c]);
+    }
+  }
+}
+
+constexpr int64_t kPrefetchSteps = 24;
+
+// out [rows][kPanel] += left [rows][k] x panel [k][vecs * kWidth].
+template <Format format, bool bf16_left, int rows, int vecs>
+void multiply_tile(const void* left, int64_t left_stride, const void* panel, int64_t steps, float* out) {
+  Accumulators<rows, vecs> acc;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < vecs; ++c) acc.at[r][c] = load(out + r * kPanel + c * kWidth);
+  }
+  const char* at = static_cast<const char*>(panel);
+  for (int64_t step = 0; step < steps; ++step, at += step_bytes(format)) {
+    for (int64_t line = 0; line < step_bytes(format); line += 64) {
+      __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
+    }
+    multiply_step<format, bf16_left, rows, vecs>(acc, left, left_stride, at, step);
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < vecs; ++c) store(out + r * kPanel + c * kWidth, acc.at[r][c]);
+  }
+}
+
+using TileFunction = void (*)(const void* left, int64_t left_stride, const void* panel, int64_t steps, float* out);
+
+template <Format format, bool bf16_left, int vecs>
+TileFunction tile_of_rows(int64_t rows) {
+  switch (rows) {
+    case 1:
+      return multiply_tile<format, bf16_left, 1, vecs>;
+    case 2:
+      return multiply_tile<format, bf16_left, 2, vecs>;
+    case 3:
+      return multiply_tile<format, bf16_left, 3, vecs>;
+    case 4:
+      return multiply_tile<format, bf16_left, 4, vecs>;
+#if RECMAS_ISA_LEVEL >= 1
+    case 5:
+      return multiply_tile<format, bf16_left, 5, vecs>;
+    case 6:
+      return multiply_tile<format, bf16_left, 6, vecs>;
+#endif
+#if RECMAS_ISA_LEVEL >= 2
+    case 7:
+      return multiply_tile<format, bf16_left, 7, vecs>;
+    case 8:
+      return multiply_tile<format, bf16_left, 8, vecs>;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+template <Format format, bool bf16_left>
+TileFunction tile_of(int64_t rows, int64_t columns) {
+  if (columns <= kWidth) return tile_of_rows<format, bf16_left, 1>(rows);
+#if RECMAS_ISA_LEVEL >= 2
+  if (columns > 2 * kWidth) return tile_of_rows<format, bf16_left, 3>(rows);
+#endif
+  return tile_of_rows<format, bf16_left, 2>(rows);
+}
+
+// The kernel for `rows` <= kTileRows left-hand rows and `columns` <= kPanel columns.
+inline TileFunction choose_tile(Format format, bool bf16_left, int64_t rows, int64_t columns) {
+  if (format == Format::f32) return tile_of<Format::f32, false>(rows, columns);
+  if (format == Format::f16) return tile_of<Format::f16, false>(rows, columns);
+  if constexpr (kDotPairs) {
+    if (bf16_left) return tile_of<Format::pairs, true>(rows, columns);
+  }
+  return tile_of<Format::pairs, false>(rows, columns);
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA

@@ -1,0 +1,30 @@
+// Storage types of 16 bits, and which namespace this translation unit's kernels live in.
+//
+// kernels.cpp is compiled once per instruction set with RECMAS_ISA (a namespace name) and RECMAS_ISA_LEVEL (the
+// number in link.h's Isa). Everything, inline functions too, stays inside that namespace and uses no std templates:
+// otherwise the linker could keep an AVX-512 copy of a shared inline function and crash an older processor.
+#pragma once
+
+#include <cstdint>
+
+#include "../link.h"
+
+#ifndef RECMAS_ISA
+#error "compile with -DRECMAS_ISA=<namespace> -DRECMAS_ISA_LEVEL=<0..3>"
+#endif
+
+namespace recmas::cpu::RECMAS_ISA {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace recmas::cpu::RECMAS_ISA

@@ -1,0 +1,407 @@
+"""The compiled CPU kernels: which calls they take, allocation, and the pointer calls.
+
+The only caller of ``_cpu``. Importing torch first is not a detail: the module then shares torch's OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from recmas_kernels.backends import Call, packing
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
+_RESIDUALS = {"none": 0, "identity": 1, "linear": 2}
+_GELUS = {"none": 0, "tanh": 1}
+_ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
+
+Parameters = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
+
+
+@cache
+def _native() -> ModuleType:
+    return importlib.import_module("recmas_kernels._cpu")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no CPU tensor can be served; None if it can. Asked once, then remembered."""
+    try:
+        _native()
+    except ImportError as error:
+        return f"{error} (python -m recmas_kernels.info says why)"
+    return None
+
+
+@cache
+def _isa() -> int:
+    """The instruction set in use: the processor's best, or a lower one named by RECMAS_CPU_ISA."""
+    best = _native().best_isa()
+    name = os.environ.get("RECMAS_CPU_ISA")
+    if not name:
+        return best
+    if name not in ISAS:
+        raise ValueError(f"RECMAS_CPU_ISA is {name!r}, expected one of {', '.join(ISAS)}")
+    if ISAS.index(name) > best:
+        raise ValueError(f"RECMAS_CPU_ISA is {name!r}, but the best that this processor and build have is {ISAS[best]}")
+    return ISAS.index(name)
+
+
+def instruction_set() -> tuple[str, str]:
+    """``(name, reason)`` of the kernels in use."""
+    if os.environ.get("RECMAS_CPU_ISA"):
+        return ISAS[_isa()], "asked for by RECMAS_CPU_ISA"
+    return ISAS[_isa()], "the best that this processor and build have"
+
+
+def declines(call: Call) -> str | None:
+    """Why ``call`` is not served; None if it is."""
+    if call.op in _ROW_OPS:
+        return None
+    if call.dtype not in _DTYPES:
+        return f"the kernels have no {str(call.dtype).removeprefix('torch.')}"
+    if call.op != "alignment_fwd" and 0 in (call.in_features, call.hidden_features, call.out_features):
+        return "a size is 0"
+    return None
+
+
+def _served(tensor: Tensor, compute: torch.dtype) -> Tensor:
+    """A weight matrix the kernels can read: contiguous, in fp32 or the compute dtype."""
+    if tensor.dtype is not compute and tensor.dtype is not torch.float32:
+        tensor = tensor.to(compute)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _vector(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and dtype number of a bias or gain; (0, 0) if absent. The caller keeps the tensor alive."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.dtype not in _DTYPES:
+        tensor = tensor.to(torch.float32)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _DTYPES:
+        tensor = tensor.to(torch.float32)
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _forward_workspace(*sizes: int) -> int:
+    return _native().link_forward_workspace(*sizes)
+
+
+def _weight(weight: Tensor | None, compute: torch.dtype, may_pack: bool) -> tuple[Tensor | None, int, int, bool]:
+    """``(tensor to keep alive, address, dtype number, packed)`` of a weight matrix."""
+    if weight is None:
+        return None, 0, 0, False
+    if may_pack and weight.dtype in _DTYPES:
+        packed = packing.lookup(_native(), weight, (compute, _isa()), lambda tensor: _pack(tensor, compute))
+        if packed is not None:
+            return packed, packed.data_ptr(), 0, True
+    weight = _served(weight, compute)
+    return weight, weight.data_ptr(), _DTYPES[weight.dtype], False
+
+
+def _pack(weight: Tensor, compute: torch.dtype) -> Tensor:
+    rows, columns = weight.shape
+    number = _DTYPES[compute]
+    packed = torch.empty(_native().packed_bytes(_isa(), number, rows, columns), dtype=torch.uint8)
+    source = _DTYPES[weight.dtype]
+    threads = torch.get_num_threads()
+    _native().pack_weight(_isa(), threads, number, weight.data_ptr(), source, rows, columns, packed.data_ptr())
+    return packed
+
+
+def _forward(
+    x: Tensor,
+    parameters: Parameters,
+    residual: str,
+    gelu: str,
+    eps: float,
+    compute: torch.dtype,
+    may_pack: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    w1, b1, w2, b2, w3, b3, gi, ci, go, co = parameters
+    (tokens, in_features), hidden_features, out_features = x.shape, w1.shape[0], w2.shape[0]
+    rows = _rows(x)
+    y = torch.empty(tokens, out_features, dtype=rows.dtype)
+    pre = z = stats = None
+    if training:
+        pre = torch.empty(tokens, hidden_features, dtype=compute)
+        z = torch.empty(tokens, out_features, dtype=compute) if go is not None else torch.empty(0, dtype=compute)
+        stats = torch.zeros(4, tokens, dtype=torch.float32)
+    if tokens == 0:
+        return y.to(x.dtype), pre, z, stats
+    kept1, *first = _weight(w1, compute, may_pack)
+    kept2, *second = _weight(w2, compute, may_pack)
+    kept3, *third = _weight(w3, compute, may_pack)
+    vectors = [_readable(vector) for vector in (b1, b2, b3, gi, ci, go, co)]
+    pb1, pb2, pb3, pgi, pci, pgo, pco = (_vector(vector) for vector in vectors)
+    isa, threads, number = _isa(), torch.get_num_threads(), _DTYPES[compute]
+    sizes = (tokens, in_features, hidden_features, out_features)
+    kind = _RESIDUALS[residual]
+    workspace_bytes = _forward_workspace(
+        isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2]
+    )
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+    _native().link_forward(
+        isa,
+        threads,
+        number,
+        kind,
+        _GELUS[gelu],
+        eps,
+        *sizes,
+        rows.data_ptr(),
+        rows.stride(0),
+        _DTYPES[rows.dtype],
+        *first,
+        *pb1,
+        *second,
+        *pb2,
+        *third,
+        *pb3,
+        *pgi,
+        *pci,
+        *pgo,
+        *pco,
+        y.data_ptr(),
+        0 if pre is None else pre.data_ptr(),
+        0 if z is None or go is None else z.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
+        workspace.data_ptr(),
+        workspace_bytes,
+    )
+    return y.to(x.dtype), pre, z, stats
+
+
+def link_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    may_pack: bool,
+) -> Tensor:
+    """y ``[T, out]`` in x's dtype; weights that stay what they are are packed on their second sighting."""
+    parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    return _forward(x, parameters, residual, gelu, eps, dtype, may_pack, training=False)[0]
+
+
+def link_fwd_train(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
+    parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    y, pre, z, stats = _forward(x, parameters, residual, gelu, eps, dtype, may_pack=False, training=True)
+    assert pre is not None and z is not None and stats is not None
+    return y, pre, z, stats
+
+
+def link_bwd(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``; ``[0]`` where ``needs`` is False."""
+    inputs = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    tokens, in_features = x.shape
+    grads = tuple(
+        # The kernels write fp32, bf16 and fp16; a gradient of another dtype leaves through fp32.
+        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32)
+        if need and tensor is not None
+        else torch.empty(0, dtype=x.dtype)
+        for need, tensor in zip(needs, inputs, strict=True)
+    )
+    if tokens == 0:
+        return tuple(grad.zero_() for grad in grads)
+    rows, incoming = _rows(x), _rows(dy)
+    kept = [
+        _served(t, dtype) if t is not None and t.dim() == 2 else _readable(t)
+        for t in (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    ]
+    parameters = [_vector(tensor) for tensor in kept]
+    outputs = [(grad.data_ptr(), _DTYPES[grad.dtype]) if grad.numel() else (0, 0) for grad in grads]
+    setting = (_isa(), torch.get_num_threads(), _DTYPES[dtype], _RESIDUALS[residual])
+    sizes = (tokens, in_features, w1.shape[0], w2.shape[0])
+    workspace_bytes = _native().link_backward_workspace(*setting, *sizes, parameters, outputs)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+    pre, z, stats = pre.contiguous(), z.contiguous(), stats.contiguous()
+    _native().link_backward(
+        *setting,
+        _GELUS[gelu],
+        eps,
+        *sizes,
+        incoming.data_ptr(),
+        incoming.stride(0),
+        _DTYPES[incoming.dtype],
+        rows.data_ptr(),
+        rows.stride(0),
+        _DTYPES[rows.dtype],
+        pre.data_ptr(),
+        pre.stride(0),
+        z.data_ptr(),
+        w2.shape[0],
+        stats.data_ptr(),
+        parameters,
+        outputs,
+        workspace.data_ptr(),
+        workspace_bytes,
+    )
+    return tuple(
+        grad if tensor is None or not need else grad.to(tensor.dtype)
+        for grad, need, tensor in zip(grads, needs, inputs, strict=True)
+    )
+
+
+def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]``, slot_rows int64 unique."""
+    if embeds.shape[1] > 1 and embeds.stride(1) != 1:
+        raise ValueError(f"embeds have stride {embeds.stride(1)} between elements, expected 1")
+    rows = rows.to(embeds.dtype)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    slots, size = slot_rows.contiguous(), embeds.element_size()
+    _native().handoff_scatter(
+        rows.data_ptr(),
+        rows.stride(0) * size,
+        slots.data_ptr(),
+        rows.shape[0],
+        rows.shape[1] * size,
+        embeds.data_ptr(),
+        embeds.stride(0) * size,
+        embeds.shape[0],
+    )
+
+
+def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    """A copy of embeds ``[R, d]`` with ``copy[slot_rows[i]] = rows[i]``."""
+    out = embeds.clone(memory_format=torch.contiguous_format)
+    handoff_(rows, out, slot_rows)
+    return out
+
+
+def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients ``(drows [n, d], dembeds [R, d])``: the slot rows of dy, and dy with those rows zeroed."""
+    slots = slot_rows.contiguous()
+    dembeds = dy.clone(memory_format=torch.contiguous_format)
+    drows = dy.new_empty(slots.shape[0], dy.shape[1])
+    row_bytes = dy.shape[1] * dy.element_size()
+    _native().handoff_take(
+        dembeds.data_ptr(),
+        row_bytes,
+        dy.shape[0],
+        slots.data_ptr(),
+        slots.shape[0],
+        row_bytes,
+        drows.data_ptr(),
+    )
+    return drows, dembeds
+
+
+def alignment_fwd(
+    pred: Tensor,
+    target: Tensor,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    cosine_weight: float,
+    mse_weight: float,
+    embed_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; the formula stands in ``reference.alignment_fwd``."""
+    tokens, features = pred.shape
+    loss = torch.zeros((), dtype=torch.float32)
+    grad = torch.empty(tokens, features, dtype=pred.dtype)
+    if grad.numel() == 0:
+        return loss, grad
+    rows, table = _rows(pred), _rows(target)
+    ids = None if token_ids is None else token_ids.contiguous()
+    weights = None if mask is None else mask.to(torch.float32).contiguous()
+    workspace = torch.empty(tokens + 16, dtype=torch.float32)
+    _native().alignment(
+        _isa(),
+        torch.get_num_threads(),
+        tokens,
+        features,
+        table.shape[0],
+        rows.data_ptr(),
+        rows.stride(0),
+        _DTYPES[rows.dtype],
+        table.data_ptr(),
+        table.stride(0),
+        _DTYPES[table.dtype],
+        0 if ids is None else ids.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        cosine_weight,
+        mse_weight,
+        embed_scale,
+        loss.data_ptr(),
+        grad.data_ptr(),
+        workspace.data_ptr(),
+        workspace.nbytes,
+    )
+    return loss, grad

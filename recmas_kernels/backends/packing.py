@@ -1,0 +1,109 @@
+"""Packed CPU weights: a weight's copy in the layout the kernels stream, kept as long as the weight stays what it was.
+
+Rollouts call the same link thousands of times, so its weights are laid out once, on the second sighting. A stale copy
+would be a silent wrong answer, so an entry holds only while all of this does:
+
+- the Parameter object is alive (a weakref's callback deletes the entry with it),
+- its ``_version``, address and layout are those of packing time; the entry holds ``weight.detach()``, so that
+  the address cannot be given to another tensor meanwhile,
+- 64 sampled words of its memory are those of packing time: fused optimisers, ``.data`` writes and broadcasts bump no
+  version. ``RECMAS_CHECK=1`` compares the whole weight instead.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+SAMPLED_WORDS = 64  # as csrc/link.h says
+
+Stamp = tuple[int, int, Hashable]
+
+
+class _Entry:
+    __slots__ = ("packed", "pin", "samples", "stamp", "watch", "whole")
+
+    def __init__(self, weight: Tensor, stamp: Stamp, watch: weakref.ref[Tensor]) -> None:
+        self.watch = watch
+        self.stamp = stamp
+        self.pin = weight.detach()
+        self.packed: Tensor | None = None
+        self.samples: Tensor | None = None
+        self.whole: Tensor | None = None  # RECMAS_CHECK=1 only
+
+
+_entries: dict[int, _Entry] = {}
+
+
+def _is_checked() -> bool:
+    return os.environ.get("RECMAS_CHECK", "") not in ("", "0")
+
+
+def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
+    assert entry.samples is not None
+    if _is_checked():
+        if entry.whole is None:  # packed before the check was asked for
+            return False
+        return torch.equal(weight.detach().view(torch.uint8), entry.whole)
+    return native.words_match(weight.data_ptr(), weight.nbytes, entry.samples.data_ptr())
+
+
+def lookup(native: ModuleType, weight: Tensor, layout: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The packed form of ``weight`` in ``layout`` (compute dtype and instruction set), or None on its first sighting.
+
+    ``weight`` is a contiguous ``[rows, columns]`` CPU tensor; only Parameters that are not inference tensors are kept.
+    ``pack(weight)`` makes the packed tensor. ``native`` is the compiled module, which samples and compares memory.
+    """
+    key = id(weight)
+    entry = _entries.get(key)
+    if entry is not None:
+        stamp = (weight._version, weight.data_ptr(), layout)
+        if entry.watch() is weight and entry.stamp == stamp:
+            if entry.packed is None:
+                _fill(native, weight, entry, pack)
+                return entry.packed
+            if _unchanged(native, weight, entry):
+                return entry.packed
+        _entries.pop(key, None)
+    if not isinstance(weight, Parameter) or weight.is_inference():
+        return None
+    stamp = (weight._version, weight.data_ptr(), layout)
+    _entries[key] = _Entry(weight, stamp, weakref.ref(weight, lambda watch: _expire(key, watch)))
+    return None
+
+
+def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Tensor], Tensor]) -> None:
+    samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
+    native.sample_words(weight.data_ptr(), weight.nbytes, samples.data_ptr())
+    entry.samples = samples
+    if _is_checked():
+        entry.whole = weight.detach().view(torch.uint8).clone()
+    entry.packed = pack(weight)
+
+
+def _expire(key: int, watch: weakref.ref[Tensor]) -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry.watch is watch:  # the id may already belong to a newer weight
+        del _entries[key]
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Drop the packed copies of ``weights``, if any."""
+    for weight in weights:
+        _entries.pop(id(weight), None)
+
+
+def clear_packed() -> None:
+    """Drop every packed copy of every weight; the next calls read the weights themselves and pack again."""
+    _entries.clear()
+
+
+def packed_bytes() -> int:
+    """Bytes that packed copies hold at present."""
+    return sum(entry.packed.nbytes for entry in list(_entries.values()) if entry.packed is not None)
