@@ -198,7 +198,7 @@ class PromptRenderer:
         """False where the chat template refuses a system message or silently drops it."""
         from jinja2 import TemplateError
 
-        probe = _unused_stem([self.system or ""])
+        probe = _unused_stem([self.system or ""]).strip()  # chat templates trim
         try:
             text = self._apply([{"role": "system", "content": probe}, {"role": "user", "content": "question"}])
         except TemplateError:

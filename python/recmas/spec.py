@@ -196,7 +196,7 @@ class _Reader:
         required = {"format": int, "pattern": dict, "agents": dict}
         table = self.table(content, "", required, {"outer_links": dict, "defaults": dict})
         pattern = self.pattern(table["pattern"])
-        agents = {role: self.agent(agent, f"agents.{role}") for role, agent in table["agents"].items()}
+        agents = {role: self.agent(agent, f"agents.{role}") for role, agent in _without_none(table["agents"]).items()}
         for role in agents:
             if role not in pattern.roles:
                 raise self.fail(f"agents.{role}", f"unknown role, the pattern has {', '.join(pattern.roles)}")

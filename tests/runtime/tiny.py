@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recmas.agent import Agent
+from recmas.splice import Prompt, splice
+from recmas_kernels import FusedRecursiveLink
 
 VOCABULARY = 320
 CORPUS = [
@@ -33,7 +35,7 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 48,
     "head_dim": 8,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
+    "initializer_range": 0.05,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -95,3 +97,23 @@ def tiny_agent(
     family: str, name: str = "agent", hidden_size: int = 32, seed: int = 0, chat_template: str | None = CHAT
 ) -> Agent:
     return Agent(tiny_model(family, hidden_size, seed), tiny_tokenizer(chat_template), name=name)
+
+
+def tiny_link(agent: Agent, target: Agent | None = None, seed: int = 0) -> FusedRecursiveLink:
+    """An inner link, or an outer one to `target`; released shape, at the embedding scale it writes into."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if target is None:
+            link = FusedRecursiveLink.inner(agent.hidden_size)
+        else:
+            link = FusedRecursiveLink.outer(agent.hidden_size, target.hidden_size)
+    torch.nn.init.constant_(link.norm_out.weight, (target or agent).embedding_rms())
+    return link
+
+
+def prompts(agent: Agent, lengths: tuple[int, ...], seed: int = 0) -> tuple[Prompt, list[torch.Tensor]]:
+    """A left-padded batch of random prompts, and each row's own embeddings ``[1, T, d]``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(10, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    batch = splice(agent.embed, [[row] for row in rows], {}, {}, pad_id=agent.pad_id, device="cpu")
+    return batch, [agent.embed(torch.tensor([row])) for row in rows]

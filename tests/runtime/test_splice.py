@@ -1,0 +1,118 @@
+"""The splice: embeddings of ids, link outputs in the slots, padding on the left, gradients to links and latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recmas.prompts import Slot
+from recmas.splice import JointLink, Latents, join, run_link, splice
+from tests.runtime.tiny import tiny_agent, tiny_link
+
+A, B = ("a",), ("b",)
+
+
+@pytest.fixture(scope="module")
+def family():
+    """A receiver and two senders of other widths with their outer links."""
+    receiver, a, b = tiny_agent("llama", "c", 32), tiny_agent("llama", "a", 24), tiny_agent("llama", "b", 40)
+    return receiver, {A: tiny_link(a, receiver, 1), B: tiny_link(b, receiver, 2)}
+
+
+SEGMENTS = [
+    [[10, 11], Slot(A), [12], Slot(B)],
+    [Slot(B), [13, 14, 15, 16], Slot(A), [17]],
+    [[18], Slot(A), Slot(B)],
+]
+
+
+def by_hand(receiver, links, states, lengths, segments):
+    """Each row concatenated piece by piece, then padded."""
+    rows = []
+    for index, row in enumerate(segments):
+        pieces = []
+        for piece in row:
+            if isinstance(piece, Slot):
+                count = lengths[piece.senders][index]
+                pieces.append(links[piece.senders](states[piece.senders][index, :count]))
+            else:
+                pieces.append(receiver.embed(torch.tensor(piece)))
+        rows.append(torch.cat(pieces))
+    return rows
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_splice_equals_concatenation(family, grad, ragged):
+    receiver, links = family
+    generator = torch.Generator().manual_seed(0)
+    states = {A: torch.randn(3, 4, 24, generator=generator), B: torch.randn(3, 2, 40, generator=generator)}
+    lengths = {A: [4, 4, 4], B: [2, 2, 2]}
+    if ragged:
+        lengths = {A: [4, 1, 2], B: [0, 2, 1]}
+    latents = {
+        key: Latents(states[key].requires_grad_(grad), torch.tensor(lengths[key]) if ragged else None) for key in links
+    }
+    with torch.set_grad_enabled(grad):
+        prompt = splice(receiver.embed, SEGMENTS, latents, links, pad_id=0, device="cpu")
+        rows = by_hand(receiver, links, states, lengths, SEGMENTS)
+    width = max(len(row) for row in rows)
+    assert prompt.embeds.shape == (3, width, 32)
+    for index, row in enumerate(rows):
+        assert prompt.mask[index].tolist() == [0] * (width - len(row)) + [1] * len(row)
+        torch.testing.assert_close(prompt.embeds[index, width - len(row) :], row, rtol=1e-6, atol=1e-6)
+    if grad:
+        wanted = [*states.values(), *(weight for link in links.values() for weight in link.parameters())]
+        weights = torch.randn(prompt.embeds.shape, generator=generator)
+        found = torch.autograd.grad((prompt.embeds * weights * prompt.mask[..., None]).sum(), wanted)
+        plain = sum((row * weights[index, width - len(row) :]).sum() for index, row in enumerate(rows))
+        for ours, theirs in zip(found, torch.autograd.grad(plain, wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_one_sender_in_two_slots(family):
+    receiver, links = family
+    latents = {A: Latents(torch.randn(1, 2, 24))}
+    with torch.no_grad():
+        prompt = splice(receiver.embed, [[Slot(A), [5], Slot(A)]], latents, links, pad_id=0, device="cpu")
+    assert torch.equal(prompt.embeds[0, :2], prompt.embeds[0, 3:])
+
+
+def test_joint_slot_adds_weighted_link_outputs(family):
+    receiver, links = family
+    states = {A: torch.randn(2, 3, 24), B: torch.randn(2, 3, 40)}
+    scores = torch.tensor([0.3, -0.4], requires_grad=True)
+    joint = JointLink([links[A], links[B]], [24, 40], scores.softmax(0))
+    both = ("a", "b")
+    message = join([Latents(states[A]), Latents(states[B])])
+    prompt = splice(
+        receiver.embed, [[Slot(both)], [[9], Slot(both)]], {both: message}, {both: joint}, pad_id=0, device="cpu"
+    )
+    share = scores.softmax(0)
+    expected = share[0] * links[A](states[A]) + share[1] * links[B](states[B])
+    torch.testing.assert_close(prompt.embeds[:, 1:], expected, rtol=1e-5, atol=1e-6)
+    prompt.embeds[:, 1:].sum().backward()
+    assert scores.grad is not None
+    assert links[A].proj1.weight.grad is not None
+
+
+def test_joint_slot_needs_equally_many_latents():
+    with pytest.raises(ValueError, match="equally many latent steps"):
+        join([Latents(torch.zeros(2, 3, 4)), Latents(torch.zeros(2, 2, 4))])
+
+
+def test_wrong_inputs_are_told(family):
+    receiver, links = family
+    latents = {A: Latents(torch.zeros(2, 1, 24))}
+    with pytest.raises(ValueError, match="latents of 2 rows for 1 prompts"):
+        splice(receiver.embed, [[[1]]], latents, links, pad_id=0, device="cpu")
+    with pytest.raises(ValueError, match=r"slot {{from:b}} has no latents"):
+        splice(receiver.embed, [[Slot(B)], [[1]]], latents, links, pad_id=0, device="cpu")
+    with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
+        splice(receiver.embed, [[[1]], []], {}, {}, pad_id=0, device="cpu")
+
+
+def test_run_link_casts_to_the_links_dtype():
+    link = torch.nn.Linear(4, 3, dtype=torch.float64)
+    assert run_link(link, torch.zeros(2, 4, dtype=torch.bfloat16)).dtype == torch.float64
+    assert run_link(torch.neg, torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
