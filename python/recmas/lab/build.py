@@ -1,0 +1,143 @@
+"""The whole lab from nothing: three agents are pretrained, linked, and written as an ordinary system folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from recmas import RecursiveMAS, __version__
+from recmas.agent import Agent
+from recmas.lab.agents import relay_system
+from recmas.lab.grid import Row, grid
+from recmas.lab.links import LinkSettings, train_links
+from recmas.lab.pretrain import PretrainSettings, pretrain
+from recmas.lab.world import ROLES, questions
+
+RECORD, QUESTIONS = "lab.json", "questions.jsonl"
+VALIDATION_SEED = 7
+EXAMPLES = 96
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Settings of a build; ``validation`` is the number of questions per cell that links are chosen by."""
+
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    links: LinkSettings = field(default_factory=LinkSettings)
+    validation: int = 512
+
+
+def build(
+    folder: str | os.PathLike[str],
+    seed: int = 1,
+    *,
+    link_seed: int | None = None,
+    agents: str | os.PathLike[str] | None = None,
+    jobs: int = 2,
+    settings: BuildSettings | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Build a relay system into ``folder``: an ordinary system in half precision, example questions and a record.
+
+    Args:
+        folder: new, or an earlier system that is replaced.
+        seed: of the agents, their lessons, the links and their questions.
+        link_seed: of links and their questions where it should differ from ``seed``.
+        agents: folder of a built lab whose agents are linked anew; None pretrains them.
+        jobs: agents pretrained at once, in processes of one thread each; 1 pretrains in this process.
+        settings: of all stages; None takes the defaults.
+        progress: show bars.
+
+    Returns:
+        The record, as written to ``lab.json``: seeds, settings, commit, versions and what every stage reached.
+    """
+    settings = settings or BuildSettings()
+    place = Path(folder)
+    record: dict[str, Any] = {
+        "seed": seed,
+        "link_seed": seed if link_seed is None else link_seed,
+        "validation_seed": VALIDATION_SEED,
+        "commit": _commit(),
+        "versions": {"recmas": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": asdict(settings),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        if agents is None:
+            homes = Path(temporary)
+            record["pretraining"] = pretrain_all(homes, seed, jobs, settings.pretrain, progress=progress)
+        else:
+            homes = Path(agents) / "agents"
+            record["pretraining"] = json.loads((Path(agents) / RECORD).read_text())["pretraining"]
+        members = {role: Agent.from_pretrained(homes / role, torch.float32, name=role) for role in ROLES}
+        system = relay_system(members, record["link_seed"])
+        record["links"] = train_links(
+            system,
+            record["link_seed"],
+            lambda candidate: validation_accuracy(candidate, settings.validation),
+            settings.links,
+            progress=progress,
+        )
+        system.to(dtype=torch.float16).save_pretrained(place)
+    write_rows(place / QUESTIONS, questions("test", seed, (1, 2, 3), EXAMPLES))
+    record["validation_accuracy"] = validation_accuracy(RecursiveMAS.from_pretrained(place), settings.validation)
+    (place / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def validation_accuracy(system: RecursiveMAS, count: int) -> float:
+    """Mean latent accuracy over the cells with enough rounds (hops <= rounds <= 3), on the validation split."""
+    cells = [
+        cell
+        for hops in (1, 2, 3)
+        for cell in grid(
+            system, VALIDATION_SEED, count, hops=[hops], rounds=range(hops, 4), methods=["latent"], split="validation"
+        )
+    ]
+    return sum(cell.accuracy for cell in cells) / len(cells)
+
+
+def pretrain_all(
+    folder: Path, seed: int, jobs: int, settings: PretrainSettings, *, progress: bool
+) -> dict[str, dict[str, float]]:
+    """Pretrain every agent into ``folder/<role>``; what each reached, by role."""
+    tasks = [(role, folder, seed, settings, progress) for role in ROLES]
+    if jobs == 1:
+        return dict(zip(ROLES, map(_pretrain_into, tasks), strict=True))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return dict(zip(ROLES, pool.map(_pretrain_into, tasks), strict=True))
+
+
+def _pretrain_into(task: tuple[str, Path, int, PretrainSettings, bool]) -> dict[str, float]:
+    role, folder, seed, settings, progress = task
+    model, tokenizer, reached = pretrain(role, seed, settings, progress=progress)
+    model.save_pretrained(folder / role)
+    tokenizer.save_pretrained(folder / role)
+    return reached
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this file belongs to, None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
