@@ -1,0 +1,106 @@
+"""The peers of a fused link, each built only when asked for: compiling takes up to a minute.
+
+`eager`: the plain module. `addmm`: the best that plain torch calls can do, residual and biases folded into the products
+and GELU into the first one. `compile`: torch.compile as it comes. `compile-frozen`: Inductor with freezing (it packs
+weights, too) and max-autotune. `products`: the library's matrix products alone, an upper limit and no peer: without
+norms, biases, GELU and residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recmas_kernels import RecursiveLink
+from recmas_kernels.link import NORM_NAMES
+from tests.kernels.helpers import eager_twin
+
+Forward = Callable[[Tensor], Tensor]
+PRODUCTS = "products"
+PEERS = ("eager", "addmm", "compile", "compile-frozen", PRODUCTS)
+COMPILED = ("compile", "compile-frozen")
+
+
+def _normalised(link: RecursiveLink, side: int, rows: Tensor) -> Tensor:
+    if not link.config.norm:
+        return rows
+    norm: nn.LayerNorm = getattr(link, NORM_NAMES[link.config.kind][side])
+    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def best_eager(link: RecursiveLink, x: Tensor) -> Tensor:
+    """``link(x)`` for ``x [T, in]`` of a two-layer link with biases, in as few passes as torch calls allow."""
+    config = link.config
+    u, w1, b1 = _normalised(link, 0, x), link.proj1.weight, link.proj1.bias
+    if torch.is_grad_enabled():
+        a = F.gelu(torch.addmm(b1, u, w1.t()))
+    else:
+        a = torch._addmm_activation(b1, u, w1.t(), use_gelu=True)  # erf on CPUs; it has no derivative
+    if config.residual == "identity":
+        z = torch.addmm(x + link.proj2.bias, a, link.proj2.weight.t())
+    else:
+        z = torch.addmm(link.proj2.bias + link.residual_proj.bias, a, link.proj2.weight.t())
+        z = torch.addmm(z, x, link.residual_proj.weight.t())
+    return _normalised(link, 1, z)
+
+
+def compiled(module: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile with its defaults, for the one shape it will see."""
+    return torch.compile(module, dynamic=False)
+
+
+def compiled_frozen(module: nn.Module) -> Forward:
+    """torch.compile with max-autotune and frozen weights; to be called under ``torch.no_grad()`` only."""
+    options = {**torch._inductor.list_mode_options("max-autotune"), "freezing": True}
+    return torch.compile(module.eval(), dynamic=False, options=options)
+
+
+def products(link: RecursiveLink, tokens: int, training: bool) -> Callable[[], None]:
+    """The matrix products of a link into buffers that exist already; with ``training`` those of the backward too."""
+    dtype = link.proj1.weight.dtype
+    projections = [link.proj1, link.proj2, *([link.residual_proj] if link.config.residual == "linear" else [])]
+    triples = []
+    for projection in projections:
+        weight = projection.weight.detach()
+        rows = torch.randn(tokens, weight.shape[1]).to(dtype)
+        triples.append((rows, weight, torch.randn(tokens, weight.shape[0]).to(dtype)))
+    gradients = [(torch.empty_like(rows), torch.empty_like(weight)) for rows, weight, _ in triples] if training else []
+
+    def run() -> None:
+        for rows, weight, out in triples:
+            torch.mm(rows, weight.t(), out=out)
+        for (rows, weight, out), (drows, dweight) in zip(triples, gradients, strict=bool(gradients)):
+            torch.mm(out, weight, out=drows)
+            torch.mm(out.t(), rows, out=dweight)
+
+    return run
+
+
+@dataclass(frozen=True)
+class LinkPeer:
+    """A peer: its forward and the module whose parameters it reads."""
+
+    forward: Forward
+    module: RecursiveLink
+
+
+def link_peer(name: str, link: RecursiveLink) -> LinkPeer:
+    """Peer ``name`` with its own copy of ``link``'s parameters.
+
+    Raises:
+        ValueError: there is no such peer.
+    """
+    twin = eager_twin(link, link.proj1.weight.dtype)
+    if name == "eager":
+        return LinkPeer(twin, twin)
+    if name == "addmm":
+        return LinkPeer(lambda x: best_eager(twin, x), twin)
+    if name == "compile":
+        return LinkPeer(compiled(twin), twin)
+    if name == "compile-frozen":
+        return LinkPeer(compiled_frozen(twin), twin)
+    raise ValueError(f"peer is {name!r}, expected one of {', '.join(PEERS)}")
