@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -285,6 +287,28 @@ def test_inner_training_learns_and_touches_the_chosen_links_only():
     assert not any(p.requires_grad for a in system.agents.values() for p in a.model.parameters())
 
 
+def test_inner_targets_are_scaled_where_the_model_scales_its_embeddings():
+    made = tokenizer(False)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": len(made), "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["full_attention"]}
+    torch.manual_seed(0)
+    agents = {
+        role: Agent(Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads)), made, name=role)
+        for role in ("planner", "critic")
+    }
+    pattern = Pattern((("planner",), ("critic",)))
+    system = RecursiveMAS.create(agents, pattern, rounds=1, seed=0).to(dtype=torch.float64)
+    row = {"question": "1 red", "targets": {"planner": "2 cat"}}
+    prompt = system.prompt(next(pattern.visits(1)), [row], {}).embeds[0]
+    tokens = [*ids(system, "planner", "2 cat"), made.eos_token_id]
+    embedded = system.agents["planner"].model.get_input_embeddings()(torch.tensor(tokens))
+    assert embedded.norm() > 2 * system.agents["planner"].model.get_input_embeddings().weight[tokens].norm()
+    hidden = states(system, "planner", torch.cat([prompt, embedded[:-1]]))[len(prompt) - 1 :]
+    expected = (link(system.inner_links["planner"], hidden, "inner") - embedded).square().mean()
+    loss = inner_loss(system, "planner", [row], cosine_weight=0, mse_weight=1)
+    torch.testing.assert_close(loss, expected, rtol=ROUNDING, atol=0)
+
+
 # ---- warm-up
 
 
@@ -401,6 +425,22 @@ def test_weighted_slots_learn_their_scores_too(tmp_path):
     again = build(pattern, prompts, rounds=1)
     train_outer(again, rows, config, output=tmp_path, progress=False, resume=True)
     assert changed(weights(system), weights(again)) == set()
+
+
+def test_float32_masters_learn_beside_bfloat16_agents():
+    system = build()
+    exact_losses = [inner_loss(system, "critic", ROWS), warmup_loss(system, ("critic", "solver"), ROWS)]
+    exact_losses.append(outer_loss(system, ROWS, 2, latent_steps=STEPS))
+    for a in system.agents.values():
+        a.to(torch.bfloat16)
+    losses = [inner_loss(system, "critic", ROWS), warmup_loss(system, ("critic", "solver"), ROWS)]
+    losses.append(outer_loss(system, ROWS, 2, latent_steps=STEPS))
+    for loss, expected in zip(losses, exact_losses, strict=True):
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=0.1)  # bfloat16 keeps 8 bits through two layers
+    losses[2].backward()
+    gradients = [p.grad for outer in system.outer_links.values() for p in outer.parameters()]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
 
 
 # ---- bad input

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from recmas_kernels import clear_packed
+
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
@@ -135,7 +137,7 @@ def train(
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run although
             ``resume`` is off, or a checkpoint of other settings or parameters.
-        FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
+        RuntimeError: loss or gradient is not finite; names the step. The parameters keep their last good values.
     """
     _check(parameters)
     optimizer = _optimizer(parameters, config)
@@ -177,6 +179,7 @@ def _step(
     step: int,
 ) -> tuple[float, float]:
     """One optimiser step; the mean loss and the gradient's norm before clipping."""
+    clear_packed()  # packed weights round differently: a step's bits must not depend on which calls came before it
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulation):
@@ -185,7 +188,7 @@ def _step(
         total += value.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
+        raise RuntimeError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
