@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -52,6 +53,8 @@ class Agent:
     ) -> Agent:
         """Load a model and its tokenizer from a folder, or from the hub where no such folder exists.
 
+        A RecursiveLink may stand beside the model, as in the reference implementation's releases: it is left alone.
+
         Raises:
             ValueError: a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id; one line.
         """
@@ -67,7 +70,9 @@ class Agent:
             raise ValueError(f"agent {name!r}: no such folder: {source}")
         wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=wanted, trust_remote_code=trust_remote_code, **_past_links(source)
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
             raise ValueError(f"agent {name!r}: cannot load {source}: {_first_line(error)}") from error
@@ -247,6 +252,19 @@ def _logits_factor(config: Any, name: str) -> float:
             raise ValueError(f"agent {name!r}: how a {family} model scales its logits is not known here")
         return 1.0 / float(divisor)
     return 1.0
+
+
+def _past_links(source: str) -> dict[str, Any]:
+    """Options that keep transformers, where PEFT is installed, from taking a link beside a model for a PEFT adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    path = find_adapter_config_file(source)
+    if path is None:
+        return {}
+    described = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "adapter_type" not in described or "peft_type" in described:
+        return {}
+    return {"adapter_kwargs": {"subfolder": "no-peft-adapter"}}  # where it looks for one and finds none
 
 
 def _first_line(error: BaseException) -> str:

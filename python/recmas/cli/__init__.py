@@ -14,6 +14,8 @@ COMMANDS = {
     "run": "answer questions with a system",
     "eval": "measure a system's accuracy on questions with known answers",
     "train": "train a system's links: inner, warmup or outer",
+    "lab": "the relay lab: build, questions, eval, demo",
+    "convert": "read and write the reference implementation's systems and links",
     "inspect": "show a system's parts, and what its latents look like",
     "info": "show versions, what is built, and which kernels serve",
 }

@@ -1,0 +1,203 @@
+"""From the reference implementation's ``.pt`` links to safetensors, and from our links and systems back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recmas.pattern import Edge
+from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec
+from recmas.upstream.convert import Folder, new_folder, read_link
+from recmas.upstream.styles import FAMILIES, OUTER, Family
+from recmas.upstream.weights import INNER_CONFIG, INNER_MANIFEST, INNER_WEIGHTS, OUTER_CONFIG, OUTER_MANIFEST
+from recmas_kernels import FusedRecursiveLink, LinkConfig
+
+_LINK_CONFIG = "config.json"
+
+
+def link_to_safetensors(source: Folder, folder: Folder, *, adapter_type: str | None = None) -> LinkConfig:
+    """Write a ``.pt`` link, or a role folder's ``adapter.pt``, as a link folder of ours; every bit is kept.
+
+    Args:
+        source: state dict file, or folder with ``adapter.pt`` and ``adapter_config.json``.
+        folder: link folder to make.
+        adapter_type: its type; None reads ``adapter_config.json`` beside the file, else what the parameters tell.
+
+    Returns:
+        The link's shape.
+
+    Raises:
+        ValueError: a file that is missing, damaged, of unknown or ambiguous type, or a folder that exists already.
+    """
+    place, path = new_folder(folder), Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(f"source: no such file or folder: {path}")
+    if path.is_dir():
+        path = path / INNER_WEIGHTS
+    beside = path.parent / INNER_CONFIG
+    if adapter_type is None and path.name.startswith("adapter") and beside.is_file():
+        try:
+            adapter_type = json.loads(beside.read_text(encoding="utf-8")).get("adapter_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{beside}: cannot be read as a JSON object: {error}") from None
+    link = read_link(path, adapter_type, "source")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
+        fresh = Path(temporary, "link")
+        link.save_pretrained(fresh)
+        os.replace(fresh, place)
+    return link.config
+
+
+def to_pt(source: Folder, out: Folder) -> list[Path]:
+    """Write a link or a system of ours in the files that the reference implementation loads.
+
+    A link folder becomes one state dict ``out``, which must end in ``.pt``. A system becomes a folder ``out`` with a
+    folder per role (``adapter.pt``, ``adapter_config.json`` and, where the model is local, symbolic links to its files)
+    and ``outer/`` with its links, ``outerlink_config.json`` and ``outer_adapter_config.json``.
+
+    Returns:
+        What was written: the state dicts.
+
+    Raises:
+        ValueError: neither link nor system, a link or a pattern that the reference implementation does not have, or an
+            `out` that exists already.
+    """
+    folder, place = Path(source).expanduser(), new_folder(out)
+    if (folder / FILE_NAME).is_file():
+        return _system_to_pt(folder, place)
+    if not (folder / _LINK_CONFIG).is_file():
+        raise ValueError(f"source: {folder} is neither a system (no {FILE_NAME}) nor a link (no {_LINK_CONFIG})")
+    if place.suffix != ".pt" or place.is_dir():
+        raise ValueError(f"out: {out} is not the name of a .pt file, which a single link becomes")
+    link = _own_link(folder)
+    adapter_type(link.config, str(folder))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
+        fresh = Path(temporary, place.name)
+        _save(link, fresh)
+        os.replace(fresh, place)
+    return [place]
+
+
+def adapter_type(config: LinkConfig, where: str) -> str:
+    """The reference implementation's name for a link of this shape; ValueError where it has none."""
+    outer = config.kind == "outer"
+    hidden = config.hidden_features
+    if config.layers == 2:
+        hidden = config.in_features if not outer else config.out_features * (2 if config.norm else 1)
+    residual = "linear" if outer else "identity"
+    reasons = {
+        "biases": not config.bias,
+        f"residual {config.residual!r}": config.residual not in (residual, "none"),
+        "norms without a residual": config.norm and not outer and config.residual == "none",
+        "norms around one layer": config.norm and config.layers == 1,
+        f"{config.hidden_features} hidden features (it has {hidden})": config.hidden_features != hidden,
+        f"activation {config.activation!r}": config.activation != "gelu" and config.layers == 2,
+        f"eps {config.eps}": config.eps != 1e-5 and config.norm,
+    }
+    for reason, true in reasons.items():
+        if true:
+            lack = "no biases" if reason == "biases" else reason
+            raise ValueError(f"{where}: the reference implementation has no link with {lack}")
+    parts = ["outer"] if outer else []
+    parts += ["linear"] if config.layers == 1 else ["ln"] if config.norm else []
+    parts += ["res"] if config.residual != "none" else []
+    return "_".join([*parts, "adapter"])
+
+
+def _system_to_pt(folder: Path, place: Path) -> list[Path]:
+    spec = read_spec(folder)
+    family = _family(folder, spec)
+    inner = {role: _own_link(folder / agent.inner_link) for role, agent in spec.agents.items() if agent.inner_link}
+    outer = {edge: _own_link(folder / path) for edge, path in spec.outer_links.items()}
+    types: dict[str | Edge, str] = {role: adapter_type(link.config, role) for role, link in inner.items()}
+    types.update({edge: adapter_type(link.config, edge_name(edge)) for edge, link in outer.items()})
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
+        fresh = Path(temporary, "system")
+        for role, agent in spec.agents.items():
+            (fresh / role).mkdir(parents=True)
+            _link_model(folder / agent.model, fresh / role)
+            if role in inner:
+                _save(inner[role], fresh / role / INNER_WEIGHTS)
+                _write_json(fresh / role / INNER_CONFIG, {"adapter_type": types[role]})
+        (fresh / OUTER).mkdir()
+        entries = _outer_entries(family, outer, types)
+        for edge, entry in entries.items():
+            _save(outer[edge], fresh / OUTER / entry["filename"])
+        manifest = {
+            "format_version": 1,
+            "paradigm": family.name,
+            "legacy_config_filename": OUTER_CONFIG,
+            "adapters": list(entries.values()),
+        }
+        _write_json(fresh / OUTER / OUTER_MANIFEST, manifest)
+        companion = {
+            f"{entry['legacy_key']}_{suffix}": entry[name]
+            for entry in entries.values()
+            for name, suffix in (("adapter_type", "type"), ("in_dim", "in_dim"), ("out_dim", "out_dim"))
+        }
+        _write_json(fresh / OUTER / OUTER_CONFIG, companion)
+        written = [path.relative_to(fresh) for path in sorted(fresh.glob("*/*.pt")) if not path.is_symlink()]
+        os.replace(fresh, place)
+    return [place / path for path in written]
+
+
+def _family(folder: Path, spec: SystemSpec) -> Family:
+    for family in FAMILIES:
+        if family.pattern == spec.pattern:
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(f"{folder}: its pattern is not one the reference implementation has: {known}")
+
+
+def _outer_entries(
+    family: Family, links: Mapping[Edge, FusedRecursiveLink], types: Mapping[str | Edge, str]
+) -> dict[Edge, dict[str, Any]]:
+    return {
+        edge: {
+            "legacy_key": key,
+            "legacy_filename": f"{key}.pt",
+            "filename": f"{key}.pt",
+            "source_role": edge[0],
+            "target_role": edge[1],
+            "adapter_type": types[edge],
+            "in_dim": links[edge].config.in_features,
+            "out_dim": links[edge].config.out_features,
+        }
+        for key, edge in family.edges.items()
+        if edge in links
+    }
+
+
+def _link_model(model: Path, role: Path) -> None:
+    """Symbolic links to a local model's files, its own link files left out; nothing for a model on the hub."""
+    for path in sorted(model.iterdir()) if model.is_dir() else []:
+        if path.is_file() and path.suffix != ".pt" and path.name not in (INNER_CONFIG, INNER_MANIFEST):
+            (role / path.name).symlink_to(path.resolve())
+
+
+def _own_link(folder: Path) -> FusedRecursiveLink:
+    try:
+        return FusedRecursiveLink.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _save(link: FusedRecursiveLink, path: Path) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in link.state_dict().items()}
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
