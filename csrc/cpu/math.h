@@ -57,14 +57,15 @@ inline GeluParts gelu_parts_erf(Vec x) {
 
 inline GeluParts gelu_parts_tanh(Vec x) {
   const Vec one = set1(1.0f), square = mul(x, x);
-  // t = -2 s log2(e); beyond +-126 the logistic is 0 or 1 to the last bit.
-  const Vec inner = mul(x, fma(square, set1(0.044715f), one));
-  const Vec t = mul(inner, set1(-2.30220819f));  // -2 sqrt(2/pi) log2(e)
+  // -2 sqrt(2/pi) log2(e) (x + 0.044715 x^3), with both constants multiplied out
+  const Vec t = mul(x, fma(square, set1(-0.10294324f), set1(-2.3022082f)));
+  // Beyond +-126 the logistic is 0 or 1 to the last bit.
   const Vec bounded = max(min(t, set1(126.0f)), set1(-126.0f));
-  const Vec logistic = div(one, add(one, exp2(bounded)));
+  const Vec e = exp2(bounded), logistic = div(one, add(one, e));
   const Vec probability = select_greater(t, set1(125.0f), set1(0.0f), logistic);
+  // The logistic's slope is p (1 - p) = e p^2; the first form would cancel where p is near 1.
   const Vec rate = mul(fma(square, set1(0.134145f), one), set1(1.59576912f));  // 2 sqrt(2/pi) (1 + 3*0.044715 x^2)
-  return {probability, mul(mul(x, rate), mul(probability, sub(one, probability)))};
+  return {probability, mul(mul(x, rate), mul(mul(e, probability), probability))};
 }
 
 inline Vec gelu(Vec x, Gelu kind) {

@@ -77,23 +77,31 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64
 }
 
 constexpr int64_t kPrefetchSteps = 24;
+// A running sum over k is closed after this many steps: its rounding error grows with the length of the chain.
+constexpr int64_t kChainSteps = 128;
 
 // out [rows][kPanel] += left [rows][k] x panel [k][vecs * kWidth].
 template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const void* left, int64_t left_stride, const void* panel, int64_t steps, float* out) {
-  Accumulators<rows, vecs> acc;
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < vecs; ++c) acc.at[r][c] = load(out + r * kPanel + c * kWidth);
-  }
   const char* at = static_cast<const char*>(panel);
-  for (int64_t step = 0; step < steps; ++step, at += step_bytes(format)) {
-    for (int64_t line = 0; line < step_bytes(format); line += 64) {
-      __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
+  for (int64_t first = 0; first < steps; first += kChainSteps) {
+    Accumulators<rows, vecs> acc;
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = set1(0.0f);
     }
-    multiply_step<format, bf16_left, rows, vecs>(acc, left, left_stride, at, step);
-  }
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < vecs; ++c) store(out + r * kPanel + c * kWidth, acc.at[r][c]);
+    const int64_t last = smaller(first + kChainSteps, steps);
+    for (int64_t step = first; step < last; ++step, at += step_bytes(format)) {
+      for (int64_t line = 0; line < step_bytes(format); line += 64) {
+        __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
+      }
+      multiply_step<format, bf16_left, rows, vecs>(acc, left, left_stride, at, step);
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < vecs; ++c) {
+        float* sum = out + r * kPanel + c * kWidth;
+        store(sum, add(load(sum), acc.at[r][c]));
+      }
+    }
   }
 }
 
