@@ -357,6 +357,24 @@ def test_warmup_loss_is_the_formula(exact, edge):
     torch.testing.assert_close(warmup_loss(exact, edge, rows), sum(terms) / len(terms), rtol=ROUNDING, atol=0)
 
 
+def test_messages_without_counterparts_give_no_loss(exact):
+    rows = [dict(row, targets={"planner": "1", "critic": "nope never"}) for row in ROWS]
+    loss = warmup_loss(exact, ("critic", "solver"), rows)
+    assert loss.item() == 0
+    gradients = torch.autograd.grad(loss, list(exact.outer_links["critic", "solver"].parameters()), allow_unused=True)
+    assert not any(g is not None and g.any() for g in gradients)
+
+
+def test_only_the_first_tokens_count_where_asked(exact):
+    rows = [dict(row, targets={"planner": "1", "critic": "1 cat dog"}) for row in ROWS]
+    short = [dict(row, targets={"planner": "1", "critic": "1"}) for row in ROWS]
+    edge = ("critic", "solver")
+    loss = warmup_loss(exact, edge, rows, max_tokens=1)
+    torch.testing.assert_close(loss, warmup_loss(exact, edge, short), rtol=ROUNDING, atol=0)
+    loss = inner_loss(exact, "critic", rows, max_tokens=1)
+    torch.testing.assert_close(loss, inner_loss(exact, "critic", short, max_tokens=1), rtol=ROUNDING, atol=0)
+
+
 def test_warmup_learns_and_touches_the_chosen_edge_only():
     system = build()
     before = weights(system)
@@ -460,6 +478,22 @@ def test_missing_parts_are_named_before_any_step():
         train_outer(system, ROWS, OuterConfig(rounds=1, latent_steps={"poet": 1}), progress=False)
     with pytest.raises(ValueError, match="latents must be 'forced' or 'rollout', got 'dream'"):
         OuterConfig(latents="dream")
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (OuterConfig, "rounds", 0),
+        (OuterConfig, "rounds", ()),
+        (InnerConfig, "rounds", (1, -1)),
+        (InnerConfig, "cosine_weight", -1.0),
+        (WarmupConfig, "cosine_weight", 0.0),
+        (WarmupConfig, "max_tokens", 0),
+    ],
+)
+def test_settings_are_checked(config, field, value):
+    with pytest.raises(ValueError, match=field):
+        config(**{field: value})
 
 
 def test_rows_without_what_a_stage_needs_are_named(exact):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from recmas.pattern import Edge, Pattern, Visit
-from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.data import DataSource, Row, RowSource, check_rounds, pick, target_texts
 from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
 
@@ -36,6 +36,15 @@ class AlignmentConfig(LoopConfig):
     cosine_weight: float = 1.0
     mse_weight: float = 0.0
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rounds(self.rounds)
+        if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
+            weights = f"{self.cosine_weight} and {self.mse_weight}"
+            raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 or None, got {self.max_tokens}")
 
 
 def visit_of(pattern: Pattern, role: str, round: int) -> Visit:

@@ -21,7 +21,7 @@ from recmas.pattern import Edge, Visit
 from recmas.running import Message, steps_by_role
 from recmas.spec import edge_name
 from recmas.splice import Latents, Prompt, run_link
-from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.data import DataSource, Row, RowSource, check_rounds, pick, target_texts
 from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
 from recmas.training.teacher import force, named_parameters, only_trainable
 
@@ -53,6 +53,7 @@ class OuterConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_rounds(self.rounds)
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 
