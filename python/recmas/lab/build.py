@@ -70,7 +70,7 @@ def build(
         "validation_seed": VALIDATION_SEED,
         "commit": _commit(),
         "versions": {"recmas": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),
     }
     with tempfile.TemporaryDirectory() as temporary:
         if agents is None:

@@ -65,6 +65,8 @@ def grid(
     """
     if unknown := [method for method in methods if method not in (*MODES, *CONTROLS)]:
         raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join((*MODES, *CONTROLS))}")
+    if count < 2:
+        raise ValueError(f"count: {count} is too few; latents are shuffled among 2 questions or more")
     untrained = relay_system(system.agents, seed) if "untrained links" in methods else system
     cells = []
     for hop_count in hops:
@@ -130,13 +132,15 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         yield rows[first : first + BATCH]
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """The cells as text, a line each."""
+def heading() -> str:
+    """Names of the columns of `line`."""
     names = ("hops", "rounds", "method", "accuracy", "chance", "text tokens", "latent steps", "ms/question")
-    lines = ["{:>4} {:>6}  {:<16} {:>8} {:>6} {:>11} {:>12} {:>11}".format(*names)]
-    for cell in cells:
-        lines.append(
-            f"{cell.hops:>4} {cell.rounds:>6}  {cell.method:<16} {cell.accuracy:>8.3f} {cell.chance:>6.3f} "
-            f"{cell.text_tokens:>11.1f} {cell.latent_steps:>12.1f} {cell.seconds * 1e3:>11.2f}"
-        )
-    return "\n".join(lines)
+    return "{:>4} {:>6}  {:<16} {:>8} {:>6} {:>11} {:>12} {:>11}".format(*names)
+
+
+def line(cell: Cell) -> str:
+    """A cell as a line of text."""
+    return (
+        f"{cell.hops:>4} {cell.rounds or '-':>6}  {cell.method:<16} {cell.accuracy:>8.3f} {cell.chance:>6.3f} "
+        f"{cell.text_tokens:>11.1f} {cell.latent_steps:>12.1f} {cell.seconds * 1e3:>11.2f}"
+    )

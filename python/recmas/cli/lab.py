@@ -1,0 +1,115 @@
+"""``recmas lab build|questions|eval|demo``: the relay lab, three small agents that can only answer together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from recmas.cli.common import add_system, dump, loaded, write_lines
+from recmas.cli.parser import COUNTS, CommandLineParser
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+TASKS = {
+    "build": "pretrain three agents from nothing, train their links, and write an ordinary system",
+    "questions": "write fresh questions with their answers and training targets",
+    "eval": "measure a relay system on fresh questions: hops 1-3 x rounds 1-3, latents, text and controls",
+    "demo": "a short eval, then the links' time, fused against eager",
+}
+
+
+def add_options(parser: CommandLineParser) -> None:
+    tasks = parser.add_subcommands(required=True, dest="task", metavar="TASK")
+    for task, summary in TASKS.items():
+        command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
+        {"build": _build_options, "questions": _questions_options}.get(task, _measure_options)(command)
+        tasks.add_subcommand(task, command, help=summary)
+
+
+def execute(options: Namespace) -> int:
+    run = {"build": _build, "questions": _questions, "eval": _eval, "demo": _demo}[options.task]
+    run(options[options.task])
+    return 0
+
+
+def _build_options(parser: CommandLineParser) -> None:
+    parser.add_argument("system", type=str, help="folder to write")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--seed", type=int, default=1, help="of agents, lessons, links and their questions")
+    parser.add_argument("--link-seed", type=int, default=None, help="of links and questions, where it should differ")
+    parser.add_argument("--agents", type=str, default=None, help="built lab whose agents are linked anew")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _questions_options(parser: CommandLineParser) -> None:
+    parser.add_argument("output", type=str, help="JSONL file to write")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--seed", type=int, default=1, help="of the test worlds")
+    parser.add_argument("--count", type=int, default=256, help="number of questions")
+    parser.add_argument("--hops", type=COUNTS, default=(1, 2, 3), help="hop counts to draw from")
+
+
+def _measure_options(parser: CommandLineParser) -> None:
+    add_system(parser)
+    parser.add_argument("--seed", type=int, default=1, help="of the test worlds")
+    parser.add_argument("--questions", type=int, default=None, help="per number of hops (default: eval 2048, demo 256)")
+
+
+def _build(options: Namespace) -> None:
+    import transformers
+
+    from recmas.lab.build import build
+
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    record = build(options.system, options.seed, link_seed=options.link_seed, agents=options.agents)
+    minutes = (time.perf_counter() - started) / 60
+    if options.json:
+        dump(record)
+        return
+    for role, reached in record["pretraining"].items():
+        print(f"{role}: {reached['accuracy']:.3f} of its look-ups right after {reached['steps']} steps")
+    for stage, accuracy in record["links"]["validation"].items():
+        print(f"links after {stage}: {accuracy:.4f} of the validation questions")
+    print(f"kept: {record['links']['kept']}; as stored {record['validation_accuracy']:.4f}")
+    print(f"{options.system} written in {minutes:.1f} minutes")
+
+
+def _questions(options: Namespace) -> None:
+    from recmas.lab.world import questions
+
+    if options.count < 1:
+        raise ValueError(f"--count: {options.count} is not positive")
+    write_lines(options.output, questions("test", options.seed, options.hops, options.count))
+    print(f"{options.count} questions in {options.output}")
+
+
+def _eval(options: Namespace) -> None:
+    cells = _measured(options, 2048)
+    if options.json:
+        dump([asdict(cell) for cell in cells])
+
+
+def _demo(options: Namespace) -> None:
+    from recmas.lab.timing import link_times, time_table
+
+    cells = _measured(options, 256)
+    times = link_times()
+    if options.json:
+        dump({"grid": [asdict(cell) for cell in cells], "links": [asdict(row) for row in times]})
+    else:
+        print(f"\nlinks, no gradients, fp32, medians by turns\n{time_table(times)}")
+
+
+def _measured(options: Namespace, default: int) -> list[Any]:
+    """The grid; its table is printed cell by cell unless JSON is wanted."""
+    from recmas.lab.grid import grid, heading, line
+
+    count = default if options.questions is None else options.questions
+    with loaded(options) as mas:
+        if not options.json:
+            print(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}\n{heading()}")
+        show = None if options.json else lambda cell: print(line(cell), flush=True)
+        return grid(mas, options.seed, count, on_cell=show)
