@@ -50,11 +50,13 @@ def best_eager(link: RecursiveLink, x: Tensor) -> Tensor:
 
 def compiled(module: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile with its defaults, for the one shape it will see."""
+    torch._dynamo.reset()  # all links share one code object, and dynamo gives up after eight shapes of it
     return torch.compile(module, dynamic=False)
 
 
 def compiled_frozen(module: nn.Module) -> Forward:
     """torch.compile with max-autotune and frozen weights; to be called under ``torch.no_grad()`` only."""
+    torch._dynamo.reset()
     options = {**torch._inductor.list_mode_options("max-autotune"), "freezing": True}
     return torch.compile(module.eval(), dynamic=False, options=options)
 

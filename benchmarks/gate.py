@@ -15,24 +15,19 @@ from benchmarks.record import FUSED
 from recmas_kernels import FusedRecursiveLink
 from tests.kernels.helpers import (
     check_budget,
-    check_link,
     eager_twin,
     make_rows,
     poisoned_allocations,
     relative_error,
-    run,
 )
 
 GATE_ROWS = 64
 
 
 def inference_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, LinkPeer]) -> dict[str, float]:
-    """Relative error of every forward on ``tokens`` rows; the fused one is within the budget and repeats its bits.
-
-    Few tokens are drawn several times: a maximum over a handful of values says little about either side.
-    """
+    """Relative error of every forward on ``tokens`` rows; the fused one is within the budget and repeats its bits."""
     dtype = link.proj1.weight.dtype
-    batches = make_rows(max(1, GATE_ROWS // tokens), tokens, link.config.in_features, dtype=dtype)
+    batches = make_rows(_draws(tokens), tokens, link.config.in_features, dtype=dtype)
 
     def outputs(forward: Forward) -> Tensor:
         return torch.cat([forward(x) for x in batches])
@@ -49,24 +44,35 @@ def inference_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, 
     return {FUSED: relative_error(first, truth), **errors}
 
 
-def training_errors(link: FusedRecursiveLink, x: Tensor, dy: Tensor, peers: Mapping[str, LinkPeer]) -> dict[str, float]:
+def training_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, LinkPeer]) -> dict[str, float]:
     """Largest relative error among the output and all gradients; the fused ones are within the budget and repeat."""
+    dtype, draws = link.proj1.weight.dtype, _draws(tokens)
+    xs = make_rows(draws, tokens, link.config.in_features, dtype=dtype)
+    dys = make_rows(draws, tokens, link.config.out_features, dtype=dtype, seed=2)
+
+    def results(peer: LinkPeer, wanted: torch.dtype = dtype) -> dict[str, Tensor]:
+        steps = [step(peer, x.to(wanted).requires_grad_(), dy.to(wanted)) for x, dy in zip(xs, dys, strict=True)]
+        return {name: torch.stack([values[name] for values in steps]) for name in steps[0]}
+
+    exact, plain = eager_twin(link, torch.float64), eager_twin(link, dtype)
+    truth, eager = results(LinkPeer(exact, exact), torch.float64), results(LinkPeer(plain, plain))
     with poisoned_allocations():
-        results = check_link(link, x, dy)
-    again = run(link, x, dy)
-    for name, grad in results.grads.items():
-        assert torch.equal(grad, again.grads[name]), f"gradient of {name}: two equal calls gave different bits"
-    truth = run(eager_twin(link, torch.float64), x.double(), dy.double())
-    errors = {FUSED: [relative_error(results.y, truth.y)]}
-    errors[FUSED] += [relative_error(results.grads[name], grad) for name, grad in truth.grads.items()]
-    for name, peer in peers.items():
-        y, grads = step(peer, x.detach().requires_grad_(), dy)
-        errors[name] = [relative_error(y, truth.y)]
-        errors[name] += [relative_error(grad, exact) for grad, exact in zip(grads, truth.grads.values(), strict=True)]
-    return {name: max(values) for name, values in errors.items()}
+        fused, again = results(LinkPeer(link, link)), results(LinkPeer(link, link))
+    for name, true_values in truth.items():
+        check_budget(name, fused[name], eager[name], true_values, dtype)
+        assert torch.equal(fused[name], again[name]), f"{name}: two equal calls gave different bits"
+    errors = {FUSED: fused} | {name: results(peer) for name, peer in peers.items()}
+    return {name: max(relative_error(values[key], truth[key]) for key in truth) for name, values in errors.items()}
 
 
-def step(peer: LinkPeer, x: Tensor, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward and backward of a peer: ``(y, gradients of x and of the parameters in their order)``."""
+def step(peer: LinkPeer, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Forward and backward of a peer: ``y`` and the gradients of ``x`` and of every parameter, by name."""
     y = peer.forward(x)
-    return y.detach(), torch.autograd.grad(y, (x, *peer.module.parameters()), dy)
+    names, parameters = zip(*peer.module.named_parameters(), strict=True)
+    grads = torch.autograd.grad(y, (x, *parameters), dy)
+    return {"y": y.detach(), **dict(zip(("x", *names), grads, strict=True))}
+
+
+def _draws(tokens: int) -> int:
+    """How often ``tokens`` rows are drawn: a maximum over a handful of values says little about either side."""
+    return max(1, GATE_ROWS // tokens)

@@ -15,7 +15,6 @@ cases = link_cases
 
 
 def test_link(case: LinkCase, bench: Bench) -> None:
-    torch._dynamo.reset()
     link = make_link(case.config, case.dtype)
     x = make_rows(case.tokens, case.config.in_features, dtype=case.dtype)
     peers = {name: link_peer(name, link) for name in case.peers if name != PRODUCTS}
@@ -23,7 +22,7 @@ def test_link(case: LinkCase, bench: Bench) -> None:
     itemsize = case.dtype.itemsize
     if case.training:
         dy = make_rows(case.tokens, case.config.out_features, dtype=case.dtype, seed=2)
-        errors = training_errors(link, x, dy, peers)
+        errors = training_errors(link, case.tokens, peers)
         learning = x.requires_grad_()
         variants = {name: lambda peer=peer: step(peer, learning, dy) for name, peer in implementations.items()}
         work = floors.link_training(case.config, case.tokens, itemsize)

@@ -1,0 +1,79 @@
+"""The alignment loss with its gradient, targets gathered from an embedding table by token id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import floors
+from benchmarks.baselines import compiled
+from benchmarks.record import FUSED, Bench, Labels
+from benchmarks.shapes import DTYPES, Goal
+from recmas_kernels import alignment_loss
+from tests.kernels.helpers import check_budget, make_rows, poisoned_allocations, relative_error
+
+MSE_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    features: int
+    vocabulary: int
+    dtype: torch.dtype
+
+    @property
+    def id(self) -> str:
+        return f"cpu-{self.tokens}x{self.features}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def cases(full: bool) -> list[Case]:
+    sizes = (16384, 2048, 32768) if full else (64, 128, 512)
+    return [Case(*sizes, dtype) for dtype in DTYPES]
+
+
+def eager_loss(pred: Tensor, table: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """The loss as one writes it in torch: everything in float32 (float64 stays)."""
+    wide = torch.float64 if pred.dtype is torch.float64 else torch.float32
+    rows, target = pred.to(wide), table[token_ids].to(wide)
+    row_loss = 1 - F.cosine_similarity(rows, target, dim=-1) + MSE_WEIGHT * (rows - target).square().mean(-1)
+    return (row_loss * mask).sum() / mask.sum()
+
+
+def fused_loss(pred: Tensor, table: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
+    return alignment_loss(pred, table, token_ids=token_ids, mask=mask, mse_weight=MSE_WEIGHT)
+
+
+def test_alignment(case: Case, bench: Bench) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred = make_rows(case.tokens, case.features, dtype=case.dtype).requires_grad_()
+    table = make_rows(case.vocabulary, case.features, dtype=case.dtype, seed=2)
+    token_ids = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
+    mask = torch.rand(case.tokens, generator=generator) > 0.125
+    losses = {FUSED: fused_loss, "eager": eager_loss}
+    if bench.full:
+        losses["compile"] = compiled(eager_loss)
+
+    def step(name: str) -> tuple[Tensor, Tensor]:
+        loss = losses[name](pred, table, token_ids, mask)
+        return loss.detach(), torch.autograd.grad(loss, pred)[0]
+
+    exact = pred.detach().double().requires_grad_()
+    true_loss = eager_loss(exact, table.double(), token_ids, mask)
+    (true_grad,) = torch.autograd.grad(true_loss, exact)
+    with poisoned_allocations():
+        loss, grad = step(FUSED)
+    eager, eager_grad = step("eager")
+    check_budget("loss", loss, eager, true_loss.detach(), torch.float32)
+    check_budget("gradient", grad, eager_grad, true_grad, case.dtype)
+    again = step(FUSED)
+    assert torch.equal(loss, again[0]), "two equal calls gave different losses"
+    assert torch.equal(grad, again[1]), "two equal calls gave different gradients"
+    errors = {name: relative_error(step(name)[1], true_grad) for name in losses}
+
+    labels = Labels("alignment", "alignment", f"{case.features}", case.dtype, "forward+backward", case.tokens)
+    work = floors.alignment_training(case.tokens, case.features, case.dtype.itemsize)
+    bench.run(labels, {name: lambda name=name: step(name) for name in losses}, work, errors, Goal(5.0, 8.0))
