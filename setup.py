@@ -3,7 +3,7 @@
 ``pip install`` degrades: a module that cannot be built is left out, and the reason with the tail of the log goes
 into ``recmas_kernels/_build.json``, which ``python -m recmas_kernels.info`` shows. ``python setup.py build_ext`` is
 for people who want the modules, so there a failure is an error; so is it under RECMAS_BUILD_CPU=1 or
-RECMAS_BUILD_CUDA=1 (0 leaves the module out). RECMAS_CUDA_ARCHS and MAX_JOBS go to CMake as they are.
+RECMAS_BUILD_CUDA=1 (0 leaves the module out). RECMAS_CUDA_ARCHS, RECMAS_WERROR and MAX_JOBS go to CMake as they are.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class CMakeBuild(build_ext):
         definitions = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "RECMAS_WERROR": os.environ.get("RECMAS_WERROR") or "OFF",
             "PYBIND11_FINDPYTHON": "ON",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": find_pybind11(),
@@ -160,7 +161,8 @@ class CMakeBuild(build_ext):
             if archs := os.environ.get("RECMAS_CUDA_ARCHS"):
                 definitions["CMAKE_CUDA_ARCHITECTURES"] = archs
         # Settings that CMake would take from its cache, or refuse to change, get a folder of their own.
-        settings = repr((str(module.folder), os.environ.get("CXX"), sorted(definitions.items())))
+        variables = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDAFLAGS")]
+        settings = repr((str(module.folder), variables, sorted(definitions.items())))
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         build_folder = Path(self.build_temp).resolve() / f"{module.label}-{digest}"
         product_folder = build_folder / "module"

@@ -27,7 +27,8 @@ class Outcome:
 
 def run(command: list[str | Path], folder: Path, variables: dict[str, str]) -> Outcome:
     """Run ``command`` with ``folder`` as working directory and none of this shell's own build settings."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RECMAS_", "PYTHONPATH", "CXX"))}
+    unwanted = ("RECMAS_", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
