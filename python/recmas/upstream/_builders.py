@@ -26,7 +26,7 @@ def text_of(call: dict[str, Any]) -> str:
             arguments["args"] = SimpleNamespace(**arguments["args"])
         found = found(**arguments)
     if not isinstance(found, str):
-        raise TypeError(f"{call['name']} gives a {type(found).__name__}, expected a text")
+        raise TypeError(f"{call['name']} gives {type(found).__name__}, expected a text")
     return found
 
 
