@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from recmas.cli.parser import CommandLineParser, one_line
@@ -29,11 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 after a one-line error, 130 after an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = CommandLineParser(prog="recmas", description=DESCRIPTION)
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     chosen = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
         chosen.add_subcommand(name, command, help=summary)
-        if words[:1] == [name]:
+        if name == next((word for word in words if not word.startswith("-")), None):
             importlib.import_module(f"recmas.cli.{name}").add_options(command)
     try:
         parsed = parser.parse_args(words)
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("RECMAS_DEBUG") == "1":
-            raise
+        if parsed.traceback:
+            traceback.print_exc()
         print(f"recmas: error: {one_line(error)}", file=sys.stderr)
         return 2

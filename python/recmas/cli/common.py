@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from recmas.cli.parser import LATENT_STEPS, CommandLineParser
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ def add_system(parser: CommandLineParser) -> None:
 
 def add_answering(parser: CommandLineParser) -> None:
     """How questions are answered."""
-    parser.add_argument("--rounds", type=int, default=None, help="rounds of the recursion (default: the system's)")
+    parser.add_argument(
+        "--rounds", type=PositiveInt, default=None, help="rounds of the recursion (default: the system's)"
+    )
     parser.add_argument(
         "--latent-steps",
         type=LATENT_STEPS,
@@ -52,8 +56,8 @@ def add_answering(parser: CommandLineParser) -> None:
         choices=["latent", "text"],
         help="what agents pass on; text is the baseline: same agents, prompts and rounds, text in the slots",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="most tokens per text")
+    parser.add_argument("--batch-size", type=PositiveInt, default=32, help="questions answered at once")
+    parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
     parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")

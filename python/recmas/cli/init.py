@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from recmas.cli.common import dump
 from recmas.cli.parser import PAIRS, CommandLineParser
 from recmas.pattern import NAMED, Pattern
@@ -35,8 +37,10 @@ def add_options(parser: CommandLineParser) -> None:
         help="stage, or all: from round 2 on every agent also reads every other one",
     )
     parser.add_argument("--models", type=PAIRS, required=True, help="folder or hub id by role: planner=PATH,solver=ID")
-    parser.add_argument("--rounds", type=int, default=3, help="the system's default; links are made for so many")
-    parser.add_argument("--latent-steps", type=int, default=32, help="the system's default")
+    parser.add_argument(
+        "--rounds", type=PositiveInt, default=3, help="the system's default; links are made for so many"
+    )
+    parser.add_argument("--latent-steps", type=NonNegativeInt, default=32, help="the system's default")
     parser.add_argument(
         "--link-scale",
         type=str,

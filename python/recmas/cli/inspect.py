@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import PositiveInt
+
 from recmas.cli.common import add_system, dump, loaded, read_questions
 from recmas.cli.parser import LATENT_STEPS, CommandLineParser
 
@@ -18,9 +20,11 @@ def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     parser.add_argument("--questions", type=str, default=None, help="JSONL file: show the latents of these rows")
     parser.add_argument("--question", type=str, default=None, help="show the latents of this question")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds of the recursion (default: the system's)")
+    parser.add_argument(
+        "--rounds", type=PositiveInt, default=None, help="rounds of the recursion (default: the system's)"
+    )
     parser.add_argument("--latent-steps", type=LATENT_STEPS, default=None, help="32 or planner=2,solver=3")
-    parser.add_argument("--nearest", type=int, default=3, help="tokens shown per latent")
+    parser.add_argument("--nearest", type=PositiveInt, default=3, help="tokens shown per latent")
 
 
 def execute(options: Namespace) -> int:
