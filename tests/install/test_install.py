@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import sysconfig
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, run
+from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, run
 
 HAS_NVCC = shutil.which("nvcc") is not None
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -74,9 +73,20 @@ def test_wheel_from_sdist_without_nvcc(environment: Environment, sources: Path, 
     assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
 
 
-def test_without_a_compiler_the_reference_serves(environment: Environment, sources: Path) -> None:
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Path]:
+    """An editable install without a compiler, over modules that an earlier build had left."""
+    folder = tmp_path_factory.mktemp("bare")
+    environment, sources = Environment(folder), copy_sources(folder / "sources")
+    for name in (f"_cpu{EXTENSION_SUFFIX}", f"_cuda{EXTENSION_SUFFIX}", "_cpu.another-python.so"):
+        (sources / "recmas_kernels" / name).write_bytes(b"built from older sources")
     outcome = environment.pip_install("-e", sources, **NO_COMPILER)
     assert outcome.returncode == 0, outcome.output
+    return environment, sources
+
+
+def test_without_a_compiler_the_reference_serves(bare: tuple[Environment, Path]) -> None:
+    environment, _ = bare
     info = environment.info()
     for module in info["modules"].values():
         assert module["status"] == "failed"
@@ -88,6 +98,22 @@ def test_without_a_compiler_the_reference_serves(environment: Environment, sourc
     assert forward.returncode == 0, forward.output
 
 
+def test_a_stale_module_goes_when_its_rebuild_fails(bare: tuple[Environment, Path]) -> None:
+    _, sources = bare
+    left = {file.name for file in (sources / "recmas_kernels").glob("*.so")}
+    assert left == {"_cpu.another-python.so"}, "another interpreter's module is not this build's to remove"
+
+
+def test_importing_the_package_loads_nothing_compiled(bare: tuple[Environment, Path]) -> None:
+    environment, sources = bare
+    stale = sources / "recmas_kernels" / f"_cpu{EXTENSION_SUFFIX}"
+    stale.write_bytes(b"would raise if it were loaded")
+    script = "import sys, recmas_kernels; assert not {'triton', 'transformers'} & set(sys.modules)"
+    outcome = environment.run("-c", script)
+    stale.unlink()
+    assert outcome.returncode == 0, outcome.output
+
+
 def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources: Path) -> None:
     """CMake starts and fails: the reason and the tail of what it printed reach ``info``."""
     (sources / "csrc" / "link.h").write_text('#error "these sources cannot compile"\n', encoding="utf-8")
@@ -96,7 +122,7 @@ def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources:
     module = environment.info()["modules"]["cpu"]
     assert module["status"] == "failed"
     assert "these sources cannot compile" in module["reason"]
-    assert any("these sources cannot compile" in line for line in module["log"])
+    assert module["log"][-1].startswith("ninja: build stopped")
 
 
 @pytest.mark.parametrize(("module", "broken"), [("cpu", NO_COMPILER), ("cuda", NO_NVCC)])
@@ -125,24 +151,4 @@ def test_build_ext_is_loud_without_a_compiler(sources: Path) -> None:
 def test_build_ext_does_not_expect_cuda_without_nvcc(sources: Path) -> None:
     switches = {"RECMAS_BUILD_CPU": "0", **NO_NVCC}
     outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, switches)
-    assert outcome.returncode == 0, outcome.output
-
-
-def test_a_stale_module_goes_when_its_rebuild_fails(environment: Environment, sources: Path) -> None:
-    stale = [sources / "recmas_kernels" / f"_{name}{EXTENSION_SUFFIX}" for name in ("cpu", "cuda")]
-    foreign = sources / "recmas_kernels" / f"_cpu.another-python{os.path.splitext(EXTENSION_SUFFIX)[1]}"
-    for module in (*stale, foreign):
-        module.write_bytes(b"built from older sources")
-    outcome = environment.pip_install("-e", sources, **NO_COMPILER)
-    assert outcome.returncode == 0, outcome.output
-    assert not any(module.exists() for module in stale)
-    assert foreign.exists(), "another interpreter's module is not this build's to remove"
-
-
-def test_importing_the_package_loads_nothing_compiled(environment: Environment, sources: Path) -> None:
-    environment.pip_install("-e", sources, **NO_COMPILER)
-    for name in ("cpu", "cuda"):
-        (sources / "recmas_kernels" / f"_{name}{EXTENSION_SUFFIX}").write_bytes(b"would raise if it were loaded")
-    script = "import sys, recmas_kernels; assert not {'triton', 'transformers'} & set(sys.modules)"
-    outcome = environment.run("-c", script)
     assert outcome.returncode == 0, outcome.output
