@@ -10,7 +10,7 @@ DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench sanitize native gpu clean
+.PHONY: help install demo test lint format bench sanitize gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,9 +47,16 @@ format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(DEVELOPMENT) ## measure everything here; rows also go to build/benchmarks.json
+bench: $(DEVELOPMENT) ## measure everything this machine can run, and draw tables and plots from it
 	@mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --grid full --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m benchmarks.report build/benchmarks.json
+
+sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DRECMAS_TESTS=ON -DRECMAS_SANITIZE=ON -DRECMAS_WERROR=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 gpu: $(DEVELOPMENT) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
