@@ -105,11 +105,22 @@ def _demo(options: Namespace) -> None:
 
 def _measured(options: Namespace, default: int) -> list[Any]:
     """The grid; its table is printed cell by cell unless JSON is wanted."""
-    from recmas.lab.grid import grid, heading, line
+    from tqdm.auto import tqdm
+
+    from recmas.lab.grid import CONTROLS, MODES, Cell, grid, heading, line, runs, summary
 
     count = default if options.questions is None else options.questions
-    with loaded(options) as mas:
+    hops, rounds, methods = (1, 2, 3), (1, 2, 3), (*MODES, *CONTROLS)
+    with loaded(options) as mas, tqdm(total=len(hops) * len(runs(methods, rounds)), desc="relay", leave=False) as bar:
+
+        def show(cell: Cell) -> None:
+            if not options.json:
+                bar.write(line(cell))
+            bar.update()
+
         if not options.json:
-            print(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}\n{heading()}")
-        show = None if options.json else lambda cell: print(line(cell), flush=True)
-        return grid(mas, options.seed, count, on_cell=show)
+            bar.write(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}\n{heading()}")
+        cells = grid(mas, options.seed, count, hops=hops, rounds=rounds, methods=methods, on_cell=show)
+    if not options.json:
+        print(f"\n{summary([cell for cell in cells if cell.method in MODES])}")
+    return cells

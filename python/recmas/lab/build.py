@@ -23,6 +23,7 @@ from recmas.lab.grid import Row, grid
 from recmas.lab.links import LinkSettings, train_links
 from recmas.lab.pretrain import PretrainSettings, pretrain
 from recmas.lab.world import ROLES, questions
+from recmas.spec import FILE_NAME
 
 RECORD, QUESTIONS = "lab.json", "questions.jsonl"
 VALIDATION_SEED = 7
@@ -64,6 +65,8 @@ def build(
     """
     settings = settings or BuildSettings()
     place = Path(folder)
+    if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / FILE_NAME).exists()):
+        raise ValueError(f"{place}: exists and is not a system; nothing was built")
     record: dict[str, Any] = {
         "seed": seed,
         "link_seed": seed if link_seed is None else link_seed,

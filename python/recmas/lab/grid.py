@@ -71,14 +71,21 @@ def grid(
     cells = []
     for hop_count in hops:
         rows = questions(split, seed, [hop_count], count)
-        for method, round_count in itertools.product(methods, rounds):
-            if method == "solver alone" and round_count != rounds[0]:
-                continue
+        for method, round_count in runs(methods, rounds):
             cell = _cell(system, untrained, method, rows, hop_count, round_count)
             cells.append(cell)
             if on_cell is not None:
                 on_cell(cell)
     return cells
+
+
+def runs(methods: Sequence[str], rounds: Sequence[int]) -> list[tuple[str, int]]:
+    """Every (method, rounds) that is measured for one number of hops; the solver alone goes no rounds."""
+    return [
+        (method, count)
+        for method, count in itertools.product(methods, rounds)
+        if method != "solver alone" or count == rounds[0]
+    ]
 
 
 def _cell(
@@ -130,6 +137,18 @@ def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]
 def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     for first in range(0, len(rows), BATCH):
         yield rows[first : first + BATCH]
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """Accuracy alone: a line per number of hops, a column per method and rounds."""
+    columns = list(dict.fromkeys((cell.method, cell.rounds) for cell in cells))
+    reached = {((cell.method, cell.rounds), cell.hops): cell.accuracy for cell in cells}
+    titles = [f"{method} r={rounds}" if rounds else method for method, rounds in columns]
+    lines = ["accuracy  " + "  ".join(titles)]
+    for hops in dict.fromkeys(cell.hops for cell in cells):
+        shares = (f"{reached[column, hops]:>{len(title)}.3f}" for column, title in zip(columns, titles, strict=True))
+        lines.append(f"{hops} hop{'s' if hops > 1 else ' '}    " + "  ".join(shares))
+    return "\n".join(lines)
 
 
 def heading() -> str:

@@ -1,0 +1,61 @@
+"""`recmas lab` from the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recmas.cli import main
+from recmas.lab.world import questions
+from recmas.training.data import read_rows
+
+SHIPPED = str(Path(__file__).parents[2] / "examples" / "relay")
+
+
+def test_questions_are_the_test_worlds_of_their_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "questions.jsonl"
+    assert main(["lab", "questions", str(path), "--seed", "5", "--count", "7", "--hops", "1,3"]) == 0
+    assert read_rows(path) == questions("test", 5, (1, 3), 7)
+    assert capsys.readouterr().out == f"7 questions in {path}\n"
+
+
+def test_eval_prints_a_line_per_cell_and_the_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "eval", SHIPPED, "--questions", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 fresh questions per number of hops, test worlds of seed 1"
+    assert len(lines) == 2 + 39 + 1 + 4
+    assert lines[-4].split()[:4] == ["accuracy", "latent", "r=1", "latent"]
+
+
+def test_eval_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "eval", SHIPPED, "--questions", "2", "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert len(cells) == 39
+    assert {cell["questions"] for cell in cells} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "nowhere/system.json: no such file; nowhere is not a system"),
+        (["eval", SHIPPED, "--questions", "1"], "count: 1 is too few; latents are shuffled among 2 questions or more"),
+        (["questions", "q.jsonl", "--hops", "9"], "hops must be between 0 and 4, got 9"),
+        (["questions", "q.jsonl", "--count", "0"], "--count: 0 is not positive"),
+        (["build", "."], ".: exists and is not a system; nothing was built"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "something").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert [line for line in printed.err.splitlines() if line.startswith("recmas")] == [f"recmas: error: {message}"]
+    assert not (tmp_path / "q.jsonl").exists()
