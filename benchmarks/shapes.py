@@ -29,13 +29,13 @@ class Goal:
 
     Attributes:
         must: least speed-up over ``peer``.
-        aim: the speed-up wished for.
+        aim: the speed-up wished for; None where nothing beyond ``must`` is.
         must_us: most microseconds per call; None where only the speed-up counts.
         peer: whom the speed-up is over.
     """
 
     must: float = NEVER_BELOW
-    aim: float = 1.0
+    aim: float | None = None
     must_us: float | None = None
     peer: str = "eager"
 

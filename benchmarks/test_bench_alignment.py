@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,4 +77,4 @@ def test_alignment(case: Case, bench: Bench) -> None:
 
     labels = Labels("alignment", "alignment", f"{case.features}", case.dtype, "forward+backward", case.tokens)
     work = floors.alignment_training(case.tokens, case.features, case.dtype.itemsize)
-    bench.run(labels, {name: lambda name=name: step(name) for name in losses}, work, errors, Goal(5.0, 8.0))
+    bench.run(labels, {name: partial(step, name) for name in losses}, work, errors, Goal(5.0, 8.0))

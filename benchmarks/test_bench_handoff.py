@@ -87,7 +87,7 @@ def test_handoff(case: Case, bench: Bench) -> None:
         "vocabulary": case.vocabulary,
         "peer_work": {TEXT: {"flops": text_work.flops, "bytes": text_work.bytes_min}},
     }
-    bench.run(labels, {FUSED: latent, TEXT: text}, work, errors, Goal(1.0, 1.0, peer=TEXT), twice=TEXT, extra=extra)
+    bench.run(labels, {FUSED: latent, TEXT: text}, work, errors, Goal(1.0, peer=TEXT), twice=TEXT, extra=extra)
 
 
 def _link_flops(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks import floors
@@ -9,6 +11,7 @@ from benchmarks.baselines import PRODUCTS, LinkPeer, link_peer, products
 from benchmarks.gate import inference_errors, step, training_errors
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.shapes import LinkCase, link_cases
+from benchmarks.timing import Call
 from tests.kernels.helpers import make_link, make_rows
 
 cases = link_cases
@@ -24,11 +27,11 @@ def test_link(case: LinkCase, bench: Bench) -> None:
         dy = make_rows(case.tokens, case.config.out_features, dtype=case.dtype, seed=2)
         errors = training_errors(link, case.tokens, peers)
         learning = x.requires_grad_()
-        variants = {name: lambda peer=peer: step(peer, learning, dy) for name, peer in implementations.items()}
+        variants: dict[str, Call] = {name: partial(step, peer, learning, dy) for name, peer in implementations.items()}
         work = floors.link_training(case.config, case.tokens, itemsize)
     else:
         errors = inference_errors(link, case.tokens, peers)
-        variants = {name: lambda peer=peer: peer.forward(x) for name, peer in implementations.items()}
+        variants = {name: partial(peer.forward, x) for name, peer in implementations.items()}
         work = floors.link_forward(case.config, case.tokens, itemsize)
     if PRODUCTS in case.peers:
         variants[PRODUCTS] = products(link, case.tokens, case.training)

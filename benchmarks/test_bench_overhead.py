@@ -14,6 +14,7 @@ from benchmarks.gate import inference_errors, step, training_errors
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.shapes import Goal
 from recmas_kernels import FusedRecursiveLink, LinkConfig
+from recmas_kernels.link import NORM_NAMES
 from tests.kernels.helpers import make_link, make_rows
 
 CONFIG = LinkConfig("inner", 8, 8, 8, "identity")
@@ -51,8 +52,9 @@ def repeated(call: Callable[[], object]) -> Callable[[], None]:
 def bare_op(link: FusedRecursiveLink, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """The op itself, its arguments ready: neither module nor checks."""
     pairs = [(layer.weight, layer.bias) for layer in (link.proj1, link.proj2)]
-    norms = [(norm.weight, norm.bias) for norm in (link.pre_ln, link.post_ln)]
-    tensors = (*pairs[0], *pairs[1], None, None, *norms[0], *norms[1])
+    norms = (getattr(link, name) for name in NORM_NAMES["inner"])
+    pairs += [(norm.weight, norm.bias) for norm in norms]
+    tensors = (*pairs[0], *pairs[1], None, None, *pairs[2], *pairs[3])
     op = torch.ops.recmas.link_fwd.default
     return partial(op, x, *tensors, "identity", "none", link.config.eps, x.dtype, True)
 

@@ -1,0 +1,159 @@
+"""``python -m benchmarks.report [RUN.json ...]``: store runs, and draw tables and plots from what is stored.
+
+A run is what ``pytest benchmarks --grid full --benchmark-json=RUN.json`` wrote. Each suite of it replaces
+``benchmarks/results/<device>/<suite>.json``; then every device's tables and plots are drawn anew, and with them the
+README's tables between its two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, tables
+from benchmarks.record import SCHEMA
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+ORDER = ("link", "overhead", "alignment", "rollout", "handoff")
+
+
+def store(run: Path, results: Path) -> None:
+    """Put the records of a run into ``results``, one file per suite, each replaced whole.
+
+    Raises:
+        ValueError: the file is no such run, of another schema, or of the quick grid.
+    """
+    try:
+        content = json.loads(run.read_text(encoding="utf-8"))
+        meta = content["recmas"]
+        records = [entry["extra_info"]["record"] for entry in content["benchmarks"] if entry["extra_info"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} is not a benchmark run: {type(error).__name__}: {error}") from error
+    if meta["schema"] != SCHEMA:
+        raise ValueError(f"{run} has schema {meta['schema']}, expected {SCHEMA}")
+    if meta["grid"] != "full":
+        raise ValueError(f"{run} is of the {meta['grid']} grid, whose times mean nothing: run with --grid full")
+    folder = results / meta["device"]["slug"]
+    folder.mkdir(parents=True, exist_ok=True)
+    suites = defaultdict(list)
+    for record in records:
+        suites[record["suite"]].append(record)
+    for suite, members in suites.items():
+        head = json.dumps(meta, indent=1)[1:-2].strip()
+        lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in members)
+        write(folder / f"{suite}.json", "{" + head + ',\n "records": [\n' + lines + "\n]}\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace ``path`` whole or not at all."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The stored suites of a device, by name, in the order of the report."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    return {name: found[name] for name in sorted(found, key=lambda name: (*ORDER, name).index(name))}
+
+
+def page(suites: dict[str, dict[str, Any]]) -> str:
+    """A device's page: where the numbers come from, the goals, and every table."""
+    device = next(iter(suites.values()))["device"]
+    parts = [
+        f"# {device['name']}, {device['threads']} threads",
+        "Drawn by `python -m benchmarks.report` from the JSON files beside it; how to read it: `benchmarks/README.md`.",
+        f"Caches {device['caches']}, instruction set {device['instruction_set']['used']}.",
+        tables.goals(record for suite in suites.values() for record in suite["records"]),
+    ]
+    for name, suite in suites.items():
+        limits, git = suite["limits"], suite["git"]
+        stream = ", ".join(f"{size} {tables.number(rate)}" for size, rate in limits["stream_gbps"].items())
+        product = ", ".join(f"{dtype} {tables.number(rate)}" for dtype, rate in limits["product_gflops"].items())
+        parts += [
+            f"## {name}",
+            f"Measured {suite['date']} at commit {git['commit']}{' with local changes' if git['dirty'] else ''}, "
+            + ", ".join(f"{package} {version}" for package, version in suite["versions"].items())
+            + f". Limits in the same run: streaming reads, GB/s by buffer: {stream}; products, GFLOP/s: {product}.",
+        ]
+        if name == "link":
+            parts.append("![time against tokens](link.svg)")
+        if name == "handoff":
+            parts.append("![text against latent handoff](handoff.svg)")
+        parts += [
+            tables.full_table(suite["records"]),
+            "Every implementation, median:",
+            tables.peer_table(suite["records"]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
+    """The README's part: the released inner link in full, one line for every cell of the smaller suites."""
+    suite = next(iter(suites.values()))
+    device = suite["device"]
+    parts = [
+        f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}; "
+        f"all columns and cells: [benchmarks/results/{slug}](benchmarks/results/{slug}/README.md)."
+    ]
+    if "link" in suites:
+        parts += [
+            f"![time against tokens](benchmarks/results/{slug}/link.svg)",
+            tables.headline_link(suites["link"]["records"]),
+        ]
+    rest = [record for name, suite in suites.items() if name != "link" for record in suite["records"]]
+    if rest:
+        parts.append(tables.headline_rest(rest))
+    return "\n\n".join(parts)
+
+
+def draw(results: Path, readme: Path) -> None:
+    """Write every device's page and plots, and the README's part where it has the markers."""
+    headlines = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        suites = load(folder)
+        if not suites:
+            continue
+        device = next(iter(suites.values()))["device"]
+        title = f"{device['name']}, {device['threads']} threads"
+        if "link" in suites:
+            plots.link_plot(suites["link"]["records"], folder / "link.svg", title)
+        if "handoff" in suites:
+            plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", title)
+        write(folder / "README.md", page(suites))
+        headlines.append(headline(suites, folder.name))
+    text = readme.read_text(encoding="utf-8")
+    if headlines and BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2]
+        write(readme, before + BEGIN + "\n\n" + "\n\n".join(headlines) + "\n\n" + END + after)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="JSON files of full runs to store first")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stored results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file that holds the two markers")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            store(run, options.results)
+        draw(options.results, options.readme)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for folder in sorted(path for path in options.results.iterdir() if path.is_dir()):
+        print(f"{folder / 'README.md'}: " + tables.goals(r for s in load(folder).values() for r in s["records"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

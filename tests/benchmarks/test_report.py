@@ -1,0 +1,144 @@
+"""From samples to records, files, tables and the README; times are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import floors, report, tables
+from benchmarks.record import SCHEMA, Labels, make_record
+from benchmarks.shapes import INNER, Goal
+
+SLUG = "cpu-test"
+
+
+class FakeLimits:
+    """A machine of 100 GB/s and 1 TFLOP/s."""
+
+    memory_stream = 1e11
+
+    def stream(self, size: int) -> float:
+        return 1e11
+
+    def product(self, dtype: torch.dtype) -> float:
+        return 1e12
+
+
+def link_record(tokens: int = 8, fused: float = 1e-3, goal: Goal | None = Goal(2.0, 2.4)) -> dict[str, Any]:  # noqa: B008
+    samples = {
+        "fused": [fused] * 30,
+        "eager": [3e-3] * 30,
+        "products": [0.5e-3] * 30,
+        "eager (again)": [3.03e-3] * 30,
+    }
+    labels = Labels("link", "inner", "2048->2048->2048", torch.float32, "forward", tokens)
+    work = floors.link_forward(INNER, tokens, 4)
+    return make_record(labels, work, FakeLimits(), samples, {"fused": 1e-7}, {}, goal)  # type: ignore[arg-type]
+
+
+def write_run(path: Path, records: list[dict[str, Any]], **changes: Any) -> Path:
+    meta = {
+        "schema": SCHEMA,
+        "date": "2026-01-01T00:00:00+00:00",
+        "grid": "full",
+        "git": {"commit": "abc", "dirty": False},
+        "device": {"name": "A chip", "slug": SLUG, "threads": 2, "caches": {}, "instruction_set": {"used": "avx2"}},
+        "versions": {"torch": "2.13.0"},
+        "limits": {"stream_gbps": {"1 MiB": 100.0}, "product_gflops": {"float32": 1000.0}},
+    }
+    benchmarks = [{"extra_info": {"record": record}} for record in records] + [{"extra_info": {}}]
+    path.write_text(json.dumps({"recmas": meta | changes, "benchmarks": benchmarks}))
+    return path
+
+
+def test_record_holds_every_column() -> None:
+    record = link_record()
+    assert record["floor_us"] == pytest.approx(record["bytes_min"] / 1e11 * 1e6)
+    assert record["bound"] == "weights"
+    fused = record["impls"]["fused"]
+    assert fused["t_us"] == {"p20": 1000.0, "p50": 1000.0, "p80": 1000.0, "n": 30}
+    assert fused["sol_pct"] == pytest.approx(100 * record["floor_us"] / 1000)
+    assert fused["gemm_ceiling_pct"] == pytest.approx(50)
+    assert fused["gflops"] == pytest.approx(record["flops"] / 1e-3 / 1e9)
+    assert fused["err"] == 1e-7
+    assert len(fused["samples_us"]) == 30
+    assert record["ratios"].keys() == {"eager"}
+    assert record["ratios"]["eager"]["value"] == pytest.approx(3.0)
+    assert record["noise"] == pytest.approx(1.01)
+    assert record["missed"] is None
+
+
+def test_missed_goal_is_recorded_and_told() -> None:
+    record = link_record(fused=2e-3)
+    assert record["missed"] == "1.50x eager [1.50, 1.50], must be 2.00x"
+    assert "**missed**" in tables.full_table([record])
+    assert "0 of 1 goals met" in tables.goals([record])
+
+
+def test_ratio_within_the_noise_is_not_reported() -> None:
+    assert tables.ratio_cell(link_record(fused=3e-3, goal=None), "eager") == "≈ 1"
+    assert tables.ratio_cell(link_record(), "compile") == "–"
+    assert tables.ratio_cell(link_record(), "eager") == "3.00× [3.00, 3.00]"
+
+
+def test_pipes_in_cells_are_escaped() -> None:
+    assert tables.table(["|V|"], [["a"]]).splitlines()[0] == r"| \|V\| |"
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (1234.5, "1230"), (0.01234, "0.0123"), (2.0, "2")])
+def test_numbers(value: float | None, text: str) -> None:
+    assert tables.number(value) == text
+
+
+def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    run = write_run(tmp_path / "run.json", [link_record(1), link_record(8)])
+    arguments = [str(run), "--results", str(results), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    assert "2 of 2 goals met" in capsys.readouterr().out
+
+    stored = json.loads((results / SLUG / "link.json").read_text())
+    assert stored["device"]["name"] == "A chip"
+    assert [record["tokens"] for record in stored["records"]] == [1, 8]
+    assert "| inner | 2048->2048->2048 | float32 | forward | 8 | warm |" in (results / SLUG / "README.md").read_text()
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| float32 | 8 |" in text
+
+    plot = (results / SLUG / "link.svg").read_bytes()
+    assert report.main(arguments) == 0
+    assert (results / SLUG / "link.svg").read_bytes() == plot
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"grid": "quick"}, "of the quick grid"), ({"schema": 0}, f"has schema 0, expected {SCHEMA}")],
+)
+def test_unfit_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    run = write_run(tmp_path / "run.json", [link_record()], **changes)
+    results = tmp_path / "results"
+    results.mkdir()
+    assert report.main([str(run), "--results", str(results)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"benchmarks": []}'])
+def test_files_that_are_no_run_give_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    run = tmp_path / "run.json"
+    run.write_text(content)
+    assert report.main([str(run), "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run} is not a benchmark run")
+    assert error.count("\n") == 1
