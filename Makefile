@@ -53,6 +53,12 @@ bench: $(DEVELOPMENT) ## measure the full grid here (ten quiet minutes), store i
 	$(BIN)/python -m pytest benchmarks --grid full --benchmark-json=build/benchmarks.json || status=$$?; \
 	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
 
+sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DRECMAS_TESTS=ON -DRECMAS_SANITIZE=ON -DRECMAS_WERROR=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
 gpu: $(DEVELOPMENT) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
