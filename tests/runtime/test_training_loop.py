@@ -55,7 +55,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     parts, second = run(config, output=tmp_path / "parts", resume=True)
 
     assert second.steps == result.steps == 12
-    assert [record.step for record in second.records] == list(range(6, 13))
+    assert [record.step for record in second.records] == list(range(1, 13))
+    assert second.loss == result.loss
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
     logs = [[json.loads(line) for line in (tmp_path / name / LOG).open()] for name in ("whole", "parts")]
@@ -65,11 +66,10 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def test_a_finished_run_resumes_to_its_result_without_a_step(tmp_path):
-    trained, _ = run(SmallConfig(), output=tmp_path)
+    trained, done = run(SmallConfig(), output=tmp_path)
     again, result = run(SmallConfig(), output=tmp_path, resume=True)
-    assert result.records == []
+    assert result.records == done.records
     assert result.steps == 12
-    assert math.isnan(result.loss)
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
 
@@ -128,6 +128,10 @@ def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
         run(SmallConfig(), output=tmp_path)
     with pytest.raises(ValueError, match="learning_rate = 0.01, this run has 0.02"):
         run(replace(SmallConfig(), learning_rate=0.02), output=tmp_path, resume=True)
+    log = (tmp_path / LOG).read_text()
+    (tmp_path / LOG).write_text("{}\n" + log)
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1: not a record of a training step"):
+        run(SmallConfig(), output=tmp_path, resume=True)
     (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
     with pytest.raises(ValueError, match=r"checkpoint\.pt: not a readable checkpoint"):
         run(SmallConfig(), output=tmp_path, resume=True)

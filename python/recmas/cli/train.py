@@ -52,7 +52,7 @@ def execute(options: Namespace) -> int:
     with loaded(chosen) as mas:
         if chosen.output is not None:
             mas.save_pretrained(output)
-        logs = output / "training" / stage
+        logs = output / "training"
         result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, **only)
         mas.save_pretrained(output)
     results = result if isinstance(result, dict) else {"outer links": result}

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,14 +96,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a loop did: finished steps in all, and the records of the steps of this call (none if it had finished)."""
+    """What a loop did: finished steps in all, and their records; of a resumed run, the earlier steps' from its log."""
 
     steps: int
     records: list[StepRecord] = field(repr=False)
 
     @property
     def loss(self) -> float:
-        """Mean loss over the last tenth of this call's steps."""
+        """Mean loss over the last tenth of the steps."""
         last = self.records[-max(1, len(self.records) // 10) :]
         return sum(record.loss for record in last) / len(last) if last else math.nan
 
@@ -142,13 +142,9 @@ def train(
     _check(parameters)
     optimizer = _optimizer(parameters, config)
     folder = None if output is None else Path(output)
-    first = 0
-    if folder is not None:
-        first = _open(folder, parameters, optimizer, config, resume)
-    records: list[StepRecord] = []
-    step = first
+    step, records = (0, []) if folder is None else _open(folder, parameters, optimizer, config, resume)
     began = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=first, desc=name, disable=not progress, unit="step")
+    bar = tqdm(total=config.steps, initial=step, desc=name, disable=not progress, unit="step")
     try:
         while step < config.steps:
             value, norm = _step(parameters, optimizer, loss, config, step)
@@ -157,7 +153,8 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
             if folder is not None:
-                _append(folder / LOG, records[-1])
+                with open(folder / LOG, "a", encoding="utf-8") as log:
+                    log.write(_line(records[-1]))
             stop = on_step is not None and bool(on_step(records[-1]))
             due = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
             if folder is not None and (stop or due or step == config.steps):
@@ -223,30 +220,31 @@ def _open(
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     resume: bool,
-) -> int:
-    """Make the folder ready; the number of steps that its checkpoint, if any, has finished."""
+) -> tuple[int, list[StepRecord]]:
+    """Make the folder ready; the number of steps that its checkpoint, if any, has finished, and their records."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / CHECKPOINT, folder / LOG
     if not resume and (checkpoint.exists() or log.exists()):
         raise ValueError(f"{folder}: already holds a training run; resume it or choose another folder")
     step = _load(checkpoint, parameters, optimizer, config) if checkpoint.exists() else 0
-    if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-        _replace(log, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-    return step
+    records = [record for record in _logged(log) if record.step <= step]
+    _replace(log, lambda file: file.write("".join(map(_line, records)).encode()))
+    return step, records
 
 
-def _logged_step(line: str) -> float:
-    """Step of a line of the log; infinity for a line that a crash cut short."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
+def _logged(log: Path) -> Iterator[StepRecord]:
+    """Records of the log, but for a last line that a crash cut short."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                yield StepRecord(**json.loads(line))
+            except (ValueError, TypeError):
+                raise ValueError(f"{log}, line {number}: not a record of a training step") from None
 
 
-def _append(path: Path, record: StepRecord) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+def _line(record: StepRecord) -> str:
+    return json.dumps(dataclasses.asdict(record)) + "\n"
 
 
 def _save(
