@@ -103,7 +103,7 @@ def write_lines(path: str, records: list[dict[str, Any]]) -> None:
 
 def read_questions(options: Namespace) -> list[dict[str, object]]:
     """The rows of --questions, or the one of --question."""
-    from recmas.training.data import read_rows
+    from recmas.rows import read_rows
 
     if (options.questions is None) == (options.question is None):
         raise ValueError("give either --questions FILE.jsonl or --question TEXT")

@@ -29,7 +29,7 @@ def add_options(parser: CommandLineParser) -> None:
 
 
 def execute(options: Namespace) -> int:
-    from recmas.training.data import read_rows
+    from recmas.rows import read_rows
 
     rows = read_rows(options.data)
     with loaded(options) as mas:

@@ -10,7 +10,6 @@ A target is one text, said in every round, or one text per round.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -18,38 +17,13 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 
+from recmas.rows import read_rows
+
 if TYPE_CHECKING:
     from recmas.agent import Agent
 
 Row = Mapping[str, object]
 RowSource = Union[str, "os.PathLike[str]", Sequence[Row], Callable[[int], Sequence[Row]]]
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
-    """Rows of a JSONL file (blank lines are skipped).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object (names file and line), the file is not UTF-8 or holds no rows.
-    """
-    rows: list[dict[str, object]] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
 
 
 class DataSource:

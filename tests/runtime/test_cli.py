@@ -1,0 +1,239 @@
+"""The command line: what it does with good input (in this process) and with bad input (as a process of its own)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from recmas import SEQUENTIAL, RecursiveMAS
+from recmas.cli import main
+from recmas.cli.init import read_pattern
+from recmas.spec import read_spec
+from tests.runtime.tiny import tiny_agent, tiny_link
+
+ROWS = [
+    {"question": "what is it?", "answer": "x", "targets": {"planner": "fox", "critic": "dog", "solver": "lazy"}},
+    {"question": "fox", "answer": "y", "targets": {"planner": "the fox", "critic": "dog", "solver": "lazy dog"}},
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a system and questions; copied where a test breaks them."""
+    folder = tmp_path_factory.mktemp("cli")
+    agents = {
+        "planner": tiny_agent("qwen3", "planner", 32, 1),
+        "critic": tiny_agent("llama", "critic", 40, 2),
+        "solver": tiny_agent("qwen2", "solver", 24, 3),
+    }
+    mas = RecursiveMAS.create(agents, SEQUENTIAL, rounds=2, latent_steps=2, seed=0)
+    mas.save_pretrained(folder / "system")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def broken(made, tmp_path):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def recmas(folder, *arguments):
+    """(exit status, stdout, stderr) of the command in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "recmas", *arguments], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(folder, message, *arguments):
+    """The command exits with 2 after exactly one line on stderr that holds the message."""
+    status, out, err = recmas(folder, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("recmas: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+RUN = ("run", "system", "--questions", "rows.jsonl")
+
+
+def test_missing_system(broken):
+    refused(broken, "nowhere/system.json: no such file; nowhere is not a system", "run", "nowhere", "--question", "fox")
+
+
+def test_truncated_safetensors(broken):
+    path = broken / "system" / "links" / "planner-critic" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(broken, "outer link planner->critic: system/links/planner-critic/model.safetensors is truncated", *RUN)
+
+
+def test_truncated_model(broken):
+    path = broken / "system" / "agents" / "critic" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(broken, "agent 'critic': cannot load system/agents/critic: ", *RUN)
+
+
+def test_wrong_link_width(broken):
+    shutil.rmtree(broken / "system" / "links" / "critic")
+    tiny_link(tiny_agent("llama", "x", 16)).save_pretrained(broken / "system" / "links" / "critic")
+    refused(broken, "system: inner link of 'critic' maps 16 to 16 features, the models need 40 to 40", *RUN)
+
+
+def test_unknown_role(broken):
+    refused(broken, "latent_steps: unknown role 'poet'; the pattern has", *RUN, "--latent-steps", "poet=2")
+    path = broken / "system" / "system.json"
+    path.write_text(path.read_text().replace("{{from:critic}}", "{{from:poet}}"))
+    refused(broken, "agent 'solver', round 1: template", *RUN)
+
+
+def test_broken_third_line(broken):
+    with (broken / "rows.jsonl").open("a") as file:
+        file.write('{"question": \n')
+    refused(broken, "rows.jsonl, line 3: not valid JSON", *RUN)
+
+
+def test_empty_file(broken):
+    (broken / "rows.jsonl").write_text("\n")
+    refused(broken, "rows.jsonl: holds no rows", *RUN)
+
+
+def test_negative_rounds(broken):
+    refused(broken, "--rounds: Not of type PositiveInt: -1", *RUN, "--rounds", "-1")
+
+
+def test_unknown_backend(broken):
+    refused(broken, "'abacus'", *RUN, "--backend", "abacus")
+
+
+def test_missing_model_folder(broken):
+    shutil.rmtree(broken / "system" / "agents" / "critic")
+    refused(broken, "agents.critic.model: no such folder: system/agents/critic", *RUN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["run"], "required"),
+        (["run", "system", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["run", "system", "--rounds", "two"], "--rounds: "),
+        (["run", "system", "--mode", "telepathy"], "'telepathy'"),
+        (["run", "system", "--latent-steps", "planner=x"], "--latent-steps"),
+        (["run", "system"], "give either --questions FILE.jsonl or --question TEXT"),
+        (["run", "system", "--question", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "system", "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["init", "new", "--models", "planner"], "ROLE=VALUE"),
+        (["init", "new", "--models", "poet=x"], "unknown role 'poet'; the pattern has planner, critic, solver"),
+        (["init", "new", "--models", "planner=x", "--pattern", "circle"], "'circle' is neither one of sequential"),
+        (["init", "system", "--models", "planner=x"], "system: exists already; nothing was written"),
+    ],
+)
+def test_other_mistakes_are_one_line(made, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(made)
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("recmas: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_help_is_quick_and_lists_every_command(tmp_path):
+    code = "import sys; from recmas.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n")
+    for command in ("init", "run", "eval", "train", "inspect", "info"):
+        assert f"\n    {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["init", "run", "eval", "inspect", "train inner", "train warmup", "train outer"])
+def test_help_explains_every_option(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "<function" not in out
+    assert "<class" not in out
+
+
+def test_run(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    output = tmp_path / "deep" / "answers.jsonl"
+    options = ["--max-new-tokens", "3", "--latent-steps", "planner=1,solver=3"]
+    assert main([*RUN, *options, "--output", str(output), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert printed["answers"] == written
+    assert [record["index"] for record in written] == [0, 1]
+    assert written[0]["latent_steps"] == {"planner": 2, "critic": 4, "solver": 3}
+    answers = RecursiveMAS.from_pretrained("system").answer(
+        ROWS, max_new_tokens=3, latent_steps={"planner": 1, "solver": 3}
+    )
+    assert [record["text"] for record in written] == [answer.text for answer in answers]
+
+
+def test_run_from_a_configuration_file(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    config = tmp_path / "run.yaml"
+    config.write_text("questions: rows.jsonl\nlatent_steps: {planner: 1}\nrounds: 1\nmax_new_tokens: 2\nmode: text\n")
+    assert main(["run", "system", "--config", str(config), "--mode", "latent"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("0: ")
+    assert "2 answers, 6 latent steps, 4 text tokens" in out.splitlines()[-1]
+
+
+def test_init_then_train_then_eval(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    models = ",".join(f"{role}={made / 'system' / 'agents' / role}" for role in SEQUENTIAL.roles)
+    rows = str(made / "rows.jsonl")
+    assert main(["init", "new", "--models", models, "--rounds", "2", "--latent-steps", "2"]) == 0
+    fresh = (tmp_path / "new" / "links" / "planner-critic" / "model.safetensors").read_bytes()
+    settings = ["--data", rows, "--steps", "2", "--batch-size", "2"]
+    assert main(["train", "inner", "new", *settings, "--roles", "planner,critic"]) == 0
+    assert main(["train", "warmup", "new", *settings, "--edges", "planner->critic", "--output", "warm"]) == 0
+    capsys.readouterr()
+    assert main(["train", "outer", "warm", *settings, "--rounds", "1,2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["results"]["outer links"]["steps"] == 2
+    assert (tmp_path / "new" / "links" / "planner-critic" / "model.safetensors").read_bytes() == fresh
+    assert (tmp_path / "warm" / "links" / "planner-critic" / "model.safetensors").read_bytes() != fresh
+    assert main(["eval", "warm", "--data", rows, "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 2
+
+
+def test_inspect(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    assert main(["inspect", "system", "--question", "fox", "--rounds", "1", "--nearest", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "stages: planner > critic > solver" in out
+    assert "link planner->critic: 32 > 80 > 40" in out
+    assert out.count("nearest") == 4
+    assert main(["inspect", "system", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"stages", "agents", "links"}
+
+
+def test_stages_on_the_command_line():
+    assert read_pattern("a,b>c", "mean", "all").stages == (("a", "b"), ("c",))
+    assert read_pattern("sequential", "slots", "stage") == SEQUENTIAL
+    with pytest.raises(ValueError, match="combine: 'best'"):
+        read_pattern("a>b", "best", "stage")
+
+
+def test_init_writes_what_was_asked_for(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = str(made / "system" / "agents" / "solver")
+    arguments = ["--pattern", "a,b>c", "--combine", "weighted", "--models", f"a={one},b={one},c={one}", "--rounds", "1"]
+    assert main(["init", "new", *arguments]) == 0
+    spec = read_spec("new")
+    assert spec.pattern.combine == "weighted"
+    assert set(spec.outer_links) == {("a", "c"), ("b", "c")}
+    assert spec.defaults.rounds == 1
