@@ -145,12 +145,11 @@ Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes
 // they are, so sizes and strides are in bytes. Returns the CUDA runtime's own error code, 0 for success.
 namespace cuda {
 
-// embeds[slot_rows[i]] = rows[i]; a slot outside [0, table_rows) stops the kernel with a launch failure
-int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t rows_count,
-                        void* embeds, int64_t embeds_stride, int64_t table_rows, int64_t row_bytes, uintptr_t stream);
-// rows[i] = embeds[slot_rows[i]], which becomes zero
-int32_t handoff_take(void* embeds, int64_t embeds_stride, int64_t table_rows, const int64_t* slot_rows, void* rows,
-                     int64_t rows_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream);
+// As on the CPU, except that a slot outside [0, table_rows) is found by the kernel, which ends in a launch failure.
+int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
+                        int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows, uintptr_t stream);
+int32_t handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,
+                     int64_t row_bytes, void* rows, uintptr_t stream);
 
 }  // namespace cuda
 

@@ -19,26 +19,26 @@ void raise_if_failed(int32_t code, const char* op, int device) {
                            std::to_string(code) + " (" + cudaGetErrorName(error) + "): " + cudaGetErrorString(error));
 }
 
-void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, int64_t rows_count, uintptr_t embeds,
-                     int64_t embeds_stride, int64_t table_rows, int64_t row_bytes, int device, uintptr_t stream) {
+void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, int64_t count, int64_t row_bytes,
+                     uintptr_t table, int64_t table_stride, int64_t table_rows, int device, uintptr_t stream) {
   int32_t code = 0;
   {
     const py::gil_scoped_release unlocked;
     code = recmas::cuda::handoff_scatter(reinterpret_cast<const void*>(rows), rows_stride,
-                                         reinterpret_cast<const int64_t*>(slot_rows), rows_count,
-                                         reinterpret_cast<void*>(embeds), embeds_stride, table_rows, row_bytes, stream);
+                                         reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
+                                         reinterpret_cast<void*>(table), table_stride, table_rows, stream);
   }
   raise_if_failed(code, "handoff_scatter", device);
 }
 
-void handoff_take(uintptr_t embeds, int64_t embeds_stride, int64_t table_rows, uintptr_t slot_rows, uintptr_t rows,
-                  int64_t rows_stride, int64_t rows_count, int64_t row_bytes, int device, uintptr_t stream) {
+void handoff_take(uintptr_t table, int64_t table_stride, int64_t table_rows, uintptr_t slot_rows, int64_t count,
+                  int64_t row_bytes, uintptr_t rows, int device, uintptr_t stream) {
   int32_t code = 0;
   {
     const py::gil_scoped_release unlocked;
-    code = recmas::cuda::handoff_take(reinterpret_cast<void*>(embeds), embeds_stride, table_rows,
-                                      reinterpret_cast<const int64_t*>(slot_rows), reinterpret_cast<void*>(rows),
-                                      rows_stride, rows_count, row_bytes, stream);
+    code = recmas::cuda::handoff_take(reinterpret_cast<void*>(table), table_stride, table_rows,
+                                      reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
+                                      reinterpret_cast<void*>(rows), stream);
   }
   raise_if_failed(code, "handoff_take", device);
 }
@@ -58,9 +58,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("driver_version", &driver_version,
              "newest CUDA version the installed driver serves, as 1000 * major + 10 * minor; 0 without a driver");
   module.def("handoff_scatter", &handoff_scatter, py::arg("rows"), py::arg("rows_stride"), py::arg("slot_rows"),
-             py::arg("rows_count"), py::arg("embeds"), py::arg("embeds_stride"), py::arg("table_rows"),
-             py::arg("row_bytes"), py::arg("device"), py::arg("stream"), "see link.h");
-  module.def("handoff_take", &handoff_take, py::arg("embeds"), py::arg("embeds_stride"), py::arg("table_rows"),
-             py::arg("slot_rows"), py::arg("rows"), py::arg("rows_stride"), py::arg("rows_count"), py::arg("row_bytes"),
+             py::arg("count"), py::arg("row_bytes"), py::arg("table"), py::arg("table_stride"), py::arg("table_rows"),
              py::arg("device"), py::arg("stream"), "see link.h");
+  module.def("handoff_take", &handoff_take, py::arg("table"), py::arg("table_stride"), py::arg("table_rows"),
+             py::arg("slot_rows"), py::arg("count"), py::arg("row_bytes"), py::arg("rows"), py::arg("device"),
+             py::arg("stream"), "see link.h");
 }

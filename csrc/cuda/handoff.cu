@@ -22,28 +22,24 @@ __device__ Word* table_row(char* table, int64_t stride, int64_t table_rows, int6
 // One block per row: at d = 4096 in bf16 a thread moves two 16-byte words, so a launch of a few dozen rows is all
 // latency.
 template <class Word>
-__global__ void scatter_rows(const char* __restrict__ rows,          // [rows_count], rows_stride apart
-                             int64_t rows_stride,                    //
-                             const int64_t* __restrict__ slot_rows,  // [rows_count], unique
-                             int64_t rows_count,                     //
-                             char* __restrict__ embeds,              // [table_rows], embeds_stride apart
-                             int64_t embeds_stride, int64_t table_rows, int64_t words) {
-  for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
+__global__ void scatter_rows(const char* __restrict__ rows, int64_t rows_stride,
+                             const int64_t* __restrict__ slot_rows,  // [count], unique
+                             int64_t count, char* __restrict__ table, int64_t table_stride, int64_t table_rows,
+                             int64_t words) {
+  for (int64_t row = blockIdx.x; row < count; row += gridDim.x) {
     const auto* source = reinterpret_cast<const Word*>(rows + row * rows_stride);
-    Word* target = table_row<Word>(embeds, embeds_stride, table_rows, slot_rows[row]);
+    Word* target = table_row<Word>(table, table_stride, table_rows, slot_rows[row]);
     for (int64_t word = threadIdx.x; word < words; word += kThreads) target[word] = source[word];
   }
 }
 
 template <class Word>
-__global__ void take_rows(char* __restrict__ embeds,  // [table_rows], embeds_stride apart; taken rows become zero
-                          int64_t embeds_stride, int64_t table_rows,
-                          const int64_t* __restrict__ slot_rows,  // [rows_count], unique
-                          char* __restrict__ rows,                // [rows_count], rows_stride apart
-                          int64_t rows_stride, int64_t rows_count, int64_t words) {
-  for (int64_t row = blockIdx.x; row < rows_count; row += gridDim.x) {
-    Word* source = table_row<Word>(embeds, embeds_stride, table_rows, slot_rows[row]);
-    auto* target = reinterpret_cast<Word*>(rows + row * rows_stride);
+__global__ void take_rows(char* __restrict__ table, int64_t table_stride, int64_t table_rows,
+                          const int64_t* __restrict__ slot_rows,  // [count], unique
+                          int64_t count, Word* __restrict__ rows, int64_t words) {
+  for (int64_t row = blockIdx.x; row < count; row += gridDim.x) {
+    Word* source = table_row<Word>(table, table_stride, table_rows, slot_rows[row]);
+    Word* target = rows + row * words;
     for (int64_t word = threadIdx.x; word < words; word += kThreads) {
       target[word] = source[word];
       source[word] = Word{};
@@ -51,23 +47,21 @@ __global__ void take_rows(char* __restrict__ embeds,  // [table_rows], embeds_st
   }
 }
 
-// The widest word that divides every address and every row.
-int64_t common_alignment(const void* rows, int64_t rows_stride, const void* embeds, int64_t embeds_stride,
+// The widest word, in bytes, that divides every address and every row.
+int64_t common_alignment(const void* rows, int64_t rows_stride, const void* table, int64_t table_stride,
                          int64_t row_bytes) {
-  const uint64_t bits = reinterpret_cast<uint64_t>(rows) | reinterpret_cast<uint64_t>(embeds) |
-                        static_cast<uint64_t>(rows_stride) | static_cast<uint64_t>(embeds_stride) |
+  const uint64_t bits = reinterpret_cast<uint64_t>(rows) | reinterpret_cast<uint64_t>(table) |
+                        static_cast<uint64_t>(rows_stride) | static_cast<uint64_t>(table_stride) |
                         static_cast<uint64_t>(row_bytes);
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
 }
 
-unsigned blocks_for(int64_t rows_count) {
-  return static_cast<unsigned>(rows_count < kMaxBlocks ? rows_count : kMaxBlocks);
-}
+unsigned blocks_for(int64_t count) { return static_cast<unsigned>(count < kMaxBlocks ? count : kMaxBlocks); }
 
-// Calls launch(word) with a value of the widest word type that fits, and answers with the launch's error.
+// Calls launch(word) with a value of the word type of that many bytes, and answers with the launch's error.
 template <class Launch>
-int32_t with_word(int64_t alignment, Launch launch) {
-  switch (alignment) {
+int32_t with_word(int64_t bytes, Launch launch) {
+  switch (bytes) {
     case 16:
       launch(uint4{});
       break;
@@ -86,25 +80,25 @@ int32_t with_word(int64_t alignment, Launch launch) {
 
 }  // namespace
 
-int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t rows_count,
-                        void* embeds, int64_t embeds_stride, int64_t table_rows, int64_t row_bytes, uintptr_t stream) {
-  if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
-  return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
+int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
+                        int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows, uintptr_t stream) {
+  if (count == 0 || row_bytes == 0) return cudaSuccess;
+  return with_word(common_alignment(rows, rows_stride, table, table_stride, row_bytes), [&](auto word) {
     using Word = decltype(word);
-    scatter_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        static_cast<const char*>(rows), rows_stride, slot_rows, rows_count, static_cast<char*>(embeds), embeds_stride,
+    scatter_rows<Word><<<blocks_for(count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+        static_cast<const char*>(rows), rows_stride, slot_rows, count, static_cast<char*>(table), table_stride,
         table_rows, row_bytes / static_cast<int64_t>(sizeof(Word)));
   });
 }
 
-int32_t handoff_take(void* embeds, int64_t embeds_stride, int64_t table_rows, const int64_t* slot_rows, void* rows,
-                     int64_t rows_stride, int64_t rows_count, int64_t row_bytes, uintptr_t stream) {
-  if (rows_count == 0 || row_bytes == 0) return cudaSuccess;
-  return with_word(common_alignment(rows, rows_stride, embeds, embeds_stride, row_bytes), [&](auto word) {
+int32_t handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,
+                     int64_t row_bytes, void* rows, uintptr_t stream) {
+  if (count == 0 || row_bytes == 0) return cudaSuccess;
+  return with_word(common_alignment(rows, row_bytes, table, table_stride, row_bytes), [&](auto word) {
     using Word = decltype(word);
-    take_rows<Word><<<blocks_for(rows_count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-        static_cast<char*>(embeds), embeds_stride, table_rows, slot_rows, static_cast<char*>(rows), rows_stride,
-        rows_count, row_bytes / static_cast<int64_t>(sizeof(Word)));
+    take_rows<Word><<<blocks_for(count), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+        static_cast<char*>(table), table_stride, table_rows, slot_rows, count, static_cast<Word*>(rows),
+        row_bytes / static_cast<int64_t>(sizeof(Word)));
   });
 }
 

@@ -66,20 +66,19 @@ def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]`` of their dtype."""
     slots = slot_rows.contiguous()
     rows_stride, row_bytes = _row_bytes(rows)
-    embeds_stride, _ = _row_bytes(embeds)
+    table_stride, _ = _row_bytes(embeds)
     with torch.cuda.device(embeds.device):
-        stream = torch.cuda.current_stream().cuda_stream
         _native().handoff_scatter(
             rows.data_ptr(),
             rows_stride,
             slots.data_ptr(),
-            rows.shape[0],
-            embeds.data_ptr(),
-            embeds_stride,
-            embeds.shape[0],
+            slots.shape[0],
             row_bytes,
+            embeds.data_ptr(),
+            table_stride,
+            embeds.shape[0],
             embeds.device.index,
-            stream,
+            torch.cuda.current_stream().cuda_stream,
         )
 
 
@@ -95,19 +94,17 @@ def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
     slots = slot_rows.contiguous()
     dembeds = dy.clone(memory_format=torch.contiguous_format)
     drows = dy.new_empty(slots.shape[0], dy.shape[1])
-    embeds_stride, row_bytes = _row_bytes(dembeds)
+    table_stride, row_bytes = _row_bytes(dembeds)
     with torch.cuda.device(dy.device):
-        stream = torch.cuda.current_stream().cuda_stream
         _native().handoff_take(
             dembeds.data_ptr(),
-            embeds_stride,
+            table_stride,
             dembeds.shape[0],
             slots.data_ptr(),
-            drows.data_ptr(),
-            row_bytes,
             slots.shape[0],
             row_bytes,
+            drows.data_ptr(),
             dy.device.index,
-            stream,
+            torch.cuda.current_stream().cuda_stream,
         )
     return drows, dembeds

@@ -32,14 +32,14 @@ def serving():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a device the calls succeed")
 def test_without_a_device_a_call_names_op_device_and_error(native):
     with pytest.raises(RuntimeError, match=r"handoff_scatter on cuda:0: CUDA error \d+ \(cudaError\w+\): \w+"):
-        native.handoff_scatter(0, 16, 0, 1, 0, 16, 1, 16, 0, 0)
+        native.handoff_scatter(0, 16, 0, 1, 16, 0, 16, 1, 0, 0)
     with pytest.raises(RuntimeError, match=r"handoff_take on cuda:0: CUDA error \d+"):
-        native.handoff_take(0, 16, 1, 0, 0, 16, 1, 16, 0, 0)
+        native.handoff_take(0, 16, 1, 0, 1, 16, 0, 0, 0)
 
 
 def test_empty_calls_launch_nothing(native):
-    native.handoff_scatter(0, 16, 0, 0, 0, 16, 0, 16, 0, 0)
-    native.handoff_take(0, 16, 0, 0, 0, 16, 0, 16, 0, 0)
+    native.handoff_scatter(0, 16, 0, 0, 16, 0, 16, 0, 0, 0)
+    native.handoff_take(0, 16, 0, 0, 0, 16, 0, 0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device makes the backend usable")
