@@ -1,4 +1,4 @@
-"""Metrics, intervals and the record file of an evaluation, on a stand-in for a system that writes what the row says."""
+"""Metrics, intervals and the record file of an evaluation, mostly on a stand-in that writes what the row says."""
 
 import json
 import sys
@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from recmas import RecursiveMAS
 from recmas.evaluation import METRICS, evaluate, summarize, wilson
 from recmas.pattern import DISTILLATION
 from recmas.running import Answer, Answers
+from tests.runtime.tiny import tiny_agent
 
 
 class Echo:
@@ -100,6 +102,24 @@ def test_half_a_batch_is_answered_as_the_whole_batch_was_and_written_once(tmp_pa
     (rows, options), *others = system.calls
     assert (rows, options["seed"], others) == (ROWS[4:8], 4, [])
     assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+def test_a_sampled_evaluation_of_a_real_system_resumes_to_the_same_texts(tmp_path):
+    agents = {"expert": tiny_agent("llama", "expert"), "learner": tiny_agent("qwen3", "learner", seed=1)}
+    system = RecursiveMAS.create(agents, DISTILLATION, rounds=2, latent_steps=3, seed=0)
+    rows = [{"question": question, "answer": "fox"} for question in ("fox", "the lazy dog", "0 + 1 =", "plan", "?")]
+    path = tmp_path / "records.jsonl"
+    options = {"batch_size": 2, "metric": "exact", "temperature": 1.0, "max_new_tokens": 6, "seed": 5, "output": path}
+    records, summary = run(system, rows, **options)
+    answers = [
+        a for n in (0, 2, 4) for a in system.answer(rows[n : n + 2], temperature=1.0, max_new_tokens=6, seed=5 + n)
+    ]
+    assert [record.text for record in records] == [answer.text for answer in answers]
+    assert len({record.text for record in records}) > 1
+    assert summary.latent_steps == 9  # the expert twice, the learner once
+    assert summary.text_tokens == sum(len(answer.tokens) for answer in answers) / 5
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert [record.text for record in run(system, rows, **options).records] == [record.text for record in records]
 
 
 def test_records_of_another_run_are_refused(tmp_path):
