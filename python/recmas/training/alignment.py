@@ -28,7 +28,8 @@ class AlignmentConfig(LoopConfig):
 
     Attributes:
         rounds: the round whose prompts and messages are trained on, or several of which each step draws one.
-        cosine_weight, mse_weight: of the loss.
+        cosine_weight: of one minus the cosine between link output and embedding.
+        mse_weight: of their mean squared difference.
         max_tokens: only the first tokens of a message count; None takes all.
     """
 

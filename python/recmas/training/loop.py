@@ -38,7 +38,8 @@ class LoopConfig:
         batch_size: rows per batch (a callable row source decides for itself).
         accumulation: batches per step; the step's loss is the plain mean of their losses.
         learning_rate: peak of the schedule.
-        betas, weight_decay: AdamW; weight decay is never applied to biases and other 1-D parameters.
+        betas: of AdamW's two moments.
+        weight_decay: AdamW's, on matrices only, never on biases and other 1-D parameters.
         schedule: "cosine" or "linear" to zero at the last step, or "constant", after the warm-up.
         warmup_steps: steps over which the rate grows linearly to its peak.
         clip_norm: bound of the gradient's norm over all trained parameters.
