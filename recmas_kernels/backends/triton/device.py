@@ -1,0 +1,51 @@
+"""Device functions that several kernels share: GELU and its derivative, in float32; and the launch guard."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+_HALF_SQRT_2 = tl.constexpr(0.7071067811865476)
+_INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_TANH_SLOPE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
+_TANH_CUBIC = tl.constexpr(0.044715)
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device current: Triton launches on the current one, whatever the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What ``tl.dot`` does with float32 operands: what torch's own matmul may do with them."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def gelu(p, TANH: tl.constexpr):
+    """``gelu(p)`` of float32 ``p``: p Phi(p), or its tanh form, p sigmoid(2 t), which needs no tanh."""
+    if TANH:
+        t = _TANH_SLOPE * (p + _TANH_CUBIC * p * p * p)
+        return p / (1 + tl.exp(-2 * t))
+    return 0.5 * p * (1 + tl.erf(p * _HALF_SQRT_2))
+
+
+@triton.jit
+def gelu_and_slope(p, TANH: tl.constexpr):
+    """``(gelu(p), gelu'(p))`` of float32 ``p``; the slope of the erf form is Phi(p) + p phi(p)."""
+    if TANH:
+        t = _TANH_SLOPE * (p + _TANH_CUBIC * p * p * p)
+        small = tl.exp(-2 * tl.abs(t))  # of |t|, so that s (1 - s) neither cancels nor overflows
+        major = 1 / (1 + small)
+        minor = small * major
+        dt = _TANH_SLOPE * (1 + 3 * _TANH_CUBIC * p * p)
+        s = tl.where(t >= 0, major, minor)
+        return p * s, s + 2 * p * (major * minor) * dt
+    cdf = 0.5 * (1 + tl.erf(p * _HALF_SQRT_2))
+    pdf = _INVERSE_SQRT_2PI * tl.exp(-0.5 * p * p)
+    return p * cdf, cdf + p * pdf

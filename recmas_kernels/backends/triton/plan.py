@@ -1,0 +1,127 @@
+"""Which kernels serve a link over many tokens, and with which tiles: the whole choice on one page.
+
+    small      the whole link in one kernel (`small_hidden`)
+    matmul     products with epilogues (`matmul`) between the row passes
+    library    torch's own products with one pointwise pass after each (`library`)
+
+None of these numbers has been measured on a GPU yet; they are arithmetic. What a device must answer first:
+
+- small against library for hidden 128, 256 and 512. The small kernel reads both weights out of L2 once per block of
+  tokens: at 16384 tokens, 2048 features and hidden 512 with blocks of 64 that is 1.07 GB, about 0.2 ms at 5.5 TB/s,
+  more than the 0.16 ms that the separate passes take by bytes. So 512 stays with the library until it is timed.
+- matmul against library per shape. Epilogues save 8 to 15 % of the bytes-bound share; a product that is 10 % slower
+  than the library's loses all of it. So the library is the default wherever the hidden tile does not stay on chip.
+- the tile table of `matmul` at 1536 x 1536 x 3584, where 128 x 256 tiles fill 55 % of a wave of 132 SMs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from recmas_kernels.backends.triton import tuning
+
+LIBRARY, SMALL, MATMUL = "library", "small", "matmul"
+SMALL_BY_DEFAULT = 256  # hidden features up to which `small` is the default
+
+
+class SmallConfig(NamedTuple):
+    """Tile of `small_hidden`: tokens per program, columns of in and out per step, warps, pipeline stages."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class MatmulConfig(NamedTuple):
+    """Tile of `matmul`: rows and columns of the result, depth per step, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Link(NamedTuple):
+    """What the choice of kernels for a link depends on. Sizes count elements; ``norm`` says whether any norm runs."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    hidden_features: int
+    out_features: int
+    residual: str
+    norm: bool
+
+
+def can_be_small(link: Link) -> bool:
+    """Whether `small_hidden` computes this link: a W3 is a large product of its own and is better off elsewhere."""
+    from recmas_kernels.backends.triton.small_hidden import WIDEST_HIDDEN
+
+    return link.residual != "linear" and link.hidden_features <= WIDEST_HIDDEN
+
+
+def tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether ``tl.dot`` runs on tensor cores: exact float32 products do not, and the library's are better there."""
+    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def candidates(link: Link) -> list[str]:
+    """Every variant that computes the link, the default first."""
+    found = [LIBRARY, MATMUL]
+    if can_be_small(link):
+        by_default = link.hidden_features <= SMALL_BY_DEFAULT and tensor_cores(link.dtype)
+        found.insert(0 if by_default else 2, SMALL)
+    return found
+
+
+def variant(link: Link) -> str:
+    """The default, unless tuning (RECMAS_TUNE=1) has found another variant faster for this link on this device."""
+    options = candidates(link)
+    chosen = tuning.recall("variant", variant_key(link), link.device)
+    return chosen if chosen in options else options[0]
+
+
+def variant_key(link: Link) -> tuple[object, ...]:
+    """Under what a tuned variant is kept: token counts within a factor of two share an answer."""
+    return (link.op, str(link.dtype), tuning.bucket(link.tokens), *link[4:])
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return 232448  # 227 KB, an H100's
+
+
+def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device) -> SmallConfig:
+    """The tile for a hidden tile ``hidden_block`` wide: as many tokens as registers hold, stages as memory allows."""
+    roomy = _shared_memory(device) >= 200 * 1024
+    if dtype == torch.float32:
+        return SmallConfig(16 if hidden_block > 256 else 32, 32, 8, 2)
+    if hidden_block > 256:
+        return SmallConfig(64, 64 if roomy else 32, 8, 2)
+    if hidden_block > 128:
+        return SmallConfig(128 if roomy else 64, 64, 8, 3 if roomy else 2)
+    return SmallConfig(64, 64, 4, 3)
+
+
+def matmul_config(mode: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MatmulConfig:
+    """The tile of a product ``[rows, columns]``; ``mode`` is `matmul`'s, whose SLOPE epilogue needs more registers."""
+    if dtype == torch.float32:
+        return MatmulConfig(64, 64, 16, 8, 2)
+    if mode == 2 or rows <= 2048 or columns <= 1024:
+        return MatmulConfig(128, 128, 64, 8, 3)
+    return MatmulConfig(128, 256, 64, 8, 3)
+
+
+def gradient_config(dtype: torch.dtype, device: torch.device) -> MatmulConfig:
+    """The tile of the weight gradients; ``depth`` counts tokens."""
+    if dtype == torch.float32:
+        return MatmulConfig(64, 64, 16, 8, 2)
+    return MatmulConfig(128, 128, 64, 8, 3)

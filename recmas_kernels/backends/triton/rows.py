@@ -1,0 +1,208 @@
+"""Kernels over whole rows, one row in the registers of one program: LayerNorm with the residual, and its backward.
+
+Each is bound by bytes: every operand is read once and every result written once. Sums over tokens are formed in two
+stages, one partial per program and then a sum over programs, whose number depends on the token count alone: same
+inputs, same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recmas_kernels.backends.triton.device import TRITON_DTYPES
+
+PROGRAMS = 256  # of the backward: about two per SM of a large GPU, and 256 partials to add up
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """``(BLOCK, num_warps)`` for rows of ``width``: at most 16 elements of each operand per thread."""
+    block = triton.next_power_of_2(width)
+    return block, min(16, max(1, block // 256))
+
+
+@triton.jit(do_not_specialize=["rows_stride", "addend_stride", "plain_stride", "normed_stride"])
+def _normalise(
+    rows,  # [T, width], any dtype
+    addend,  # [T, width] or None: added to the row first
+    plain,  # [T, width] or None: receives the row (with the addend) in the compute dtype
+    normed,  # [T, width] or None: receives the LayerNorm of the row; without a weight, the row itself
+    weight,  # [width] or None
+    bias,  # [width] or None
+    mean_out,  # float32 [T] or None
+    rstd_out,  # float32 [T] or None
+    width,
+    eps,
+    rows_stride,
+    addend_stride,
+    plain_stride,
+    normed_stride,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(rows + row * rows_stride + columns, mask=inside, other=0.0).to(COMPUTE).to(tl.float32)
+    if addend is not None:
+        more = tl.load(addend + row * addend_stride + columns, mask=inside, other=0.0)
+        value = (value + more.to(COMPUTE).to(tl.float32)).to(COMPUTE).to(tl.float32)
+    if plain is not None:
+        tl.store(plain + row * plain_stride + columns, value, mask=inside)
+    if weight is not None:
+        mean = tl.sum(value, 0) / width
+        centred = tl.where(inside, value - mean, 0.0)
+        rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 0) / width + eps)
+        value = centred * rstd * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        if mean_out is not None:
+            tl.store(mean_out + row, mean)
+            tl.store(rstd_out + row, rstd)
+    if normed is not None:
+        tl.store(normed + row * normed_stride + columns, value.to(COMPUTE), mask=inside)
+
+
+def normalise(
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    addend: Tensor | None = None,
+    plain: Tensor | None = None,
+    normed: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
+    """One pass: ``plain = rows + addend`` and ``normed = LayerNorm(rows + addend)``, each if given.
+
+    All ``[T, width]`` of any float dtype and row stride; arithmetic is float32, the sum is rounded to ``dtype``. ``stats
+    [2, T]`` float32 receives mean and rstd. ``plain`` may be ``rows`` itself.
+    """
+    tokens, width = rows.shape
+    block, warps = row_block(width)
+    _normalise[(tokens,)](
+        rows,
+        addend,
+        plain,
+        normed,
+        weight,
+        bias,
+        None if stats is None else stats[0],
+        None if stats is None else stats[1],
+        width,
+        eps,
+        rows.stride(0),
+        0 if addend is None else addend.stride(0),
+        0 if plain is None else plain.stride(0),
+        0 if normed is None else normed.stride(0),
+        COMPUTE=TRITON_DTYPES[dtype],
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "dout_stride", "rows_stride", "addend_stride"])
+def _normalise_backward(
+    dout,  # [T, width]: the gradient of the LayerNorm's output
+    rows,  # [T, width]: the LayerNorm's input
+    mean,  # float32 [T]
+    rstd,  # float32 [T]
+    weight,  # [width]
+    bias,  # [width] or None; read only for normed
+    addend,  # [T, width] or None: a gradient that reached the input by another way
+    drows,  # [T, width] or None, contiguous
+    normed,  # [T, width] or None, contiguous: the LayerNorm's output, again
+    partials,  # float32 [3, programs, width] or None: sums of dout*xhat, dout and drows over each program's tokens
+    tokens,
+    width,
+    dout_stride,
+    rows_stride,
+    addend_stride,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for index in range(program, tokens, programs):
+        row = tl.cast(index, tl.int64)
+        grad = tl.load(dout + row * dout_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(rows + row * rows_stride + columns, mask=inside, other=0.0).to(COMPUTE).to(tl.float32)
+        scale = tl.load(rstd + row)
+        xhat = tl.where(inside, (value - tl.load(mean + row)) * scale, 0.0)
+        if normed is not None:
+            out = xhat * gain
+            if bias is not None:
+                out += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+            tl.store(normed + row * width + columns, out, mask=inside)
+        if partials is not None:
+            dweight += grad * xhat
+            dbias += grad
+        scaled = grad * gain
+        dvalue = scale * (scaled - tl.sum(scaled, 0) / width - xhat * (tl.sum(scaled * xhat, 0) / width))
+        if partials is not None:
+            total += tl.where(inside, dvalue, 0.0)
+        if drows is not None:
+            if addend is not None:
+                dvalue += tl.load(addend + row * addend_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            tl.store(drows + row * width + columns, dvalue, mask=inside)
+    if partials is not None:
+        place = partials + program.to(tl.int64) * width + columns
+        plane = programs.to(tl.int64) * width
+        tl.store(place, dweight, mask=inside)
+        tl.store(place + plane, dbias, mask=inside)
+        tl.store(place + 2 * plane, total, mask=inside)
+
+
+def normalise_backward(
+    dout: Tensor,
+    rows: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    sums: bool,
+    addend: Tensor | None = None,
+    drows: Tensor | None = None,
+    normed: Tensor | None = None,
+) -> Tensor | None:
+    """One pass: ``drows = d LayerNorm(rows) + addend`` and ``normed = LayerNorm(rows)``, each if given (contiguous).
+
+    With ``sums``, returns float32 ``[3, width]``: the gradients of weight and bias, and the column sums of drows
+    without the addend. ``stats [2, T]`` holds mean and rstd.
+    """
+    tokens, width = rows.shape
+    block, warps = row_block(width)
+    programs = min(tokens, PROGRAMS)
+    partials = torch.empty(3, programs, width, dtype=torch.float32, device=rows.device) if sums else None
+    _normalise_backward[(programs,)](
+        dout,
+        rows,
+        stats[0],
+        stats[1],
+        weight,
+        bias,
+        addend,
+        drows,
+        normed,
+        partials,
+        tokens,
+        width,
+        dout.stride(0),
+        rows.stride(0),
+        0 if addend is None else addend.stride(0),
+        COMPUTE=TRITON_DTYPES[dtype],
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return None if partials is None else partials.sum(1)

@@ -1,0 +1,107 @@
+"""Answers of the tuner: kept in memory and, per device name and source fingerprint, in a file.
+
+Nothing is ever timed unless RECMAS_TUNE=1; without it the tables of `plan` hold, and a file written by an earlier
+tuned run on the same kind of device, from the same sources, is followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_answers: dict[tuple[str, str], dict[str, str]] = {}
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether this call may be timed: RECMAS_TUNE=1, on a GPU, and not while a CUDA graph records it."""
+    if os.environ.get("RECMAS_TUNE") != "1" or device.type != "cuda":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def bucket(tokens: int) -> int:
+    """The power of two at or above ``tokens``."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+@cache
+def fingerprint() -> str:
+    """Twelve digits that change with any source file of these kernels and with triton's version."""
+    import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _device_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def path(name: str) -> Path:
+    """Where the answers for devices called ``name`` are kept."""
+    root = os.environ.get("RECMAS_TUNE_DIR")
+    folder = Path(root) if root else Path.home() / ".cache" / "recmas_kernels"
+    safe = "".join(c if c.isalnum() else "-" for c in name)
+    return folder / f"{safe}-{fingerprint()}.json"
+
+
+def _load(name: str) -> dict[str, str]:
+    where = path(name)
+    try:
+        answers = json.loads(where.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"the tuning file {where} cannot be read ({error}); delete it to use the defaults") from error
+    return {str(key): str(value) for key, value in answers.items()}
+
+
+def _answers_for(device: torch.device) -> tuple[str, dict[str, str]]:
+    name = _device_name(device.index)
+    place = (name, str(path(name)))
+    if place not in _answers:
+        _answers[place] = _load(name)
+    return name, _answers[place]
+
+
+def recall(kind: str, key: Sequence[object], device: torch.device) -> str | None:
+    """The tuned answer to question ``kind`` for ``key``, or None."""
+    if device.type != "cuda":
+        return None
+    return _answers_for(device)[1].get(_question(kind, key))
+
+
+def _question(kind: str, key: Sequence[object]) -> str:
+    return " ".join([kind, *map(str, key)])
+
+
+def settle(
+    kind: str, key: Sequence[object], device: torch.device, options: Sequence[str], time: Callable[[str], float]
+) -> str:
+    """The fastest of ``options`` by ``time(option)``, remembered in memory and in the device's file."""
+    answers = {option: time(option) for option in options}
+    best = min(options, key=lambda option: answers[option])
+    name, known = _answers_for(device)
+    known[_question(kind, key)] = best
+    _write(path(name), known)
+    return best
+
+
+def _write(where: Path, answers: dict[str, str]) -> None:
+    where.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=where.name)
+    with os.fdopen(handle, "w") as file:
+        json.dump(answers, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, where)
