@@ -50,7 +50,7 @@ def test_ragged_batch_equals_each_row_alone(agent):
 
 @torch.no_grad()
 def test_what_stands_in_the_padding_does_not_matter(agent):
-    link = tiny_link(agent)
+    link = torch.nn.Linear(agent.hidden_size, agent.hidden_size)  # no packed weights: the same bits in every call
     batch, _ = prompts(agent, (9, 3))
     changed = Prompt(torch.where(batch.mask[..., None] == 1, batch.embeds, 7.0), batch.mask)
     assert torch.equal(agent.think(batch, 4, link).states, agent.think(changed, 4, link).states)
@@ -114,6 +114,19 @@ def test_embedding_scale_is_the_modules(agent):
     table = agent.model.get_input_embeddings().weight
     torch.testing.assert_close(agent.embed(ids), table[ids] * agent.embed_scale)
     assert agent.embedding_rms() == pytest.approx(agent.embed(torch.arange(320)[None]).square().mean().sqrt().item())
+
+
+def test_gradients_reach_the_prompt_through_a_rollout():
+    """Under grad the rollout is one graph: the gradient equals that of full re-forwards."""
+    agent = tiny_agent("llama")
+    link = tiny_link(agent)
+    batch, rows = prompts(agent, (7, 7))
+    embeds = batch.embeds.clone().requires_grad_()
+    agent.think(Prompt(embeds, batch.mask), 3, link).states.square().sum().backward()
+    for index, row in enumerate(rows):
+        row = row.clone().requires_grad_()
+        uncached(agent, row, 3, link).square().sum().backward()
+        assert relative_error(embeds.grad[index], row.grad[0]) < 1e-5
 
 
 def test_no_steps_give_empty_latents(agent):
