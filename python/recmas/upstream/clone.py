@@ -95,7 +95,7 @@ def read_prompts(
 def _constants(
     folder: Path, family: Family, task: str, recipes: Mapping[str, _Recipe], questions: list[str]
 ) -> tuple[str, dict[str, str], list[str]]:
-    """The system message, the slot strings by name, and the questions as the reference's data loader would give them."""
+    """The system message, the slot strings by name, and the questions as the reference's data loader gives them."""
     builders = [builder for recipe in recipes.values() for builder in (recipe.first, recipe.later) if builder]
     slots = sorted({slot for builder in builders for slot in builder.slots})
     calls = [_call(name, None) for name in slots]

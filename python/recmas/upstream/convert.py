@@ -79,7 +79,6 @@ def convert_upstream(
         for edge, link in outer.items():
             link.save_pretrained(fresh / spec.outer_links[edge])
         write_spec(fresh, spec)
-        fresh.chmod(0o755)
         os.replace(fresh, place)
     return spec
 

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from recmas.pattern import Edge
-from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec
+from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec, write_atomically
 from recmas.upstream.convert import Folder, new_folder, read_link
 from recmas.upstream.styles import FAMILIES, OUTER, Family
-from recmas.upstream.weights import INNER_CONFIG, INNER_MANIFEST, INNER_WEIGHTS, OUTER_CONFIG, OUTER_MANIFEST
+from recmas.upstream.weights import (
+    INNER_CONFIG,
+    INNER_MANIFEST,
+    INNER_WEIGHTS,
+    OUTER_CONFIG,
+    OUTER_MANIFEST,
+    named_type,
+)
 from recmas_kernels import FusedRecursiveLink, LinkConfig
 
 _LINK_CONFIG = "config.json"
@@ -40,12 +47,8 @@ def link_to_safetensors(source: Folder, folder: Folder, *, adapter_type: str | N
         raise ValueError(f"source: no such file or folder: {path}")
     if path.is_dir():
         path = path / INNER_WEIGHTS
-    beside = path.parent / INNER_CONFIG
-    if adapter_type is None and path.name.startswith("adapter") and beside.is_file():
-        try:
-            adapter_type = json.loads(beside.read_text(encoding="utf-8")).get("adapter_type")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"{beside}: cannot be read as a JSON object: {error}") from None
+    if adapter_type is None and path.name.startswith("adapter"):
+        adapter_type = named_type(path.parent)
     link = read_link(path, adapter_type, "source")
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
@@ -92,19 +95,17 @@ def adapter_type(config: LinkConfig, where: str) -> str:
     hidden = config.hidden_features
     if config.layers == 2:
         hidden = config.in_features if not outer else config.out_features * (2 if config.norm else 1)
-    residual = "linear" if outer else "identity"
-    reasons = {
-        "biases": not config.bias,
-        f"residual {config.residual!r}": config.residual not in (residual, "none"),
-        "norms without a residual": config.norm and not outer and config.residual == "none",
-        "norms around one layer": config.norm and config.layers == 1,
-        f"{config.hidden_features} hidden features (it has {hidden})": config.hidden_features != hidden,
-        f"activation {config.activation!r}": config.activation != "gelu" and config.layers == 2,
-        f"eps {config.eps}": config.eps != 1e-5 and config.norm,
-    }
-    for reason, true in reasons.items():
+    lacks = [
+        ("no biases", not config.bias),
+        (f"residual {config.residual!r}", config.residual not in ("linear" if outer else "identity", "none")),
+        ("norms without a residual", config.norm and not outer and config.residual == "none"),
+        ("norms around one layer", config.norm and config.layers == 1),
+        (f"{config.hidden_features} hidden features (it has {hidden})", config.hidden_features != hidden),
+        (f"activation {config.activation!r}", config.activation != "gelu" and config.layers == 2),
+        (f"eps {config.eps}", config.eps != 1e-5 and config.norm),
+    ]
+    for lack, true in lacks:
         if true:
-            lack = "no biases" if reason == "biases" else reason
             raise ValueError(f"{where}: the reference implementation has no link with {lack}")
     parts = ["outer"] if outer else []
     parts += ["linear"] if config.layers == 1 else ["ln"] if config.norm else []
@@ -200,4 +201,4 @@ def _save(link: FusedRecursiveLink, path: Path) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

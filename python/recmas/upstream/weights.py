@@ -101,11 +101,7 @@ def find_inner(role: str, folder: Path, task: str) -> tuple[Path, str | None]:
 
     The manifest's file for the task, else ``adapter(task).pt``, else ``adapter.pt``.
     """
-    adapter_type = None
-    if (folder / INNER_CONFIG).is_file():
-        adapter_type = _read_json(folder / INNER_CONFIG).get("adapter_type")
-        if adapter_type is not None and not isinstance(adapter_type, str):
-            raise ValueError(f"{folder / INNER_CONFIG}: adapter_type is {adapter_type!r}, expected a string")
+    adapter_type = named_type(folder)
     if (folder / INNER_MANIFEST).is_file():
         tasks = _object(_read_json(folder / INNER_MANIFEST).get("tasks", {}), folder / INNER_MANIFEST, "tasks")
         if task in tasks:
@@ -116,6 +112,15 @@ def find_inner(role: str, folder: Path, task: str) -> tuple[Path, str | None]:
             return folder / name, adapter_type
     others = ", ".join(sorted(path.name for path in folder.glob("adapter*.pt"))) or "no adapter file"
     raise ValueError(f"{role}: {folder} has no inner link for {task}: {others}, expected adapter({task}).pt")
+
+
+def named_type(folder: Path) -> str | None:
+    """What ``adapter_config.json`` in `folder` says of the inner links there; None where it says nothing."""
+    path = folder / INNER_CONFIG
+    adapter_type = _read_json(path).get("adapter_type") if path.is_file() else None
+    if adapter_type is not None and not isinstance(adapter_type, str):
+        raise ValueError(f"{path}: adapter_type is {adapter_type!r}, expected a string")
+    return adapter_type
 
 
 def find_outer(family: Family, folder: Path, task: str) -> dict[Edge, OuterFile]:
