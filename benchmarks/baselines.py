@@ -54,11 +54,15 @@ def compiled(module: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(module, dynamic=False)
 
 
-def compiled_frozen(module: nn.Module) -> Forward:
-    """torch.compile with max-autotune and frozen weights; to be called under ``torch.no_grad()`` only."""
+@torch.no_grad()
+def compiled_frozen(module: nn.Module, x: Tensor) -> Forward:
+    """torch.compile with max-autotune and frozen weights, compiled for the shape of ``x``; for use without grad."""
     torch._dynamo.reset()
-    options = {**torch._inductor.list_mode_options("max-autotune"), "freezing": True}
-    return torch.compile(module.eval(), dynamic=False, options=options)
+    forward = torch.compile(module.eval(), dynamic=False, options=torch._inductor.list_mode_options("max-autotune"))
+    # Not one of the options: dynamo itself asks for it while tracing, or the weights stay inputs and nothing is packed.
+    with torch._inductor.config.patch(freezing=True):
+        forward(x)
+    return forward
 
 
 def products(link: RecursiveLink, tokens: int, training: bool) -> Callable[[], None]:
@@ -90,8 +94,8 @@ class LinkPeer:
     module: RecursiveLink
 
 
-def link_peer(name: str, link: RecursiveLink) -> LinkPeer:
-    """Peer ``name`` with its own copy of ``link``'s parameters.
+def link_peer(name: str, link: RecursiveLink, x: Tensor) -> LinkPeer:
+    """Peer ``name`` with its own copy of ``link``'s parameters, for inputs shaped as ``x``.
 
     Raises:
         ValueError: there is no such peer.
@@ -104,5 +108,5 @@ def link_peer(name: str, link: RecursiveLink) -> LinkPeer:
     if name == "compile":
         return LinkPeer(compiled(twin), twin)
     if name == "compile-frozen":
-        return LinkPeer(compiled_frozen(twin), twin)
+        return LinkPeer(compiled_frozen(twin, x), twin)
     raise ValueError(f"peer is {name!r}, expected one of {', '.join(PEERS)}")

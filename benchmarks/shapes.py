@@ -70,7 +70,7 @@ class LinkCase:
 
     @property
     def shape(self) -> str:
-        return f"{self.config.in_features}->{self.config.hidden_features}->{self.config.out_features}"
+        return f"{self.config.in_features}x{self.config.hidden_features}x{self.config.out_features}"
 
     @property
     def id(self) -> str:

@@ -10,7 +10,7 @@ from benchmarks.record import FUSED
 from benchmarks.timing import Ratio
 
 Record = Mapping[str, Any]
-HEADLINE_SHAPE = "2048->2048->2048"
+HEADLINE_SHAPE = "2048x2048x2048"
 
 
 def number(value: float | None, digits: int = 3) -> str:

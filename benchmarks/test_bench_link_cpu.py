@@ -20,7 +20,7 @@ cases = link_cases
 def test_link(case: LinkCase, bench: Bench) -> None:
     link = make_link(case.config, case.dtype)
     x = make_rows(case.tokens, case.config.in_features, dtype=case.dtype)
-    peers = {name: link_peer(name, link) for name in case.peers if name != PRODUCTS}
+    peers = {name: link_peer(name, link, x) for name in case.peers if name != PRODUCTS}
     implementations = {FUSED: LinkPeer(link, link), **peers}
     itemsize = case.dtype.itemsize
     if case.training:

@@ -61,8 +61,8 @@ def bare_op(link: FusedRecursiveLink, x: torch.Tensor) -> Callable[[], torch.Ten
 
 def test_overhead(case: Case, bench: Bench) -> None:
     link = make_link(CONFIG)
-    eager = link_peer("eager", link)
     x = make_rows(1, CONFIG.in_features)
+    eager = link_peer("eager", link, x)
     fused_call: Callable[[], object] = partial(link, x)
     eager_call: Callable[[], object] = partial(eager.forward, x)
     work = floors.link_forward(CONFIG, 1, x.element_size())
@@ -77,7 +77,7 @@ def test_overhead(case: Case, bench: Bench) -> None:
         work = floors.link_training(CONFIG, 1, x.element_size())
         fused_call = partial(step, LinkPeer(link, link), learning, dy)
         eager_call = partial(step, eager, learning, dy)
-    labels = Labels("overhead", "link", "8->8->8", x.dtype, case.mode, tokens=1)
+    labels = Labels("overhead", "link", "8x8x8", x.dtype, case.mode, tokens=1)
     variants = {FUSED: repeated(fused_call), "eager": repeated(eager_call)}
     with torch.set_grad_enabled(case.mode in ("module, grad", "module, forward+backward")):
         bench.run(labels, variants, work, errors, GOALS[case.mode], calls=CALLS)

@@ -35,7 +35,7 @@ def link_record(tokens: int = 8, fused: float = 1e-3, goal: Goal | None = Goal(2
         "products": [0.5e-3] * 30,
         "eager (again)": [3.03e-3] * 30,
     }
-    labels = Labels("link", "inner", "2048->2048->2048", torch.float32, "forward", tokens)
+    labels = Labels("link", "inner", "2048x2048x2048", torch.float32, "forward", tokens)
     work = floors.link_forward(INNER, tokens, 4)
     return make_record(labels, work, FakeLimits(), samples, {"fused": 1e-7}, {}, goal)  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.C
     stored = json.loads((results / SLUG / "link.json").read_text())
     assert stored["device"]["name"] == "A chip"
     assert [record["tokens"] for record in stored["records"]] == [1, 8]
-    assert "| inner | 2048->2048->2048 | float32 | forward | 8 | warm |" in (results / SLUG / "README.md").read_text()
+    assert "| inner | 2048x2048x2048 | float32 | forward | 8 | warm |" in (results / SLUG / "README.md").read_text()
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
