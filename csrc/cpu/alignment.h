@@ -5,32 +5,30 @@
 // and the second cosine term is absent where |p| is below the bound, as the norm is then constant.
 #pragma once
 
-#include "arena.h"
 #include "rows.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
+// A loss per row, then two lines per thread.
+inline int64_t alignment_line(const Alignment& call) { return round_up(call.features, 16); }
 inline int64_t alignment_workspace(const Alignment& call) {
-  Arena arena(nullptr);
-  arena.floats(call.tokens);
-  return arena.used();
+  return (round_up(call.tokens, 16) + 2 * call.threads * alignment_line(call)) * 4;
 }
 
-inline float alignment_row(const Alignment& call, int64_t t, float share) {
-  const Matrix pred{call.pred.data, call.pred.dtype, call.pred.stride};
-  const Matrix target{call.target.data, call.target.dtype, call.target.stride};
-  const int64_t target_row = call.token_ids == nullptr ? t : call.token_ids[t];
-  const Vec scale = set1(call.embed_scale);
+inline float alignment_row(const Alignment& call, int64_t t, float share, float* p, float* e) {
   const int64_t columns = call.features;
+  const int64_t target_row = call.token_ids == nullptr ? t : call.token_ids[t];
+  load_line(call.pred.data, call.pred.dtype, t * call.pred.stride, columns, p);
+  load_line(call.target.data, call.target.dtype, target_row * call.target.stride, columns, e);
+  const Vec scale = set1(call.embed_scale);
   Vec along = set1(0.0f), pred_squares = along, target_squares = along, squares = along;
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const int64_t count = smaller(kWidth, columns - c);
-    const Vec p = pred.at(t, c, count), e = mul(scale, target.at(target_row, c, count)), difference = sub(p, e);
-    along = fma(p, e, along);
-    pred_squares = fma(p, p, pred_squares);
-    target_squares = fma(e, e, target_squares);
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    const Vec at = load(p + c, lanes), goal = mul(scale, load(e + c, lanes)), difference = sub(at, goal);
+    along = fma(at, goal, along);
+    pred_squares = fma(at, at, pred_squares);
+    target_squares = fma(goal, goal, target_squares);
     squares = fma(difference, difference, squares);
-  }
+  });
   const float least = 1e-8f;
   const float pred_norm = __builtin_sqrtf(sum(pred_squares)), target_norm = __builtin_sqrtf(sum(target_squares));
   const float pred_bounded = pred_norm < least ? least : pred_norm;
@@ -41,12 +39,11 @@ inline float alignment_row(const Alignment& call, int64_t t, float share) {
   // gradient = pred_rate * p + target_rate * e'
   const float shrink = pred_norm < least ? 0.0f : cosine / pred_bounded / pred_bounded;
   const Vec pred_rate = set1(share * call.cosine_weight * shrink + mse_rate);
-  const Vec target_rate = set1(-share * call.cosine_weight / pred_bounded / target_bounded - mse_rate);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const int64_t count = smaller(kWidth, columns - c);
-    const Vec p = pred.at(t, c, count), e = mul(scale, target.at(target_row, c, count));
-    store_any(call.grad.data, call.grad.dtype, t * columns + c, fma(pred_rate, p, mul(target_rate, e)), count);
-  }
+  const Vec target_rate = mul(scale, set1(-share * call.cosine_weight / pred_bounded / target_bounded - mse_rate));
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    store(p + c, fma(pred_rate, load(p + c, lanes), mul(target_rate, load(e + c, lanes))), lanes);
+  });
+  store_line(call.grad.data, call.grad.dtype, t * columns, columns, p);
   return share * (call.cosine_weight * (1.0f - cosine) + call.mse_weight * mean_squares);
 }
 
@@ -59,16 +56,15 @@ inline void alignment(const Alignment& call, void* workspace) {
   const float per_row = total_mask == 0.0 ? 0.0f : static_cast<float>(1.0 / total_mask);
   const double flops = 12.0 * static_cast<double>(call.tokens) * static_cast<double>(call.features);
   run_team(useful_threads(call.threads, flops), [&](const Team& team) {
+    float* lines = losses + round_up(call.tokens, 16) + 2 * team.rank * alignment_line(call);
     for (int64_t t = team.begin(call.tokens); t < team.end(call.tokens); ++t) {
       const float mask = call.mask == nullptr ? 1.0f : call.mask[t];
       if (mask == 0.0f || per_row == 0.0f) {  // a row outside the mask contributes nothing, whatever it holds
         losses[t] = 0.0f;
-        for (int64_t c = 0; c < call.features; c += kWidth) {
-          store_any(call.grad.data, call.grad.dtype, t * call.features + c, set1(0.0f),
-                    smaller(kWidth, call.features - c));
-        }
+        const int64_t row_bytes = call.features * dtype_bytes(call.grad.dtype);
+        __builtin_memset(static_cast<char*>(call.grad.data) + t * row_bytes, 0, static_cast<size_t>(row_bytes));
       } else {
-        losses[t] = alignment_row(call, t, mask * per_row);
+        losses[t] = alignment_row(call, t, mask * per_row, lines, lines + alignment_line(call));
       }
     }
   });

@@ -71,24 +71,27 @@ MatrixView matrix_of(Address data, int64_t stride, int dtype) {
 
 Output output_of(Address data, int dtype) { return {pointer<void>(data), static_cast<Dtype>(dtype)}; }
 
-// Sizes and which parts exist decide the workspace; any non-null address stands for "present".
-cpu::LinkWeights present_weights(bool linear, bool norm_in, bool norm_out) {
+// Sizes, storage types and which parts exist decide the workspace; any non-null address stands for "present".
+// Every bias is taken as present: at most a few unused bytes.
+cpu::LinkWeights present_weights(bool linear, bool norm_in, bool norm_out, bool narrow_vectors) {
   static const char present = 0;
+  const VectorView vector{&present, narrow_vectors ? Dtype::bf16 : Dtype::f32};
   cpu::LinkWeights weights{};
   weights.w1.data = weights.w2.data = &present;
   if (linear) weights.w3.data = &present;
-  if (norm_in) weights.norm_in_weight.data = &present;
-  if (norm_out) weights.norm_out_weight.data = &present;
+  weights.b1 = weights.b2 = weights.b3 = vector;
+  if (norm_in) weights.norm_in_weight = weights.norm_in_bias = vector;
+  if (norm_out) weights.norm_out_weight = weights.norm_out_bias = vector;
   return weights;
 }
 
 int64_t link_forward_workspace(int isa, int threads, int compute, int residual, int64_t tokens, int64_t in_features,
                                int64_t hidden_features, int64_t out_features, bool norm_in, bool norm_out, bool packed1,
-                               bool packed2, bool packed3) {
+                               bool packed2, bool packed3, bool narrow_vectors) {
   static const char present = 0;
   cpu::LinkForward call{};
   call.config = config_of(isa, threads, compute, residual, 0, 0.0f, tokens, in_features, hidden_features, out_features);
-  call.weights = present_weights(call.config.residual == Residual::linear, norm_in, norm_out);
+  call.weights = present_weights(call.config.residual == Residual::linear, norm_in, norm_out, narrow_vectors);
   call.weights.w1.packed = packed1;
   call.weights.w2.packed = packed2;
   call.weights.w3.packed = packed3;
@@ -219,7 +222,15 @@ void handoff_take(Address table, int64_t table_stride, int64_t table_rows, Addre
   });
 }
 
-// workspace: `tokens` floats.
+int64_t alignment_workspace(int isa, int threads, int64_t tokens, int64_t features) {
+  cpu::Alignment call{};
+  call.tokens = tokens;
+  call.features = features;
+  call.isa = static_cast<Isa>(isa);
+  call.threads = threads;
+  return cpu::alignment_workspace(call);
+}
+
 void alignment(int isa, int threads, int64_t tokens, int64_t features, int64_t table_rows, Address pred,
                int64_t pred_stride, int pred_dtype, Address target, int64_t target_stride, int target_dtype,
                Address token_ids, Address mask, float cosine_weight, float mse_weight, float embed_scale, Address loss,
@@ -262,5 +273,6 @@ PYBIND11_MODULE(_cpu, module) {
   });
   module.def("handoff_scatter", &handoff_scatter);
   module.def("handoff_take", &handoff_take);
+  module.def("alignment_workspace", &alignment_workspace);
   module.def("alignment", &alignment);
 }

@@ -26,13 +26,11 @@ void pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed,
 }
 
 void gelu_and_slope(const float* x, int64_t count, Gelu kind, float* value, float* slope) {
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const int64_t lanes = smaller(kWidth, count - i);
-    const Vec at = load(x + i, lanes);
+  each_vector(count, [&](int64_t i, auto lanes) {
     Vec activation;
-    store(slope + i, gelu_gradient(at, kind, &activation), lanes);
+    store(slope + i, gelu_gradient(load(x + i, lanes), kind, &activation), lanes);
     store(value + i, activation, lanes);
-  }
+  });
 }
 
 }  // namespace

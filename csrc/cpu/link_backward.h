@@ -12,23 +12,6 @@ namespace recmas::cpu::RECMAS_ISA {
 
 constexpr int64_t kBackwardBlock = 1024;  // tokens: every weight gradient is read and written once per block
 
-struct Wanted {
-  bool hidden;     // dp: something before the activation
-  bool hidden_x;   // du: something before W1
-  bool norm_in, norm_out, linear, identity;
-};
-
-inline Wanted wanted_of(const LinkBackward& call) {
-  Wanted w{};
-  w.norm_in = call.weights.norm_in_weight.data != nullptr;
-  w.norm_out = call.weights.norm_out_weight.data != nullptr;
-  w.linear = call.config.residual == Residual::linear;
-  w.identity = call.config.residual == Residual::identity;
-  w.hidden_x = call.dx.data != nullptr || call.dnorm_in_weight.data != nullptr || call.dnorm_in_bias.data != nullptr;
-  w.hidden = w.hidden_x || call.dw1.data != nullptr || call.db1.data != nullptr;
-  return w;
-}
-
 // A gradient summed over blocks in fp32: the output itself where that is fp32, else a piece of the workspace.
 struct Sum {
   Output output;
@@ -43,7 +26,10 @@ inline Sum take_sum(Arena& arena, const Output& output, int64_t count) {
 
 struct BackwardPlan {
   int64_t threads, block, workspace;
-  Wanted wanted;
+  Vectors vectors;
+  bool norm_in, norm_out, identity, linear;
+  bool needs_dp;  // a gradient before the activation is wanted
+  bool needs_du;  // a gradient before W1 is wanted
   Left dz, dz_transposed;  // [block][out], [out][block]
   Left dp, dp_transposed;  // [block][hidden], [hidden][block]
   Left u, activation;      // [block][in], [block][hidden]
@@ -51,7 +37,13 @@ struct BackwardPlan {
   Sum w1, b1, w2, b2, w3, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias;
   Output b3;
   char* scratch;
-  int64_t scratch_each;
+  int64_t scratch_each;  // panels being packed, then three lines
+  int64_t panel_scratch, line_floats;
+
+  char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
+  float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
+  float* second_line(const Team& team) const { return line(team) + line_floats; }
+  float* third_line(const Team& team) const { return line(team) + 2 * line_floats; }
 };
 
 inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
@@ -61,21 +53,27 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   BackwardPlan plan{};
   plan.threads = useful_threads(config.threads, 2.0 * link_flops(s, config.residual));
   plan.block = smaller(s.tokens, kBackwardBlock);
-  const Wanted w = plan.wanted = wanted_of(call);
+  plan.vectors = plan_vectors(arena, call.weights, s);
+  plan.norm_in = call.weights.norm_in_weight.data != nullptr;
+  plan.norm_out = call.weights.norm_out_weight.data != nullptr;
+  plan.identity = config.residual == Residual::identity;
+  plan.linear = config.residual == Residual::linear;
+  plan.needs_du = call.dx.data != nullptr || call.dnorm_in_weight.data != nullptr || call.dnorm_in_bias.data != nullptr;
+  plan.needs_dp = plan.needs_du || call.dw1.data != nullptr || call.db1.data != nullptr;
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
   plan.dz = take_left(arena, plan.block, s.out_features, dot);
   if (call.dw2.data != nullptr || call.dw3.data != nullptr) {
     plan.dz_transposed = take_left(arena, s.out_features, plan.block, dot);
   }
-  if (w.hidden) plan.dp = take_left(arena, plan.block, s.hidden_features, dot);
+  if (plan.needs_dp) plan.dp = take_left(arena, plan.block, s.hidden_features, dot);
   if (call.dw1.data != nullptr) {
     plan.dp_transposed = take_left(arena, s.hidden_features, plan.block, dot);
-    if (w.norm_in) plan.u = take_left(arena, plan.block, s.in_features, dot);
+    if (plan.norm_in) plan.u = take_left(arena, plan.block, s.in_features, dot);
   }
   if (call.dw2.data != nullptr) plan.activation = take_left(arena, plan.block, s.hidden_features, dot);
-  if (w.hidden_x && w.norm_in) {
+  if (plan.needs_du && plan.norm_in) {
     plan.du = arena.floats(plan.block * s.in_features);
-    if (w.linear && call.dx.data != nullptr) plan.residual = arena.floats(plan.block * s.in_features);
+    if (plan.linear && call.dx.data != nullptr) plan.residual = arena.floats(plan.block * s.in_features);
   }
   plan.w1 = take_sum(arena, call.dw1, s.hidden_features * s.in_features);
   plan.b1 = take_sum(arena, call.db1, s.hidden_features);
@@ -90,7 +88,9 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   plan.norm_out_bias = take_sum(arena, call.dnorm_out_bias, s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;
   const int64_t deepest = larger(s.out_features + s.hidden_features, plan.block);
-  plan.scratch_each = panel_bytes(fresh, deepest) + 2 * step_bytes(fresh) + 64;
+  plan.panel_scratch = panel_bytes(fresh, deepest) + panel_bytes(fresh, 2);
+  plan.line_floats = round_up(larger(larger(s.in_features, s.out_features), s.hidden_features), 16);
+  plan.scratch_each = plan.panel_scratch + 3 * plan.line_floats * 4;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
   plan.workspace = arena.used();
   return plan;
@@ -115,64 +115,73 @@ inline Matrix rows_from(const MatrixView& view, int64_t first) {
 inline void backward_rows(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
   const LinkShape& s = call.config.shape;
   const Matrix dy = rows_from(call.dy, block.first), z = rows_from(call.z, block.first), x = rows_from(call.x, block.first);
+  float *line = plan.line(team), *other = plan.second_line(team);
   for (int64_t r = team.begin(block.tokens); r < team.end(block.tokens); ++r) {
-    if (plan.wanted.norm_out) {
-      norm_backward_row(dy, z, r, s.out_features, saved_statistics(call, block.first + r, true),
-                        call.weights.norm_out_weight,
-                        [&](int64_t c, Vec value, int64_t count) { store_left(plan.dz, r, c, value, count); });
-    } else {
-      for (int64_t c = 0; c < s.out_features; c += kWidth) {
-        const int64_t count = smaller(kWidth, s.out_features - c);
-        store_left(plan.dz, r, c, dy.at(r, c, count), count);
-      }
+    dy.line(r, 0, s.out_features, line);
+    if (plan.norm_out) {
+      z.line(r, 0, s.out_features, other);
+      norm_backward_line(line, other, s.out_features, saved_statistics(call, block.first + r, true),
+                         plan.vectors.norm_out_weight);
     }
+    store_left(plan.dz, r, 0, s.out_features, line);
     pad_left(plan.dz, r, s.out_features);
     if (plan.u.data == nullptr) continue;
-    const RowStatistics row = saved_statistics(call, block.first + r, false);
-    for (int64_t c = 0; c < s.in_features; c += kWidth) {
-      const int64_t count = smaller(kWidth, s.in_features - c);
-      const Vec u = fma(normalised(x.at(r, c, count), row), vector_at(call.weights.norm_in_weight, c, count, 1.0f),
-                        vector_at(call.weights.norm_in_bias, c, count, 0.0f));
-      store_left(plan.u, r, c, u, count);
-    }
+    x.line(r, 0, s.in_features, line);
+    norm_line(line, s.in_features, saved_statistics(call, block.first + r, false), plan.vectors.norm_in_weight,
+              plan.vectors.norm_in_bias);
+    store_left(plan.u, r, 0, s.in_features, line);
   }
 }
 
-// to [columns][rows] = from [rows][columns] transposed; each thread takes whole rows of `to`.
+// Sums over tokens of a gradient and, for a norm's gain, of the gradient times the normalised rows.
+inline void sum_gradient(const Team& team, const BackwardPlan& plan, const BackwardBlock& block, const Matrix& gradient,
+                         int64_t columns, float* sums) {
+  if (sums == nullptr) return;
+  sum_columns(team, block.tokens, columns, sums, block.accumulate, plan.line(team),
+              [&](int64_t r, int64_t c, int64_t width, float* line) { gradient.line(r, c, width, line); });
+}
+inline void sum_gain_gradient(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                              const BackwardBlock& block, const Matrix& gradient, const Matrix& rows, bool out,
+                              int64_t columns, float* sums) {
+  if (sums == nullptr) return;
+  float* other = plan.third_line(team);  // sum_columns uses the first two
+  sum_columns(team, block.tokens, columns, sums, block.accumulate, plan.line(team),
+              [&](int64_t r, int64_t c, int64_t width, float* line) {
+                const RowStatistics row = saved_statistics(call, block.first + r, out);
+                gradient.line(r, c, width, line);
+                rows.line(r, c, width, other);
+                each_vector(width, [&](int64_t i, auto lanes) {
+                  store(line + i, mul(load(line + i, lanes), normalised(load(other + i, lanes), row)), lanes);
+                });
+              });
+}
+
+// to [columns][rows] = from [rows][columns] transposed, both fp32 or both bf16; each thread takes rows of `to`.
 inline void transpose_left(const Team& team, const Left& from, int64_t rows, int64_t columns, const Left& to) {
   const int64_t bands = (columns + kWidth - 1) / kWidth;
-  for (int64_t band = team.begin(bands); band < team.end(bands); ++band) {
-    const int64_t c = band * kWidth, width = smaller(kWidth, columns - c);
-    for (int64_t r = 0; r < rows; r += kWidth) {
-      Vec block[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) block[i] = r + i < rows ? load_left(from, r + i, c, width) : set1(0.0f);
-      transpose(block);
-      for (int64_t i = 0; i < width; ++i) store_left(to, c + i, r, block[i], smaller(kWidth, to.stride - r));
+  typed(from.data, from.dtype(), [&](auto* source) {
+    auto* target = static_cast<decltype(source)>(to.data);
+    for (int64_t band = team.begin(bands); band < team.end(bands); ++band) {
+      const int64_t c = band * kWidth, width = smaller(kWidth, columns - c);
+      for (int64_t r = 0; r < to.stride; r += kWidth) {
+        Vec block[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) {
+          block[i] = r + i < rows ? load(source + (r + i) * from.stride + c) : set1(0.0f);  // rows are padded
+        }
+        transpose(block);
+        for (int64_t i = 0; i < width; ++i) store(target + (c + i) * to.stride + r, block[i]);
+      }
     }
-    for (int64_t i = 0; i < width; ++i) pad_left(to, c + i, smaller(round_up(rows, kWidth), to.stride));
-  }
+  });
 }
 
 inline void backward_out_sums(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
-  const LinkShape& s = call.config.shape;
+  const int64_t columns = call.config.shape.out_features;
   const Matrix dy = rows_from(call.dy, block.first), z = rows_from(call.z, block.first);
-  if (plan.dz_transposed.data != nullptr) {
-    transpose_left(team, plan.dz, block.tokens, s.out_features, plan.dz_transposed);
-  }
-  if (plan.b2.values != nullptr) {
-    sum_columns(team, block.tokens, s.out_features, plan.b2.values, block.accumulate,
-                [&](int64_t r, int64_t c, int64_t count) { return load_left(plan.dz, r, c, count); });
-  }
-  if (plan.norm_out_bias.values != nullptr) {
-    sum_columns(team, block.tokens, s.out_features, plan.norm_out_bias.values, block.accumulate,
-                [&](int64_t r, int64_t c, int64_t count) { return dy.at(r, c, count); });
-  }
-  if (plan.norm_out_weight.values != nullptr) {
-    sum_columns(team, block.tokens, s.out_features, plan.norm_out_weight.values, block.accumulate,
-                [&](int64_t r, int64_t c, int64_t count) {
-                  return mul(dy.at(r, c, count), normalised(z.at(r, c, count), saved_statistics(call, block.first + r, true)));
-                });
-  }
+  if (plan.dz_transposed.data != nullptr) transpose_left(team, plan.dz, block.tokens, columns, plan.dz_transposed);
+  sum_gradient(team, plan, block, as_matrix(plan.dz), columns, plan.b2.values);
+  sum_gradient(team, plan, block, dy, columns, plan.norm_out_bias.values);
+  sum_gain_gradient(team, call, plan, block, dy, z, true, columns, plan.norm_out_weight.values);
 }
 
 inline void backward_hidden(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
@@ -180,28 +189,34 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
   const LinkShape& s = config.shape;
   const Matrix pre = rows_from(call.pre, block.first);
   const bool keep = plan.activation.data != nullptr;
-  if (!plan.wanted.hidden) {
-    for (int64_t r = team.begin(keep ? block.tokens : 0); r < team.end(keep ? block.tokens : 0); ++r) {
-      for (int64_t c = 0; c < s.hidden_features; c += kWidth) {
-        const int64_t count = smaller(kWidth, s.hidden_features - c);
-        store_left(plan.activation, r, c, gelu(pre.at(r, c, count), config.gelu), count);
-      }
+  if (!plan.needs_dp) {
+    float* line = plan.line(team);
+    for (int64_t r = team.begin(block.tokens); keep && r < team.end(block.tokens); ++r) {
+      pre.line(r, 0, s.hidden_features, line);
+      each_vector(s.hidden_features, [&](int64_t c, auto lanes) {
+        store(line + c, gelu(load(line + c, lanes), config.gelu), lanes);
+      });
+      store_left(plan.activation, r, 0, s.hidden_features, line);
     }
     return;
   }
   const Term terms[1] = {{plan.dz, weight_of(call.weights.w2, s.out_features, s.hidden_features, false, config.compute)}};
-  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      Vec activation;
-      const Vec slope = gelu_gradient(pre.at(r, c, count), config.gelu, &activation);
-      store_left(plan.dp, r, c, mul(load(tile + at), slope), count);
-      if (keep) store_left(plan.activation, r, c, activation, count);
-    });
-    if (column + columns == s.hidden_features) {
-      for (int64_t r = row; r < row + rows; ++r) pad_left(plan.dp, r, s.hidden_features);
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
+    alignas(64) float line[kPanel] = {};
+    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+      pre.line(r, column, columns, line);
+      each_vector(columns, [&](int64_t c, auto) {
+        Vec activation;
+        const Vec slope = gelu_gradient(load(line + c), config.gelu, &activation);
+        store(tile + c, mul(load(tile + c), slope));
+        store(line + c, activation);
+      });
+      store_left(plan.dp, r, column, columns, tile);
+      if (keep) store_left(plan.activation, r, column, columns, line);
+      if (column + columns == s.hidden_features) pad_left(plan.dp, r, s.hidden_features);
     }
   };
-  multiply(team, terms, block.tokens, s.hidden_features, plan.scratch + team.rank * plan.scratch_each, start_at_zero, finish);
+  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), start_at_zero, finish);
 }
 
 // sum [rows][columns] (+)= left [rows][tokens] x right [tokens][columns], rounded to the output after the last block.
@@ -211,96 +226,83 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   if (gradient.values == nullptr) return;
   const Term terms[1] = {{left, {right.data, right.dtype, right.stride, false, false, block.tokens, columns, compute}}};
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
-    if (!block.accumulate) return start_at_zero(row, count, column, width, tile);
-    for_each_vector(row, count, column, width, [&](int64_t r, int64_t c, int64_t at, int64_t lanes) {
-      store(tile + at, load(gradient.values + r * columns + c, lanes));
-    });
+    start_at_zero(row, count, column, width, tile);
+    for (int64_t r = row; block.accumulate && r < row + count; ++r, tile += kPanel) {
+      load_line(gradient.values, Dtype::f32, r * columns + column, width, tile);
+    }
   };
-  const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, const float* tile) {
-    for_each_vector(row, count, column, width, [&](int64_t r, int64_t c, int64_t at, int64_t lanes) {
-      if (last) {
-        store_any(gradient.output.data, gradient.output.dtype, r * columns + c, load(tile + at), lanes);
-      } else {
-        store(gradient.values + r * columns + c, load(tile + at), lanes);
-      }
-    });
+  const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
+    void* to = last ? gradient.output.data : gradient.values;
+    const Dtype dtype = last ? gradient.output.dtype : Dtype::f32;
+    for (int64_t r = row; r < row + count; ++r, tile += kPanel) store_line(to, dtype, r * columns + column, width, tile);
   };
-  multiply(team, terms, rows, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+  multiply(team, terms, rows, columns, plan.panels(team), start, finish);
 }
 
 inline void backward_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
-  char* scratch = plan.scratch + team.rank * plan.scratch_each;
-  const Term residual{plan.dz, weight_of(call.weights.w3, s.out_features, s.in_features, false, config.compute)};
-  const auto keep = [&](float* out) {
-    return [&s, out](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-      for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-        store(out + r * s.in_features + c, load(tile + at), count);
-      });
-    };
-  };
   const Term hidden{plan.dp, weight_of(call.weights.w1, s.hidden_features, s.in_features, false, config.compute)};
-  if (plan.wanted.norm_in) {
-    const Term first[1] = {hidden};
-    multiply(team, first, block.tokens, s.in_features, scratch, start_at_zero, keep(plan.du));
+  const Term residual{plan.dz, weight_of(call.weights.w3, s.out_features, s.in_features, false, config.compute)};
+  if (plan.norm_in) {
+    const auto keep = [&](float* out) {
+      return [&s, out](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
+        for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+          store_line(out, Dtype::f32, r * s.in_features + column, columns, tile);
+        }
+      };
+    };
+    const Term first[1] = {hidden}, second[1] = {residual};
+    multiply(team, first, block.tokens, s.in_features, plan.panels(team), start_at_zero, keep(plan.du));
     if (plan.residual != nullptr) {
-      const Term second[1] = {residual};
-      multiply(team, second, block.tokens, s.in_features, scratch, start_at_zero, keep(plan.residual));
+      multiply(team, second, block.tokens, s.in_features, plan.panels(team), start_at_zero, keep(plan.residual));
     }
     return;
   }
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    if (!plan.wanted.identity) return start_at_zero(row, rows, column, columns, tile);
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      store(tile + at, load_left(plan.dz, r, c, count));
-    });
+    start_at_zero(row, rows, column, columns, tile);
+    for (int64_t r = row; plan.identity && r < row + rows; ++r, tile += kPanel) {
+      load_left(plan.dz, r, column, columns, tile);
+    }
   };
-  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      store_any(call.dx.data, call.dx.dtype, (block.first + r) * s.in_features + c, load(tile + at), count);
-    });
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
+    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+      store_line(call.dx.data, call.dx.dtype, (block.first + r) * s.in_features + column, columns, tile);
+    }
   };
-  if (plan.wanted.linear) {
+  if (plan.linear) {
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, block.tokens, s.in_features, scratch, start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, block.tokens, s.in_features, scratch, start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), start, finish);
   }
 }
 
 inline void backward_norm_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
-  const LinkShape& s = call.config.shape;
-  const Matrix x = rows_from(call.x, block.first), du{plan.du, Dtype::f32, s.in_features};
-  if (call.dx.data != nullptr) {
-    for (int64_t r = team.begin(block.tokens); r < team.end(block.tokens); ++r) {
-      norm_backward_row(du, x, r, s.in_features, saved_statistics(call, block.first + r, false),
-                        call.weights.norm_in_weight, [&](int64_t c, Vec value, int64_t count) {
-                          if (plan.wanted.identity) value = add(value, load_left(plan.dz, r, c, count));
-                          if (plan.residual != nullptr) value = add(value, load(plan.residual + r * s.in_features + c, count));
-                          store_any(call.dx.data, call.dx.dtype, (block.first + r) * s.in_features + c, value, count);
-                        });
+  const int64_t columns = call.config.shape.in_features;
+  const Matrix x = rows_from(call.x, block.first), du{plan.du, Dtype::f32, columns};
+  sum_gradient(team, plan, block, du, columns, plan.norm_in_bias.values);
+  sum_gain_gradient(team, call, plan, block, du, x, false, columns, plan.norm_in_weight.values);
+  if (call.dx.data == nullptr) return;
+  float *line = plan.line(team), *other = plan.second_line(team);
+  for (int64_t r = team.begin(block.tokens); r < team.end(block.tokens); ++r) {
+    du.line(r, 0, columns, line);
+    x.line(r, 0, columns, other);
+    norm_backward_line(line, other, columns, saved_statistics(call, block.first + r, false),
+                       plan.vectors.norm_in_weight);
+    if (plan.identity) {
+      load_left(plan.dz, r, 0, columns, other);
+      add_line(line, other, columns);
     }
-  }
-  if (plan.norm_in_bias.values != nullptr) {
-    sum_columns(team, block.tokens, s.in_features, plan.norm_in_bias.values, block.accumulate,
-                [&](int64_t r, int64_t c, int64_t count) { return du.at(r, c, count); });
-  }
-  if (plan.norm_in_weight.values != nullptr) {
-    sum_columns(team, block.tokens, s.in_features, plan.norm_in_weight.values, block.accumulate,
-                [&](int64_t r, int64_t c, int64_t count) {
-                  return mul(du.at(r, c, count), normalised(x.at(r, c, count), saved_statistics(call, block.first + r, false)));
-                });
+    if (plan.residual != nullptr) add_line(line, plan.residual + r * columns, columns);
+    store_line(call.dx.data, call.dx.dtype, (block.first + r) * columns, columns, line);
   }
 }
 
-inline void round_sum(const Sum& sum, int64_t count) {
-  if (sum.values == nullptr || sum.output.dtype == Dtype::f32) return;
-  for (int64_t c = 0; c < count; c += kWidth) {
-    const int64_t lanes = smaller(kWidth, count - c);
-    store_any(sum.output.data, sum.output.dtype, c, load(sum.values + c, lanes), lanes);
-  }
+// Writes a finished sum to an output that is not the sum itself.
+inline void write_sum(const float* values, const Output& output, int64_t count) {
+  if (output.data != nullptr && output.data != values) store_line(output.data, output.dtype, 0, count, values);
 }
 
 inline int64_t link_backward_workspace(const LinkBackward& call) { return plan_backward(call, nullptr).workspace; }
@@ -310,6 +312,7 @@ inline void link_backward(const LinkBackward& call, void* workspace) {
   const LinkShape& s = call.config.shape;
   const Dtype compute = call.config.compute;
   run_team(plan.threads, [&](const Team& team) {
+    widen_vectors(team, call.weights, s, plan.vectors);
     for (int64_t first = 0; first < s.tokens; first += plan.block) {
       const BackwardBlock block{first, smaller(plan.block, s.tokens - first), first > 0};
       const bool last = first + block.tokens == s.tokens;
@@ -322,31 +325,25 @@ inline void link_backward(const LinkBackward& call, void* workspace) {
       if (plan.dp_transposed.data != nullptr) {
         transpose_left(team, plan.dp, block.tokens, s.hidden_features, plan.dp_transposed);
       }
-      if (plan.b1.values != nullptr) {
-        sum_columns(team, block.tokens, s.hidden_features, plan.b1.values, block.accumulate,
-                    [&](int64_t r, int64_t c, int64_t count) { return load_left(plan.dp, r, c, count); });
-      }
+      sum_gradient(team, plan, block, as_matrix(plan.dp), s.hidden_features, plan.b1.values);
       add_weight_gradient(team, plan, plan.w2, plan.dz_transposed, as_matrix(plan.activation), s.out_features,
                           s.hidden_features, block, compute, last);
       add_weight_gradient(team, plan, plan.w3, plan.dz_transposed, x, s.out_features, s.in_features, block, compute, last);
-      if (plan.wanted.hidden_x) backward_in(team, call, plan, block);
+      if (plan.needs_du) backward_in(team, call, plan, block);
       team.wait();
-      add_weight_gradient(team, plan, plan.w1, plan.dp_transposed, plan.wanted.norm_in ? as_matrix(plan.u) : x,
+      add_weight_gradient(team, plan, plan.w1, plan.dp_transposed, plan.norm_in ? as_matrix(plan.u) : x,
                           s.hidden_features, s.in_features, block, compute, last);
-      if (plan.wanted.hidden_x && plan.wanted.norm_in) backward_norm_in(team, call, plan, block);
+      if (plan.needs_du && plan.norm_in) backward_norm_in(team, call, plan, block);
       team.wait();
     }
   });
-  round_sum(plan.b1, s.hidden_features);
-  round_sum(plan.b2, s.out_features);
-  if (plan.b3.data != nullptr) round_sum({plan.b3, plan.b2.values}, s.out_features);
-  if (plan.b3.data != nullptr && plan.b3.dtype == Dtype::f32) {
-    __builtin_memcpy(plan.b3.data, plan.b2.values, static_cast<size_t>(s.out_features) * sizeof(float));
-  }
-  round_sum(plan.norm_in_weight, s.in_features);
-  round_sum(plan.norm_in_bias, s.in_features);
-  round_sum(plan.norm_out_weight, s.out_features);
-  round_sum(plan.norm_out_bias, s.out_features);
+  write_sum(plan.b1.values, plan.b1.output, s.hidden_features);
+  write_sum(plan.b2.values, plan.b2.output, s.out_features);
+  write_sum(plan.b2.values, plan.b3, s.out_features);
+  write_sum(plan.norm_in_weight.values, plan.norm_in_weight.output, s.in_features);
+  write_sum(plan.norm_in_bias.values, plan.norm_in_bias.output, s.in_features);
+  write_sum(plan.norm_out_weight.values, plan.norm_out_weight.output, s.out_features);
+  write_sum(plan.norm_out_bias.values, plan.norm_out_bias.output, s.out_features);
 }
 
 }  // namespace recmas::cpu::RECMAS_ISA

@@ -19,22 +19,67 @@ inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool
 }
 
 inline double link_flops(const LinkShape& s, Residual residual) {
-  const double pairs = static_cast<double>(s.in_features) * static_cast<double>(s.hidden_features) +
-                       static_cast<double>(s.hidden_features) * static_cast<double>(s.out_features) +
-                       (residual == Residual::linear
-                            ? static_cast<double>(s.in_features) * static_cast<double>(s.out_features)
-                            : 0.0);
+  const double in = static_cast<double>(s.in_features), hidden = static_cast<double>(s.hidden_features);
+  const double out = static_cast<double>(s.out_features);
+  const double pairs = in * hidden + hidden * out + (residual == Residual::linear ? in * out : 0.0);
   return 2.0 * static_cast<double>(s.tokens) * pairs;
+}
+
+// Biases and gains in fp32: as given, or widened into the workspace by the first thread.
+struct Vectors {
+  const float *b1, *b2, *b3, *norm_in_weight, *norm_in_bias, *norm_out_weight, *norm_out_bias;
+  bool widened;  // a barrier must pass before the first use
+};
+
+inline const float* plan_vector(Arena& arena, const VectorView& view, int64_t count, bool* widened) {
+  if (view.data == nullptr || view.dtype == Dtype::f32) return static_cast<const float*>(view.data);
+  *widened = true;
+  return arena.floats(count);
+}
+
+inline Vectors plan_vectors(Arena& arena, const LinkWeights& w, const LinkShape& s) {
+  Vectors v{};
+  v.b1 = plan_vector(arena, w.b1, s.hidden_features, &v.widened);
+  v.b2 = plan_vector(arena, w.b2, s.out_features, &v.widened);
+  v.b3 = plan_vector(arena, w.b3, s.out_features, &v.widened);
+  v.norm_in_weight = plan_vector(arena, w.norm_in_weight, s.in_features, &v.widened);
+  v.norm_in_bias = plan_vector(arena, w.norm_in_bias, s.in_features, &v.widened);
+  v.norm_out_weight = plan_vector(arena, w.norm_out_weight, s.out_features, &v.widened);
+  v.norm_out_bias = plan_vector(arena, w.norm_out_bias, s.out_features, &v.widened);
+  return v;
+}
+
+inline void widen_vector(const VectorView& view, const float* to, int64_t count) {
+  if (view.data == nullptr || view.dtype == Dtype::f32) return;
+  load_line(view.data, view.dtype, 0, count, const_cast<float*>(to));  // a piece of the workspace
+}
+
+inline void widen_vectors(const Team& team, const LinkWeights& w, const LinkShape& s, const Vectors& v) {
+  if (!v.widened) return;
+  if (team.rank == 0) {
+    widen_vector(w.b1, v.b1, s.hidden_features);
+    widen_vector(w.b2, v.b2, s.out_features);
+    widen_vector(w.b3, v.b3, s.out_features);
+    widen_vector(w.norm_in_weight, v.norm_in_weight, s.in_features);
+    widen_vector(w.norm_in_bias, v.norm_in_bias, s.in_features);
+    widen_vector(w.norm_out_weight, v.norm_out_weight, s.out_features);
+    widen_vector(w.norm_out_bias, v.norm_out_bias, s.out_features);
+  }
+  team.wait();
 }
 
 struct ForwardPlan {
   int64_t threads, block, workspace;
-  bool dot;         // rows are kept in bf16 and multiplied as pairs
-  bool separate_x;  // the residual product reads raw x, which differs from u
-  Left u, x, hidden;
-  float* z;
+  Vectors vectors;
+  bool norm_in, norm_out, identity, linear;
+  Left u, x, hidden;  // x: what W3 reads, the raw rows; the same as u without an input norm
+  float* z;           // [block][out], with an output norm
   char* scratch;
-  int64_t scratch_each;
+  int64_t scratch_each;  // panels being packed, then one line
+  int64_t panel_scratch;
+
+  char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
+  float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
 };
 
 inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
@@ -45,56 +90,53 @@ inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
 
 inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const LinkConfig& config = call.config;
+  const LinkWeights& w = call.weights;
   const LinkShape& s = config.shape;
   Arena arena(base);
   ForwardPlan plan{};
   plan.threads = useful_threads(config.threads, link_flops(s, config.residual));
   plan.block = smaller(s.tokens, kForwardBlock);
-  plan.dot = kDotPairs && config.compute == Dtype::bf16;
-  const bool norm_in = call.weights.norm_in_weight.data != nullptr;
-  const bool norm_out = call.weights.norm_out_weight.data != nullptr;
-  const bool linear = config.residual == Residual::linear;
-  plan.separate_x = linear && norm_in;
-  plan.u = take_left(arena, plan.block, s.in_features, plan.dot);
-  plan.x = plan.separate_x ? take_left(arena, plan.block, s.in_features, plan.dot) : plan.u;
-  plan.hidden = take_left(arena, plan.block, s.hidden_features, plan.dot);
-  if (norm_out) plan.z = arena.floats(plan.block * s.out_features);
-  const Format fresh = plan.dot ? Format::pairs : Format::f32;
-  const int64_t first = call.weights.w1.packed ? 0 : panel_bytes(fresh, s.in_features);
-  const int64_t second = (call.weights.w2.packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
-                         (linear && !call.weights.w3.packed ? panel_bytes(fresh, s.in_features) : 0);
-  plan.scratch_each = larger(first, second);
+  plan.vectors = plan_vectors(arena, w, s);
+  plan.norm_in = w.norm_in_weight.data != nullptr;
+  plan.norm_out = w.norm_out_weight.data != nullptr;
+  plan.identity = config.residual == Residual::identity;
+  plan.linear = config.residual == Residual::linear;
+  const bool dot = kDotPairs && config.compute == Dtype::bf16;
+  plan.u = take_left(arena, plan.block, s.in_features, dot);
+  plan.x = plan.linear && plan.norm_in ? take_left(arena, plan.block, s.in_features, dot) : plan.u;
+  plan.hidden = take_left(arena, plan.block, s.hidden_features, dot);
+  if (plan.norm_out) plan.z = arena.floats(plan.block * s.out_features);
+  const Format fresh = dot ? Format::pairs : Format::f32;
+  const int64_t first = w.w1.packed ? 0 : panel_bytes(fresh, s.in_features);
+  const int64_t second = (w.w2.packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
+                         (plan.linear && !w.w3.packed ? panel_bytes(fresh, s.in_features) : 0);
+  plan.panel_scratch = larger(first, second);
+  plan.scratch_each = plan.panel_scratch + round_up(larger(s.in_features, s.out_features) * 4, 64) + 64;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
   plan.workspace = arena.used();
   return plan;
 }
 
 inline void forward_rows(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
-  const LinkConfig& config = call.config;
-  const LinkWeights& weights = call.weights;
-  const int64_t columns = config.shape.in_features;
+  const int64_t columns = call.config.shape.in_features;
   const Matrix x{call.x.data, call.x.dtype, call.x.stride};
-  const bool norm = weights.norm_in_weight.data != nullptr;
+  float* line = plan.line(team);
   for (int64_t r = team.begin(tokens); r < team.end(tokens); ++r) {
-    RowStatistics row{};
-    if (norm) {
-      row = row_statistics(x, first + r, columns, config.eps);
+    x.line(first + r, 0, columns, line);
+    if (plan.norm_in) {
+      if (plan.linear) {
+        store_left(plan.x, r, 0, columns, line);
+        pad_left(plan.x, r, columns);
+      }
+      const RowStatistics row = row_statistics(line, columns, call.config.eps);
       if (call.stats != nullptr) {
         call.stats[first + r] = row.mean;
-        call.stats[config.shape.tokens + first + r] = row.reciprocal;
+        call.stats[call.config.shape.tokens + first + r] = row.reciprocal;
       }
+      norm_line(line, columns, row, plan.vectors.norm_in_weight, plan.vectors.norm_in_bias);
     }
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const int64_t count = smaller(kWidth, columns - c);
-      const Vec value = x.at(first + r, c, count);
-      if (plan.separate_x) store_left(plan.x, r, c, value, count);
-      const Vec u = norm ? fma(normalised(value, row), vector_at(weights.norm_in_weight, c, count, 1.0f),
-                               vector_at(weights.norm_in_bias, c, count, 0.0f))
-                         : value;
-      store_left(plan.u, r, c, u, count);
-    }
+    store_left(plan.u, r, 0, columns, line);
     pad_left(plan.u, r, columns);
-    if (plan.separate_x) pad_left(plan.x, r, columns);
   }
 }
 
@@ -102,77 +144,71 @@ inline void forward_hidden(const Team& team, const LinkForward& call, const Forw
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   const Term terms[1] = {{plan.u, weight_of(call.weights.w1, s.hidden_features, s.in_features, true, config.compute)}};
-  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      Vec p = add(load(tile + at), vector_at(call.weights.b1, c, count, 0.0f));
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
+    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+      each_vector(columns, [&](int64_t c, auto lanes) {
+        store(tile + c, add(load(tile + c), bias_at(plan.vectors.b1, column + c, lanes)));
+      });
       if (call.pre.data != nullptr) {
+        const int64_t index = (first + r) * s.hidden_features + column;
+        store_line(call.pre.data, call.pre.dtype, index, columns, tile);
         // The backward pass sees the stored value; the activation must be that value's.
-        p = round_to(p, call.pre.dtype);
-        store_any(call.pre.data, call.pre.dtype, (first + r) * s.hidden_features + c, p, count);
+        load_line(call.pre.data, call.pre.dtype, index, columns, tile);
       }
-      store_left(plan.hidden, r, c, gelu(p, config.gelu), count);
-    });
-    if (column + columns == s.hidden_features) {
-      for (int64_t r = row; r < row + rows; ++r) pad_left(plan.hidden, r, s.hidden_features);
+      each_vector(columns, [&](int64_t c, auto) { store(tile + c, gelu(load(tile + c), config.gelu)); });
+      store_left(plan.hidden, r, column, columns, tile);
+      if (column + columns == s.hidden_features) pad_left(plan.hidden, r, s.hidden_features);
     }
   };
-  multiply(team, terms, tokens, s.hidden_features, plan.scratch + team.rank * plan.scratch_each, start_at_zero, finish);
+  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), start_at_zero, finish);
 }
 
 inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
   const LinkConfig& config = call.config;
-  const LinkWeights& weights = call.weights;
   const LinkShape& s = config.shape;
   const Matrix x{call.x.data, call.x.dtype, call.x.stride};
-  const bool identity = config.residual == Residual::identity, linear = config.residual == Residual::linear;
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      Vec z = vector_at(weights.b2, c, count, 0.0f);
-      if (linear) z = add(z, vector_at(weights.b3, c, count, 0.0f));
-      if (identity) z = add(z, x.at(first + r, c, count));
-      store(tile + at, z);
-    });
+    start_at_zero(row, rows, column, columns, tile);
+    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+      if (plan.identity) x.line(first + r, column, columns, tile);
+      if (plan.vectors.b2 != nullptr) add_line(tile, plan.vectors.b2 + column, columns);
+      if (plan.vectors.b3 != nullptr) add_line(tile, plan.vectors.b3 + column, columns);
+    }
   };
-  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-    for_each_vector(row, rows, column, columns, [&](int64_t r, int64_t c, int64_t at, int64_t count) {
-      const Vec z = load(tile + at);
-      if (call.z.data != nullptr) {
-        store_any(call.z.data, call.z.dtype, (first + r) * s.out_features + c, z, count);
-      }
-      if (plan.z != nullptr) {
-        store(plan.z + r * s.out_features + c, z, count);
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
+    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
+      const int64_t index = (first + r) * s.out_features + column;
+      if (call.z.data != nullptr) store_line(call.z.data, call.z.dtype, index, columns, tile);
+      if (plan.norm_out) {
+        store_line(plan.z, Dtype::f32, r * s.out_features + column, columns, tile);
       } else {
-        store_any(call.y.data, call.y.dtype, (first + r) * s.out_features + c, z, count);
+        store_line(call.y.data, call.y.dtype, index, columns, tile);
       }
-    });
+    }
   };
-  char* scratch = plan.scratch + team.rank * plan.scratch_each;
-  const Term hidden{plan.hidden, weight_of(weights.w2, s.out_features, s.hidden_features, true, config.compute)};
-  if (linear) {
-    const Term residual{plan.x, weight_of(weights.w3, s.out_features, s.in_features, true, config.compute)};
+  const LinkWeights& w = call.weights;
+  const Term hidden{plan.hidden, weight_of(w.w2, s.out_features, s.hidden_features, true, config.compute)};
+  if (plan.linear) {
+    const Term residual{plan.x, weight_of(w.w3, s.out_features, s.in_features, true, config.compute)};
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, tokens, s.out_features, scratch, start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.panels(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, tokens, s.out_features, scratch, start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.panels(team), start, finish);
   }
 }
 
 inline void forward_norm_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
   const LinkShape& s = call.config.shape;
-  const Matrix z{plan.z, Dtype::f32, s.out_features};
   for (int64_t r = team.begin(tokens); r < team.end(tokens); ++r) {
-    const RowStatistics row = row_statistics(z, r, s.out_features, call.config.eps);
+    float* z = plan.z + r * s.out_features;
+    const RowStatistics row = row_statistics(z, s.out_features, call.config.eps);
     if (call.stats != nullptr) {
       call.stats[2 * s.tokens + first + r] = row.mean;
       call.stats[3 * s.tokens + first + r] = row.reciprocal;
     }
-    for (int64_t c = 0; c < s.out_features; c += kWidth) {
-      const int64_t count = smaller(kWidth, s.out_features - c);
-      const Vec y = fma(normalised(z.at(r, c, count), row), vector_at(call.weights.norm_out_weight, c, count, 1.0f),
-                        vector_at(call.weights.norm_out_bias, c, count, 0.0f));
-      store_any(call.y.data, call.y.dtype, (first + r) * s.out_features + c, y, count);
-    }
+    norm_line(z, s.out_features, row, plan.vectors.norm_out_weight, plan.vectors.norm_out_bias);
+    store_line(call.y.data, call.y.dtype, (first + r) * s.out_features, s.out_features, z);
   }
 }
 
@@ -182,6 +218,7 @@ inline void link_forward(const LinkForward& call, void* workspace) {
   const ForwardPlan plan = plan_forward(call, workspace);
   const int64_t tokens = call.config.shape.tokens;
   run_team(plan.threads, [&](const Team& team) {
+    widen_vectors(team, call.weights, call.config.shape, plan.vectors);
     for (int64_t first = 0; first < tokens; first += plan.block) {
       const int64_t count = smaller(plan.block, tokens - first);
       forward_rows(team, call, plan, first, count);
@@ -189,7 +226,7 @@ inline void link_forward(const LinkForward& call, void* workspace) {
       forward_hidden(team, call, plan, first, count);
       team.wait();
       forward_out(team, call, plan, first, count);
-      if (plan.z != nullptr) {
+      if (plan.norm_out) {
         team.wait();
         forward_norm_out(team, call, plan, first, count);
       }

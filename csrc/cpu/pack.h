@@ -16,16 +16,31 @@ struct Right {
   Dtype compute;
 };
 
-inline Vec load_rounded(const Right& m, int64_t index, int64_t count) {
-  const Vec value = load_any(m.data, m.dtype, index, count);
-  return m.dtype == Dtype::f32 ? round_to(value, m.compute) : value;
+template <class Lanes>
+inline Vec load_rounded(const float* p, Dtype compute, Lanes lanes) {
+  return round_to(load(p, lanes), compute);
+}
+template <class Lanes>
+inline Vec load_rounded(const F16* p, Dtype compute, Lanes lanes) {
+  return round_to(load(p, lanes), compute == Dtype::bf16 ? Dtype::bf16 : Dtype::f32);
+}
+template <class Lanes>
+inline Vec load_rounded(const Bf16* p, Dtype, Lanes lanes) {
+  return load(p, lanes);
 }
 
-// Two consecutive elements of memory in each of kWidth 32-bit lanes, as bf16.
-inline Vec load_pair_line(const Right& m, int64_t index, int64_t count) {
+// `count` consecutive elements as bf16, two in each 32-bit lane; lanes beyond are 0.
+inline Vec load_pair_line(const Bf16* p, int64_t count) {
+  if (count >= 2 * kWidth) return load(reinterpret_cast<const float*>(p));
+  Bf16 line[2 * kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) line[i] = p[i];
+  return load(reinterpret_cast<const float*>(line));
+}
+template <class Stored>
+inline Vec load_pair_line(const Stored* p, int64_t count) {
   Bf16 line[2 * kWidth];
-  store(line, load_any(m.data, m.dtype, index, count));
-  store(line + kWidth, load_any(m.data, m.dtype, index + (count > kWidth ? kWidth : 0), larger(count - kWidth, 0)));
+  store(line, load(p, count));
+  store(line + kWidth, count > kWidth ? load(p + kWidth, count - kWidth) : set1(0.0f));
   return load(reinterpret_cast<const float*>(line));
 }
 
@@ -37,45 +52,67 @@ inline void store_step(char* panel, Format format, int64_t column, Vec value) {
   }
 }
 
-// Columns [first_column, first_column + kPanel) of m; columns beyond the matrix become 0.
-inline void pack_panel(const Right& m, int64_t first_column, Format format, void* panel) {
-  char* out = static_cast<char*>(panel);
-  const int64_t steps = panel_steps(format, m.k);
-  const int64_t columns = smaller(kPanel, m.columns - first_column);
-  const int64_t bytes = step_bytes(format);
-  if (!m.transposed) {
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t c = 0; c < kPanel; c += kWidth) {
-        const int64_t count = larger(smaller(kWidth, columns - c), 0);
-        const int64_t column = first_column + (count > 0 ? c : 0);
-        if (format == Format::pairs) {
-          const bool second = 2 * step + 1 < m.k;
-          const Vec low = load_any(m.data, m.dtype, 2 * step * m.stride + column, count);
-          const Vec high = load_any(m.data, m.dtype, (2 * step + second) * m.stride + column, second ? count : 0);
-          store_step(out + step * bytes, Format::f32, c, pack_pairs(low, high));
-        } else {
-          store_step(out + step * bytes, format, c, load_rounded(m, step * m.stride + column, count));
-        }
-      }
+// Memory holds [k][columns]: rows of the panel are pieces of rows of memory.
+template <class Stored>
+void pack_rows(const Right& m, const Stored* from, int64_t columns, Format format, char* out) {
+  const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
+  for (int64_t step = 0; step < steps; ++step, out += bytes) {
+    for (int64_t c = round_up(columns, kWidth); c < kPanel; c += kWidth) store_step(out, format, c, set1(0.0f));
+    if (format != Format::pairs) {
+      each_vector(columns, [&](int64_t c, auto lanes) {
+        store_step(out, format, c, load_rounded(from + step * m.stride + c, m.compute, lanes));
+      });
+      continue;
     }
-    return;
+    const Stored* row = from + 2 * step * m.stride;
+    const bool second = 2 * step + 1 < m.k;
+    each_vector(columns, [&](int64_t c, auto lanes) {
+      const Vec low = load_rounded(row + c, Dtype::bf16, lanes);
+      const Vec high = second ? load_rounded(row + m.stride + c, Dtype::bf16, lanes) : set1(0.0f);
+      store_step(out, format, c, join_pairs(low, high));
+    });
   }
+}
+
+// Memory holds [columns][k]: blocks of kWidth x kWidth are transposed in registers.
+template <class Stored>
+void pack_transposed(const Right& m, const Stored* from, int64_t columns, Format format, char* out) {
+  const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
   const int64_t per_step = format == Format::pairs ? 2 : 1;
+  const Format lane = format == Format::f16 ? Format::f16 : Format::f32;
   for (int64_t c = 0; c < kPanel; c += kWidth) {
     for (int64_t step = 0; step < steps; step += kWidth) {
+      const int64_t k = per_step * step, count = m.k - k;
       Vec block[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
-        const bool present = c + i < columns;
-        const int64_t count = present ? smaller(per_step * kWidth, m.k - per_step * step) : 0;
-        const int64_t index = (first_column + (present ? c + i : 0)) * m.stride + per_step * step;
-        block[i] = format == Format::pairs ? load_pair_line(m, index, count) : load_rounded(m, index, count);
+        const Stored* row = from + (c + i) * m.stride + k;
+        if (c + i >= columns) {
+          block[i] = set1(0.0f);
+        } else if (format == Format::pairs) {
+          block[i] = load_pair_line(row, count);
+        } else if (count >= kWidth) {
+          block[i] = load_rounded(row, m.compute, Whole{});
+        } else {
+          block[i] = load_rounded(row, m.compute, Part{count});
+        }
       }
       transpose(block);
-      for (int64_t i = 0; i < kWidth && step + i < steps; ++i) {
-        store_step(out + (step + i) * bytes, format == Format::f16 ? format : Format::f32, c, block[i]);
-      }
+      const int64_t present = smaller(kWidth, steps - step);
+      for (int64_t i = 0; i < present; ++i) store_step(out + (step + i) * bytes, lane, c, block[i]);
     }
   }
+}
+
+// Columns [first_column, first_column + kPanel) of m; columns beyond the matrix become 0.
+inline void pack_panel(const Right& m, int64_t first_column, Format format, char* panel) {
+  const int64_t columns = smaller(kPanel, m.columns - first_column);
+  typed(m.data, m.dtype, [&](const auto* data) {
+    if (m.transposed) {
+      pack_transposed(m, data + first_column * m.stride, columns, format, panel);
+    } else {
+      pack_rows(m, data + first_column, columns, format, panel);
+    }
+  });
 }
 
 inline int64_t panel_count(int64_t columns) { return (columns + kPanel - 1) / kPanel; }

@@ -12,7 +12,9 @@ struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
   int64_t stride;
   bool bf16;
 
-  int64_t bytes() const { return stride * (bf16 ? 2 : 4); }
+  Dtype dtype() const { return bf16 ? Dtype::bf16 : Dtype::f32; }
+  int64_t element_bytes() const { return bf16 ? 2 : 4; }
+  int64_t bytes() const { return stride * element_bytes(); }
   void* row(int64_t r) const { return static_cast<char*>(data) + r * bytes(); }
 };
 
@@ -22,22 +24,17 @@ constexpr int64_t left_stride(int64_t k, bool bf16) {
   return (round_up(k, line) / line | 1) * line;
 }
 
-// Columns [column, column + count) of row r; the stored value is what the next product reads.
-inline void store_left(const Left& left, int64_t r, int64_t column, Vec value, int64_t count) {
-  if (left.bf16) {
-    store(static_cast<Bf16*>(left.row(r)) + column, value, count);
-  } else {
-    store(static_cast<float*>(left.row(r)) + column, value, count);
-  }
+// Columns [column, column + columns) of row r from an fp32 line; what is stored is what the next product reads.
+inline void store_left(const Left& left, int64_t r, int64_t column, int64_t columns, const float* line) {
+  store_line(left.row(r), left.dtype(), column, columns, line);
 }
-inline Vec load_left(const Left& left, int64_t r, int64_t column, int64_t count) {
-  return load_any(left.row(r), left.bf16 ? Dtype::bf16 : Dtype::f32, column, count);
+inline void load_left(const Left& left, int64_t r, int64_t column, int64_t columns, float* line) {
+  load_line(left.row(r), left.dtype(), column, columns, line);
 }
 // Zeroes what lies between k and the stride, which the last step of a product may read.
 inline void pad_left(const Left& left, int64_t r, int64_t k) {
-  for (int64_t column = k; column < left.stride; column += kWidth) {
-    store_left(left, r, column, set1(0.0f), smaller(kWidth, left.stride - column));
-  }
+  __builtin_memset(static_cast<char*>(left.row(r)) + k * left.element_bytes(), 0,
+                   static_cast<size_t>((left.stride - k) * left.element_bytes()));
 }
 
 struct Term {
@@ -54,6 +51,27 @@ inline int64_t scratch_bytes(const Term& term) {
   return term.right.packed ? 0 : panel_bytes(term.format(), term.right.k);
 }
 
+// One tile: the sum over the terms, on top of what start put there.
+template <int term_count>
+inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
+                           int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, float* tile) {
+  for (int i = 0; i < term_count; ++i) {
+    const Term& term = terms[i];
+    const void* left = term.left.row(row);
+    if (panels[i] == nullptr) {
+      stream_tile(left, term.left.stride, term.left.bf16, rows, term.right, column, columns, tile);
+      continue;
+    }
+    const Format format = term.format();
+    const int64_t steps = panel_steps(format, term.right.k);
+    // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
+    // after the first; they fetch the next panel meanwhile, each its own share.
+    const char* ahead = nullptr;
+    if (groups > 1) ahead = panels[i] + (term.right.packed ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
+    choose_tile(format, term.left.bf16, rows, columns)({left, term.left.stride, panels[i], steps, tile, ahead});
+  }
+}
+
 // scratch: this thread's own, the sum of scratch_bytes over the terms.
 // start(row, rows, column, columns, tile) fills tile [rows][kPanel]; finish(...) consumes it.
 template <int term_count, class Start, class Finish>
@@ -67,7 +85,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   for (int64_t item = team.begin(panels * cuts); item < team.end(panels * cuts); ++item) {
     const int64_t panel = item / cuts, cut = item % cuts;
     const int64_t column = panel * kPanel, width = smaller(kPanel, columns - column);
-    const void* panels_at[term_count];
+    const char* panels_at[term_count];
     char* scratch_at = scratch;
     for (int i = 0; i < term_count; ++i) {
       const Term& term = terms[i];
@@ -88,16 +106,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
       const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
       alignas(64) float tile[kTileRows * kPanel];
       start(row, count, column, width, tile);
-      for (int i = 0; i < term_count; ++i) {
-        const Term& term = terms[i];
-        const void* left = term.left.row(row);
-        if (panels_at[i] == nullptr) {
-          stream_tile(left, term.left.stride, term.left.bf16, count, term.right, column, width, tile);
-        } else {
-          choose_tile(term.format(), term.left.bf16, count, width)(
-              left, term.left.stride, panels_at[i], panel_steps(term.format(), term.right.k), tile);
-        }
-      }
+      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, tile);
       finish(row, count, column, width, tile);
     }
   }
@@ -105,16 +114,6 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
 
 inline void start_at_zero(int64_t, int64_t rows, int64_t, int64_t, float* tile) {
   for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(tile + i, set1(0.0f));
-}
-
-// Calls body(index into the matrix row, offset into the tile, count) for each vector of a tile.
-template <class Body>
-inline void for_each_vector(int64_t row, int64_t rows, int64_t column, int64_t columns, const Body& body) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      body(row + r, column + c, r * kPanel + c, smaller(kWidth, columns - c));
-    }
-  }
 }
 
 }  // namespace recmas::cpu::RECMAS_ISA

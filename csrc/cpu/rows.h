@@ -1,4 +1,5 @@
-// LayerNorm over rows, forward and backward, and sums over columns. Statistics are fp32, two passes over the row.
+// LayerNorm over rows, forward and backward, and sums over columns. Rows are widened into fp32 lines first, so that
+// the branch on the storage type stays outside the loops. Statistics are fp32, two passes over the line.
 #pragma once
 
 #include "product.h"
@@ -10,34 +11,43 @@ struct Matrix {  // any storage type, row stride in elements
   Dtype dtype;
   int64_t stride;
 
-  Vec at(int64_t row, int64_t column, int64_t count) const { return load_any(data, dtype, row * stride + column, count); }
+  void line(int64_t row, int64_t column, int64_t columns, float* out) const {
+    load_line(data, dtype, row * stride + column, columns, out);
+  }
 };
 
-inline Matrix as_matrix(const Left& left) { return {left.data, left.bf16 ? Dtype::bf16 : Dtype::f32, left.stride}; }
+inline Matrix as_matrix(const Left& left) { return {left.data, left.dtype(), left.stride}; }
 
-inline Vec vector_at(const VectorView& vector, int64_t index, int64_t count, float absent) {
-  return vector.data == nullptr ? set1(absent) : load_any(vector.data, vector.dtype, index, count);
+// Biases and gains as the loops read them: fp32, null if absent.
+inline Vec gain_at(const float* gain, int64_t column, Whole) { return gain == nullptr ? set1(1.0f) : load(gain + column); }
+inline Vec gain_at(const float* gain, int64_t column, Part part) {
+  return gain == nullptr ? set1(1.0f) : load(gain + column, part);
+}
+template <class Lanes>
+inline Vec bias_at(const float* bias, int64_t column, Lanes lanes) {
+  return bias == nullptr ? set1(0.0f) : load(bias + column, lanes);
 }
 
 struct RowStatistics {
   float mean, reciprocal;  // 1 / sqrt(variance + eps)
 };
 
-inline RowStatistics row_statistics(const Matrix& x, int64_t row, int64_t columns, float eps) {
+inline Vec keep(Vec value, Whole) { return value; }
+inline Vec keep(Vec value, Part part) {  // lanes beyond the row become 0
+  float lanes[kWidth] = {};
+  store(lanes, value, part);
+  return load(lanes);
+}
+
+inline RowStatistics row_statistics(const float* line, int64_t columns, float eps) {
   Vec total = set1(0.0f);
-  for (int64_t c = 0; c < columns; c += kWidth) total = add(total, x.at(row, c, smaller(kWidth, columns - c)));
+  each_vector(columns, [&](int64_t c, auto lanes) { total = add(total, load(line + c, lanes)); });
   const float mean = sum(total) / static_cast<float>(columns);
   Vec squares = set1(0.0f);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const int64_t count = smaller(kWidth, columns - c);
-    Vec centred = sub(x.at(row, c, count), set1(mean));
-    if (count < kWidth) {
-      float line[kWidth] = {};
-      store(line, centred, count);
-      centred = load(line);
-    }
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    const Vec centred = keep(sub(load(line + c, lanes), set1(mean)), lanes);
     squares = fma(centred, centred, squares);
-  }
+  });
   const float variance = sum(squares) / static_cast<float>(columns);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
@@ -46,45 +56,60 @@ inline Vec normalised(Vec value, const RowStatistics& row) {
   return mul(sub(value, set1(row.mean)), set1(row.reciprocal));
 }
 
-// One row of the gradient through y = xhat * weight + bias:
-//     dx = reciprocal * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * weight
-// and put(column, dx, count) for each vector.
-template <class Put>
-inline void norm_backward_row(const Matrix& dy, const Matrix& x, int64_t row, int64_t columns,
-                              const RowStatistics& statistics, const VectorView& weight, const Put& put) {
+// line = (line - mean) * reciprocal * gain + bias.
+inline void norm_line(float* line, int64_t columns, const RowStatistics& row, const float* gain, const float* bias) {
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    const Vec value = normalised(load(line + c, lanes), row);
+    store(line + c, fma(value, gain_at(gain, c, lanes), bias_at(bias, c, lanes)), lanes);
+  });
+}
+
+// Gradient through y = xhat * gain + bias, one row: gradient holds dy and receives
+//     dx = reciprocal * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * gain
+inline void norm_backward_line(float* gradient, const float* x, int64_t columns, const RowStatistics& row,
+                               const float* gain) {
   Vec total = set1(0.0f), along = set1(0.0f);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const int64_t count = smaller(kWidth, columns - c);
-    const Vec g = mul(dy.at(row, c, count), vector_at(weight, c, count, 1.0f));  // 0 beyond count
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    const Vec g = mul(load(gradient + c, lanes), gain_at(gain, c, lanes));  // 0 beyond the row
     total = add(total, g);
-    along = fma(g, normalised(x.at(row, c, count), statistics), along);
-  }
+    along = fma(g, normalised(load(x + c, lanes), row), along);
+  });
   const Vec mean = set1(sum(total) / static_cast<float>(columns));
   const Vec mean_along = set1(sum(along) / static_cast<float>(columns));
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const int64_t count = smaller(kWidth, columns - c);
-    const Vec g = mul(dy.at(row, c, count), vector_at(weight, c, count, 1.0f));
-    const Vec xhat = normalised(x.at(row, c, count), statistics);
-    put(c, mul(set1(statistics.reciprocal), sub(sub(g, mean), mul(xhat, mean_along))), count);
-  }
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    const Vec g = mul(load(gradient + c, lanes), gain_at(gain, c, lanes));
+    const Vec xhat = normalised(load(x + c, lanes), row);
+    store(gradient + c, mul(set1(row.reciprocal), sub(sub(g, mean), mul(xhat, mean_along))), lanes);
+  });
+}
+
+inline void add_line(float* line, const float* other, int64_t columns) {
+  each_vector(columns, [&](int64_t c, auto lanes) {
+    store(line + c, add(load(line + c, lanes), load(other + c, lanes)), lanes);
+  });
 }
 
 constexpr int64_t kSumRows = 32;
 
-// sums[column] (+)= sum over rows of body(row, column, count). Each thread has its own columns, rows in order.
+// sums[column] (+)= sum over rows of what body(row, column, columns, line) puts into line. Each thread has columns of
+// its own and takes rows in order; lines: 2 * columns floats of this thread's.
 template <class Body>
-inline void sum_columns(const Team& team, int64_t rows, int64_t columns, float* sums, bool accumulate, const Body& body) {
-  const int64_t vectors = (columns + kWidth - 1) / kWidth;
-  for (int64_t i = team.begin(vectors); i < team.end(vectors); ++i) {
-    const int64_t c = i * kWidth, count = smaller(kWidth, columns - c);
-    Vec total = accumulate ? load(sums + c, count) : set1(0.0f);
-    // Two levels: a single running sum over thousands of rows would lose bits that torch's cascade keeps.
-    for (int64_t first = 0; first < rows; first += kSumRows) {
-      Vec part = set1(0.0f);
-      for (int64_t r = first; r < smaller(first + kSumRows, rows); ++r) part = add(part, body(r, c, count));
-      total = add(total, part);
+inline void sum_columns(const Team& team, int64_t rows, int64_t columns, float* sums, bool accumulate, float* lines,
+                        const Body& body) {
+  const int64_t bands = (columns + kWidth - 1) / kWidth;
+  const int64_t column = team.begin(bands) * kWidth;
+  const int64_t width = smaller(team.end(bands) * kWidth, columns) - column;
+  if (width <= 0) return;
+  float *part = lines, *line = lines + width, *total = sums + column;
+  if (!accumulate) __builtin_memset(total, 0, static_cast<size_t>(width) * sizeof(float));
+  // Two levels: a single running sum over thousands of rows would lose bits that torch's cascade keeps.
+  for (int64_t first = 0; first < rows; first += kSumRows) {
+    body(first, column, width, part);
+    for (int64_t r = first + 1; r < smaller(first + kSumRows, rows); ++r) {
+      body(r, column, width, line);
+      add_line(part, line, width);
     }
-    store(sums + c, total, count);
+    add_line(total, part, width);
   }
 }
 

@@ -76,36 +76,54 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64
   }
 }
 
-constexpr int64_t kPrefetchSteps = 24;
 // A running sum over k is closed after this many steps: its rounding error grows with the length of the chain.
 constexpr int64_t kChainSteps = 128;
+// How far ahead a panel read by one group of rows alone is prefetched.
+constexpr int64_t kPrefetchSteps = 24;
+
+struct TileCall {
+  const void* left;
+  int64_t left_stride;
+  const char* panel;
+  int64_t steps;
+  float* out;         // [rows][kPanel]
+  const char* ahead;  // what to prefetch, one cache line per step: a part of the next panel; null: this panel itself
+};
 
 // out [rows][kPanel] += left [rows][k] x panel [k][vecs * kWidth].
 template <Format format, bool bf16_left, int rows, int vecs>
-void multiply_tile(const void* left, int64_t left_stride, const void* panel, int64_t steps, float* out) {
-  const char* at = static_cast<const char*>(panel);
-  for (int64_t first = 0; first < steps; first += kChainSteps) {
+void multiply_tile(const TileCall& call) {
+  const char* at = call.panel;
+  const char* ahead = call.ahead;
+  for (int64_t first = 0; first < call.steps; first += kChainSteps) {
     Accumulators<rows, vecs> acc;
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < vecs; ++c) acc.at[r][c] = set1(0.0f);
     }
-    const int64_t last = smaller(first + kChainSteps, steps);
-    for (int64_t step = first; step < last; ++step, at += step_bytes(format)) {
-      for (int64_t line = 0; line < step_bytes(format); line += 64) {
-        __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
+    const int64_t last = smaller(first + kChainSteps, call.steps);
+    if (ahead == nullptr) {
+      for (int64_t step = first; step < last; ++step, at += step_bytes(format)) {
+        for (int64_t line = 0; line < step_bytes(format); line += 64) {
+          __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
+        }
+        multiply_step<format, bf16_left, rows, vecs>(acc, call.left, call.left_stride, at, step);
       }
-      multiply_step<format, bf16_left, rows, vecs>(acc, left, left_stride, at, step);
+    } else {
+      for (int64_t step = first; step < last; ++step, at += step_bytes(format), ahead += 64) {
+        __builtin_prefetch(ahead, 0, 2);
+        multiply_step<format, bf16_left, rows, vecs>(acc, call.left, call.left_stride, at, step);
+      }
     }
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < vecs; ++c) {
-        float* sum = out + r * kPanel + c * kWidth;
+        float* sum = call.out + r * kPanel + c * kWidth;
         store(sum, add(load(sum), acc.at[r][c]));
       }
     }
   }
 }
 
-using TileFunction = void (*)(const void* left, int64_t left_stride, const void* panel, int64_t steps, float* out);
+using TileFunction = void (*)(const TileCall& call);
 
 template <Format format, bool bf16_left, int vecs>
 TileFunction tile_of_rows(int64_t rows) {

@@ -4,7 +4,7 @@
 //     set1 add sub mul div fma min max abs select_greater round_nearest scale_exp2
 //     load(p) / load(p, count)         fp32, bf16 or fp16 -> fp32; lanes beyond count read as 0 and touch no memory
 //     store(p, v) / store(p, v, count)  rounds to the type of p, to nearest even, NaN stays NaN
-//     low_halves, high_halves, pack_pairs   the [k/2][column][2] bf16 layout: two bf16 in each 32-bit lane
+//     low_halves, high_halves, join_pairs   the [k/2][column][2] bf16 layout: two bf16 in each 32-bit lane
 //     dot_pairs                        acc + a_low * b_low + a_high * b_high (Isa::avx512_bf16 only)
 //     transpose(rows)                  kWidth x kWidth in place
 //     sum(v)                           lanes added in a fixed order
@@ -22,25 +22,59 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-inline Vec load_any(const void* data, Dtype dtype, int64_t index, int64_t count) {
-  switch (dtype) {
-    case Dtype::f32:
-      return load(static_cast<const float*>(data) + index, count);
-    case Dtype::bf16:
-      return load(static_cast<const Bf16*>(data) + index, count);
-    default:
-      return load(static_cast<const F16*>(data) + index, count);
-  }
+// How many lanes of a vector exist: loops run over whole vectors, then once over the part that is left.
+struct Whole {
+  static constexpr int64_t count = kWidth;
+};
+struct Part {
+  int64_t count;
+};
+template <class Stored>
+inline Vec load(const Stored* p, Whole) {
+  return load(p);
+}
+template <class Stored>
+inline Vec load(const Stored* p, Part part) {
+  return load(p, part.count);
+}
+template <class Stored>
+inline void store(Stored* p, Vec value, Whole) {
+  store(p, value);
+}
+template <class Stored>
+inline void store(Stored* p, Vec value, Part part) {
+  store(p, value, part.count);
 }
 
-inline void store_any(void* data, Dtype dtype, int64_t index, Vec value, int64_t count) {
+// Calls body(first column, Whole or Part) for each vector of `columns` columns.
+template <class Body>
+inline void each_vector(int64_t columns, const Body& body) {
+  int64_t column = 0;
+  for (; column + kWidth <= columns; column += kWidth) body(column, Whole{});
+  if (column < columns) body(column, Part{columns - column});
+}
+
+// Calls body(typed pointer): the branch on the storage type is taken once, outside the loops.
+template <class Body>
+inline void typed(const void* data, Dtype dtype, const Body& body) {
   switch (dtype) {
     case Dtype::f32:
-      return store(static_cast<float*>(data) + index, value, count);
+      return body(static_cast<const float*>(data));
     case Dtype::bf16:
-      return store(static_cast<Bf16*>(data) + index, value, count);
+      return body(static_cast<const Bf16*>(data));
     default:
-      return store(static_cast<F16*>(data) + index, value, count);
+      return body(static_cast<const F16*>(data));
+  }
+}
+template <class Body>
+inline void typed(void* data, Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f32:
+      return body(static_cast<float*>(data));
+    case Dtype::bf16:
+      return body(static_cast<Bf16*>(data));
+    default:
+      return body(static_cast<F16*>(data));
   }
 }
 
@@ -53,6 +87,18 @@ inline Vec round_to(Vec value, Dtype dtype) {
   }
   store(reinterpret_cast<F16*>(bits), value);
   return load(reinterpret_cast<const F16*>(bits));
+}
+
+// line[columns] = data[index ...], widened; and back, rounded.
+inline void load_line(const void* data, Dtype dtype, int64_t index, int64_t columns, float* line) {
+  typed(data, dtype, [&](const auto* p) {
+    each_vector(columns, [&](int64_t c, auto lanes) { store(line + c, load(p + index + c, lanes), lanes); });
+  });
+}
+inline void store_line(void* data, Dtype dtype, int64_t index, int64_t columns, const float* line) {
+  typed(data, dtype, [&](auto* p) {
+    each_vector(columns, [&](int64_t c, auto lanes) { store(p + index + c, load(line + c, lanes), lanes); });
+  });
 }
 
 }  // namespace recmas::cpu::RECMAS_ISA

@@ -63,17 +63,13 @@ inline Vec load(const Bf16* p, int64_t count) { return widen_bf16(load_halves(p,
 inline Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 inline Vec load(const F16* p, int64_t count) { return {_mm256_cvtph_ps(load_halves(p, count))}; }
 
-// Rounded bf16 bits in the upper half of each lane.
-inline __m256i rounded_bf16(Vec a) {
+inline __m128i narrow_bf16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, quiet, nan);
-}
-inline __m128i narrow_bf16(Vec a) {
-  const __m256i halves = _mm256_srli_epi32(rounded_bf16(a), 16);
+  const __m256i halves = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 inline __m128i narrow_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -92,9 +88,10 @@ inline Vec low_halves(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32
 inline Vec high_halves(Vec pairs) {
   return {_mm256_and_ps(pairs.v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
-inline Vec pack_pairs(Vec low, Vec high) {
-  const __m256i upper = _mm256_and_si256(rounded_bf16(high), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(rounded_bf16(low), 16), upper))};
+// Of two vectors that bf16 holds exactly.
+inline Vec join_pairs(Vec low, Vec high) {
+  const __m256i low_bits = _mm256_srli_epi32(_mm256_castps_si256(low.v), 16);
+  return {_mm256_castsi256_ps(_mm256_or_si256(low_bits, _mm256_castps_si256(high.v)))};
 }
 
 inline float sum(Vec a) {

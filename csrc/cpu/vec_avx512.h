@@ -76,10 +76,10 @@ inline Vec high_halves(Vec pairs) {
   return {_mm512_castsi512_ps(
       _mm512_and_si512(_mm512_castps_si512(pairs.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
-inline Vec pack_pairs(Vec low, Vec high) {
-  const __m512i low_bits = _mm512_cvtepu16_epi32(narrow_bf16(low));
-  const __m512i high_bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_bf16(high)), 16);
-  return {_mm512_castsi512_ps(_mm512_or_si512(low_bits, high_bits))};
+// Of two vectors that bf16 holds exactly.
+inline Vec join_pairs(Vec low, Vec high) {
+  const __m512i low_bits = _mm512_srli_epi32(_mm512_castps_si512(low.v), 16);
+  return {_mm512_castsi512_ps(_mm512_or_si512(low_bits, _mm512_castps_si512(high.v)))};
 }
 
 #if RECMAS_ISA_LEVEL >= 3

@@ -138,13 +138,8 @@ inline Vec low_halves(Vec pairs) { return of_bits(bits_of(pairs) << 16); }
 inline Vec high_halves(Vec pairs) {
   return of_bits(bits_of(pairs) & Bits{0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u});
 }
-inline Vec pack_pairs(Vec low, Vec high) {
-  Bits bits = {0, 0, 0, 0};
-  for (int i = 0; i < kWidth; ++i) {
-    bits[i] = narrow_bf16(low.v[i]) | static_cast<uint32_t>(narrow_bf16(high.v[i])) << 16;
-  }
-  return of_bits(bits);
-}
+// Of two vectors that bf16 holds exactly.
+inline Vec join_pairs(Vec low, Vec high) { return of_bits((bits_of(low) >> 16) | bits_of(high)); }
 
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 

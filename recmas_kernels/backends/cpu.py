@@ -161,11 +161,12 @@ def _forward(
     kept3, *third = _weight(w3, compute, may_pack)
     vectors = [_readable(vector) for vector in (b1, b2, b3, gi, ci, go, co)]
     pb1, pb2, pb3, pgi, pci, pgo, pco = (_vector(vector) for vector in vectors)
+    narrow = any(vector is not None and vector.dtype is not torch.float32 for vector in vectors)
     isa, threads, number = _isa(), torch.get_num_threads(), _DTYPES[compute]
     sizes = (tokens, in_features, hidden_features, out_features)
     kind = _RESIDUALS[residual]
     workspace_bytes = _forward_workspace(
-        isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2]
+        isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2], narrow
     )
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
     _native().link_forward(
@@ -381,10 +382,12 @@ def alignment_fwd(
     rows, table = _rows(pred), _rows(target)
     ids = None if token_ids is None else token_ids.contiguous()
     weights = None if mask is None else mask.to(torch.float32).contiguous()
-    workspace = torch.empty(tokens + 16, dtype=torch.float32)
+    isa, threads = _isa(), torch.get_num_threads()
+    workspace_bytes = _native().alignment_workspace(isa, threads, tokens, features)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
     _native().alignment(
-        _isa(),
-        torch.get_num_threads(),
+        isa,
+        threads,
         tokens,
         features,
         table.shape[0],
@@ -402,6 +405,6 @@ def alignment_fwd(
         loss.data_ptr(),
         grad.data_ptr(),
         workspace.data_ptr(),
-        workspace.nbytes,
+        workspace_bytes,
     )
     return loss, grad
