@@ -24,7 +24,7 @@ def test_questions_are_the_test_worlds_of_their_seed(tmp_path: Path, capsys: pyt
 def test_eval_prints_a_line_per_cell_and_the_grid(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "eval", SHIPPED, "--questions", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 fresh questions per number of hops, test worlds of seed 1"
+    assert lines[0] == "4 fresh questions per number of hops, test worlds of seed 1, one thread"
     assert len(lines) == 2 + 39 + 1 + 4
     assert lines[-4].split()[:4] == ["accuracy", "latent", "r=1", "latent"]
 

@@ -61,10 +61,12 @@ def _build(options: Namespace) -> None:
     import transformers
 
     from recmas.lab.build import build
+    from recmas.lab.threads import one_thread
 
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    record = build(options.system, options.seed, link_seed=options.link_seed, agents=options.agents)
+    with one_thread():
+        record = build(options.system, options.seed, link_seed=options.link_seed, agents=options.agents)
     minutes = (time.perf_counter() - started) / 60
     if options.json:
         dump(record)
@@ -94,9 +96,11 @@ def _eval(options: Namespace) -> None:
 
 def _demo(options: Namespace) -> None:
     from recmas.lab.timing import link_times, time_table
+    from recmas_kernels import use_backend
 
     cells = _measured(options, 256)
-    times = link_times()
+    with use_backend(options.backend):
+        times = link_times()
     if options.json:
         dump({"grid": [asdict(cell) for cell in cells], "links": [asdict(row) for row in times]})
     else:
@@ -108,6 +112,7 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     from tqdm.auto import tqdm
 
     from recmas.lab.grid import CONTROLS, MODES, Cell, grid, heading, line, runs, summary
+    from recmas.lab.threads import one_thread
 
     count = default if options.questions is None else options.questions
     hops, rounds, methods = (1, 2, 3), (1, 2, 3), (*MODES, *CONTROLS)
@@ -119,8 +124,10 @@ def _measured(options: Namespace, default: int) -> list[Any]:
             bar.update()
 
         if not options.json:
-            bar.write(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}\n{heading()}")
-        cells = grid(mas, options.seed, count, hops=hops, rounds=rounds, methods=methods, on_cell=show)
+            bar.write(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}, one thread")
+            bar.write(heading())
+        with one_thread():
+            cells = grid(mas, options.seed, count, hops=hops, rounds=rounds, methods=methods, on_cell=show)
     if not options.json:
         print(f"\n{summary([cell for cell in cells if cell.method in MODES])}")
     return cells
