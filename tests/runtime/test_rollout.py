@@ -121,11 +121,12 @@ def test_gradients_reach_the_prompt_through_a_rollout():
     agent = tiny_agent("llama")
     link = tiny_link(agent)
     batch, rows = prompts(agent, (7, 7))
+    weights = torch.randn(2, 3, agent.hidden_size, generator=torch.Generator().manual_seed(0))
     embeds = batch.embeds.clone().requires_grad_()
-    agent.think(Prompt(embeds, batch.mask), 3, link).states.square().sum().backward()
+    (agent.think(Prompt(embeds, batch.mask), 3, link).states * weights).sum().backward()
     for index, row in enumerate(rows):
         row = row.clone().requires_grad_()
-        uncached(agent, row, 3, link).square().sum().backward()
+        (uncached(agent, row, 3, link) * weights[index]).sum().backward()
         assert relative_error(embeds.grad[index], row.grad[0]) < 1e-5
 
 
