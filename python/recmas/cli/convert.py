@@ -61,7 +61,13 @@ def _add_upstream(parser: CommandLineParser) -> None:
         default=None,
         help="ROLE=PATH or ROLE=HUB_ID: locally trained weights of one role, or of outer; may be repeated",
     )
-    parser.add_argument("--task", type=str, default="math", help=f"prompts and links for: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--task",
+        type=str,
+        default="math",
+        help=f"prompts and links for: {', '.join(TASKS)}; choice expects the lettered options in the question, and its "
+        "prompts add the instruction to choose",
+    )
     parser.add_argument(
         "--code-form",
         type=str,
