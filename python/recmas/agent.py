@@ -220,12 +220,12 @@ class Agent:
         past = Continuation(self.decoder, prompt.mask, max(max(room, default=0) - 1, 0))
         written: list[list[int]] = [[] for _ in range(batch)]
         going = {row for row in range(batch) if room[row] > 0}
-        inputs = prompt.embeds
+        inputs, ends = prompt.embeds, self.eos_ids
         while going:
             tokens = sampler.choose(self.logits(past.feed(inputs))).tolist()
             for row in tuple(going):
                 written[row].append(tokens[row])
-                if tokens[row] in self.eos_ids or len(written[row]) == room[row]:
+                if tokens[row] in ends or len(written[row]) == room[row]:
                     going.discard(row)
             fed = [token if row in going else self.pad_id for row, token in enumerate(tokens)]
             inputs = self.embed(torch.tensor(fed, device=self.device)[:, None])
