@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recmas.cli import main
+from recmas.lab.grid import Cell, heading, line, summary
 from recmas.lab.world import questions
 from recmas.training.data import read_rows
 
@@ -21,19 +22,27 @@ def test_questions_are_the_test_worlds_of_their_seed(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"7 questions in {path}\n"
 
 
-def test_eval_prints_a_line_per_cell_and_the_grid(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lab", "eval", SHIPPED, "--questions", "4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 fresh questions per number of hops, test worlds of seed 1, one thread"
-    assert len(lines) == 2 + 39 + 1 + 4
-    assert lines[-4].split()[:4] == ["accuracy", "latent", "r=1", "latent"]
-
-
-def test_eval_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_measures_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "eval", SHIPPED, "--questions", "2", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
     assert len(cells) == 39
     assert {cell["questions"] for cell in cells} == {2}
+    assert {cell["rounds"] for cell in cells if cell["method"] == "solver alone"} == {0}
+
+
+def test_the_grid_as_text() -> None:
+    cells = [
+        Cell("latent", 1, 1, 8, 0.875, 0.125, 4.0, 4.0, 0.0015),
+        Cell("solver alone", 1, 0, 8, 0.125, 0.125, 4.0, 0.0, 0.0005),
+        Cell("latent", 2, 1, 8, 0.25, 0.125, 4.0, 4.0, 0.0015),
+        Cell("solver alone", 2, 0, 8, 0.0, 0.25, 4.0, 0.0, 0.0005),
+    ]
+    assert line(cells[0]).split() == ["1", "1", "latent", "0.875", "0.125", "4.0", "4.0", "1.50"]
+    assert line(cells[1]).split()[:4] == ["1", "-", "solver", "alone"]
+    assert len({len(heading()), *(len(line(cell)) for cell in cells)}) == 1
+    first, *rows = summary(cells).splitlines()
+    assert first.split("  ")[-2:] == ["latent r=1", "solver alone"]
+    assert [row.split() for row in rows] == [["1", "hop", "0.875", "0.125"], ["2", "hops", "0.250", "0.000"]]
 
 
 @pytest.mark.parametrize(
