@@ -67,14 +67,18 @@ class Template:
     def senders(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(role for slot in self.slots for role in slot.senders))
 
-    def without_slots(self) -> str:
-        """The template's text with every slot left out."""
-        parts = (
-            part if isinstance(part, str) else f"{{{{{part.name}}}}}"
-            for part in self._parts
-            if not isinstance(part, Slot)
-        )
-        return "".join(parts)
+    def without_slots(self, but: Slot | None = None) -> str:
+        """The template's text with every slot left out; `but` stands where the first one was, or at the end."""
+        waiting = [] if but is None else [str(but)]
+        texts = []
+        for part in self._parts:
+            if isinstance(part, str):
+                texts.append(part)
+            elif isinstance(part, _Field):
+                texts.append(f"{{{{{part.name}}}}}")
+            elif waiting:
+                texts.append(waiting.pop())
+        return "".join(texts + waiting)
 
     def check_senders(self, senders: Sequence[str], joint: bool, where: str) -> None:
         """Every sender must have a slot and every slot its senders; `where` begins the one-line ValueError.

@@ -207,7 +207,7 @@ def test_init_then_train_then_eval(made, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "links" / "planner-critic" / "model.safetensors").read_bytes() == fresh
     assert (tmp_path / "warm" / "links" / "planner-critic" / "model.safetensors").read_bytes() != fresh
     assert main(["eval", "warm", "--data", rows, "--max-new-tokens", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["questions"] == 2
+    assert json.loads(capsys.readouterr().out)["cells"][0]["questions"] == 2
 
 
 def test_inspect(made, monkeypatch, capsys):

@@ -56,6 +56,11 @@ def add_answering(parser: CommandLineParser) -> None:
         choices=["latent", "text"],
         help="what agents pass on; text is the baseline: same agents, prompts and rounds, text in the slots",
     )
+    add_decoding(parser)
+
+
+def add_decoding(parser: CommandLineParser) -> None:
+    """How texts are written, and how many at once."""
     parser.add_argument("--batch-size", type=PositiveInt, default=32, help="questions answered at once")
     parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
     parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
@@ -64,9 +69,13 @@ def add_answering(parser: CommandLineParser) -> None:
 
 
 def answering(options: Namespace) -> dict[str, Any]:
-    """`add_answering`'s options, as `RecursiveMAS.answer` and `evaluate` call them."""
-    names = ("rounds", "latent_steps", "mode", "batch_size", "max_new_tokens", "temperature", "top_p", "seed")
-    return {name: options[name] for name in names}
+    """`add_answering`'s options, as `RecursiveMAS.answer` calls them."""
+    return {name: options[name] for name in ("rounds", "latent_steps", "mode")} | decoding(options)
+
+
+def decoding(options: Namespace) -> dict[str, Any]:
+    """`add_decoding`'s options."""
+    return {name: options[name] for name in ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")}
 
 
 @contextlib.contextmanager

@@ -1,51 +1,100 @@
-"""``recmas eval``: accuracy on questions with known answers."""
+"""``recmas eval``: accuracy on questions with known answers, over modes, rounds and latent steps."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from recmas.cli.common import add_answering, add_system, answering, dump, loaded
-from recmas.cli.parser import CommandLineParser
+from jsonargparse.typing import PositiveInt
+
+from recmas.cli.common import add_decoding, add_system, decoding, dump, loaded
+from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs
+from recmas.evaluation import METRICS, MODES
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
+def _read_modes(value: Any) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if name not in MODES:
+            raise ValueError(f"{name!r} is not one of {', '.join(MODES)}")
+    return names
+
+
+def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
+    if isinstance(value, dict) or (isinstance(value, str) and "=" in value):
+        return ({role: int(count) for role, count in read_pairs(value).items()},)
+    counts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    return tuple(count if isinstance(count, dict) else int(count) for count in counts)
+
+
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
-    parser.add_argument("--data", type=str, required=True, help="JSONL file of questions with their answers")
+    parser.add_argument(
+        "--data", type=str, required=True, help="questions with answers: a JSONL file, or OWNER/NAME on the hub"
+    )
+    parser.add_argument("--split", type=str, default="test", help="of a data set on the hub")
+    parser.add_argument("--subset", type=str, default=None, help="of a data set on the hub")
+    parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many questions")
+    parser.add_argument("--question-field", type=str, default="question", help="field of a row that is the question")
+    parser.add_argument("--answer-field", type=str, default="answer", help="field of a row that holds the answer")
     parser.add_argument(
         "--metric",
-        type=str,
         default="exact",
+        choices=list(METRICS),
         help="exact (whole text), last_word, choice (a letter) or math (needs the eval extra)",
     )
-    parser.add_argument("--answer-field", type=str, default="answer", help="field of a row that holds the answer")
-    add_answering(parser)
+    parser.add_argument(
+        "--mode",
+        type=Kind("MODE,...", _read_modes),
+        default=("latent",),
+        help="latent; text: the same agents, prompts and rounds, text in the slots; single: the answering agent alone; "
+        "loop: the answering agent reading its own latents",
+    )
+    parser.add_argument("--rounds", type=COUNTS, default=None, help="rounds of the recursion (default: the system's)")
+    parser.add_argument(
+        "--latent-steps",
+        type=Kind("N,... or ROLE=N,...", _read_sweep),
+        default=None,
+        help="latent thoughts per message, to try in turn: 0,16,32; or once, by role: planner=2,solver=3",
+    )
+    parser.add_argument("--samples", type=PositiveInt, default=1, help="answers to each question, for pass@k")
+    add_decoding(parser)
     parser.add_argument(
         "--output", type=str, default=None, help="JSONL file of records; a run that was cut short goes on from it"
     )
 
 
 def execute(options: Namespace) -> int:
-    from recmas.rows import read_rows
+    from recmas.evaluation.data import read_data
 
-    rows = read_rows(options.data)
+    rows = read_data(
+        options.data,
+        split=options.split,
+        subset=options.subset,
+        question_field=options.question_field,
+        limit=options.limit,
+    )
     with loaded(options) as mas:
-        from recmas.evaluation import evaluate
+        from recmas.evaluation.summary import table
+        from recmas.evaluation.sweep import sweep
 
-        settings = {"metric": options.metric, "answer_field": options.answer_field, "output": options.output}
-        _, summary = evaluate(mas, rows, **settings, **answering(options))
+        summaries = sweep(
+            mas,
+            rows,
+            metric=options.metric,
+            answer_field=options.answer_field,
+            modes=options.mode,
+            rounds=options.rounds or (None,),
+            latent_steps=options.latent_steps or (None,),
+            samples=options.samples,
+            output=options.output,
+            **decoding(options),
+        ).summaries
     if options.json:
-        dump(asdict(summary))
+        dump({"cells": [asdict(summary) for summary in summaries]})
     else:
-        print(
-            f"accuracy {summary.accuracy:.3f} (95 % interval {summary.low:.3f} to {summary.high:.3f}), "
-            f"{summary.correct} of {summary.questions} questions"
-        )
-        print(
-            f"per question: {summary.text_tokens:.1f} text tokens, {summary.latent_steps:.1f} latent steps, "
-            f"{1000 * summary.seconds:.1f} ms"
-        )
+        print(table(summaries))
     return 0

@@ -1,0 +1,35 @@
+"""How sure a share is: Wilson's interval and the unbiased pass@k."""
+
+from __future__ import annotations
+
+import math
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+def wilson(successes: float, questions: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion; (0, 1) for no questions.
+
+    `successes` may be the sum of one number in [0, 1] per question (a share of its samples, a pass@k). The variance of
+    such numbers is at most that of yes and no with the same mean, so the interval then errs on the wide side, while
+    counting every sample as a question of its own would err on the narrow one.
+    """
+    if questions == 0:
+        return 0.0, 1.0
+    share, z2 = successes / questions, Z95 * Z95
+    centre = (share + z2 / (2 * questions)) / (1 + z2 / questions)
+    half = Z95 / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never excludes the share
+
+
+def pass_at(k: int, samples: int, correct: int) -> float:
+    """Unbiased estimate, from `samples` answers to one question, of the chance that any of `k` is correct.
+
+    ``1 - C(samples - correct, k) / C(samples, k)``: the share of all choices of k samples that hold a correct one.
+
+    Raises:
+        ValueError: not 1 <= k <= samples, or not 0 <= correct <= samples.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} correct in {samples}: expected 1 <= k <= samples >= correct >= 0")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

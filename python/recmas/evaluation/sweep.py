@@ -1,0 +1,223 @@
+"""The sweep: every question in every cell, a record each, each cell summed up.
+
+With an output file each batch's records are appended as JSON lines as soon as they exist. Calling again with the same
+arguments answers only what is missing, and a larger sweep only what is new; records of another system, other settings
+or other rows are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from recmas.baselines import variant
+from recmas.evaluation import records as record_file
+from recmas.evaluation.metrics import METRICS, check_metric
+from recmas.evaluation.records import MODES, Cell, Record
+from recmas.evaluation.summary import Summary, summarize
+from recmas.running import Plan, steps_by_role
+from recmas.spec import edge_name
+from recmas.system import RecursiveMAS, Row
+
+Steps = int | Mapping[str, int] | None
+
+
+class Sweep(NamedTuple):
+    """Records in the order of cells, samples and rows; a summary per cell."""
+
+    records: list[Record]
+    summaries: list[Summary]
+
+
+def sweep(
+    system: RecursiveMAS,
+    rows: Sequence[Row],
+    *,
+    metric: str = "exact",
+    answer_field: str = "answer",
+    modes: Sequence[str] = ("latent",),
+    rounds: Sequence[int | None] = (None,),
+    latent_steps: Sequence[Steps] = (None,),
+    samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Answer every row in every cell of modes x rounds x latent steps, and compare with its answer.
+
+    Args:
+        system: what answers.
+        rows: questions with the fields its templates name, and the answer.
+        metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
+        answer_field: field of the row that holds the answer.
+        modes: "latent", "text", "single" or "loop"; `recmas.baselines` says what each runs. Cells that a mode cannot
+            tell apart (rounds of a single agent, latent steps of texts) are run once.
+        rounds: None is the system's own.
+        latent_steps: for all agents, or by role; None is the system's own.
+        samples: answers to each question, with random streams of their own.
+        max_new_tokens, temperature, top_p: as `RecursiveMAS.answer` takes them.
+        seed: of sampling; a batch draws from it, the sample's number and the number of the batch's first question, so
+            cells differ by what they do and not by luck.
+        batch_size: questions answered together.
+        output: JSONL file of records, written batch by batch; None keeps them in memory only.
+        progress: show a bar.
+
+    Raises:
+        ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
+            without an answer or a field, several samples of greedy answers, or an output file of another run.
+        ImportError: the metric's library is missing.
+    """
+    check_metric(metric)
+    for name, count in (("batch_size", batch_size), ("samples", samples)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if not rows:
+        raise ValueError("rows: expected at least one question, got none")
+    expected = [_expected(row, index, answer_field) for index, row in enumerate(rows)]
+    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    cells = _cells(system, modes, rounds, latent_steps)
+    answerers = [variant(system, cell.mode) for cell in cells]
+    for cell, (answerer, mode) in zip(cells, answerers, strict=True):
+        plan = Plan(
+            answerer, mode, cell.rounds, cell.steps, **decoding, seed=0, trace=False, on_message=None, progress=None
+        )
+        answerer.check_rows(rows, plan.rounds)
+        if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
+            raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
+    settings = json.dumps([_digest(system), metric, answer_field, seed, batch_size, decoding])
+
+    def key(cell: Cell, sample: int, index: int) -> str | None:
+        if not 0 <= index < len(rows):
+            return None
+        described = json.dumps([settings, cell, sample, index, rows[index]], sort_keys=True, default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    keys = {
+        (number, sample, index): str(key(cell, sample, index))
+        for number, cell in enumerate(cells)
+        for sample in range(samples)
+        for index in range(len(rows))
+    }
+    path = None if output is None else Path(output)
+    done = {} if path is None else record_file.read(path, key)
+    with tqdm(total=len(keys), desc="evaluate", disable=not progress, unit="question") as bar:
+        bar.update(sum(name in done for name in keys.values()))
+        firsts = range(0, len(rows), batch_size)
+        for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):
+            batch = range(first, min(first + batch_size, len(rows)))
+            missing = [index for index in batch if keys[number, sample, index] not in done]
+            if not missing:
+                continue
+            bar.set_postfix_str(f"{cell.mode}, {cell.rounds} rounds, {cell.steps} steps", refresh=False)
+            answerer, mode = answerers[number]
+            memory = _Memory(answerer)
+            answers = answerer.answer(
+                [rows[index] for index in batch],  # whole batches, that nothing depends on where a run was cut short
+                mode=mode,
+                rounds=cell.rounds,
+                latent_steps=cell.steps,
+                seed=batch_seed(seed, sample, first),
+                batch_size=batch_size,
+                **decoding,
+            )
+            seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
+            peak = memory.peak()
+            made = [
+                Record(
+                    *cell,
+                    sample=sample,
+                    index=index,
+                    key=keys[number, sample, index],
+                    text=answers[index - first].text,
+                    expected=expected[index],
+                    correct=METRICS[metric](answers[index - first].text, expected[index]),
+                    text_tokens=sum(answers[index - first].text_tokens.values()),
+                    latent_steps=sum(answers[index - first].latent_steps.values()),
+                    seconds=seconds,
+                    peak_memory=peak,
+                )
+                for index in missing
+            ]
+            if path is not None:
+                record_file.append(path, made)
+            done.update({record.key: record for record in made})
+            bar.update(len(made))
+    records = [done[name] for name in keys.values()]
+    size = samples * len(rows)
+    return Sweep(records, [summarize(records[start : start + size]) for start in range(0, len(records), size)])
+
+
+def batch_seed(seed: int, sample: int, first: int) -> int:
+    """The seed that `RecursiveMAS.answer` gets for the batch that begins with row `first`."""
+    return int.from_bytes(hashlib.blake2b(f"{seed},{sample},{first}".encode(), digest_size=8).digest(), "big")
+
+
+def _cells(
+    system: RecursiveMAS, modes: Iterable[str], rounds: Iterable[int | None], latent_steps: Iterable[Steps]
+) -> list[Cell]:
+    """The cells that differ, in the order of the product, with the system's own settings filled in."""
+    cells: list[Cell] = []
+    for mode, count, asked in product(modes, rounds, latent_steps):
+        if mode not in MODES:
+            raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+        count = system.defaults.rounds if count is None else count
+        by_role = steps_by_role(system, asked)
+        alike = mode == "loop" or len(set(by_role.values())) == 1
+        steps: int | dict[str, int] = by_role[system.pattern.last] if alike else by_role
+        cell = Cell(mode, 1 if mode == "single" else count, 0 if mode in ("single", "text") else steps)
+        if cell not in cells:
+            cells.append(cell)
+    if not cells:
+        raise ValueError("modes, rounds, latent_steps: expected at least one of each")
+    return cells
+
+
+def _expected(row: Row, index: int, field: str) -> str:
+    if not isinstance(row, Mapping) or field not in row:
+        raise ValueError(f"row {index}: no field {field!r} with the answer")
+    return str(row[field])
+
+
+def _digest(system: RecursiveMAS) -> str:
+    """Of what decides a system's answers, the agents' weights apart: prompts, where agents came from, all links."""
+    digest = hashlib.sha256(repr(system.pattern).encode())
+    for role, agent in system.agents.items():
+        digest.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
+    tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
+    links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
+    for name, link in links.items():
+        tensors.update({f"{name}.{key}": value for key, value in link.state_dict().items()})
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Memory:
+    """The peak of what `Record.peak_memory` describes, from now on where that can be had."""
+
+    def __init__(self, system: RecursiveMAS) -> None:
+        self._devices = {agent.device for agent in system.agents.values() if agent.device.type == "cuda"}
+        for device in self._devices:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._devices:
+            return sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
