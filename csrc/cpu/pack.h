@@ -52,11 +52,22 @@ inline void store_step(char* panel, Format format, int64_t column, Vec value) {
   }
 }
 
+constexpr int64_t kPackAhead = 12;  // steps between prefetching a piece of memory and packing it
+
 // Memory holds [k][columns]: rows of the panel are pieces of rows of memory.
 template <class Stored>
 void pack_rows(const Right& m, const Stored* from, int64_t columns, Format format, char* out) {
   const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
+  const int64_t width = columns * static_cast<int64_t>(sizeof(Stored));
   for (int64_t step = 0; step < steps; ++step, out += bytes) {
+    // Pieces of rows a page apart: no hardware prefetcher follows them.
+    const int64_t ahead = smaller(m.k - 1, (format == Format::pairs ? 2 : 1) * (step + kPackAhead));
+    for (int64_t byte = 0; byte < width; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from + ahead * m.stride) + byte);
+      if (format == Format::pairs) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from + (ahead - (ahead > 0)) * m.stride) + byte);
+      }
+    }
     for (int64_t c = round_up(columns, kWidth); c < kPanel; c += kWidth) store_step(out, format, c, set1(0.0f));
     if (format != Format::pairs) {
       each_vector(columns, [&](int64_t c, auto lanes) {
@@ -86,6 +97,7 @@ void pack_transposed(const Right& m, const Stored* from, int64_t columns, Format
       Vec block[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
         const Stored* row = from + (c + i) * m.stride + k;
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + 256);
         if (c + i >= columns) {
           block[i] = set1(0.0f);
         } else if (format == Format::pairs) {

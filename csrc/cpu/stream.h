@@ -53,48 +53,50 @@ void stream_block(const void* left, int64_t left_stride, const Stored* right, in
   }
 }
 
-template <class Stored, bool bf16_left, int rows>
-void stream_rows(const void* left, int64_t left_stride, const Stored* right, int64_t right_stride, int64_t columns,
-                 int64_t k, float* out) {
-  int64_t c = 0;
-  for (; c + kStreamColumns <= columns; c += kStreamColumns) {
-    stream_block<Stored, bf16_left, rows, kStreamColumns>(left, left_stride, right + c * right_stride, right_stride, k,
-                                                          out + c);
-  }
-  for (; c < columns; ++c) {
-    stream_block<Stored, bf16_left, rows, 1>(left, left_stride, right + c * right_stride, right_stride, k, out + c);
-  }
-}
-
-template <class Stored, bool bf16_left>
-void stream_stored(const void* left, int64_t left_stride, int64_t rows, const Stored* right, int64_t right_stride,
-                   int64_t columns, int64_t k, float* out) {
-  const int64_t row_bytes = left_stride * (bf16_left ? 2 : 4);
+template <class Stored, bool bf16_left, int columns>
+void stream_columns(const void* left, int64_t left_stride, int64_t rows, const Stored* right, int64_t right_stride,
+                    int64_t k, float* out) {
   for (int64_t r = 0; r < rows; r += kStreamRows) {
-    const void* at = static_cast<const char*>(left) + r * row_bytes;
+    const void* at = static_cast<const char*>(left) + r * left_stride * (bf16_left ? 2 : 4);
     float* to = out + r * kPanel;
     switch (smaller(rows - r, kStreamRows)) {
       case 1:
-        stream_rows<Stored, bf16_left, 1>(at, left_stride, right, right_stride, columns, k, to);
+        stream_block<Stored, bf16_left, 1, columns>(at, left_stride, right, right_stride, k, to);
         break;
       case 2:
-        stream_rows<Stored, bf16_left, 2>(at, left_stride, right, right_stride, columns, k, to);
+        stream_block<Stored, bf16_left, 2, columns>(at, left_stride, right, right_stride, k, to);
         break;
 #if RECMAS_ISA_LEVEL >= 2
       case 3:
-        stream_rows<Stored, bf16_left, 3>(at, left_stride, right, right_stride, columns, k, to);
+        stream_block<Stored, bf16_left, 3, columns>(at, left_stride, right, right_stride, k, to);
         break;
       default:
-        stream_rows<Stored, bf16_left, 4>(at, left_stride, right, right_stride, columns, k, to);
+        stream_block<Stored, bf16_left, 4, columns>(at, left_stride, right, right_stride, k, to);
         break;
 #endif
     }
   }
 }
 
+template <class Stored, bool bf16_left>
+void stream_stored(const void* left, int64_t left_stride, int64_t rows, const Stored* right, int64_t right_stride,
+                   int64_t columns, int64_t k, float* out) {
+  int64_t c = 0;
+  for (; c + kStreamColumns <= columns; c += kStreamColumns) {
+    stream_columns<Stored, bf16_left, kStreamColumns>(left, left_stride, rows, right + c * right_stride, right_stride,
+                                                      k, out + c);
+  }
+  for (; c < columns; ++c) {
+    stream_columns<Stored, bf16_left, 1>(left, left_stride, rows, right + c * right_stride, right_stride, k, out + c);
+  }
+}
+
+// More left-hand rows than this pay for packing the weight.
+constexpr int64_t kStreamLimit = 16;
+
 // Whether a product reads `right` in place instead of packing it.
 inline bool streams(const Right& right, bool bf16_left, int64_t rows) {
-  if (right.packed || !right.transposed || rows > kStreamRows) return false;
+  if (right.packed || !right.transposed || rows > kStreamLimit) return false;
   if (bf16_left) return right.dtype == Dtype::bf16;
   return right.dtype == right.compute || right.dtype != Dtype::f32;
 }
