@@ -147,6 +147,13 @@ def test_other_mistakes_are_one_line(made, monkeypatch, capsys, arguments, messa
     assert message in err
 
 
+def test_traceback_on_request(capsys):
+    assert main(["--traceback", "run", "nowhere", "--question", "fox"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1].startswith("recmas: error: nowhere/system.json: no such file")
+
+
 def test_help_is_quick_and_lists_every_command(tmp_path):
     code = "import sys; from recmas.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
