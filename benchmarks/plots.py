@@ -31,7 +31,7 @@ def link_plot(records: Sequence[Record], path: Path, device: str) -> None:
     chosen = [
         record
         for record in records
-        if record["shape"] == HEADLINE_SHAPE and record["pass"] == "forward" and record["cache"] == "warm"
+        if record["shape"] == HEADLINE_SHAPE and record["pass"] == "forward" and record["cache"] != "cold"
     ]
     dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
     figure, panels = pyplot.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.4), sharey=True, squeeze=False)

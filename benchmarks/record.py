@@ -21,7 +21,8 @@ from benchmarks.shapes import Goal
 from benchmarks.timing import AGAIN, Call, Flush, Quantiles, Ratio, measure, warm
 
 SCHEMA = 1
-FLUSH_BYTES = 256 * 2**20  # several times the largest cache of present CPUs
+FLUSH_BYTES = 128 * 2**20  # several times the last cache of the machines measured
+LONG_COMPUTE = 5e-3  # seconds of arithmetic beside which the state of the caches at the start is nothing
 FUSED = "fused"
 
 
@@ -36,10 +37,6 @@ class Labels:
     mode: str
     tokens: int
     cold: bool = False
-
-    @property
-    def cache(self) -> str:
-        return "cold" if self.cold else "warm"
 
 
 @dataclass
@@ -66,7 +63,7 @@ class Bench:
         errors: Mapping[str, float],
         goal: Goal | None = None,
         *,
-        seconds: float = 3.0,
+        seconds: float = 2.0,
         rounds: int | None = None,
         calls: int = 1,
         twice: str | None = "eager",
@@ -84,24 +81,36 @@ class Bench:
             calls: calls of the op in one call of a variant, where one alone is too short to time.
             extra: more fields of the record.
         """
-        prepare = Flush(FLUSH_BYTES) if labels.cold else warm if calls == 1 else _nothing
+        cache, prepare = self._caches(labels, work, calls) if self.benchmark.enabled else ("warm", _nothing)
         self.benchmark.group = f"{labels.suite} {labels.op} {labels.shape} {_name(labels.dtype)} {labels.mode}"
         samples = measure(self.benchmark, variants, prepare=prepare, seconds=seconds, rounds=rounds, twice=twice)
         if samples is None:
             return
         per_call = {name: [value / calls for value in values] for name, values in samples.items()}
         footprints = {
-            name: Footprint.of(call, compiled=name in COMPILED) for name, call in variants.items() if calls == 1
+            name: Footprint.of(call, compiled=name in COMPILED)
+            for name, call in variants.items()
+            if calls == 1 and (rounds is None or name == FUSED)
         }
-        record = make_record(labels, work, self.limits, per_call, errors, footprints, goal)
+        record = make_record(labels, cache, work, self.limits, per_call, errors, footprints, goal)
         record["clock_mhz"] = self.device.clock_mhz()
         record.update(extra or {})
         self.benchmark.extra_info["record"] = record
         if self.full and goal is not None:
             assert record["missed"] is None, record["missed"]
 
+    def _caches(self, labels: Labels, work: Work, calls: int) -> tuple[str, Callable[[Call], None]]:
+        """State of the caches before a timed call, in a word, and what brings it about."""
+        if labels.cold:
+            return "cold", Flush(FLUSH_BYTES)
+        if calls > 1:
+            return "warm", _nothing
+        if work.bytes_min >= FLUSH_BYTES or work.flops / self.limits.product(labels.dtype) > LONG_COMPUTE:
+            return "in turn", _nothing
+        return "warm", warm
 
-def _nothing(call: Callable[[], object]) -> None:
+
+def _nothing(call: Call) -> None:
     """Leave the caches as the calls before left them."""
 
 
@@ -111,6 +120,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def make_record(
     labels: Labels,
+    cache: str,
     work: Work,
     limits: Limits,
     samples: Mapping[str, Sequence[float]],
@@ -118,8 +128,8 @@ def make_record(
     footprints: Mapping[str, Footprint],
     goal: Goal | None,
 ) -> dict[str, Any]:
-    """The record of a cell from its samples (seconds per call, by implementation)."""
-    stream = limits.memory_stream if labels.cold else limits.stream(work.bytes_min)
+    """The record of a cell from its samples: seconds per call by implementation, caches ``cache`` before each."""
+    stream = limits.memory_stream if cache == "cold" else limits.stream(work.bytes_min)
     least = floor(work, limits.product(labels.dtype), stream)
     times = {name: Quantiles.of(values) for name, values in samples.items()}
     ceiling = times.get(PRODUCTS)
@@ -152,7 +162,7 @@ def make_record(
         "dtype": _name(labels.dtype),
         "pass": labels.mode,
         "tokens": labels.tokens,
-        "cache": labels.cache,
+        "cache": cache,
         "graph": False,
         "flops": work.flops,
         "bytes_min": work.bytes_min,

@@ -127,10 +127,11 @@ def link_cases(full: bool) -> list[LinkCase]:
         cases += [LinkCase(INNER, dtype, tokens, cold=True) for tokens in (1, 8, 32)]
         cases += [LinkCase(NARROW, dtype, tokens, peers=(*PLAIN_PEERS, "products")) for tokens in (1, 8, 32, 512)]
         cases += [LinkCase(OUTER, dtype, tokens, peers=(*PLAIN_PEERS, "products")) for tokens in (1, 8, 32, 128, 512)]
-        for tokens in (32, 128, 512):
-            peers = (*PLAIN_PEERS, *(["compile"] if tokens == 512 else []), "products")
-            cases.append(LinkCase(INNER, dtype, tokens, training=True, peers=peers))
-        cases.append(LinkCase(OUTER, dtype, 512, training=True, peers=(*PLAIN_PEERS, "products")))
+        cases += [
+            LinkCase(INNER, dtype, 32, training=True, peers=(*PLAIN_PEERS, "products")),
+            LinkCase(INNER, dtype, 512, training=True, peers=(*PLAIN_PEERS, "compile", "products")),
+            LinkCase(OUTER, dtype, 128, training=True, peers=(*PLAIN_PEERS, "products")),
+        ]
     return cases
 
 

@@ -90,7 +90,7 @@ def measure(
     variants: Mapping[str, Call],
     *,
     prepare: Callable[[Call], None] = warm,
-    seconds: float = 3.0,
+    seconds: float = 2.0,
     rounds: int | None = None,
     twice: str | None = "eager",
 ) -> dict[str, list[float]] | None:
@@ -101,7 +101,7 @@ def measure(
         variants: calls by name; the first is the one under test, which pytest-benchmark reports.
         prepare: puts the caches into the wanted state; runs untimed before each timed call.
         seconds: time to aim at; it sets the number of rounds within [MIN_ROUNDS, MAX_ROUNDS].
-        rounds: that number itself, for peers of many seconds.
+        rounds: that number itself, for peers of many seconds; then nothing is warmed up either.
         twice: the peer to time once more under its name + AGAIN; None for none.
 
     Returns:
@@ -135,7 +135,7 @@ def measure(
     gc.disable()
     try:
         longest = 0.0
-        for _ in range(WARMUP_ROUNDS if rounds is None else 1):
+        for _ in range(WARMUP_ROUNDS if rounds is None else 0):
             start = perf_counter()
             run_peers()
             call()

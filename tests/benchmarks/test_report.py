@@ -37,7 +37,7 @@ def link_record(tokens: int = 8, fused: float = 1e-3, goal: Goal | None = Goal(2
     }
     labels = Labels("link", "inner", "2048x2048x2048", torch.float32, "forward", tokens)
     work = floors.link_forward(INNER, tokens, 4)
-    return make_record(labels, work, FakeLimits(), samples, {"fused": 1e-7}, {}, goal)  # type: ignore[arg-type]
+    return make_record(labels, "warm", work, FakeLimits(), samples, {"fused": 1e-7}, {}, goal)  # type: ignore[arg-type]
 
 
 def write_run(path: Path, records: list[dict[str, Any]], **changes: Any) -> Path:
