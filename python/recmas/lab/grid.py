@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from recmas import RecursiveMAS
+from recmas.baselines import single_agent
 from recmas.evaluation import METRICS
-from recmas.lab.agents import relay_system
+from recmas.lab.agents import PROMPTS, relay_system
 from recmas.lab.world import chance, questions
 from recmas.pattern import Visit
 from recmas.splice import Latents
@@ -67,12 +68,16 @@ def grid(
         raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join((*MODES, *CONTROLS))}")
     if count < 2:
         raise ValueError(f"count: {count} is too few; latents are shuffled among 2 questions or more")
-    untrained = relay_system(system.agents, seed) if "untrained links" in methods else system
+    systems = dict.fromkeys(methods, system)
+    if "untrained links" in methods:
+        systems["untrained links"] = relay_system(system.agents, seed)
+    if "solver alone" in methods:
+        systems["solver alone"] = _solver_alone(system)
     cells = []
     for hop_count in hops:
         rows = questions(split, seed, [hop_count], count)
         for method, round_count in runs(methods, rounds):
-            cell = _cell(system, untrained, method, rows, hop_count, round_count)
+            cell = _cell(systems[method], method, rows, hop_count, round_count)
             cells.append(cell)
             if on_cell is not None:
                 on_cell(cell)
@@ -88,43 +93,31 @@ def runs(methods: Sequence[str], rounds: Sequence[int]) -> list[tuple[str, int]]
     ]
 
 
-def _cell(
-    system: RecursiveMAS, untrained: RecursiveMAS, method: str, rows: Sequence[Row], hops: int, rounds: int
-) -> Cell:
+def _cell(system: RecursiveMAS, method: str, rows: Sequence[Row], hops: int, rounds: int) -> Cell:
+    alone = method == "solver alone"
     started = time.perf_counter()
-    if method == "solver alone":
-        rounds = 0
-        texts, text_tokens, latent_steps = _solver_alone(system, rows)
-    else:
-        answers = (untrained if method == "untrained links" else system).answer(
-            rows,
-            mode="text" if method == "text" else "latent",
-            rounds=rounds,
-            batch_size=BATCH,
-            on_message=_shuffled if method == "shuffled latents" else None,
-        )
-        texts = [answer.text for answer in answers]
-        text_tokens = sum(sum(answer.text_tokens.values()) for answer in answers)
-        latent_steps = sum(sum(answer.latent_steps.values()) for answer in answers)
+    answers = system.answer(
+        rows,
+        mode="text" if method == "text" else "latent",
+        rounds=1 if alone else rounds,
+        batch_size=BATCH,
+        on_message=_shuffled if method == "shuffled latents" else None,
+    )
     seconds = time.perf_counter() - started
-    right = sum(METRICS["last_word"](text, str(row["answer"])) for text, row in zip(texts, rows, strict=True))
-    count = len(rows)
+    right = sum(
+        METRICS["last_word"](answer.text, str(row["answer"])) for answer, row in zip(answers, rows, strict=True)
+    )
+    text_tokens = sum(sum(answer.text_tokens.values()) for answer in answers)
+    latent_steps = sum(sum(answer.latent_steps.values()) for answer in answers)
+    rounds, count = 0 if alone else rounds, len(rows)
     costs = (text_tokens / count, latent_steps / count, seconds / count)
     return Cell(method, hops, rounds, count, right / count, chance(hops, rounds), *costs)
 
 
-def _solver_alone(system: RecursiveMAS, rows: Sequence[Row]) -> tuple[list[str], int, int]:
+def _solver_alone(system: RecursiveMAS) -> RecursiveMAS:
     """The solver with its own sheet, and the question where the critic's message belongs."""
-    role = system.pattern.last
-    visit = next(visit for visit in system.pattern.visits(1) if visit.role == role)
-    agent, limit = system.agents[role], system.settings[role].decoding.max_new_tokens
-    texts, tokens = [], 0
-    for batch in _batches(rows):
-        heard = {sender: [str(row["question"]) for row in batch] for sender in visit.senders}
-        for written in agent.decode(system.prompt(visit, batch, heard), limit):
-            texts.append(agent.text(written))
-            tokens += len(written)
-    return texts, tokens, 0
+    template = PROMPTS["solver"]["first"].replace("{{from:critic}}", "{{question}}")
+    return single_agent(system, "solver", template)
 
 
 def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]:
@@ -132,11 +125,6 @@ def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]
     if isinstance(message, list):
         return message[1:] + message[:1]
     return Latents(torch.roll(message.states, 1, dims=0), message.lengths)
-
-
-def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    for first in range(0, len(rows), BATCH):
-        yield rows[first : first + BATCH]
 
 
 def summary(cells: Sequence[Cell]) -> str:
