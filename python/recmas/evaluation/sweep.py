@@ -65,7 +65,7 @@ def sweep(
         metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
         answer_field: field of the row that holds the answer.
         modes: "latent", "text", "single" or "loop"; `recmas.baselines` says what each runs. Cells that a mode cannot
-            tell apart (rounds of a single agent, latent steps of texts) are run once.
+            tell apart (rounds of a single agent, latent steps of texts or of a loop of one round) are run once.
         rounds: None is the system's own.
         latent_steps: for all agents, or by role; None is the system's own.
         samples: answers to each question, with random streams of their own.
@@ -176,9 +176,10 @@ def _cells(
             raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
         count = system.defaults.rounds if count is None else count
         by_role = steps_by_role(system, asked)
+        thinks = mode == "latent" or (mode == "loop" and count > 1)
         alike = mode == "loop" or len(set(by_role.values())) == 1
-        steps: int | dict[str, int] = by_role[system.pattern.last] if alike else by_role
-        cell = Cell(mode, 1 if mode == "single" else count, 0 if mode in ("single", "text") else steps)
+        steps = by_role[system.pattern.last] if alike else by_role
+        cell = Cell(mode, 1 if mode == "single" else count, steps if thinks else 0)
         if cell not in cells:
             cells.append(cell)
     if not cells:
