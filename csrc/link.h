@@ -51,10 +51,18 @@ enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 }
 
 namespace cpu {
 
-struct Weight {  // [rows, columns] as nn.Linear stores it, or the same matrix after pack_weight; absent if null
+// Panels and stored weights are summed in different orders; asking for panel order makes the bits of a call with a
+// stored weight those of the same call after packing.
+enum class Form : int32_t {
+  stored = 0,                // [rows, columns] as nn.Linear stores it
+  stored_panel_order = 1,    // the same, with the sums of packed
+  packed = 2,                // panels in the compute dtype, from pack_weight
+};
+
+struct Weight {  // absent if data is null
   const void* data;
   Dtype dtype;
-  bool packed;  // panels in the compute dtype
+  Form form;
 };
 
 struct LinkWeights {

@@ -59,8 +59,8 @@ cpu::LinkConfig config_of(int isa, int threads, int compute, int residual, int g
           threads};
 }
 
-cpu::Weight weight_of(Address data, int dtype, bool packed) {
-  return {pointer<const void>(data), static_cast<Dtype>(dtype), packed};
+cpu::Weight weight_of(Address data, int dtype, int form) {
+  return {pointer<const void>(data), static_cast<Dtype>(dtype), static_cast<cpu::Form>(form)};
 }
 
 VectorView vector_of(Address data, int dtype) { return {pointer<const void>(data), static_cast<Dtype>(dtype)}; }
@@ -86,23 +86,23 @@ cpu::LinkWeights present_weights(bool linear, bool norm_in, bool norm_out, bool 
 }
 
 int64_t link_forward_workspace(int isa, int threads, int compute, int residual, int64_t tokens, int64_t in_features,
-                               int64_t hidden_features, int64_t out_features, bool norm_in, bool norm_out, bool packed1,
-                               bool packed2, bool packed3, bool narrow_vectors) {
+                               int64_t hidden_features, int64_t out_features, bool norm_in, bool norm_out, int form1, int form2,
+                               int form3, bool narrow_vectors) {
   static const char present = 0;
   cpu::LinkForward call{};
   call.config = config_of(isa, threads, compute, residual, 0, 0.0f, tokens, in_features, hidden_features, out_features);
   call.weights = present_weights(call.config.residual == Residual::linear, norm_in, norm_out, narrow_vectors);
-  call.weights.w1.packed = packed1;
-  call.weights.w2.packed = packed2;
-  call.weights.w3.packed = packed3;
+  call.weights.w1.form = static_cast<cpu::Form>(form1);
+  call.weights.w2.form = static_cast<cpu::Form>(form2);
+  call.weights.w3.form = static_cast<cpu::Form>(form3);
   call.x.data = &present;
   return cpu::link_forward_workspace(call);
 }
 
 void link_forward(int isa, int threads, int compute, int residual, int gelu, float eps, int64_t tokens,
                   int64_t in_features, int64_t hidden_features, int64_t out_features, Address x, int64_t x_stride,
-                  int x_dtype, Address w1, int w1_dtype, bool w1_packed, Address b1, int b1_dtype, Address w2,
-                  int w2_dtype, bool w2_packed, Address b2, int b2_dtype, Address w3, int w3_dtype, bool w3_packed,
+                  int x_dtype, Address w1, int w1_dtype, int w1_form, Address b1, int b1_dtype, Address w2,
+                  int w2_dtype, int w2_form, Address b2, int b2_dtype, Address w3, int w3_dtype, int w3_form,
                   Address b3, int b3_dtype, Address norm_in_weight, int norm_in_weight_dtype, Address norm_in_bias,
                   int norm_in_bias_dtype, Address norm_out_weight, int norm_out_weight_dtype, Address norm_out_bias,
                   int norm_out_bias_dtype, Address y, Address pre, Address z, Address stats, Address workspace,
@@ -110,9 +110,9 @@ void link_forward(int isa, int threads, int compute, int residual, int gelu, flo
   cpu::LinkForward call{};
   call.config =
       config_of(isa, threads, compute, residual, gelu, eps, tokens, in_features, hidden_features, out_features);
-  call.weights = {weight_of(w1, w1_dtype, w1_packed),
-                  weight_of(w2, w2_dtype, w2_packed),
-                  weight_of(w3, w3_dtype, w3_packed),
+  call.weights = {weight_of(w1, w1_dtype, w1_form),
+                  weight_of(w2, w2_dtype, w2_form),
+                  weight_of(w3, w3_dtype, w3_form),
                   vector_of(b1, b1_dtype),
                   vector_of(b2, b2_dtype),
                   vector_of(b3, b3_dtype),
@@ -146,7 +146,7 @@ cpu::LinkBackward backward_of(const cpu::LinkConfig& config, const py::list& par
   call.config = config;
   const auto weight = [&](size_t i) {
     const VectorView view = vector_at(parameters, i);
-    return cpu::Weight{view.data, view.dtype, false};
+    return cpu::Weight{view.data, view.dtype, cpu::Form::stored};
   };
   call.weights = {weight(0),
                   weight(2),

@@ -27,7 +27,7 @@ bool known(Dtype dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
 
 // A 16-bit compute dtype is served with fp32 masters or weights of its own dtype; fp32 with any.
 bool serves(const Weight& weight, Dtype compute) {
-  return weight.data == nullptr || weight.packed || weight.dtype == Dtype::f32 || weight.dtype == compute ||
+  return weight.data == nullptr || weight.form == Form::packed || weight.dtype == Dtype::f32 || weight.dtype == compute ||
          compute == Dtype::f32;
 }
 
@@ -139,8 +139,8 @@ Status link_backward(const LinkBackward& call, void* workspace, int64_t workspac
   if (status != Status::ok) return status;
   const bool norm_in = call.weights.norm_in_weight.data != nullptr, norm_out = call.weights.norm_out_weight.data != nullptr;
   if (call.dy.data == nullptr || call.pre.data == nullptr || (norm_out && call.z.data == nullptr) ||
-      ((norm_in || norm_out) && call.stats == nullptr) || call.weights.w1.packed || call.weights.w2.packed ||
-      call.weights.w3.packed) {
+      ((norm_in || norm_out) && call.stats == nullptr) || call.weights.w1.form == Form::packed ||
+      call.weights.w2.form == Form::packed || call.weights.w3.form == Form::packed) {
     return Status::bad_argument;
   }
   const Kernels* kernels = kernels_of(call.config.isa);

@@ -224,7 +224,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
                                 const Matrix& right, int64_t rows, int64_t columns, const BackwardBlock& block,
                                 Dtype compute, bool last) {
   if (gradient.values == nullptr) return;
-  const Term terms[1] = {{left, {right.data, right.dtype, right.stride, false, false, block.tokens, columns, compute}}};
+  const Term terms[1] = {{left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     start_at_zero(row, count, column, width, tile);
     for (int64_t r = row; block.accumulate && r < row + count; ++r, tile += kPanel) {

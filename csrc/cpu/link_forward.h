@@ -14,8 +14,8 @@ namespace recmas::cpu::RECMAS_ISA {
 constexpr int64_t kForwardBlock = 256;  // tokens: the block's activations stay in the shared cache
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
-  return transposed ? Right{weight.data, weight.dtype, columns, true, weight.packed, columns, rows, compute}
-                    : Right{weight.data, weight.dtype, columns, false, weight.packed, rows, columns, compute};
+  return transposed ? Right{weight.data, weight.dtype, columns, true, weight.form, columns, rows, compute}
+                    : Right{weight.data, weight.dtype, columns, false, weight.form, rows, columns, compute};
 }
 
 inline double link_flops(const LinkShape& s, Residual residual) {
@@ -107,9 +107,9 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   plan.hidden = take_left(arena, plan.block, s.hidden_features, dot);
   if (plan.norm_out) plan.z = arena.floats(plan.block * s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;
-  const int64_t first = w.w1.packed ? 0 : panel_bytes(fresh, s.in_features);
-  const int64_t second = (w.w2.packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
-                         (plan.linear && !w.w3.packed ? panel_bytes(fresh, s.in_features) : 0);
+  const int64_t first = w.w1.form == Form::packed ? 0 : panel_bytes(fresh, s.in_features);
+  const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
+                         (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
   plan.panel_scratch = larger(first, second);
   plan.scratch_each = plan.panel_scratch + round_up(larger(s.in_features, s.out_features) * 4, 64) + 64;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);

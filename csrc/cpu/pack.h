@@ -11,9 +11,11 @@ struct Right {
   Dtype dtype;
   int64_t stride;   // elements between memory rows
   bool transposed;  // memory holds [columns][k] (a weight as nn.Linear stores it), else [k][columns]
-  bool packed;      // panels already, in packed_format(compute)
+  Form form;        // packed: panels already, in packed_format(compute)
   int64_t k, columns;
   Dtype compute;
+
+  bool packed() const { return form == Form::packed; }
 };
 
 template <class Lanes>

@@ -42,13 +42,13 @@ struct Term {
   Right right;
 
   Format format() const {
-    if (right.packed) return packed_format(right.compute);
+    if (right.packed()) return packed_format(right.compute);
     return kDotPairs && left.bf16 ? Format::pairs : Format::f32;
   }
 };
 
 inline int64_t scratch_bytes(const Term& term) {
-  return term.right.packed ? 0 : panel_bytes(term.format(), term.right.k);
+  return term.right.packed() ? 0 : panel_bytes(term.format(), term.right.k);
 }
 
 // One tile: the sum over the terms, on top of what start put there.
@@ -67,7 +67,7 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
     // after the first; they fetch the next panel meanwhile, each its own share.
     const char* ahead = nullptr;
-    if (groups > 1) ahead = panels[i] + (term.right.packed ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
+    if (groups > 1) ahead = panels[i] + (term.right.packed() ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
     choose_tile(format, term.left.bf16, rows, columns)({left, term.left.stride, panels[i], steps, tile, ahead});
   }
 }
@@ -90,7 +90,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
     for (int i = 0; i < term_count; ++i) {
       const Term& term = terms[i];
       const int64_t bytes = panel_bytes(term.format(), term.right.k);
-      if (term.right.packed) {
+      if (term.right.packed()) {
         panels_at[i] = static_cast<const char*>(term.right.data) + panel * bytes;
       } else if (streams(term.right, term.left.bf16, rows)) {
         panels_at[i] = nullptr;

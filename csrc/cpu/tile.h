@@ -76,8 +76,9 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64
   }
 }
 
-// A running sum over k is closed after this many steps: its rounding error grows with the length of the chain.
-constexpr int64_t kChainSteps = 128;
+// A running sum over k is closed after this many k: its rounding error grows with the length of the chain. The same
+// number for every format: fp32 panels and the pairs they become must give the same bits.
+constexpr int64_t kChain = 128;
 // How far ahead a panel read by one group of rows alone is prefetched.
 constexpr int64_t kPrefetchSteps = 24;
 
@@ -93,14 +94,15 @@ struct TileCall {
 // out [rows][kPanel] += left [rows][k] x panel [k][vecs * kWidth].
 template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const TileCall& call) {
+  constexpr int64_t chain_steps = format == Format::pairs ? kChain / 2 : kChain;
   const char* at = call.panel;
   const char* ahead = call.ahead;
-  for (int64_t first = 0; first < call.steps; first += kChainSteps) {
+  for (int64_t first = 0; first < call.steps; first += chain_steps) {
     Accumulators<rows, vecs> acc;
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < vecs; ++c) acc.at[r][c] = set1(0.0f);
     }
-    const int64_t last = smaller(first + kChainSteps, call.steps);
+    const int64_t last = smaller(first + chain_steps, call.steps);
     if (ahead == nullptr) {
       for (int64_t step = first; step < last; ++step, at += step_bytes(format)) {
         for (int64_t line = 0; line < step_bytes(format); line += 64) {

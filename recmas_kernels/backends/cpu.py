@@ -19,6 +19,8 @@ ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _RESIDUALS = {"none": 0, "identity": 1, "linear": 2}
 _GELUS = {"none": 0, "tanh": 1}
+_STORED, _STORED_PANEL_ORDER, _PACKED = 0, 1, 2  # enum Form
+_LEAST_PACKED = 4096  # elements: smaller weights lie in the first-level cache, packed or not
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 Parameters = tuple[
@@ -89,17 +91,16 @@ def _served(tensor: Tensor, compute: torch.dtype) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _vector(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and dtype number of a bias or gain; (0, 0) if absent. The caller keeps the tensor alive."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
-
-
-def _readable(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
+def _readable(tensor: Tensor) -> Tensor:
+    """A bias or gain the kernels can read: contiguous, in fp32, bf16 or fp16."""
     if tensor.dtype not in _DTYPES:
         tensor = tensor.to(torch.float32)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and dtype number; (0, 0) if absent. The caller keeps the tensor alive."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -113,25 +114,27 @@ def _forward_workspace(*sizes: int) -> int:
     return _native().link_forward_workspace(*sizes)
 
 
-def _weight(weight: Tensor | None, compute: torch.dtype, may_pack: bool) -> tuple[Tensor | None, int, int, bool]:
-    """``(tensor to keep alive, address, dtype number, packed)`` of a weight matrix."""
+def _weight(weight: Tensor | None, compute: torch.dtype, isa: int, may_pack: bool) -> tuple[Tensor | None, int, int, int]:
+    """``(tensor to keep alive, address, dtype number, form)`` of a weight matrix."""
     if weight is None:
-        return None, 0, 0, False
-    if may_pack and weight.dtype in _DTYPES:
-        packed = packing.lookup(_native(), weight, (compute, _isa()), lambda tensor: _pack(tensor, compute))
+        return None, 0, 0, _STORED
+    form = _STORED
+    if may_pack and weight.numel() >= _LEAST_PACKED and weight.dtype in _DTYPES and packing.packable(weight):
+        packed = packing.lookup(_native(), weight, (compute, isa), _pack)
         if packed is not None:
-            return packed, packed.data_ptr(), 0, True
-    weight = _served(weight, compute)
-    return weight, weight.data_ptr(), _DTYPES[weight.dtype], False
+            return packed, packed.data_ptr(), 0, _PACKED
+        form = _STORED_PANEL_ORDER
+    if weight.dtype is not compute or not weight.is_contiguous():
+        weight = _served(weight, compute)
+    return weight, weight.data_ptr(), _DTYPES[weight.dtype], form
 
 
-def _pack(weight: Tensor, compute: torch.dtype) -> Tensor:
-    rows, columns = weight.shape
-    number = _DTYPES[compute]
-    packed = torch.empty(_native().packed_bytes(_isa(), number, rows, columns), dtype=torch.uint8)
-    source = _DTYPES[weight.dtype]
-    threads = torch.get_num_threads()
-    _native().pack_weight(_isa(), threads, number, weight.data_ptr(), source, rows, columns, packed.data_ptr())
+def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
+    compute, isa = layout
+    (rows, columns), number = weight.shape, _DTYPES[compute]
+    packed = torch.empty(_native().packed_bytes(isa, number, rows, columns), dtype=torch.uint8)
+    threads, source = torch.get_num_threads(), _DTYPES[weight.dtype]
+    _native().pack_weight(isa, threads, number, weight.data_ptr(), source, rows, columns, packed.data_ptr())
     return packed
 
 
@@ -143,32 +146,32 @@ def _forward(
     eps: float,
     compute: torch.dtype,
     may_pack: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    saved: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """y; ``saved`` (pre, z, stats) is filled for the backward pass."""
     w1, b1, w2, b2, w3, b3, gi, ci, go, co = parameters
     (tokens, in_features), hidden_features, out_features = x.shape, w1.shape[0], w2.shape[0]
     rows = _rows(x)
     y = torch.empty(tokens, out_features, dtype=rows.dtype)
-    pre = z = stats = None
-    if training:
-        pre = torch.empty(tokens, hidden_features, dtype=compute)
-        z = torch.empty(tokens, out_features, dtype=compute) if go is not None else torch.empty(0, dtype=compute)
-        stats = torch.zeros(4, tokens, dtype=torch.float32)
     if tokens == 0:
-        return y.to(x.dtype), pre, z, stats
-    kept1, *first = _weight(w1, compute, may_pack)
-    kept2, *second = _weight(w2, compute, may_pack)
-    kept3, *third = _weight(w3, compute, may_pack)
-    vectors = [_readable(vector) for vector in (b1, b2, b3, gi, ci, go, co)]
-    pb1, pb2, pb3, pgi, pci, pgo, pco = (_vector(vector) for vector in vectors)
-    narrow = any(vector is not None and vector.dtype is not torch.float32 for vector in vectors)
-    isa, threads, number = _isa(), torch.get_num_threads(), _DTYPES[compute]
+        return y.to(x.dtype)
+    isa, threads, number, kind = _isa(), torch.get_num_threads(), _DTYPES[compute], _RESIDUALS[residual]
+    kept1, *first = _weight(w1, compute, isa, may_pack)
+    kept2, *second = _weight(w2, compute, isa, may_pack)
+    kept3, *third = _weight(w3, compute, isa, may_pack)
+    vectors = [v if v is None else _readable(v) for v in (b1, b2, b3, gi, ci, go, co)]
+    addresses = [_address(vector) for vector in vectors]
+    pb1, pb2, pb3, *norms = addresses
+    narrow = any([number for _, number in addresses])
     sizes = (tokens, in_features, hidden_features, out_features)
-    kind = _RESIDUALS[residual]
     workspace_bytes = _forward_workspace(
         isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2], narrow
     )
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+    pre_z_stats = (0, 0, 0)
+    if saved is not None:
+        pre, z, stats = saved
+        pre_z_stats = (pre.data_ptr(), z.data_ptr() if go is not None else 0, stats.data_ptr())
     _native().link_forward(
         isa,
         threads,
@@ -186,18 +189,16 @@ def _forward(
         *pb2,
         *third,
         *pb3,
-        *pgi,
-        *pci,
-        *pgo,
-        *pco,
+        *norms[0],
+        *norms[1],
+        *norms[2],
+        *norms[3],
         y.data_ptr(),
-        0 if pre is None else pre.data_ptr(),
-        0 if z is None or go is None else z.data_ptr(),
-        0 if stats is None else stats.data_ptr(),
+        *pre_z_stats,
         workspace.data_ptr(),
         workspace_bytes,
     )
-    return y.to(x.dtype), pre, z, stats
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def link_fwd(
@@ -220,7 +221,7 @@ def link_fwd(
 ) -> Tensor:
     """y ``[T, out]`` in x's dtype; weights that stay what they are are packed on their second sighting."""
     parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-    return _forward(x, parameters, residual, gelu, eps, dtype, may_pack, training=False)[0]
+    return _forward(x, parameters, residual, gelu, eps, dtype, may_pack, None)
 
 
 def link_fwd_train(
@@ -242,8 +243,11 @@ def link_fwd_train(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
     parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-    y, pre, z, stats = _forward(x, parameters, residual, gelu, eps, dtype, may_pack=False, training=True)
-    assert pre is not None and z is not None and stats is not None
+    tokens = x.shape[0]
+    pre = torch.empty(tokens, w1.shape[0], dtype=dtype)
+    z = torch.empty(0, dtype=dtype) if go is None else torch.empty(tokens, w2.shape[0], dtype=dtype)
+    stats = torch.zeros(4, tokens, dtype=torch.float32)
+    y = _forward(x, parameters, residual, gelu, eps, dtype, False, (pre, z, stats))
     return y, pre, z, stats
 
 
@@ -282,12 +286,9 @@ def link_bwd(
     if tokens == 0:
         return tuple(grad.zero_() for grad in grads)
     rows, incoming = _rows(x), _rows(dy)
-    kept = [
-        _served(t, dtype) if t is not None and t.dim() == 2 else _readable(t)
-        for t in (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-    ]
-    parameters = [_vector(tensor) for tensor in kept]
-    outputs = [(grad.data_ptr(), _DTYPES[grad.dtype]) if grad.numel() else (0, 0) for grad in grads]
+    kept = [t if t is None else _served(t, dtype) if t.dim() == 2 else _readable(t) for t in inputs[1:]]
+    parameters = [_address(tensor) for tensor in kept]
+    outputs = [_address(grad) if grad.numel() else (0, 0) for grad in grads]
     setting = (_isa(), torch.get_num_threads(), _DTYPES[dtype], _RESIDUALS[residual])
     sizes = (tokens, in_features, w1.shape[0], w2.shape[0])
     workspace_bytes = _native().link_backward_workspace(*setting, *sizes, parameters, outputs)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -23,7 +24,8 @@ from torch.nn import Parameter
 
 SAMPLED_WORDS = 64  # as csrc/link.h says
 
-Stamp = tuple[int, int, Hashable]
+Layout = tuple[torch.dtype, int]  # compute dtype, instruction set
+Stamp = tuple[int, int, Layout]
 
 
 class _Entry:
@@ -41,50 +43,50 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 
 
+@cache
 def _is_checked() -> bool:
-    return os.environ.get("RECMAS_CHECK", "") not in ("", "0")
+    return os.environ.get("RECMAS_CHECK") == "1"
 
 
 def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
     assert entry.samples is not None
-    if _is_checked():
-        if entry.whole is None:  # packed before the check was asked for
-            return False
+    if entry.whole is not None:
         return torch.equal(weight.detach().view(torch.uint8), entry.whole)
     return native.words_match(weight.data_ptr(), weight.nbytes, entry.samples.data_ptr())
 
 
-def lookup(native: ModuleType, weight: Tensor, layout: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """The packed form of ``weight`` in ``layout`` (compute dtype and instruction set), or None on its first sighting.
+def packable(weight: Tensor) -> bool:
+    """Whether copies of ``weight`` may be kept: a contiguous Parameter that is not an inference tensor."""
+    return isinstance(weight, Parameter) and weight.is_contiguous() and not weight.is_inference()
 
-    ``weight`` is a contiguous ``[rows, columns]`` CPU tensor; only Parameters that are not inference tensors are kept.
-    ``pack(weight)`` makes the packed tensor. ``native`` is the compiled module, which samples and compares memory.
+
+def lookup(
+    native: ModuleType, weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]
+) -> Tensor | None:
+    """The packed form of a `packable` CPU weight in ``layout``, or None on its first sighting.
+
+    ``pack(weight, layout)`` makes it; ``native`` is the compiled module, which samples and compares memory.
     """
     key = id(weight)
     entry = _entries.get(key)
-    if entry is not None:
-        stamp = (weight._version, weight.data_ptr(), layout)
-        if entry.watch() is weight and entry.stamp == stamp:
-            if entry.packed is None:
-                _fill(native, weight, entry, pack)
-                return entry.packed
-            if _unchanged(native, weight, entry):
-                return entry.packed
-        _entries.pop(key, None)
-    if not isinstance(weight, Parameter) or weight.is_inference():
-        return None
     stamp = (weight._version, weight.data_ptr(), layout)
+    if entry is not None and entry.watch() is weight and entry.stamp == stamp:
+        if entry.packed is None:
+            _fill(native, weight, entry, pack)
+            return entry.packed
+        if _unchanged(native, weight, entry):
+            return entry.packed
     _entries[key] = _Entry(weight, stamp, weakref.ref(weight, lambda watch: _expire(key, watch)))
     return None
 
 
-def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Tensor], Tensor]) -> None:
+def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Tensor, Layout], Tensor]) -> None:
     samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
     native.sample_words(weight.data_ptr(), weight.nbytes, samples.data_ptr())
     entry.samples = samples
     if _is_checked():
         entry.whole = weight.detach().view(torch.uint8).clone()
-    entry.packed = pack(weight)
+    entry.packed = pack(weight, entry.stamp[2])
 
 
 def _expire(key: int, watch: weakref.ref[Tensor]) -> None:

@@ -45,15 +45,16 @@ def _align(
         share = 1.0 / tokens.to(tl.float32)
     chosen = share > 0
     # A row that is masked out may hold anything: neither it nor its token id is followed.
+    wanted = tl.where(chosen, width, 0)
+    readable = wanted
     source = row
-    valid = chosen
     if token_ids is not None:
+        # An id outside the table makes the loss NaN instead of reading past it: the host cannot look without waiting.
         source = tl.load(token_ids + row)
-        valid = chosen & (source >= 0) & (source < table_rows)
+        readable = tl.where(source >= 0, tl.where(source < table_rows, wanted, 0), 0)
     inside = columns < width
-    p = tl.load(pred + row * pred_stride + columns, mask=inside & chosen, other=0.0).to(tl.float32)
-    # An id outside the table makes the loss NaN instead of reading past it: the host cannot look without waiting.
-    e = tl.load(target + source * target_stride + columns, mask=inside & valid, other=float("nan")).to(tl.float32)
+    p = tl.load(pred + row * pred_stride + columns, mask=columns < wanted, other=0.0).to(tl.float32)
+    e = tl.load(target + source * target_stride + columns, mask=columns < readable, other=float("nan")).to(tl.float32)
     e = tl.where(inside, e * embed_scale, 0.0)
 
     norm_p = tl.sqrt_rn(tl.sum(p * p, 0))
@@ -66,7 +67,7 @@ def _align(
     loss = cosine_weight * (1 - cosine) + mse_weight * (tl.sum(difference * difference, 0) / width)
     row_grad = difference * (2 * mse_weight / width) - cosine_weight * (e * (inverse * inverse_e) - p * radial)
     tl.store(losses + row, tl.where(chosen, share * loss, 0.0))
-    tl.store(grad + row * width + columns, tl.where(chosen, share * row_grad, 0.0), mask=inside)
+    tl.store(grad + row * width + columns, tl.where(columns < wanted, share * row_grad, 0.0), mask=inside)
 
 
 def alignment_fwd(

@@ -27,6 +27,28 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def within(index, width, WHOLE: tl.constexpr):
+    """``index < width``; constant, so that masks vanish, where every tile is known to be whole."""
+    if WHOLE:
+        return tl.full(index.shape, True, tl.int1)
+    return index < width
+
+
+@triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(tile):
+    """The four quarters of a tile's columns, left to right. Pointwise work on one after the other does not spill."""
+    left, right = _halves(tile)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
 def gelu(p, TANH: tl.constexpr):
     """``gelu(p)`` of float32 ``p``: p Phi(p), or its tanh form, p sigmoid(2 t), which needs no tanh."""
     if TANH:

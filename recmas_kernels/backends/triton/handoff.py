@@ -76,7 +76,5 @@ def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
     if drows.numel() != 0:
         width = dy.shape[1]
         with guard(dy):
-            _take[_grid(slot_rows, width)](
-                dembeds, drows, slot_rows.contiguous(), width, BLOCK=BLOCK, num_warps=4
-            )
+            _take[_grid(slot_rows, width)](dembeds, drows, slot_rows.contiguous(), width, BLOCK=BLOCK, num_warps=4)
     return drows, dembeds

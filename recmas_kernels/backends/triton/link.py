@@ -2,123 +2,134 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from recmas_kernels.backends.triton import activation, library, matmul, plan, rows, small_hidden
 from recmas_kernels.backends.triton.device import guard
-from recmas_kernels.backends.triton.library import cast
 
-Maybe = Tensor | None
-
-
-def link_fwd(
-    x: Tensor,
-    w1: Tensor,
-    b1: Maybe,
-    w2: Tensor,
-    b2: Maybe,
-    w3: Maybe,
-    b3: Maybe,
-    gi: Maybe,
-    ci: Maybe,
-    go: Maybe,
-    co: Maybe,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    may_pack: bool,
-) -> Tensor:
-    """``y [T, out]`` in x's dtype; see `recmas_kernels.reference.link_fwd`."""
-    with guard(x):
-        return _forward(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, keep=False)[0]
+_WIDEST_STRIDE = 2**24  # elements between rows of x; a kernel indexes the 128 rows of a tile in 32 bits
 
 
-def link_fwd_train(
-    x: Tensor,
-    w1: Tensor,
-    b1: Maybe,
-    w2: Tensor,
-    b2: Maybe,
-    w3: Maybe,
-    b3: Maybe,
-    gi: Maybe,
-    ci: Maybe,
-    go: Maybe,
-    co: Maybe,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(y, pre, z, stats)``; see `recmas_kernels.reference.link_fwd_train`."""
-    with guard(x):
-        y, pre, z, stats = _forward(
-            x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, keep=True
+class _Given(NamedTuple):
+    """The arguments that all three ops share; see `recmas_kernels.reference`."""
+
+    x: Tensor  # [T, in]
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    w3: Tensor | None
+    b3: Tensor | None
+    gi: Tensor | None
+    ci: Tensor | None
+    go: Tensor | None
+    co: Tensor | None
+    residual: str
+    gelu: str
+    eps: float
+    dtype: torch.dtype
+
+    def rows(self, width: int) -> Tensor:
+        """New ``[T, width]`` in the compute dtype."""
+        return torch.empty(self.x.shape[0], width, dtype=self.dtype, device=self.x.device)
+
+    def plan(self, op: str) -> plan.Link:
+        """What the choice of a variant for ``op`` depends on."""
+        return plan.Link(
+            op,
+            self.x.device,
+            self.dtype,
+            *self.x.shape,
+            self.w1.shape[0],
+            self.w2.shape[0],
+            self.residual,
+            self.gi is not None or self.go is not None,
         )
+
+
+def _given(x: Tensor, *rest: Any) -> _Given:
+    return _Given(x if x.stride(0) < _WIDEST_STRIDE else x.contiguous(), *rest)
+
+
+def link_fwd(*arguments: Any) -> Tensor:
+    """``y [T, out]`` in x's dtype; arguments and mathematics as `recmas_kernels.reference.link_fwd`."""
+    given = _given(*arguments[:15])
+    with guard(given.x):
+        return _forward(given, keep=False)[0]
+
+
+def link_fwd_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(y, pre, z, stats)``; arguments and mathematics as `recmas_kernels.reference.link_fwd_train`."""
+    given = _given(*arguments)
+    with guard(given.x):
+        y, pre, z, stats = _forward(given, keep=True)
     assert pre is not None
     return y, pre, z, stats
 
 
-def _forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Maybe,
-    w2: Tensor,
-    b2: Maybe,
-    w3: Maybe,
-    b3: Maybe,
-    gi: Maybe,
-    ci: Maybe,
-    go: Maybe,
-    co: Maybe,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    *,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    tokens, in_features = x.shape
-    hidden_features, out_features = w1.shape[0], w2.shape[0]
-    stats = torch.zeros(4, tokens, dtype=torch.float32, device=x.device)
-    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    no_z = torch.empty(0, dtype=dtype, device=x.device)
-    if tokens == 0:
-        pre = torch.empty(0, hidden_features, dtype=dtype, device=x.device)
-        return y, pre, no_z if go is None else y.to(dtype), stats
-    link = plan.Link(
-        "forward",
-        x.device,
-        dtype,
-        tokens,
-        in_features,
-        hidden_features,
-        out_features,
-        residual,
-        gi is not None or go is not None,
-    )
-    variant = plan.variant(link)
-
-    if variant == plan.SMALL:
-        pre = torch.empty(tokens, hidden_features, dtype=dtype, device=x.device) if keep else None
-        z = torch.empty(tokens, out_features, dtype=dtype, device=x.device) if keep and go is not None else y
-        config = plan.small_config(small_hidden.block_hidden(hidden_features), dtype, x.device)
-        small_hidden.forward(
-            x, w1, b1, w2, b2, gi, ci, go, co, y, pre, z, stats, residual, gelu, eps, dtype, config
+def _forward(given: _Given, *, keep: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x, go = given.x, given.go
+    if x.shape[0] == 0:
+        y, stats = x.new_empty(0, given.w2.shape[0]), x.new_empty(4, 0, dtype=torch.float32)
+        return (
+            y,
+            given.rows(given.w1.shape[0]),
+            x.new_empty(0, dtype=given.dtype) if go is None else given.rows(given.w2.shape[0]),
+            stats,
         )
-        return y, pre, no_z if go is None else z, stats
 
-    linear, by_library = residual == "linear", variant == plan.LIBRARY
-    joint = library.joint(x, hidden_features, residual, dtype) if by_library else None
-    raw = joint[:, hidden_features:] if joint is not None and linear else None
+    def attempt(variant: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        if variant == plan.SMALL:
+            return _forward_small(given, keep=keep)
+        return _forward_stages(given, variant, keep=keep)
+
+    return attempt(plan.variant(given.plan("train" if keep else "infer"), attempt))
+
+
+def _forward_small(given: _Given, *, keep: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x, go = given.x, given.go
+    y = torch.empty(x.shape[0], given.w2.shape[0], dtype=x.dtype, device=x.device)
+    pre = given.rows(given.w1.shape[0]) if keep else None
+    z = given.rows(given.w2.shape[0]) if keep and go is not None else y
+    stats = torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device)
+    small_hidden.forward(
+        x,
+        given.w1,
+        given.b1,
+        given.w2,
+        given.b2,
+        given.gi,
+        given.ci,
+        go,
+        given.co,
+        y,
+        pre,
+        z,
+        stats,
+        given.residual,
+        given.gelu,
+        given.eps,
+        given.dtype,
+    )
+    return y, pre, x.new_empty(0, dtype=given.dtype) if go is None else z, stats
+
+
+def _forward_stages(given: _Given, variant: str, *, keep: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype = given
+    hidden_features = w1.shape[0]
+    stats = torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device)
+    joint = library.joint(x, hidden_features, residual, dtype) if variant == plan.LIBRARY else None
+    raw = joint[:, hidden_features:] if joint is not None and residual == "linear" else None
     u = x.to(dtype)
     if gi is not None:
-        u = torch.empty(tokens, in_features, dtype=dtype, device=x.device)
+        u = given.rows(x.shape[1])
         rows.normalise(x, gi, ci, eps, dtype, plain=raw, normed=u, stats=stats[:2])
     elif raw is not None:
         raw.copy_(x)
+    addend = None
     if joint is not None:
         pre = library.up(u, w1, b1, gelu, joint[:, :hidden_features], keep=keep)
         z = library.down(joint, w2, b2, w3, b3)
@@ -126,48 +137,32 @@ def _forward(
     else:
         act, pre = matmul.up(u, w1, b1, gelu, keep=keep)
         z = matmul.down(act, x.to(dtype), w2, b2, w3, b3, residual)
-        addend = None
-    if go is not None:
-        kept = z if keep and addend is not None else None
-        rows.normalise(z, go, co, eps, dtype, addend=addend, plain=kept, normed=y, stats=stats[2:])
-    elif addend is not None:
+    if go is None and addend is None:
+        return z.to(x.dtype), pre, x.new_empty(0, dtype=dtype), stats
+    y = torch.empty(z.shape, dtype=x.dtype, device=x.device)
+    if go is None:
         rows.normalise(z, None, None, eps, dtype, addend=addend, plain=y)
-    else:
-        y = z.to(x.dtype)
-    return y, pre, no_z if go is None else z, stats
+        return y, pre, x.new_empty(0, dtype=dtype), stats
+    kept = z if keep and addend is not None else None
+    rows.normalise(z, go, co, eps, dtype, addend=addend, plain=kept, normed=y, stats=stats[2:])
+    return y, pre, z, stats
 
 
-def link_bwd(
-    dy: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    w1: Tensor,
-    b1: Maybe,
-    w2: Tensor,
-    b2: Maybe,
-    w3: Maybe,
-    b3: Maybe,
-    gi: Maybe,
-    ci: Maybe,
-    go: Maybe,
-    co: Maybe,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``; see `recmas_kernels.reference.link_bwd`."""
-    inputs = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+def link_bwd(dy: Tensor, x: Tensor, pre: Tensor, z: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Eleven gradients; arguments and mathematics as `recmas_kernels.reference.link_bwd`."""
+    given, needs = _given(x, *rest[:-1]), rest[-1]
+    inputs = given[:11]
+    found: tuple[Tensor | None, ...]
     if x.shape[0] == 0:
-        found: tuple[Tensor | None, ...] = tuple(None if t is None else torch.zeros_like(t) for t in inputs)
+        found = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs)
     else:
         with guard(x):
-            found = _backward(
-                dy, x, pre, z, stats, w1, b1, w2, w3, gi, ci, go, residual, gelu, eps, dtype, needs
-            )  # fmt: skip
+            saved = (dy, pre, z, stats)
+
+            def attempt(variant: str) -> tuple[Tensor | None, ...]:
+                return _backward(given, saved, needs, variant)
+
+            found = attempt(plan.variant(given.plan("backward"), attempt))
     return tuple(
         grad.to(tensor.dtype) if need and grad is not None and tensor is not None else x.new_empty(0)
         for grad, tensor, need in zip(found, inputs, needs, strict=True)
@@ -175,34 +170,18 @@ def link_bwd(
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    w1: Tensor,
-    b1: Maybe,
-    w2: Tensor,
-    w3: Maybe,
-    gi: Maybe,
-    ci: Maybe,
-    go: Maybe,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    needs: list[bool],
+    given: _Given, saved: tuple[Tensor, Tensor, Tensor, Tensor], needs: list[bool], variant: str
 ) -> tuple[Tensor | None, ...]:
+    dy, pre, z, stats = saved
+    x, w1, _, w2, _, w3, _, gi, ci, go, _, residual, gelu, eps, dtype = given
     need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_gi, need_ci, need_go, need_co = needs
-    tokens, in_features = x.shape
-    hidden_features, out_features = w1.shape[0], w2.shape[0]
     need_du = need_x or need_gi or need_ci
-    dgi = dci = dgo = dco = dx = db1 = None
+    dgi = dci = dgo = dco = None
 
-    # Through the output norm. dz is what reaches the sum z, and the bias gradients b2 and b3 are its column sums.
+    # Through the output norm. dz is what reaches the sum z, and the gradients of b2 and b3 are its column sums.
     dz, dbias = dy.to(dtype), None
     if go is not None:
-        dz = torch.empty(tokens, out_features, dtype=dtype, device=x.device)
+        dz = given.rows(w2.shape[0])
         sums = need_go or need_co or need_b2 or need_b3
         found = rows.normalise_backward(dy, z, stats[2:], go, None, dtype, sums=sums, drows=dz)
         if found is not None:
@@ -210,55 +189,25 @@ def _backward(
     elif need_b2 or need_b3:
         dbias = dy.sum(0, dtype=torch.float32)
 
-    # Through the second product and GELU; the activation comes back on the way for the gradient of w2.
-    variant = plan.variant(
-        plan.Link(
-            "backward",
-            x.device,
-            dtype,
-            tokens,
-            in_features,
-            hidden_features,
-            out_features,
-            residual,
-            gi is not None or go is not None,
-        )
-    )
+    # Through both products and GELU; the activation comes back on the way, for the gradient of w2. Without an input
+    # norm du is already the whole gradient of x.
     act = torch.empty_like(pre) if need_w2 else None
-    du = dpre = None
-    adds_dz = residual == "identity" and gi is None
+    dpre = du = db1 = None
+    around = _Around(dz, w3, residual)
     if need_du or need_w1 or need_b1:
-        if variant == plan.SMALL:
-            dpre = torch.empty_like(pre)
-            du = torch.empty(tokens, in_features, dtype=dtype, device=x.device) if need_du else None
-            config = plan.small_config(small_hidden.block_hidden(hidden_features), dtype, x.device)
-            db1 = small_hidden.backward(
-                dz, pre, w1, w2, dpre, act, du, gelu, dtype, config, sums=need_b1, add_dz=adds_dz
-            )
-        elif variant == plan.LIBRARY:
-            dpre = dz @ w2.to(dtype)
-            db1 = activation.activate_backward(dpre, pre, dpre, act, gelu, sums=need_b1)
-        else:
-            dpre, db1 = matmul.hidden_gradient(dz, w2, pre, act, gelu, sums=need_b1)
+        stage = {plan.SMALL: _small_gradients, plan.LIBRARY: _library_gradients, plan.MATMUL: _matmul_gradients}
+        dpre, du, db1 = stage[variant](
+            given, around if gi is None else _Around(dz, None, "none"), pre, act, need_du=need_du, need_b1=need_b1
+        )
     elif act is not None:
         activation.activate(pre, act, gelu)
 
-    # Through the first product, the input norm and the residual.
-    if need_du and du is None:
-        assert dpre is not None
-        if variant == plan.LIBRARY:
-            du = _library_input_gradient(dpre, dz, w1, w3 if gi is None else None, adds_dz)
-        else:
-            more = (dz, w3) if w3 is not None and gi is None else None
-            du = matmul.input_gradient(dpre, w1, more=more, addend=dz if adds_dz else None)
-    u = x.to(dtype)
+    # Through the input norm, whose output comes back for the gradient of w1.
+    u, dx = x.to(dtype), du
     if gi is not None:
-        u = torch.empty(tokens, in_features, dtype=dtype, device=x.device) if need_w1 else None
+        normed = given.rows(x.shape[1]) if need_w1 else None
         if du is not None:
-            around = dz if residual == "identity" else None
-            if w3 is not None and need_x:
-                around = dz @ w3.to(dtype)
-            dx = torch.empty(tokens, in_features, dtype=x.dtype, device=x.device) if need_x else None
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
             found = rows.normalise_backward(
                 du,
                 x,
@@ -267,47 +216,87 @@ def _backward(
                 ci,
                 dtype,
                 sums=need_gi or need_ci,
-                addend=around,
+                addend=around.gradient() if need_x else None,
                 drows=dx,
-                normed=u,
+                normed=normed,
             )
             if found is not None:
                 dgi, dci, _ = found
-        elif u is not None:
-            rows.normalise(x, gi, ci, eps, dtype, normed=u)
-    else:
-        dx = du
+        elif normed is not None:
+            rows.normalise(x, gi, ci, eps, dtype, normed=normed)
+        u = u if normed is None else normed
 
-    dw1, dw2, dw3 = _weight_gradients(
-        variant,
-        [
-            (dpre, u, w1) if need_w1 else None,
-            (dz, act, w2) if need_w2 else None,
-            (dz, x.to(dtype), w3) if need_w3 and w3 is not None else None,
-        ],
-    )
+    problems = [(dpre, u, w1) if need_w1 else None, (dz, act, w2) if need_w2 else None]
+    problems.append((dz, x.to(dtype), w3) if need_w3 and w3 is not None else None)
+    dw1, dw2, dw3 = _weight_gradients(variant, problems)
     return dx, dw1, db1, dw2, dbias, dw3, dbias, dgi, dci, dgo, dco
 
 
-def _library_input_gradient(dpre: Tensor, dz: Tensor, w1: Tensor, w3: Maybe, adds_dz: bool) -> Tensor:
-    """``dpre w1``, plus ``dz w3`` if w3 is given, or plus ``dz``."""
-    dtype = dpre.dtype
-    if w3 is not None:
-        return (dz @ w3.to(dtype)).addmm_(dpre, w1.to(dtype))
-    if adds_dz:
-        return torch.addmm(dz, dpre, w1.to(dtype))
-    return dpre @ w1.to(dtype)
+class _Around(NamedTuple):
+    """The way of the gradient around the hidden layer, through the residual."""
+
+    dz: Tensor
+    w3: Tensor | None
+    residual: str
+
+    def gradient(self) -> Tensor | None:
+        """What reaches x this way: ``dz``, ``dz w3`` or nothing."""
+        if self.w3 is not None:
+            return self.dz @ self.w3.to(self.dz.dtype)
+        return self.dz if self.residual == "identity" else None
 
 
-def _weight_gradients(
-    variant: str, problems: list[tuple[Maybe, Maybe, Maybe] | None]
-) -> list[Tensor | None]:
+_Stage = tuple[Tensor, Tensor | None, Tensor | None]  # dpre, du if wanted, db1 if wanted
+
+
+def _small_gradients(
+    given: _Given, around: _Around, pre: Tensor, act: Tensor | None, *, need_du: bool, need_b1: bool
+) -> _Stage:
+    dpre = torch.empty_like(pre)
+    du = given.rows(given.x.shape[1]) if need_du else None
+    add_dz = around.residual == "identity"
+    db1 = small_hidden.backward(
+        around.dz, pre, given.w1, given.w2, dpre, act, du, given.gelu, given.dtype, sums=need_b1, add_dz=add_dz
+    )
+    return dpre, du, db1
+
+
+def _library_gradients(
+    given: _Given, around: _Around, pre: Tensor, act: Tensor | None, *, need_du: bool, need_b1: bool
+) -> _Stage:
+    dpre = around.dz @ given.w2.to(given.dtype)
+    db1 = activation.activate_backward(dpre, pre, dpre, act, given.gelu, sums=need_b1)
+    if not need_du:
+        return dpre, None, db1
+    w1, start = given.w1.to(given.dtype), around.gradient()
+    if start is None:
+        return dpre, dpre @ w1, db1
+    # dz is still needed; a product through w3 is a buffer of its own.
+    add = Tensor.addmm if start is around.dz else Tensor.addmm_
+    return dpre, add(start, dpre, w1), db1
+
+
+def _matmul_gradients(
+    given: _Given, around: _Around, pre: Tensor, act: Tensor | None, *, need_du: bool, need_b1: bool
+) -> _Stage:
+    dpre, db1 = matmul.hidden_gradient(around.dz, given.w2, pre, act, given.gelu, sums=need_b1)
+    if not need_du:
+        return dpre, None, db1
+    more = None if around.w3 is None else (around.dz, around.w3)
+    addend = around.dz if around.residual == "identity" else None
+    return dpre, matmul.input_gradient(dpre, given.w1, more=more, addend=addend), db1
+
+
+_Problem = tuple[Tensor | None, Tensor | None, Tensor]
+
+
+def _weight_gradients(variant: str, problems: list[_Problem | None]) -> list[Tensor | None]:
     """``left^T right`` in the weight's dtype for each ``(left, right, weight)``; None stays None."""
-    wanted = [
-        (left, right, weight.dtype)
-        for left, right, weight in filter(None, problems)
-        if left is not None and right is not None and weight is not None
-    ]
+    wanted = []
+    for left, right, weight in filter(None, problems):
+        assert left is not None
+        assert right is not None
+        wanted.append((left, right, weight.dtype))
     if variant == plan.MATMUL and wanted:
         found = iter(matmul.weight_gradients(wanted))
     else:

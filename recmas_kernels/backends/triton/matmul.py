@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton import plan
-from recmas_kernels.backends.triton.device import TRITON_DTYPES, dot_precision, gelu, gelu_and_slope
+from recmas_kernels.backends.triton import plan, tuning
+from recmas_kernels.backends.triton.device import TRITON_DTYPES, dot_precision, gelu, gelu_and_slope, quarters, within
 
 PLAIN, UP, SLOPE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GROUP = tl.constexpr(8)  # rows of tiles that share the columns they read while those are in L2
@@ -44,25 +44,65 @@ def _accumulate(
     right_deep,
     right_across,
     PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """``total + left[row] right[:, column]`` over the whole depth; right is addressed by two strides."""
+    """``total + left[row] right[:, column]`` over the whole depth; left and right are at the tile's first element."""
     step = tl.arange(0, DEPTH)
     left_tile = left + row[:, None] * left_stride + step[None, :]
-    right_tile = right + step[:, None].to(tl.int64) * right_deep + column[None, :].to(tl.int64) * right_across
+    right_tile = right + step[:, None] * right_deep + column[None, :] * right_across
     for start in range(0, depth, DEPTH):
-        if WHOLE:
-            a = tl.load(left_tile, mask=live[:, None], other=0.0)
-            b = tl.load(right_tile, mask=inside[None, :], other=0.0)
-        else:
-            deep = start + step < depth
-            a = tl.load(left_tile, mask=live[:, None] & deep[None, :], other=0.0)
-            b = tl.load(right_tile, mask=deep[:, None] & inside[None, :], other=0.0)
+        deep = within(start + step, depth, WHOLE_DEPTH)
+        a = tl.load(left_tile, mask=live[:, None] & deep[None, :], other=0.0)
+        b = tl.load(right_tile, mask=deep[:, None] & inside[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         left_tile += DEPTH
         right_tile += DEPTH * right_deep
     return total
+
+
+@triton.jit
+def _finish(
+    total,
+    bias,
+    more_bias,
+    pre,
+    act,
+    out,
+    sums,
+    base,
+    first_column,
+    live,
+    columns,
+    MODE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TANH: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
+):
+    """The epilogue of a piece of the tile whose first column is ``first_column``; ``base`` is its first row's offset."""
+    row = tl.arange(0, total.shape[0])
+    column = tl.arange(0, total.shape[1])
+    inside = within(column, columns - first_column, WHOLE_COLUMNS)
+    both = live[:, None] & inside[None, :]
+    base += first_column
+    place = row[:, None] * columns + column[None, :]
+    if bias is not None:
+        total += tl.load(bias + first_column + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if more_bias is not None:
+        total += tl.load(more_bias + first_column + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if MODE == UP:
+        rounded = total.to(COMPUTE)
+        if pre is not None:
+            tl.store(pre + base + place, rounded, mask=both)
+        total = gelu(rounded.to(tl.float32), TANH)
+    if MODE == SLOPE:
+        value, slope = gelu_and_slope(tl.load(pre + base + place, mask=both, other=0.0).to(tl.float32), TANH)
+        if act is not None:
+            tl.store(act + base + place, value, mask=both)
+        total = tl.where(both, total * slope, 0.0)
+        if sums is not None:
+            tl.store(sums + first_column + column, tl.sum(total, 0), mask=inside)
+    tl.store(out + base + place, total, mask=both)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -76,7 +116,7 @@ def _product(
     addend,  # [rows, columns] or None: the accumulator's start
     pre,  # [rows, columns] contiguous: written by UP (or None), read by SLOPE
     act,  # [rows, columns] contiguous or None: gelu(pre), written by SLOPE
-    out,  # [rows, columns]
+    out,  # [rows, columns] contiguous
     partials,  # float32 [row tiles, columns] or None: SLOPE's column sums
     rows,
     columns,
@@ -89,54 +129,53 @@ def _product(
     more_right_deep,
     more_right_across,
     addend_stride,
-    out_stride,
     MODE: tl.constexpr,
     COMPUTE: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     row_tile, column_tile = _place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
-    row = tl.cast(row_tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    live = row < rows
-    inside = column < columns
+    # Tiles start at 64-bit bases and are indexed in 32 bits inside, which halves the registers that addresses take.
+    first_row = tl.cast(row_tile, tl.int64) * ROWS
+    first_column = tl.cast(column_tile, tl.int64) * COLUMNS
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    live = row < rows - first_row
+    inside = within(column, columns - first_column, WHOLE_COLUMNS)
     both = live[:, None] & inside[None, :]
 
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if addend is not None:
-        total += tl.load(addend + row[:, None] * addend_stride + column[None, :], mask=both, other=0.0).to(tl.float32)
+        start = addend + first_row * addend_stride + first_column
+        total += tl.load(start + row[:, None] * addend_stride + column[None, :], mask=both, other=0.0).to(tl.float32)
     total = _accumulate(
-        total, left, right, row, column, live, inside, depth, left_stride, right_deep, right_across,
-        PRECISION, WHOLE, DEPTH,
+        total, left + first_row * left_stride, right + first_column * right_across, row, column, live, inside,
+        depth, left_stride, right_deep, right_across, PRECISION, WHOLE_DEPTH, DEPTH,
     )  # fmt: skip
     if more_left is not None:
         total = _accumulate(
-            total, more_left, more_right, row, column, live, inside, more_depth, more_left_stride, more_right_deep,
-            more_right_across, PRECISION, WHOLE, DEPTH,
+            total, more_left + first_row * more_left_stride, more_right + first_column * more_right_across, row, column,
+            live, inside, more_depth, more_left_stride, more_right_deep, more_right_across, PRECISION, WHOLE_DEPTH,
+            DEPTH,
         )  # fmt: skip
-    if bias is not None:
-        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if more_bias is not None:
-        total += tl.load(more_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-
-    place = row[:, None] * columns + column[None, :]
-    if MODE == UP:
-        rounded = total.to(COMPUTE)
-        if pre is not None:
-            tl.store(pre + place, rounded, mask=both)
-        total = gelu(rounded.to(tl.float32), TANH)
-    if MODE == SLOPE:
-        value, slope = gelu_and_slope(tl.load(pre + place, mask=both, other=0.0).to(tl.float32), TANH)
-        if act is not None:
-            tl.store(act + place, value, mask=both)
-        total = tl.where(both, total * slope, 0.0)
-        if partials is not None:
-            tl.store(partials + tl.cast(row_tile, tl.int64) * columns + column, tl.sum(total, 0), mask=inside)
-    tl.store(out + row[:, None] * out_stride + column[None, :], total, mask=both)
+    base = first_row * columns
+    sums = None
+    if partials is not None:
+        sums = partials + tl.cast(row_tile, tl.int64) * columns
+    # An epilogue over the whole tile at once would spill beside the accumulators.
+    QUARTER: tl.constexpr = COLUMNS // 4
+    piece0, piece1, piece2, piece3 = quarters(total)
+    for index in tl.static_range(4):
+        piece = piece0 if index == 0 else piece1 if index == 1 else piece2 if index == 2 else piece3
+        _finish(
+            piece, bias, more_bias, pre, act, out, sums, base, first_column + index * QUARTER, live, columns,
+            MODE, COMPUTE, TANH, WHOLE_COLUMNS,
+        )  # fmt: skip
 
 
 def _launch(
@@ -158,45 +197,50 @@ def _launch(
     rows, columns = out.shape
     depth, dtype = left.shape[1], left.dtype
     more_depth = 0 if more is None else more[0].shape[1]
-    config = plan.matmul_config(mode, rows, columns, dtype, left.device)
-    row_tiles = triton.cdiv(rows, config.rows)
-    partials = torch.empty(row_tiles, columns, dtype=torch.float32, device=left.device) if sums else None
-    _product[(row_tiles * triton.cdiv(columns, config.columns),)](
-        left,
-        right,
-        None if more is None else more[0],
-        None if more is None else more[1],
-        bias,
-        more_bias,
-        addend,
-        pre,
-        act,
-        out,
-        partials,
-        rows,
-        columns,
-        depth,
-        more_depth,
-        left.stride(0),
-        right.stride(0),
-        right.stride(1),
-        0 if more is None else more[0].stride(0),
-        0 if more is None else more[1].stride(0),
-        0 if more is None else more[1].stride(1),
-        0 if addend is None else addend.stride(0),
-        out.stride(0),
-        MODE=mode,
-        COMPUTE=TRITON_DTYPES[dtype],
-        TANH=gelu == "tanh",
-        PRECISION=dot_precision(dtype),
-        WHOLE=depth % config.depth == 0 and more_depth % config.depth == 0,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return None if partials is None else partials.sum(0)
+
+    def launch(config: plan.MatmulConfig) -> Tensor | None:
+        row_tiles = triton.cdiv(rows, config.rows)
+        partials = torch.empty(row_tiles, columns, dtype=torch.float32, device=left.device) if sums else None
+        _product[(row_tiles * triton.cdiv(columns, config.columns),)](
+            left,
+            right,
+            None if more is None else more[0],
+            None if more is None else more[1],
+            bias,
+            more_bias,
+            addend,
+            pre,
+            act,
+            out,
+            partials,
+            rows,
+            columns,
+            depth,
+            more_depth,
+            left.stride(0),
+            right.stride(0),
+            right.stride(1),
+            0 if more is None else more[0].stride(0),
+            0 if more is None else more[1].stride(0),
+            0 if more is None else more[1].stride(1),
+            0 if addend is None else addend.stride(0),
+            MODE=mode,
+            COMPUTE=TRITON_DTYPES[dtype],
+            TANH=gelu == "tanh",
+            PRECISION=dot_precision(dtype),
+            WHOLE_DEPTH=depth % config.depth == 0 and more_depth % config.depth == 0,
+            WHOLE_COLUMNS=columns % config.columns == 0,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            DEPTH=config.depth,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        return None if partials is None else partials.sum(0)
+
+    key = (mode, str(dtype), tuning.bucket(rows), columns, depth, more_depth, right.stride(0) == 1)
+    options = plan.matmul_configs(mode, rows, columns, dtype)
+    return launch(tuning.choose("product", key, left.device, options, launch))
 
 
 def up(u: Tensor, w1: Tensor, b1: Tensor | None, gelu: str, *, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -289,13 +333,13 @@ def _weight_gradients(
                     rows, columns = rows2 + 0, columns2 + 0
                     left_stride, right_stride = left_stride2 + 0, right_stride2 + 0
     row_tile, column_tile = _place(tile, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    live = row < rows
-    inside = column < columns
-    step = tl.arange(0, DEPTH).to(tl.int64)
-    left_tile = left + step[:, None] * left_stride + row[None, :]
-    right_tile = right + step[:, None] * right_stride + column[None, :]
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    live = row < rows - row_tile * ROWS
+    inside = column < columns - column_tile * COLUMNS
+    step = tl.arange(0, DEPTH)
+    left_tile = left + row_tile * ROWS + step[:, None] * left_stride + row[None, :]
+    right_tile = right + column_tile * COLUMNS + step[:, None] * right_stride + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, tokens, DEPTH):
         deep = (start + step < tokens)[:, None]
@@ -304,33 +348,36 @@ def _weight_gradients(
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
         left_tile += DEPTH * left_stride
         right_tile += DEPTH * right_stride
-    place = out + row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(place, total, mask=live[:, None] & inside[None, :])
+    corner = out + tl.cast(row_tile * ROWS, tl.int64) * columns + column_tile * COLUMNS
+    tl.store(corner + row[:, None] * columns + column[None, :], total, mask=live[:, None] & inside[None, :])
 
 
 def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list[Tensor]:
     """``left^T right`` of one to three ``(left [T, m], right [T, n], dtype of the result)``, in one launch."""
     outs = [torch.empty(a.shape[1], b.shape[1], dtype=dtype, device=a.device) for a, b, dtype in problems]
     first = problems[0][0]
-    config = plan.gradient_config(first.dtype, first.device)
     tensors: list[Tensor | None] = []
     sizes: list[int] = []
     for (left, right, _), out in zip(problems, outs, strict=True):
         tensors += [left, right, out]
         sizes += [*out.shape, left.stride(0), right.stride(0)]
     absent = 3 - len(problems)
-    tiles = sum(triton.cdiv(o.shape[0], config.rows) * triton.cdiv(o.shape[1], config.columns) for o in outs)
-    _weight_gradients[(tiles,)](
-        *tensors,
-        *[None] * 3 * absent,
-        *sizes,
-        *[0] * 4 * absent,
-        first.shape[0],
-        PRECISION=dot_precision(first.dtype),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+
+    def launch(config: plan.MatmulConfig) -> None:
+        _weight_gradients[(sum(plan.tiles(*out.shape, config) for out in outs),)](
+            *tensors,
+            *[None] * 3 * absent,
+            *sizes,
+            *[0] * 4 * absent,
+            first.shape[0],
+            PRECISION=dot_precision(first.dtype),
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            DEPTH=config.depth,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    key = (str(first.dtype), tuning.bucket(first.shape[0]), *sizes)
+    launch(tuning.choose("gradients", key, first.device, plan.gradient_configs(first.dtype), launch))
     return outs

@@ -16,6 +16,7 @@ None of these numbers has been measured on a GPU yet; they are arithmetic. What 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from recmas_kernels.backends.triton import tuning
 
 LIBRARY, SMALL, MATMUL = "library", "small", "matmul"
+WIDEST_SMALL = 512  # hidden features whose tile fits on chip
 SMALL_BY_DEFAULT = 256  # hidden features up to which `small` is the default
 
 
@@ -61,9 +63,7 @@ class Link(NamedTuple):
 
 def can_be_small(link: Link) -> bool:
     """Whether `small_hidden` computes this link: a W3 is a large product of its own and is better off elsewhere."""
-    from recmas_kernels.backends.triton.small_hidden import WIDEST_HIDDEN
-
-    return link.residual != "linear" and link.hidden_features <= WIDEST_HIDDEN
+    return link.residual != "linear" and link.hidden_features <= WIDEST_SMALL
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
@@ -80,11 +80,9 @@ def candidates(link: Link) -> list[str]:
     return found
 
 
-def variant(link: Link) -> str:
-    """The default, unless tuning (RECMAS_TUNE=1) has found another variant faster for this link on this device."""
-    options = candidates(link)
-    chosen = tuning.recall("variant", variant_key(link), link.device)
-    return chosen if chosen in options else options[0]
+def variant(link: Link, attempt: Callable[[str], object]) -> str:
+    """The default, or what tuning found on this device; ``attempt(name)`` runs the call in a variant, to be timed."""
+    return tuning.choose("variant", variant_key(link), link.device, candidates(link), attempt)
 
 
 def variant_key(link: Link) -> tuple[object, ...]:
@@ -99,29 +97,42 @@ def _shared_memory(device: torch.device) -> int:
     return 232448  # 227 KB, an H100's
 
 
-def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device) -> SmallConfig:
-    """The tile for a hidden tile ``hidden_block`` wide: as many tokens as registers hold, stages as memory allows."""
+def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> SmallConfig:
+    """The tile for a hidden tile ``hidden_block`` wide: as many tokens as registers hold without spilling.
+
+    The forward keeps its hidden tile whole, as the operand of the second product; the backward takes it in quarters,
+    which leaves room for twice the tokens.
+    """
     roomy = _shared_memory(device) >= 200 * 1024
     if dtype == torch.float32:
         return SmallConfig(16 if hidden_block > 256 else 32, 32, 8, 2)
     if hidden_block > 256:
-        return SmallConfig(64, 64 if roomy else 32, 8, 2)
+        return SmallConfig(64 if backward and roomy else 32, 64 if roomy else 32, 8, 2)
     if hidden_block > 128:
-        return SmallConfig(128 if roomy else 64, 64, 8, 3 if roomy else 2)
-    return SmallConfig(64, 64, 4, 3)
+        return SmallConfig(128 if backward and roomy else 64, 64 if roomy else 32, 8, 2 if backward or not roomy else 3)
+    return SmallConfig(128 if roomy else 64, 64, 8, 2)
 
 
-def matmul_config(mode: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MatmulConfig:
-    """The tile of a product ``[rows, columns]``; ``mode`` is `matmul`'s, whose SLOPE epilogue needs more registers."""
+def matmul_configs(mode: int, rows: int, columns: int, dtype: torch.dtype) -> list[MatmulConfig]:
+    """Tiles for a product ``[rows, columns]``, the default first; ``mode`` is `matmul`'s.
+
+    A tile of 128 x 256 halves the reads of one of 128 x 128 and needs twice the tiles to fill the device.
+    """
     if dtype == torch.float32:
-        return MatmulConfig(64, 64, 16, 8, 2)
-    if mode == 2 or rows <= 2048 or columns <= 1024:
-        return MatmulConfig(128, 128, 64, 8, 3)
-    return MatmulConfig(128, 256, 64, 8, 3)
+        return [MatmulConfig(64, 64, 16, 8, 2), MatmulConfig(128, 64, 16, 8, 2)]
+    narrow = [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4), MatmulConfig(64, 128, 64, 4, 3)]
+    wide = MatmulConfig(128, 256, 64, 8, 3)
+    few = tiles(rows, columns, wide) < 132
+    return [*narrow, wide] if few or mode == 2 else [wide, *narrow]
 
 
-def gradient_config(dtype: torch.dtype, device: torch.device) -> MatmulConfig:
-    """The tile of the weight gradients; ``depth`` counts tokens."""
+def tiles(rows: int, columns: int, config: MatmulConfig) -> int:
+    """How many tiles a result ``[rows, columns]`` is cut into."""
+    return -(-rows // config.rows) * -(-columns // config.columns)
+
+
+def gradient_configs(dtype: torch.dtype) -> list[MatmulConfig]:
+    """Tiles for the weight gradients, the default first; ``depth`` counts tokens."""
     if dtype == torch.float32:
-        return MatmulConfig(64, 64, 16, 8, 2)
-    return MatmulConfig(128, 128, 64, 8, 3)
+        return [MatmulConfig(64, 64, 16, 8, 2)]
+    return [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 256, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4)]

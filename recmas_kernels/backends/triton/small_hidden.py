@@ -15,19 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton.device import TRITON_DTYPES, dot_precision, gelu, gelu_and_slope
-from recmas_kernels.backends.triton.plan import SmallConfig
-
-WIDEST_HIDDEN = 256
-PIECE = 32  # columns of the hidden tile whose derivative is taken at a time
-
-
-@triton.jit
-def _within(index, width, WHOLE: tl.constexpr):
-    """``index < width``; constant, so that masks vanish, where every tile is known to be whole."""
-    if WHOLE:
-        return tl.full(index.shape, True, tl.int1)
-    return index < width
+from recmas_kernels.backends.triton import plan
+from recmas_kernels.backends.triton.device import TRITON_DTYPES, dot_precision, gelu, gelu_and_slope, quarters, within
 
 
 @triton.jit
@@ -78,7 +67,7 @@ def _forward(
     live = row < tokens - first
     x_rows = x + first * x_stride + row[:, None] * x_stride
     lane = tl.arange(0, BLOCK_HIDDEN)
-    hidden_inside = _within(lane, hidden_features, WHOLE)
+    hidden_inside = within(lane, hidden_features, WHOLE)
     in_lane = tl.arange(0, BLOCK_IN)
     out_lane = tl.arange(0, BLOCK_OUT)
     plane = tl.cast(tokens, tl.int64)
@@ -88,7 +77,7 @@ def _forward(
         mean = tl.zeros([BLOCK_TOKENS], tl.float32)
         spread = tl.zeros([BLOCK_TOKENS], tl.float32)
         for start in range(0, in_features, BLOCK_IN):
-            inside = _within(start + in_lane, in_features, WHOLE)[None, :]
+            inside = within(start + in_lane, in_features, WHOLE)[None, :]
             tile = tl.load(x_rows + start + in_lane[None, :], mask=live[:, None] & inside, other=0.0)
             columns = tl.minimum(in_features - start, BLOCK_IN).to(tl.float32)
             mean, spread = _merge(mean, spread, start * 1.0, tile.to(COMPUTE).to(tl.float32), inside, columns)
@@ -100,7 +89,7 @@ def _forward(
     w1_columns = w1 + lane[None, :] * in_features
     for start in range(0, in_features, BLOCK_IN):
         column = start + in_lane
-        inside = _within(column, in_features, WHOLE)
+        inside = within(column, in_features, WHOLE)
         u = tl.load(x_rows + column[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(COMPUTE)
         if gi is not None:
             gain = tl.load(gi + column, mask=inside, other=0.0).to(tl.float32)
@@ -123,7 +112,7 @@ def _forward(
     z_rows = z + first * out_features + row[:, None] * out_features
     for start in range(0, out_features, BLOCK_OUT):
         column = start + out_lane
-        inside = _within(column, out_features, WHOLE)
+        inside = within(column, out_features, WHOLE)
         both = live[:, None] & inside[None, :]
         w2_tile = w2 + column[None, :] * hidden_features + lane[:, None]
         weight = tl.load(w2_tile, mask=hidden_inside[:, None] & inside[None, :], other=0.0)
@@ -146,7 +135,7 @@ def _forward(
         y_rows = y + first * out_features + row[:, None] * out_features
         for start in range(0, out_features, BLOCK_OUT):
             column = start + out_lane
-            inside = _within(column, out_features, WHOLE)
+            inside = within(column, out_features, WHOLE)
             both = live[:, None] & inside[None, :]
             gain = tl.load(go + column, mask=inside, other=0.0).to(tl.float32)
             tile = tl.load(z_rows + column[None, :], mask=both, other=0.0).to(tl.float32)
@@ -174,7 +163,6 @@ def forward(
     gelu: str,
     eps: float,
     dtype: torch.dtype,
-    config: SmallConfig,
 ) -> None:
     """Fill ``y``, ``z`` (the same tensor, or one in ``dtype``), ``pre`` (if kept) and ``stats``; residual not "linear".
 
@@ -182,6 +170,7 @@ def forward(
     """
     tokens, in_features = x.shape
     hidden_features, out_features = w1.shape[0], w2.shape[0]
+    config = plan.small_config(block_hidden(hidden_features), dtype, x.device, backward=False)
     _forward[(triton.cdiv(tokens, config.tokens),)](
         x,
         w1.to(dtype),
@@ -216,7 +205,7 @@ def forward(
     )
 
 
-def _whole(w1: Tensor, w2: Tensor, config: SmallConfig) -> bool:
+def _whole(w1: Tensor, w2: Tensor, config: plan.SmallConfig) -> bool:
     """Whether no tile reaches past the features; tokens may still end inside a block."""
     hidden_features, in_features = w1.shape
     ragged = in_features % config.columns or w2.shape[0] % config.columns
@@ -224,8 +213,40 @@ def _whole(w1: Tensor, w2: Tensor, config: SmallConfig) -> bool:
 
 
 def block_hidden(hidden_features: int) -> int:
-    """The hidden tile's width: a power of two, and at least 16 for ``tl.dot``."""
-    return max(16, triton.next_power_of_2(hidden_features))
+    """The hidden tile's width: a power of two whose quarters, at least 16 wide, are operands of ``tl.dot``."""
+    return max(64, triton.next_power_of_2(hidden_features))
+
+
+@triton.jit
+def _slope(
+    dact,
+    pre,
+    dpre,
+    act,
+    sums,
+    base,
+    first_column: tl.constexpr,
+    live,
+    hidden_features,
+    TANH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A piece of ``dpre = dact gelu'(pre)``, stored and returned; its activation and column sums, if wanted, as well."""
+    row = tl.arange(0, dact.shape[0])
+    column = first_column + tl.arange(0, dact.shape[1])
+    inside = within(column, hidden_features, WHOLE)
+    both = live[:, None] & inside[None, :]
+    place = row[:, None] * hidden_features + column[None, :]
+    before = tl.load(pre + base + place, mask=both, other=0.0)
+    value, slope = gelu_and_slope(before.to(tl.float32), TANH)
+    if act is not None:
+        tl.store(act + base + place, value, mask=both)
+    grad = tl.where(both, dact * slope, 0.0)
+    if sums is not None:
+        tl.store(sums + column, tl.sum(grad, 0), mask=inside)
+    rounded = grad.to(before.dtype)
+    tl.store(dpre + base + place, rounded, mask=both)
+    return rounded
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -250,56 +271,49 @@ def _backward(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    PIECE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK_TOKENS
     row = tl.arange(0, BLOCK_TOKENS)
     live = row < tokens - first
     lane = tl.arange(0, BLOCK_HIDDEN)
-    hidden_inside = _within(lane, hidden_features, WHOLE)
+    hidden_inside = within(lane, hidden_features, WHOLE)
     in_lane = tl.arange(0, BLOCK_IN)
     out_lane = tl.arange(0, BLOCK_OUT)
+    QUARTER: tl.constexpr = BLOCK_HIDDEN // 4
     dz_rows = dz + first * out_features + row[:, None] * out_features
 
     dact = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], tl.float32)
     for start in range(0, out_features, BLOCK_OUT):
         column = start + out_lane
-        inside = _within(column, out_features, WHOLE)
+        inside = within(column, out_features, WHOLE)
         grad = tl.load(dz_rows + column[None, :], mask=live[:, None] & inside[None, :], other=0.0)
         w2_tile = w2 + column[:, None] * hidden_features + lane[None, :]
         weight = tl.load(w2_tile, mask=inside[:, None] & hidden_inside[None, :], other=0.0)
         dact = tl.dot(grad, weight, dact, input_precision=PRECISION)
-    # The tile goes through memory once, in the cache: its derivative taken all at once would spill, and it is needed
-    # there anyway. It is rounded on the way, as it is between the products of the other variants.
+    dact0, dact1, dact2, dact3 = quarters(dact)
     base = first * hidden_features
-    place = row[:, None] * hidden_features + lane[None, :]
-    tl.store(dpre + base + place, dact, mask=live[:, None] & hidden_inside[None, :])
-    tl.debug_barrier()
-    for start in range(0, BLOCK_HIDDEN, PIECE):
-        column = start + tl.arange(0, PIECE)
-        inside = _within(column, hidden_features, WHOLE)
-        both = live[:, None] & inside[None, :]
-        piece = base + row[:, None] * hidden_features + column[None, :]
-        value, slope = gelu_and_slope(tl.load(pre + piece, mask=both, other=0.0).to(tl.float32), TANH)
-        if act is not None:
-            tl.store(act + piece, value, mask=both)
-        grad = tl.load(dpre + piece, mask=both, other=0.0).to(tl.float32) * slope
-        tl.store(dpre + piece, grad, mask=both)
-        if partials is not None:
-            tl.store(partials + program * hidden_features + column, tl.sum(grad, 0), mask=inside)
+    sums = None
+    if partials is not None:
+        sums = partials + program * hidden_features
+    dpre0 = _slope(dact0, pre, dpre, act, sums, base, 0, live, hidden_features, TANH, WHOLE)
+    dpre1 = _slope(dact1, pre, dpre, act, sums, base, QUARTER, live, hidden_features, TANH, WHOLE)
+    dpre2 = _slope(dact2, pre, dpre, act, sums, base, 2 * QUARTER, live, hidden_features, TANH, WHOLE)
+    dpre3 = _slope(dact3, pre, dpre, act, sums, base, 3 * QUARTER, live, hidden_features, TANH, WHOLE)
 
     if du is not None:
-        tl.debug_barrier()
-        operand = tl.load(dpre + base + place, mask=live[:, None] & hidden_inside[None, :], other=0.0)
         du_rows = du + first * in_features + row[:, None] * in_features
         for start in range(0, in_features, BLOCK_IN):
             column = start + in_lane
-            inside = _within(column, in_features, WHOLE)
+            inside = within(column, in_features, WHOLE)
             both_in = live[:, None] & inside[None, :]
-            w1_tile = w1 + lane[:, None] * in_features + column[None, :]
-            weight = tl.load(w1_tile, mask=hidden_inside[:, None] & inside[None, :], other=0.0)
-            tile = tl.dot(operand, weight, input_precision=PRECISION)
+            tile = tl.zeros([BLOCK_TOKENS, BLOCK_IN], tl.float32)
+            for index in tl.static_range(4):
+                piece = dpre0 if index == 0 else dpre1 if index == 1 else dpre2 if index == 2 else dpre3
+                deep = index * QUARTER + tl.arange(0, QUARTER)
+                mask = within(deep, hidden_features, WHOLE)[:, None] & inside[None, :]
+                weight = tl.load(w1 + deep[:, None] * in_features + column[None, :], mask=mask, other=0.0)
+                tile = tl.dot(piece, weight, tile, input_precision=PRECISION)
             if ADD_DZ:
                 tile += tl.load(dz_rows + column[None, :], mask=both_in, other=0.0).to(tl.float32)
             tl.store(du_rows + column[None, :], tile, mask=both_in)
@@ -315,7 +329,6 @@ def backward(
     du: Tensor | None,
     gelu: str,
     dtype: torch.dtype,
-    config: SmallConfig,
     *,
     sums: bool,
     add_dz: bool,
@@ -326,6 +339,7 @@ def backward(
     """
     tokens, out_features = dz.shape
     hidden_features, in_features = w1.shape
+    config = plan.small_config(block_hidden(hidden_features), dtype, dz.device, backward=True)
     programs = triton.cdiv(tokens, config.tokens)
     partials = torch.empty(programs, hidden_features, dtype=torch.float32, device=dz.device) if sums else None
     _backward[(programs,)](
@@ -349,7 +363,6 @@ def backward(
         BLOCK_HIDDEN=block_hidden(hidden_features),
         BLOCK_IN=config.columns,
         BLOCK_OUT=config.columns,
-        PIECE=min(PIECE, block_hidden(hidden_features)),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -13,8 +13,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Option = TypeVar("Option")
 
 _answers: dict[tuple[str, str], dict[str, str]] = {}
 
@@ -62,7 +65,9 @@ def _load(name: str) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"the tuning file {where} cannot be read ({error}); delete it to use the defaults") from error
+        raise RuntimeError(
+            f"the tuning file {where} cannot be read ({error}); delete it to use the defaults"
+        ) from error
     return {str(key): str(value) for key, value in answers.items()}
 
 
@@ -85,16 +90,33 @@ def _question(kind: str, key: Sequence[object]) -> str:
     return " ".join([kind, *map(str, key)])
 
 
-def settle(
-    kind: str, key: Sequence[object], device: torch.device, options: Sequence[str], time: Callable[[str], float]
-) -> str:
-    """The fastest of ``options`` by ``time(option)``, remembered in memory and in the device's file."""
-    answers = {option: time(option) for option in options}
-    best = min(options, key=lambda option: answers[option])
-    name, known = _answers_for(device)
-    known[_question(kind, key)] = best
-    _write(path(name), known)
-    return best
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median time of ``run`` on the current device, caches flushed between runs."""
+    import triton
+
+    return float(triton.testing.do_bench(run, return_mode="median"))
+
+
+def choose(
+    kind: str,
+    key: Sequence[object],
+    device: torch.device,
+    options: Sequence[Option],
+    attempt: Callable[[Option], object],
+) -> Option:
+    """The tuned option, or the first one. With RECMAS_TUNE=1 a question without an answer is timed and remembered."""
+    named = {str(option): option for option in options}
+    known = recall(kind, key, device)
+    if known in named:
+        return named[known]
+    if not wanted(device):
+        return options[0]
+    times = {name: milliseconds(lambda option=option: attempt(option)) for name, option in named.items()}
+    best = min(times, key=lambda name: times[name])
+    name, answers = _answers_for(device)
+    answers[_question(kind, key)] = best
+    _write(path(name), answers)
+    return named[best]
 
 
 def _write(where: Path, answers: dict[str, str]) -> None:
