@@ -305,7 +305,7 @@ def test_eval_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "telepathy"], "'telepathy'"),
+        (["--mode", "latent,telepathy"], "latent|text|single|loop,... value: 'latent,telepathy'"),
         (["--metric", "vibes"], "'vibes'"),
         (["--rounds", "two"], "--rounds"),
         (["--rounds", "0"], "rounds: 0 is not a positive integer"),

@@ -48,8 +48,8 @@ def add_options(parser: CommandLineParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        type=Kind("MODE,...", _read_modes),
-        default=("latent",),
+        type=Kind(f"{'|'.join(MODES)},...", _read_modes),
+        default="latent",
         help="latent; text: the same agents, prompts and rounds, text in the slots; single: the answering agent alone; "
         "loop: the answering agent reading its own latents",
     )

@@ -114,7 +114,7 @@ def sweep(
     }
     path = None if output is None else Path(output)
     done = {} if path is None else record_file.read(path, key)
-    with tqdm(total=len(keys), desc="evaluate", disable=not progress, unit="question") as bar:
+    with tqdm(total=len(keys), desc="evaluate", disable=not progress, unit="question", delay=1, leave=False) as bar:
         bar.update(sum(name in done for name in keys.values()))
         firsts = range(0, len(rows), batch_size)
         for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):
