@@ -42,7 +42,8 @@ class _Given(NamedTuple):
             op,
             self.x.device,
             self.dtype,
-            *self.x.shape,
+            self.x.shape[0],
+            self.x.shape[1],
             self.w1.shape[0],
             self.w2.shape[0],
             self.residual,
@@ -73,13 +74,9 @@ def link_fwd_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forward(given: _Given, *, keep: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     x, go = given.x, given.go
     if x.shape[0] == 0:
-        y, stats = x.new_empty(0, given.w2.shape[0]), x.new_empty(4, 0, dtype=torch.float32)
-        return (
-            y,
-            given.rows(given.w1.shape[0]),
-            x.new_empty(0, dtype=given.dtype) if go is None else given.rows(given.w2.shape[0]),
-            stats,
-        )
+        out_features = given.w2.shape[0]
+        z = x.new_empty(0, dtype=given.dtype) if go is None else given.rows(out_features)
+        return x.new_empty(0, out_features), given.rows(given.w1.shape[0]), z, x.new_zeros(4, 0, dtype=torch.float32)
 
     def attempt(variant: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if variant == plan.SMALL:
@@ -226,10 +223,14 @@ def _backward(
             rows.normalise(x, gi, ci, eps, dtype, normed=normed)
         u = u if normed is None else normed
 
-    problems = [(dpre, u, w1) if need_w1 else None, (dz, act, w2) if need_w2 else None]
+    problems: list[_Problem | None] = [(dpre, u, w1) if need_w1 else None, (dz, act, w2) if need_w2 else None]
     problems.append((dz, x.to(dtype), w3) if need_w3 and w3 is not None else None)
     dw1, dw2, dw3 = _weight_gradients(variant, problems)
     return dx, dw1, db1, dw2, dbias, dw3, dbias, dgi, dci, dgo, dco
+
+
+_Problem = tuple[Tensor | None, Tensor | None, Tensor]  # left, right, the weight whose gradient is left^T right
+_Stage = tuple[Tensor, Tensor | None, Tensor | None]  # dpre, du if wanted, db1 if wanted
 
 
 class _Around(NamedTuple):
@@ -244,9 +245,6 @@ class _Around(NamedTuple):
         if self.w3 is not None:
             return self.dz @ self.w3.to(self.dz.dtype)
         return self.dz if self.residual == "identity" else None
-
-
-_Stage = tuple[Tensor, Tensor | None, Tensor | None]  # dpre, du if wanted, db1 if wanted
 
 
 def _small_gradients(
@@ -285,9 +283,6 @@ def _matmul_gradients(
     more = None if around.w3 is None else (around.dz, around.w3)
     addend = around.dz if around.residual == "identity" else None
     return dpre, matmul.input_gradient(dpre, given.w1, more=more, addend=addend), db1
-
-
-_Problem = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 def _weight_gradients(variant: str, problems: list[_Problem | None]) -> list[Tensor | None]:

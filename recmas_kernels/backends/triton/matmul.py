@@ -1,9 +1,9 @@
 """Products with the pointwise work of a link in their epilogues, for many tokens and a large hidden width.
 
-`product` is rows times a weight: bias and GELU on the way out (keeping the pre-activation), a second product added along
-the depth ([a | x] [W2 | W3]^T without a joint buffer), the residual as the accumulator's start, or GELU's derivative with
-the column sums of the bias gradient. `weight_gradients` computes up to three gradients in one launch, so that their
-tiles share the last wave. Sums are float32, rounded once.
+`_product` is rows times a weight: bias and GELU on the way out (keeping the pre-activation), a second product added
+along the depth ([a | x] [W2 | W3]^T without a joint buffer), the residual as the start of the accumulator, or the
+derivative of GELU with the column sums of the bias gradient. `weight_gradients` computes up to three gradients in one
+launch, so that their tiles share the last wave. Sums are float32, rounded once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _finish(
     TANH: tl.constexpr,
     WHOLE_COLUMNS: tl.constexpr,
 ):
-    """The epilogue of a piece of the tile whose first column is ``first_column``; ``base`` is its first row's offset."""
+    """The epilogue of a piece of the tile from ``first_column`` on; ``base`` is its first row's offset."""
     row = tl.arange(0, total.shape[0])
     column = tl.arange(0, total.shape[1])
     inside = within(column, columns - first_column, WHOLE_COLUMNS)
@@ -193,7 +193,7 @@ def _launch(
     gelu: str = "none",
     sums: bool = False,
 ) -> Tensor | None:
-    """``out = left right (+ more)``, right ``[depth, columns]`` of any strides. Returns the column sums if asked for."""
+    """``out = left right (+ more)``, right ``[depth, columns]`` of any strides. Returns the column sums if wanted."""
     rows, columns = out.shape
     depth, dtype = left.shape[1], left.dtype
     more_depth = 0 if more is None else more[0].shape[1]
@@ -364,7 +364,7 @@ def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list
     absent = 3 - len(problems)
 
     def launch(config: plan.MatmulConfig) -> None:
-        _weight_gradients[(sum(plan.tiles(*out.shape, config) for out in outs),)](
+        _weight_gradients[(sum(plan.tiles(out.shape[0], out.shape[1], config) for out in outs),)](
             *tensors,
             *[None] * 3 * absent,
             *sizes,

@@ -17,6 +17,7 @@ None of these numbers has been measured on a GPU yet; they are arithmetic. What 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,11 +91,15 @@ def variant_key(link: Link) -> tuple[object, ...]:
     return (link.op, str(link.dtype), tuning.bucket(link.tokens), *link[4:])
 
 
+@cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-    return 232448  # 227 KB, an H100's
+    if device.type != "cuda":
+        return 232448  # 227 KB, an H100's
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> SmallConfig:

@@ -79,8 +79,8 @@ def normalise(
 ) -> None:
     """One pass: ``plain = rows + addend`` and ``normed = LayerNorm(rows + addend)``, each if given.
 
-    All ``[T, width]`` of any float dtype and row stride; arithmetic is float32, the sum is rounded to ``dtype``. ``stats
-    [2, T]`` float32 receives mean and rstd. ``plain`` may be ``rows`` itself.
+    All ``[T, width]`` of any float dtype and row stride; arithmetic is float32, the sum is rounded to ``dtype``.
+    ``stats``, float32 ``[2, T]``, receives mean and rstd. ``plain`` may be ``rows`` itself.
     """
     tokens, width = rows.shape
     block, warps = row_block(width)

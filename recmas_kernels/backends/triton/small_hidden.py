@@ -231,7 +231,7 @@ def _slope(
     TANH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A piece of ``dpre = dact gelu'(pre)``, stored and returned; its activation and column sums, if wanted, as well."""
+    """A piece of ``dpre = dact gelu'(pre)``, stored and returned; its activation and column sums too, if wanted."""
     row = tl.arange(0, dact.shape[0])
     column = first_column + tl.arange(0, dact.shape[1])
     inside = within(column, hidden_features, WHOLE)

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -111,7 +111,7 @@ def choose(
         return named[known]
     if not wanted(device):
         return options[0]
-    times = {name: milliseconds(lambda option=option: attempt(option)) for name, option in named.items()}
+    times = {name: milliseconds(partial(attempt, option)) for name, option in named.items()}
     best = min(times, key=lambda name: times[name])
     name, answers = _answers_for(device)
     answers[_question(kind, key)] = best

@@ -27,7 +27,7 @@ def use(monkeypatch):
     """Forces a variant; it fails if the plan would never name it for the link."""
 
     def force(name):
-        def variant(link):
+        def variant(link, attempt):
             assert name in plan.candidates(link)
             return name
 
@@ -36,9 +36,7 @@ def use(monkeypatch):
     return force
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tokens"), [(torch.float32, 1), (torch.float32, 37), (torch.float16, 37)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float32, 37), (torch.float16, 37)], ids=str)
 @pytest.mark.parametrize(("variant", "kind"), SERVED)
 def test_outputs_and_gradients_stay_in_the_error_budget(use, variant, kind, dtype, tokens):
     use(variant)
@@ -89,7 +87,9 @@ def test_no_tokens(use, variant):
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in results.grads.values())
 
 
-@pytest.mark.parametrize(("variant", "kind"), [(v, "inner") for v in VARIANTS] + [("library", "outer"), ("matmul", "outer")])
+@pytest.mark.parametrize(
+    ("variant", "kind"), [(v, "inner") for v in VARIANTS] + [("library", "outer"), ("matmul", "outer")]
+)
 def test_inputs_of_any_layout(use, variant, kind):
     use(variant)
     link = make_link(CONFIGS[kind])
