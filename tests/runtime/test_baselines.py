@@ -9,7 +9,6 @@ from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.baselines import looped_model, single_agent, variant
 from recmas.spec import PromptSpec
 from recmas.splice import Prompt
-from recmas_kernels import use_backend
 from tests.runtime.tiny import tiny_agent
 
 
@@ -60,7 +59,6 @@ def embedded(agent, text, latents=None):
     return Prompt(joined, torch.ones(joined.shape[:2], dtype=torch.int64))
 
 
-@use_backend("reference")  # whose bits do not depend on how often a link has run
 def test_each_loop_reads_the_latents_of_the_one_before(mas):
     agent, link = mas.agents["solver"], mas.inner_links["solver"]
     with torch.no_grad():
