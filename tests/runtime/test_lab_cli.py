@@ -30,6 +30,29 @@ def test_eval_measures_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert {cell["rounds"] for cell in cells if cell["method"] == "solver alone"} == {0}
 
 
+def test_build_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "pretraining": {"planner": {"steps": 900, "accuracy": 0.999}},
+        "links": {"validation": {"warmup": 0.9, "one round": 0.95}, "kept": "one round"},
+        "validation_accuracy": 0.949,
+    }
+    asked: list[object] = []
+
+    def build(*arguments: object, **options: object) -> dict[str, object]:
+        asked.extend((*arguments, options))
+        return record
+
+    monkeypatch.setattr("recmas.lab.build.build", build)
+    assert main(["lab", "build", "new", "--seed", "4", "--link-seed", "5", "--agents", SHIPPED]) == 0
+    assert asked == ["new", 4, {"link_seed": 5, "agents": SHIPPED}]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "planner: 0.999 of its look-ups right after 900 steps"
+    assert lines[-2] == "kept: one round; as stored 0.9490"
+    assert lines[-1].startswith("new written in ")
+    assert main(["lab", "build", "new", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == record
+
+
 def test_the_grid_as_text() -> None:
     cells = [
         Cell("latent", 1, 1, 8, 0.875, 0.125, 4.0, 4.0, 0.0015),
