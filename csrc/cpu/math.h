@@ -61,10 +61,11 @@ inline GeluParts gelu_parts_tanh(Vec x) {
   const Vec t = mul(x, fma(square, set1(-0.10294324f), set1(-2.3022082f)));
   // Beyond +-126 the logistic is 0 or 1 to the last bit.
   const Vec bounded = max(min(t, set1(126.0f)), set1(-126.0f));
-  const Vec e = exp2(bounded), logistic = div(one, add(one, e));
+  const Vec e = select_greater(set1(-125.0f), t, set1(0.0f), exp2(bounded)), logistic = div(one, add(one, e));
   const Vec probability = select_greater(t, set1(125.0f), set1(0.0f), logistic);
   // The logistic's slope is p (1 - p) = e p^2; the first form would cancel where p is near 1.
-  const Vec rate = mul(fma(square, set1(0.134145f), one), set1(1.59576912f));  // 2 sqrt(2/pi) (1 + 3*0.044715 x^2)
+  // Its factor is 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2), kept finite where e is long 0.
+  const Vec rate = mul(fma(min(square, set1(1e6f)), set1(0.134145f), one), set1(1.59576912f));
   return {probability, mul(mul(x, rate), mul(mul(e, probability), probability))};
 }
 

@@ -1,0 +1,419 @@
+// Native checks of the CPU kernels, for every instruction set this processor has, against plain double precision.
+// Buffers have their exact size and start as NaN, so that AddressSanitizer sees every stray access and a value that
+// nothing wrote shows. Meant to be run plainly and under RECMAS_SANITIZE.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace {
+
+using namespace recmas;
+using cpu::Form;
+
+int failures = 0;
+
+#define CHECK(condition, ...)                         \
+  do {                                                \
+    if (!(condition)) {                               \
+      std::printf("%s:%d: ", __FILE__, __LINE__);     \
+      std::printf(__VA_ARGS__);                       \
+      std::printf("\n");                              \
+      ++failures;                                     \
+    }                                                 \
+  } while (false)
+
+const float kNan = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<float> random_values(size_t count, unsigned seed, float scale = 1.0f) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, Free>;
+
+Buffer workspace_of(int64_t bytes) {  // all ones is NaN in every floating type
+  void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+  std::memset(data, 0xff, static_cast<size_t>(bytes));
+  return Buffer(data);
+}
+
+const cpu::Kernels* kernels_of(Isa isa) {
+#ifdef RECMAS_X86
+  if (isa == Isa::avx2) return &cpu::kernels_avx2;
+  if (isa == Isa::avx512) return &cpu::kernels_avx512;
+  if (isa == Isa::avx512_bf16) return &cpu::kernels_avx512_bf16;
+#endif
+  return &cpu::kernels_baseline;
+}
+
+double gelu_exact(double x, Gelu kind, double* slope) {
+  const double pi = 3.14159265358979323846;
+  if (kind == Gelu::erf) {
+    const double phi = 0.5 * std::erfc(-x / std::sqrt(2.0));
+    *slope = phi + x * std::exp(-0.5 * x * x) / std::sqrt(2.0 * pi);
+    return x * phi;
+  }
+  const double inner = std::sqrt(2.0 / pi) * (x + 0.044715 * x * x * x);
+  const double t = std::tanh(inner), rate = std::sqrt(2.0 / pi) * (1.0 + 3.0 * 0.044715 * x * x);
+  *slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * rate;
+  return 0.5 * x * (1.0 + t);
+}
+
+void test_gelu(Isa isa, Gelu kind) {
+  std::vector<float> x;
+  for (double at = -12.0; at <= 12.0; at += 1.0 / 1024) x.push_back(static_cast<float>(at));
+  for (const float at : {-1e30f, -1e10f, -100.0f, -1e-30f, 0.0f, 1e-30f, 100.0f, 1e10f, 1e15f}) x.push_back(at);
+  std::vector<float> value(x.size(), kNan), slope(x.size(), kNan);
+  kernels_of(isa)->gelu(x.data(), static_cast<int64_t>(x.size()), kind, value.data(), slope.data());
+  const double unit = std::ldexp(1.0, -24);
+  for (size_t i = 0; i < x.size(); ++i) {
+    double exact_slope;
+    const double exact = gelu_exact(static_cast<double>(x[i]), kind, &exact_slope);
+    const double bound = 4.0 * unit * std::fmax(1.0, std::fabs(static_cast<double>(x[i])));
+    CHECK(std::fabs(value[i] - exact) <= bound, "gelu kind %d isa %d x %g: %.9g, exact %.9g", static_cast<int>(kind),
+          static_cast<int>(isa), x[i], value[i], exact);
+    CHECK(std::fabs(slope[i] - exact_slope) <= 8.0 * unit, "slope kind %d isa %d x %g: %.9g, exact %.9g",
+          static_cast<int>(kind), static_cast<int>(isa), x[i], slope[i], exact_slope);
+  }
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float special[3] = {infinity, -infinity, kNan};
+  float special_value[3], special_slope[3];
+  kernels_of(isa)->gelu(special, 3, kind, special_value, special_slope);
+  CHECK(special_value[0] == infinity, "gelu(inf) = %g", special_value[0]);
+  CHECK(std::isnan(special_value[1]) && std::isnan(special_value[2]), "gelu(-inf), gelu(nan) = %g, %g",
+        special_value[1], special_value[2]);
+}
+
+struct Shape {
+  int64_t tokens, in, hidden, out;
+  Residual residual;
+  bool norms, biases;
+};
+
+// Everything one link call needs, in fp32, with its exact result in double.
+struct Case {
+  Shape s;
+  std::vector<float> x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, dy;
+
+  explicit Case(const Shape& shape) : s(shape) {
+    const auto count = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
+    x = random_values(count(s.tokens, s.in), 1);
+    w1 = random_values(count(s.hidden, s.in), 2, 1.0f / std::sqrt(static_cast<float>(s.in)));
+    w2 = random_values(count(s.out, s.hidden), 3, 1.0f / std::sqrt(static_cast<float>(s.hidden)));
+    w3 = random_values(count(s.out, s.in), 4, 1.0f / std::sqrt(static_cast<float>(s.in)));
+    b1 = random_values(count(s.hidden, 1), 5);
+    b2 = random_values(count(s.out, 1), 6);
+    b3 = random_values(count(s.out, 1), 7);
+    gi = random_values(count(s.in, 1), 8);
+    ci = random_values(count(s.in, 1), 9);
+    go = random_values(count(s.out, 1), 10);
+    co = random_values(count(s.out, 1), 11);
+    dy = random_values(count(s.tokens, s.out), 12);
+  }
+
+  cpu::LinkConfig config(Isa isa, int threads) const {
+    return {{s.tokens, s.in, s.hidden, s.out}, s.residual, Gelu::erf, 1e-5f, Dtype::f32, isa, threads};
+  }
+
+  cpu::LinkWeights weights(Form form = Form::stored) const {
+    const auto vector = [](const std::vector<float>& v, bool present) {
+      return VectorView{present ? v.data() : nullptr, Dtype::f32};
+    };
+    const bool linear = s.residual == Residual::linear;
+    return {{w1.data(), Dtype::f32, form},
+            {w2.data(), Dtype::f32, form},
+            {linear ? w3.data() : nullptr, Dtype::f32, form},
+            vector(b1, s.biases),
+            vector(b2, s.biases),
+            vector(b3, s.biases && linear),
+            vector(gi, s.norms),
+            vector(ci, s.norms && s.biases),
+            vector(go, s.norms),
+            vector(co, s.norms && s.biases)};
+  }
+
+  // One row of the mathematics, with the loss dy . y differentiated numerically nowhere: forward only.
+  std::vector<double> forward(const std::vector<float>& rows) const {
+    std::vector<double> y(static_cast<size_t>(s.tokens * s.out));
+    std::vector<double> u(static_cast<size_t>(s.in)), a(static_cast<size_t>(s.hidden)), z(static_cast<size_t>(s.out));
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      const float* row = rows.data() + t * s.in;
+      for (int64_t i = 0; i < s.in; ++i) u[i] = row[i];
+      if (s.norms) normalise(u, gi, s.biases ? &ci : nullptr);
+      for (int64_t h = 0; h < s.hidden; ++h) {
+        double p = s.biases ? b1[h] : 0.0, slope;
+        for (int64_t i = 0; i < s.in; ++i) p += u[i] * w1[h * s.in + i];
+        a[h] = gelu_exact(p, Gelu::erf, &slope);
+      }
+      for (int64_t o = 0; o < s.out; ++o) {
+        double sum = s.biases ? b2[o] : 0.0;
+        for (int64_t h = 0; h < s.hidden; ++h) sum += a[h] * w2[o * s.hidden + h];
+        if (s.residual == Residual::identity) sum += row[o];
+        if (s.residual == Residual::linear) {
+          sum += s.biases ? b3[o] : 0.0;
+          for (int64_t i = 0; i < s.in; ++i) sum += static_cast<double>(row[i]) * w3[o * s.in + i];
+        }
+        z[o] = sum;
+      }
+      if (s.norms) normalise(z, go, s.biases ? &co : nullptr);
+      for (int64_t o = 0; o < s.out; ++o) y[t * s.out + o] = z[o];
+    }
+    return y;
+  }
+
+  static void normalise(std::vector<double>& v, const std::vector<float>& gain, const std::vector<float>* bias) {
+    double mean = 0.0, squares = 0.0;
+    for (const double value : v) mean += value / static_cast<double>(v.size());
+    for (const double value : v) squares += (value - mean) * (value - mean) / static_cast<double>(v.size());
+    for (size_t i = 0; i < v.size(); ++i) {
+      v[i] = (v[i] - mean) / std::sqrt(squares + 1e-5) * gain[i] + (bias ? (*bias)[i] : 0.0f);
+    }
+  }
+};
+
+std::vector<float> run_forward(const Case& c, const cpu::LinkWeights& weights, Isa isa, int threads,
+                               std::vector<float>* pre = nullptr, std::vector<float>* z = nullptr,
+                               std::vector<float>* stats = nullptr) {
+  std::vector<float> y(static_cast<size_t>(c.s.tokens * c.s.out), kNan);
+  cpu::LinkForward call{};
+  call.config = c.config(isa, threads);
+  call.weights = weights;
+  call.x = {c.x.data(), c.s.in, Dtype::f32};
+  call.y = {y.data(), Dtype::f32};
+  if (pre != nullptr) {
+    pre->assign(static_cast<size_t>(c.s.tokens * c.s.hidden), kNan);
+    z->assign(static_cast<size_t>(c.s.tokens * c.s.out), kNan);
+    stats->assign(static_cast<size_t>(4 * c.s.tokens), kNan);
+    call.pre = {pre->data(), Dtype::f32};
+    call.z = {c.s.norms ? z->data() : nullptr, Dtype::f32};
+    call.stats = stats->data();
+  }
+  const int64_t bytes = cpu::link_forward_workspace(call);
+  CHECK(bytes > 0, "workspace %lld", static_cast<long long>(bytes));
+  const Buffer workspace = workspace_of(bytes);
+  CHECK(cpu::link_forward(call, workspace.get(), bytes - 1) == Status::workspace_too_small, "short workspace taken");
+  const Status status = cpu::link_forward(call, workspace.get(), bytes);
+  CHECK(status == Status::ok, "link_forward status %d", static_cast<int>(status));
+  return y;
+}
+
+double largest_error(const std::vector<float>& actual, const std::vector<double>& exact) {
+  double error = 0.0, scale = 1e-300;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (!std::isfinite(actual[i])) return std::numeric_limits<double>::infinity();
+    error = std::fmax(error, std::fabs(static_cast<double>(actual[i]) - exact[i]));
+    scale = std::fmax(scale, std::fabs(exact[i]));
+  }
+  return error / scale;
+}
+
+// fp32 sums of n terms of random sign: about sqrt(n) roundings, and a norm divides by the spread.
+double tolerance(const Shape& s) {
+  return 16.0 * std::sqrt(static_cast<double>(s.in + s.hidden + 16)) * std::ldexp(1.0, -24);
+}
+
+struct Gradients {
+  std::vector<float> dx, dw1, db1, dw2, db2, dw3, db3, dgi, dci, dgo, dco;
+};
+
+Gradients run_backward(const Case& c, Isa isa, int threads) {
+  std::vector<float> pre, z, stats;
+  run_forward(c, c.weights(), isa, threads, &pre, &z, &stats);
+  Gradients g;
+  cpu::LinkBackward call{};
+  call.config = c.config(isa, threads);
+  call.weights = c.weights();
+  call.dy = {c.dy.data(), c.s.out, Dtype::f32};
+  call.x = {c.x.data(), c.s.in, Dtype::f32};
+  call.pre = {pre.data(), c.s.hidden, Dtype::f32};
+  call.z = {z.data(), c.s.out, Dtype::f32};
+  call.stats = stats.data();
+  const auto want = [](std::vector<float>& v, size_t count, bool present) {
+    v.assign(count, kNan);
+    return Output{present ? v.data() : nullptr, Dtype::f32};
+  };
+  call.dx = want(g.dx, c.x.size(), true);
+  call.dw1 = want(g.dw1, c.w1.size(), true);
+  call.db1 = want(g.db1, c.b1.size(), c.s.biases);
+  call.dw2 = want(g.dw2, c.w2.size(), true);
+  call.db2 = want(g.db2, c.b2.size(), c.s.biases);
+  call.dw3 = want(g.dw3, c.w3.size(), c.s.residual == Residual::linear);
+  call.db3 = want(g.db3, c.b3.size(), c.s.residual == Residual::linear && c.s.biases);
+  call.dnorm_in_weight = want(g.dgi, c.gi.size(), c.s.norms);
+  call.dnorm_in_bias = want(g.dci, c.ci.size(), c.s.norms && c.s.biases);
+  call.dnorm_out_weight = want(g.dgo, c.go.size(), c.s.norms);
+  call.dnorm_out_bias = want(g.dco, c.co.size(), c.s.norms && c.s.biases);
+  const int64_t bytes = cpu::link_backward_workspace(call);
+  const Buffer workspace = workspace_of(bytes);
+  const Status status = cpu::link_backward(call, workspace.get(), bytes);
+  CHECK(status == Status::ok, "link_backward status %d", static_cast<int>(status));
+  return g;
+}
+
+// The loss dy . y along one parameter direction, by central differences in double, against the gradient.
+void check_direction(const Case& c, const char* name, std::vector<float> Case::*member, const std::vector<float>& gradient,
+                     const Shape& s, Isa isa) {
+  std::vector<float> direction = random_values((c.*member).size(), 99);
+  const double step = 1.0 / 512;
+  double slope = 0.0, expected = 0.0, scale = 0.0;
+  const auto loss = [&](double sign) {
+    Case moved = c;
+    for (size_t i = 0; i < direction.size(); ++i) (moved.*member)[i] += static_cast<float>(sign * step) * direction[i];
+    const std::vector<double> y = moved.forward(moved.x);
+    double total = 0.0;
+    for (size_t i = 0; i < y.size(); ++i) total += y[i] * c.dy[i];
+    return total;
+  };
+  slope = (8.0 * (loss(1) - loss(-1)) - (loss(2) - loss(-2))) / (12.0 * step);
+  for (size_t i = 0; i < direction.size(); ++i) {
+    expected += static_cast<double>(gradient[i]) * direction[i];
+    scale += std::fabs(static_cast<double>(gradient[i]) * direction[i]);
+  }
+  // Central differences of order four at this step are good to about 1e-4; a wrong gradient misses by far more.
+  CHECK(std::fabs(slope - expected) <= 2e-3 * scale + 1e-3, "%s isa %d (%lld %lld %lld %lld): slope %g, gradient %g", name,
+        static_cast<int>(isa), static_cast<long long>(s.tokens), static_cast<long long>(s.in),
+        static_cast<long long>(s.hidden), static_cast<long long>(s.out), slope, expected);
+}
+
+void test_link(Isa isa, const Shape& s) {
+  const Case c(s);
+  const std::vector<double> exact = c.forward(c.x);
+  const std::vector<float> stored = run_forward(c, c.weights(), isa, 3);
+  const double error = largest_error(stored, exact);
+  CHECK(error <= tolerance(s), "link isa %d (%lld %lld %lld %lld): error %g, bound %g", static_cast<int>(isa),
+        static_cast<long long>(s.tokens), static_cast<long long>(s.in), static_cast<long long>(s.hidden),
+        static_cast<long long>(s.out), error, tolerance(s));
+
+  const int64_t bytes1 = cpu::packed_bytes(s.hidden, s.in, Dtype::f32, isa);
+  const int64_t bytes2 = cpu::packed_bytes(s.out, s.hidden, Dtype::f32, isa);
+  const int64_t bytes3 = cpu::packed_bytes(s.out, s.in, Dtype::f32, isa);
+  const Buffer packed1 = workspace_of(bytes1), packed2 = workspace_of(bytes2), packed3 = workspace_of(bytes3);
+  cpu::LinkWeights packed = c.weights(Form::packed);
+  cpu::pack_weight({c.w1.data(), Dtype::f32}, s.hidden, s.in, packed1.get(), Dtype::f32, isa, 2);
+  cpu::pack_weight({c.w2.data(), Dtype::f32}, s.out, s.hidden, packed2.get(), Dtype::f32, isa, 2);
+  cpu::pack_weight({c.w3.data(), Dtype::f32}, s.out, s.in, packed3.get(), Dtype::f32, isa, 2);
+  packed.w1.data = packed1.get();
+  packed.w2.data = packed2.get();
+  if (packed.w3.data != nullptr) packed.w3.data = packed3.get();
+  const std::vector<float> from_panels = run_forward(c, packed, isa, 3);
+  const std::vector<float> in_order = run_forward(c, c.weights(Form::stored_panel_order), isa, 1);
+  CHECK(std::memcmp(from_panels.data(), in_order.data(), from_panels.size() * sizeof(float)) == 0,
+        "isa %d: packed and stored weights give other bits", static_cast<int>(isa));
+  CHECK(largest_error(from_panels, exact) <= tolerance(s), "packed isa %d: error %g", static_cast<int>(isa),
+        largest_error(from_panels, exact));
+
+  const Gradients g = run_backward(c, isa, 3);
+  check_direction(c, "dx", &Case::x, g.dx, s, isa);
+  check_direction(c, "dw1", &Case::w1, g.dw1, s, isa);
+  check_direction(c, "dw2", &Case::w2, g.dw2, s, isa);
+  if (s.residual == Residual::linear) check_direction(c, "dw3", &Case::w3, g.dw3, s, isa);
+  if (s.biases) check_direction(c, "db1", &Case::b1, g.db1, s, isa);
+  if (s.biases) check_direction(c, "db2", &Case::b2, g.db2, s, isa);
+  if (s.norms) check_direction(c, "dgi", &Case::gi, g.dgi, s, isa);
+  if (s.norms) check_direction(c, "dgo", &Case::go, g.dgo, s, isa);
+  if (s.norms && s.biases) check_direction(c, "dci", &Case::ci, g.dci, s, isa);
+  if (s.norms && s.biases) check_direction(c, "dco", &Case::co, g.dco, s, isa);
+  const Gradients again = run_backward(c, isa, 3);
+  CHECK(std::memcmp(g.dw1.data(), again.dw1.data(), g.dw1.size() * sizeof(float)) == 0, "dw1 differs between runs");
+}
+
+void test_handoff() {
+  const std::vector<float> rows = random_values(2 * 5, 1), table = random_values(4 * 5, 2);
+  std::vector<float> out = table, taken(10, kNan);
+  const int64_t slots[2] = {3, 0}, outside[2] = {3, 4};
+  CHECK(cpu::handoff_scatter(rows.data(), 20, slots, 2, 20, out.data(), 20, 4) == Status::ok, "scatter failed");
+  CHECK(std::memcmp(out.data() + 15, rows.data(), 20) == 0 && std::memcmp(out.data(), rows.data() + 5, 20) == 0 &&
+            std::memcmp(out.data() + 5, table.data() + 5, 40) == 0,
+        "scatter wrote wrong rows");
+  CHECK(cpu::handoff_take(out.data(), 20, 4, slots, 2, 20, taken.data()) == Status::ok, "take failed");
+  CHECK(std::memcmp(taken.data(), rows.data(), 40) == 0 && out[0] == 0.0f && out[19] == 0.0f, "take read wrong rows");
+  CHECK(cpu::handoff_scatter(rows.data(), 20, outside, 2, 20, out.data(), 20, 4) == Status::row_out_of_range,
+        "a row outside the table was written");
+}
+
+void test_alignment(Isa isa) {
+  const int64_t tokens = 7, features = 37, table_rows = 5;
+  const std::vector<float> pred = random_values(static_cast<size_t>(tokens * features), 1);
+  const std::vector<float> table = random_values(static_cast<size_t>(table_rows * features), 2);
+  const int64_t ids[7] = {4, 0, 1, 1, 2, 3, 4};
+  const float mask[7] = {1, 0, 1, 0.5f, 1, 1, 0};
+  std::vector<float> grad(pred.size(), kNan);
+  float loss = kNan;
+  cpu::Alignment call{tokens, features, table_rows, {pred.data(), features, Dtype::f32}, {table.data(), features, Dtype::f32},
+                      ids,    mask,     0.75f,      0.25f,
+                      2.0f,   &loss,    {grad.data(), Dtype::f32}, isa, 2};
+  const int64_t bytes = cpu::alignment_workspace(call);
+  const Buffer workspace = workspace_of(bytes);
+  CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::ok, "alignment failed");
+  const auto exact = [&](const std::vector<float>& rows) {
+    double total = 0.0, weight = 0.0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      double along = 0.0, pp = 0.0, ee = 0.0, squares = 0.0;
+      for (int64_t i = 0; i < features; ++i) {
+        const double p = rows[t * features + i], e = 2.0 * table[ids[t] * features + i];
+        along += p * e, pp += p * p, ee += e * e, squares += (p - e) * (p - e) / static_cast<double>(features);
+      }
+      total += mask[t] * (0.75 * (1.0 - along / std::sqrt(pp * ee)) + 0.25 * squares);
+      weight += mask[t];
+    }
+    return total / weight;
+  };
+  CHECK(std::fabs(loss - exact(pred)) <= 1e-5 * std::fabs(exact(pred)), "loss %g, exact %g", loss, exact(pred));
+  for (size_t i = 0; i < pred.size(); i += 11) {
+    std::vector<float> up = pred, down = pred;
+    up[i] += 1.0f / 256, down[i] -= 1.0f / 256;
+    const double slope = (exact(up) - exact(down)) * 128.0;
+    CHECK(std::fabs(slope - grad[i]) <= 1e-4, "gradient %g, slope %g", grad[i], slope);
+  }
+  const int64_t outside[7] = {4, 0, 1, 5, 2, 3, 4};
+  call.token_ids = outside;
+  CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::row_out_of_range, "an id outside the table was read");
+}
+
+void test_samples() {
+  std::vector<uint8_t> data(8 * 1000 + 3);
+  uint64_t words[64];
+  for (const int64_t bytes : {int64_t{3}, int64_t{16}, int64_t{8003}}) {
+    std::fill(data.begin(), data.end(), uint8_t{7});
+    cpu::sample_words(data.data(), bytes, words);
+    CHECK(cpu::words_match(data.data(), bytes, words), "unchanged data of %lld bytes", static_cast<long long>(bytes));
+    data[0] = 8;
+    CHECK(!cpu::words_match(data.data(), bytes, words), "changed data of %lld bytes", static_cast<long long>(bytes));
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int level = 0; level <= static_cast<int>(cpu::best_isa()); ++level) {
+    const Isa isa = static_cast<Isa>(level);
+    test_gelu(isa, Gelu::erf);
+    test_gelu(isa, Gelu::tanh);
+    for (const int64_t tokens : {int64_t{1}, int64_t{7}, int64_t{33}}) {
+      test_link(isa, {tokens, 17, 51, 17, Residual::identity, true, true});
+      test_link(isa, {tokens, 40, 23, 57, Residual::linear, true, true});
+      test_link(isa, {tokens, 13, 49, 50, Residual::linear, false, false});
+      test_link(isa, {tokens, 8, 16, 3, Residual::none, false, true});
+    }
+    test_link(isa, {1100, 5, 6, 7, Residual::linear, true, true});  // several blocks of tokens, both ways
+    test_alignment(isa);
+  }
+  test_handoff();
+  test_samples();
+  if (failures == 0) std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
+  return failures == 0 ? 0 : 1;
+}
