@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recmas.cache import Continuation, positions_of
-from recmas.sampling import Sampler
+from recmas.decoding import Reply, write
 from recmas.splice import Latents, Prompt, run_link
 
 
@@ -186,7 +186,40 @@ class Agent:
             inputs = states[-1][:, None].to(prompt.embeds.dtype)
         return Latents(torch.stack(states, dim=1))
 
-    @torch.no_grad()
+    def write(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        *,
+        rows: Sequence[int] | None = None,
+        reply: Reply | None = None,
+    ) -> Iterator[dict[int, list[int]]]:
+        """Write text step by step: after each, the token ids by which rows of the batch grew.
+
+        A row stops at an end-of-text token, at `max_new_tokens` or at the end of the model's context. Its random stream
+        depends on (seed, row number) alone, so its neighbours do not change it.
+
+        Args:
+            prompt: the batch of prompts.
+            max_new_tokens: most tokens that a row writes.
+            temperature: 0 is greedy.
+            top_p: nucleus, in (0, 1].
+            seed: one or more integers.
+            rows: number of each row in the run; None counts from 0.
+            reply: what a row reads after a token that it wrote (`recmas.decoding.Reply`); such ids are part of the
+                row, and do not count as written.
+
+        Raises:
+            ValueError: a prompt beyond the model's context, at once.
+        """
+        self._check_context(prompt.mask, 0)
+        seeds = [seed] if isinstance(seed, int) else seed
+        numbers = range(prompt.embeds.shape[0]) if rows is None else rows
+        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply)
+
     def decode(
         self,
         prompt: Prompt,
@@ -197,43 +230,21 @@ class Agent:
         *,
         rows: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Write text: token ids per row, the end-of-text token included where one was written.
-
-        A row stops at an end-of-text token, at `max_new_tokens` or at the end of the model's context. Its random stream
-        depends on (seed, row number) alone, so its neighbours do not change it.
-
-        Args:
-            prompt: the batch of prompts.
-            max_new_tokens: most tokens per row.
-            temperature: 0 is greedy.
-            top_p: nucleus, in (0, 1].
-            seed: one or more integers.
-            rows: number of each row in the run; None counts from 0.
-        """
-        batch = prompt.embeds.shape[0]
-        self._check_context(prompt.mask, 0)
-        room = [max_new_tokens] * batch
-        if self.context_length is not None:
-            room = [min(max_new_tokens, self.context_length - used + 1) for used in prompt.mask.sum(dim=1).tolist()]
-        seeds = [seed] if isinstance(seed, int) else seed
-        sampler = Sampler(temperature, top_p, seeds, range(batch) if rows is None else rows)
-        past = Continuation(self.decoder, prompt.mask, max(max(room, default=0) - 1, 0))
-        written: list[list[int]] = [[] for _ in range(batch)]
-        going = {row for row in range(batch) if room[row] > 0}
-        inputs, ends = prompt.embeds, self.eos_ids
-        while going:
-            tokens = sampler.choose(self.logits(past.feed(inputs))).tolist()
-            for row in tuple(going):
-                written[row].append(tokens[row])
-                if tokens[row] in ends or len(written[row]) == room[row]:
-                    going.discard(row)
-            fed = [token if row in going else self.pad_id for row, token in enumerate(tokens)]
-            inputs = self.embed(torch.tensor(fed, device=self.device)[:, None])
+        """`write` to its end: token ids per row, the end-of-text token included where one was written."""
+        written: list[list[int]] = [[] for _ in range(prompt.embeds.shape[0])]
+        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows):
+            for row, tokens in grown.items():
+                written[row] += tokens
         return written
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Decoded tokens without special ones."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Decoded tokens without special ones, as written: no spaces are tidied away."""
+        decoded = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(decoded)
+
+    def literal(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is a special token, whatever it spells."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _check_context(self, mask: Tensor, room: int) -> None:
         longest = int(mask.sum(dim=1).max()) if mask.numel() else 0

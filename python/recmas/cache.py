@@ -20,7 +20,7 @@ class Continuation:
     Args:
         decoder: decoder body of a transformers model (no LM head).
         mask: int64 ``[B, T]`` of the prompt.
-        room: positions that may be fed after the prompt.
+        room: positions that will likely be fed after the prompt; more find room when they come.
     """
 
     def __init__(self, decoder: PreTrainedModel, mask: Tensor, room: int) -> None:
@@ -33,6 +33,9 @@ class Continuation:
     def feed(self, embeds: Tensor) -> Tensor:
         """Append ``[B, S, d]`` input embeddings; the final-norm hidden state ``[B, d]`` at the last one."""
         start, self._length = self._length, self._length + embeds.shape[1]
+        if self._length > self._mask.shape[1]:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], self._length)], dim=1)
+            self._positions = positions_of(self._mask)
         output = self._decoder(
             inputs_embeds=embeds,
             attention_mask=self._mask[:, : self._length],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
 import torch
@@ -23,14 +23,20 @@ class Sampler:
         self._temperature, self._top_p = temperature, top_p
         self._streams = [_stream(*seed, row) for row in rows] if temperature > 0 else []
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``."""
+    def choose(self, logits: Tensor, drawing: Collection[int]) -> Tensor:
+        """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``; only the rows in `drawing` use their stream.
+
+        The ids of the other rows mean nothing.
+        """
         if self._temperature == 0:
             return logits.argmax(dim=-1)
         probabilities, order = (logits.float() / self._temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         below = probabilities.cumsum(dim=-1) - probabilities
         kept = probabilities.masked_fill(below >= self._top_p, 0.0)
-        uniform = torch.stack([torch.rand((), generator=stream) for stream in self._streams]).to(logits.device)
+        uniform = torch.zeros(len(self._streams))
+        for row in drawing:
+            uniform[row] = torch.rand((), generator=self._streams[row])
+        uniform = uniform.to(logits.device)
         cumulative = kept.cumsum(dim=-1)
         threshold = uniform[:, None] * cumulative[:, -1:]
         place = torch.searchsorted(cumulative, threshold, right=True)
