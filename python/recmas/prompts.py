@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
+from recmas.chats import Messages, earlier
+
 _MARK = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _FIELD = re.compile(r"[A-Za-z_][\w.-]*")
 _FROM = re.compile(r"from:([\w-]+(?:,[\w-]+)*)")
@@ -158,10 +160,11 @@ class PromptRenderer:
         """Token ids between slots, each piece tokenised by itself; empty pieces are left out.
 
         Roles in `texts` are inserted as text, like a field (several in a joint slot: one after the other, a line
-        each); the others stay slots.
+        each); the others stay slots. The earlier messages of a chat stand before the prompt in the chat template.
 
         Raises:
-            ValueError: a missing field, a slot that the chat template dropped, or a prompt with nothing in it.
+            ValueError: a missing field, a slot that the chat template dropped, a prompt with nothing in it, or earlier
+                messages without a chat template that takes them.
         """
         pieces: list[str | Slot] = []
         for part in template.render(row):
@@ -172,7 +175,9 @@ class PromptRenderer:
             else:
                 pieces.append(part)
         if self.chat:
-            pieces = self._in_chat(pieces)
+            pieces = self._in_chat(pieces, earlier(row))
+        else:
+            self.check_chat(row)
         segments: list[list[int] | Slot] = []
         for piece in pieces:
             if isinstance(piece, Slot):
@@ -183,13 +188,23 @@ class PromptRenderer:
             raise ValueError(f"{self.name}: template {_short(template.text)} renders to an empty prompt")
         return segments
 
-    def _in_chat(self, pieces: Sequence[str | Slot]) -> list[str | Slot]:
-        """The chat template's text around the pieces, cut at the slots again."""
+    def check_chat(self, row: Mapping[str, object]) -> None:
+        """Raise ValueError if the row has earlier messages and no chat template takes them."""
+        if (before := earlier(row)) and not self.chat:
+            raise ValueError(f"{self.name}: chat is false, so a row cannot have messages before its question")
+        if before:
+            self._chat_text("question", before)
+
+    def _in_chat(self, pieces: Sequence[str | Slot], conversation: Messages) -> list[str | Slot]:
+        """The chat template's text of the conversation and around the pieces, cut at the slots again."""
         slots = [piece for piece in pieces if isinstance(piece, Slot)]
-        stem = _unused_stem([piece for piece in pieces if isinstance(piece, str)] + [self.system or ""])
+        said = [message["content"] for message in conversation]
+        stem = _unused_stem([piece for piece in pieces if isinstance(piece, str)] + [self.system or "", *said])
         sentinels = [f"{stem}{index}>" for index in range(len(slots))]
         waiting = iter(sentinels)
-        text = self._chat_text("".join(piece if isinstance(piece, str) else next(waiting) for piece in pieces))
+        text = self._chat_text(
+            "".join(piece if isinstance(piece, str) else next(waiting) for piece in pieces), conversation
+        )
         cut: list[str | Slot] = []
         for slot, sentinel in zip(slots, sentinels, strict=True):
             if text.count(sentinel) != 1:
@@ -198,14 +213,24 @@ class PromptRenderer:
             cut += [before, slot]
         return [piece for piece in [*cut, text] if piece]
 
-    def _chat_text(self, content: str) -> str:
-        if self.system is None:
-            return self._apply([{"role": "user", "content": content}])
-        if self._system_role is None:
-            self._system_role = self._takes_system_role()
-        if self._system_role:
-            return self._apply([{"role": "system", "content": self.system}, {"role": "user", "content": content}])
-        return self._apply([{"role": "user", "content": f"{self.system}\n\n{content}"}])
+    def _chat_text(self, content: str, before: Messages) -> str:
+        messages = [*before, {"role": "user", "content": content}]
+        given = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        if system := "\n\n".join(text for text in (self.system, given) if text):
+            if self._system_role is None:
+                self._system_role = self._takes_system_role()
+            if self._system_role:
+                messages.insert(0, {"role": "system", "content": system})
+            else:
+                messages[0] = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
+        if not before:
+            return self._apply(messages)
+        from jinja2 import TemplateError
+
+        try:
+            return self._apply(messages)
+        except TemplateError as error:
+            raise ValueError(f"{self.name}: the chat template refuses the messages: {error}") from None
 
     def _takes_system_role(self) -> bool:
         """False where the chat template refuses a system message or silently drops it."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from recmas import chats
+from recmas.decoding import Detokenizer
 from recmas.pattern import Visit
 from recmas.spec import Decoding
 from recmas.splice import Latents, Prompt
+from recmas.tools import Caller, Tool, Toolbox, ToolCall
 
 if TYPE_CHECKING:
     from recmas.system import RecursiveMAS
 
+Row = str | Mapping[str, object] | Sequence[Mapping[str, str]]
 Message = Latents | list[str]
 MODES = ("latent", "text")
 BATCH_SIZE = 32
@@ -39,10 +43,11 @@ class Answer:
     """The answer to one row.
 
     Attributes:
-        text: what the last agent wrote, without special tokens.
-        tokens: its token ids, the end-of-text token included.
+        text: what the last agent wrote, without special tokens; results of tools stand where it read them.
+        tokens: its token ids, the end-of-text token and results of tools included.
         latent_steps: latent steps by role, over all rounds.
-        text_tokens: decoded tokens by role, over all rounds, the answer's included.
+        text_tokens: tokens that each role wrote, over all rounds, the answer's included; results of tools are not.
+        tool_calls: in order.
         handoffs: every handoff, where a trace was asked for.
     """
 
@@ -50,6 +55,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     latent_steps: dict[str, int] = field(default_factory=dict)
     text_tokens: dict[str, int] = field(default_factory=dict)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
 
 
@@ -67,16 +73,19 @@ class Plan:
     def __init__(
         self,
         mas: RecursiveMAS,
-        mode: str,
-        rounds: int | None,
-        latent_steps: int | Mapping[str, int] | None,
-        max_new_tokens: int | None,
-        temperature: float | None,
-        top_p: float | None,
-        seed: int,
-        trace: bool,
-        on_message: Callable[[Visit, Message], Message] | None,
-        progress: Callable[[int], object] | None,
+        *,
+        mode: str = "latent",
+        rounds: int | None = None,
+        latent_steps: int | Mapping[str, int] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        trace: bool = False,
+        tools: Toolbox | Sequence[Tool] = (),
+        on_message: Callable[[Visit, Message], Message] | None = None,
+        on_text: Callable[[int, str], object] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
@@ -89,7 +98,8 @@ class Plan:
         self.decoding: dict[str, Decoding] = {
             role: replace(setting.decoding, **changes) for role, setting in mas.settings.items()
         }
-        self.on_message, self.progress = on_message, progress
+        self.toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
+        self.on_message, self.on_text, self.progress = on_message, on_text, progress
 
 
 def steps_by_role(mas: RecursiveMAS, asked: int | Mapping[str, int] | None) -> dict[str, int]:
@@ -109,24 +119,41 @@ def steps_by_role(mas: RecursiveMAS, asked: int | Mapping[str, int] | None) -> d
     return steps
 
 
-def answer(plan: Plan, rows: Iterable[str | Mapping[str, object]], batch_size: int | None) -> Answers:
+def answer(plan: Plan, rows: Iterable[Row], batch_size: int | None) -> Answers:
     """Run `plan` over `rows` in batches of rows of similar length; see `RecursiveMAS.answer`."""
     if isinstance(rows, str | Mapping):
         raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
-    fields: list[Mapping[str, object]] = []
-    for index, row in enumerate(rows):
-        if not isinstance(row, str | Mapping):
-            raise ValueError(f"row {index}: {type(row).__name__}, expected a string or a mapping of fields")
-        fields.append({"question": row} if isinstance(row, str) else row)
+    fields = [chats.read_row(row, index) for index, row in enumerate(rows)]
     size = BATCH_SIZE if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size: {size} is not positive")
     plan.mas.check_rows(fields, plan.rounds)
     answers = Answers(Answer() for _ in fields)
-    by_length = sorted(range(len(fields)), key=lambda index: sum(len(str(value)) for value in fields[index].values()))
-    for start in range(0, len(by_length), size):
-        _Batch(plan, answers, fields, by_length[start : start + size]).run()
+    order = list(range(len(fields)))
+    if size > 1:
+        order.sort(key=lambda index: chats.length(fields[index]))
+    for start in range(0, len(order), size):
+        batch = _Batch(plan, answers, fields, order[start : start + size])
+        for row, piece in batch.run(in_pieces=plan.on_text is not None):
+            assert plan.on_text is not None
+            plan.on_text(row, piece)
     return answers
+
+
+def stream(plan: Plan, row: Row) -> Generator[str, None, Answer]:
+    """Run `plan` on one row; see `RecursiveMAS.stream`. Everything is checked before the first piece is asked for."""
+    fields = [chats.read_row(row, 0)]
+    plan.mas.check_rows(fields, plan.rounds)
+
+    def pieces() -> Generator[str, None, Answer]:
+        answers = Answers([Answer()])
+        for _, piece in _Batch(plan, answers, fields, [0]).run(in_pieces=True):
+            if plan.on_text is not None:
+                plan.on_text(0, piece)
+            yield piece
+        return answers[0]
+
+    return pieces()
 
 
 class _Batch:
@@ -139,27 +166,39 @@ class _Batch:
         self.rows = [fields[number] for number in numbers]
         self.answers = [answers[number] for number in numbers]
         self.started = 0.0
+        self.last: tuple[Visit, Prompt] | None = None
 
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self, in_pieces: bool) -> Iterator[tuple[int, str]]:
+        """Fill in the answers; yields the number of a row and a piece of its text as it is written, if asked to."""
         self.started = time.perf_counter()
         self.plan.mas.walk(self.rows, self.plan.rounds, self.speak)
+        assert self.last is not None
+        yield from self.conclude(*self.last, in_pieces)
+        self.account(*self.last)
 
     def speak(self, visit: Visit, prompt: Prompt) -> Message:
+        """The message of an agent; the last agent's text is written by `conclude`, piece by piece."""
+        if visit.final:
+            self.last = visit, prompt
+            return []
         plan = self.plan
-        message = self.think(visit, prompt) if plan.mode == "latent" and not visit.final else self.write(visit, prompt)
-        if plan.on_message is not None and not visit.final:
+        message = self.think(visit, prompt) if plan.mode == "latent" else self.write(visit, prompt)
+        if plan.on_message is not None:
             message = plan.on_message(visit, message)
-        if plan.trace and not visit.final:
+        if plan.trace:
             self.record(visit, message)
+        self.account(visit, prompt)
+        return message
+
+    def account(self, visit: Visit, prompt: Prompt) -> None:
         if prompt.embeds.is_cuda:
             torch.cuda.synchronize(prompt.embeds.device)
         now = time.perf_counter()
         self.seconds[f"round {visit.round}, {visit.role}"] += now - self.started
         self.started = now
-        if plan.progress is not None:
-            plan.progress(len(self.rows))
-        return message
+        if self.plan.progress is not None:
+            self.plan.progress(len(self.rows))
 
     def think(self, visit: Visit, prompt: Prompt) -> Latents:
         steps = self.plan.latent_steps[visit.role]
@@ -170,14 +209,36 @@ class _Batch:
 
     def write(self, visit: Visit, prompt: Prompt) -> list[str]:
         agent, how = self.plan.mas.agents[visit.role], self.plan.decoding[visit.role]
-        seed = (self.plan.seed, visit.round, self.plan.mas.pattern.roles.index(visit.role))
-        tokens = agent.decode(prompt, how.max_new_tokens, how.temperature, how.top_p, seed, rows=self.numbers)
-        texts = [agent.text(row) for row in tokens]
-        for result, row, text in zip(self.answers, tokens, texts, strict=True):
+        settings = how.max_new_tokens, how.temperature, how.top_p, self.seed(visit)
+        tokens = agent.decode(prompt, *settings, rows=self.numbers)
+        for result, row in zip(self.answers, tokens, strict=True):
             result.text_tokens[visit.role] = result.text_tokens.get(visit.role, 0) + len(row)
-            if visit.final:
-                result.text, result.tokens = text, row
-        return texts
+        return [agent.text(row) for row in tokens]
+
+    def conclude(self, visit: Visit, prompt: Prompt, in_pieces: bool) -> Iterator[tuple[int, str]]:
+        """The last agent's text, with its calls of tools."""
+        agent, how = self.plan.mas.agents[visit.role], self.plan.decoding[visit.role]
+        settings = how.max_new_tokens, how.temperature, how.top_p, self.seed(visit)
+        toolbox = self.plan.toolbox
+        caller = Caller(toolbox, len(self.rows), agent.text, agent.literal) if toolbox.tools else None
+        texts = [Detokenizer(agent.text) for _ in self.rows]
+        for result in self.answers:
+            result.text_tokens.setdefault(visit.role, 0)
+        for grown in agent.write(prompt, *settings, rows=self.numbers, reply=caller):
+            for row, tokens in grown.items():
+                self.answers[row].tokens += tokens
+                self.answers[row].text_tokens[visit.role] += 1
+                if in_pieces and (piece := texts[row].add(tokens)):
+                    yield self.numbers[row], piece
+        for row, result in enumerate(self.answers):
+            result.text = agent.text(result.tokens)
+            if caller is not None:
+                result.tool_calls = caller.calls[row]
+            if in_pieces and (piece := texts[row].finish()):
+                yield self.numbers[row], piece
+
+    def seed(self, visit: Visit) -> tuple[int, ...]:
+        return self.plan.seed, visit.round, self.plan.mas.pattern.roles.index(visit.role)
 
     def record(self, visit: Visit, message: Message) -> None:
         """One handoff per agent that will hear this message."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from recmas import running, storage
 from recmas.agent import Agent
+from recmas.chats import earlier
 from recmas.pattern import Edge, Pattern, Visit
 from recmas.prompts import PromptRenderer, Slot, Template
-from recmas.running import Answers, Message
+from recmas.running import Answer, Answers, Message
 from recmas.spec import AgentSpec, Defaults, PromptSpec, SystemSpec, edge_name
 from recmas.splice import JointLink, Latents, Prompt, join, splice
+from recmas.tools import Tool, Toolbox
 from recmas_kernels import FusedRecursiveLink, RecursiveLink
 
 Row = Mapping[str, object]
@@ -183,7 +186,7 @@ class RecursiveMAS:
 
     def answer(
         self,
-        rows: Iterable[str | Row],
+        rows: Iterable[running.Row],
         *,
         mode: str = "latent",
         rounds: int | None = None,
@@ -194,13 +197,16 @@ class RecursiveMAS:
         seed: int = 0,
         batch_size: int | None = None,
         trace: bool = False,
+        tools: Toolbox | Sequence[Tool] = (),
         on_message: Callable[[Visit, Message], Message] | None = None,
+        on_text: Callable[[int, str], object] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Answers:
         """Answer questions; results in the order of the rows.
 
         Args:
-            rows: a question each, or a mapping with the fields that the templates name.
+            rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages
+                whose last one is the question (`recmas.chats`).
             mode: "latent", or "text": the recursive text system, same agents, templates and rounds, text in the slots.
             rounds: None is the system's default.
             latent_steps: for all agents, or by role; None is the system's own.
@@ -210,16 +216,44 @@ class RecursiveMAS:
             seed: of sampling; a row's result depends on it, on its number and on nothing else.
             batch_size: rows at once, of similar length; None is 32.
             trace: keep every handoff in `Answer.handoffs`.
+            tools: what the last agent may call while it writes its answer (`recmas.tools`); none by default.
             on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
+            on_text: called with the number of a row and the next piece of its answer, as it is written.
             progress: called with the number of rows after each visit of an agent.
 
         Raises:
             ValueError: wrong arguments, a field that a row lacks, or missing links; before any model runs.
         """
         plan = running.Plan(
-            self, mode, rounds, latent_steps, max_new_tokens, temperature, top_p, seed, trace, on_message, progress
+            self,
+            mode=mode,
+            rounds=rounds,
+            latent_steps=latent_steps,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            trace=trace,
+            tools=tools,
+            on_message=on_message,
+            on_text=on_text,
+            progress=progress,
         )
         return running.answer(plan, rows, batch_size)
+
+    def stream(self, row: running.Row, **options: Any) -> Generator[str, None, Answer]:
+        """Answer one question piece by piece: an iterator over the answer's text as the last agent writes it.
+
+        The pieces join to the answer's `text`; the `Answer` itself is the iterator's return value (``yield from``).
+
+        Args:
+            row: as one of `answer`'s.
+            options: `answer`'s, but for `batch_size`.
+
+        Raises:
+            ValueError: as `answer`, at once.
+        """
+        return running.stream(running.Plan(self, **options), row)
 
     def walk(self, rows: Sequence[Row], rounds: int, speak: Callable[[Visit, Prompt], Message]) -> Message:
         """Visit the agents in the pattern's order: prompt each from what it hears, pass on what `speak` returns.
@@ -289,6 +323,9 @@ class RecursiveMAS:
                     raise ValueError(
                         f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
                     )
+            if earlier(row):
+                for renderer in self._renderers.values():
+                    renderer.check_chat(row)
 
     def spec(self) -> SystemSpec:
         """What ``system.json`` says, with the paths that `storage` gives to the parts."""

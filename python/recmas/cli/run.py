@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import NonNegativeInt
+
+from recmas.chats import read_row
 from recmas.cli.common import add_answering, add_system, answering, dump, loaded, read_questions, write_lines
-from recmas.cli.parser import CommandLineParser
+from recmas.cli.parser import NAMES, CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from recmas.running import Answers
+    from recmas.tools import Toolbox
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -19,27 +24,50 @@ def add_options(parser: CommandLineParser) -> None:
         "--questions",
         type=str,
         default=None,
-        help="JSONL file: an object per line with the fields that the system's prompts name",
+        help="JSONL file: an object per line with the fields that the system's prompts name, or with a chat's messages",
     )
     parser.add_argument("--question", type=str, default=None, help="a single question instead")
     add_answering(parser)
+    parser.add_argument(
+        "--tools",
+        type=NAMES,
+        default=[],
+        help="tools that the answering agent may call: python, which runs the model's programs under resource limits, "
+        "NOT in a security sandbox",
+    )
+    parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
+    parser.add_argument(
+        "--stream", action="store_true", help="print answers as they are written, one question at a time"
+    )
     parser.add_argument("--output", type=str, default=None, help="write answers here, a JSON object per line")
 
 
 def execute(options: Namespace) -> int:
     rows = read_questions(options)
+    if options.stream and options.json:
+        raise ValueError("--stream prints text as it is written; it cannot be had with --json")
+    arguments = answering(options)
+    printer = _Printer()
+    if options.stream:
+        arguments |= {"batch_size": 1, "on_text": printer}
+    if options.tools:
+        arguments["tools"] = _toolbox(options)
     with loaded(options) as mas:
         from tqdm.auto import tqdm
 
         rounds = mas.defaults.rounds if options.rounds is None else options.rounds
         visits = len(list(mas.pattern.visits(rounds)))
-        with tqdm(total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False) as bar:
-            answers = mas.answer(rows, progress=bar.update, **answering(options))
+        with tqdm(
+            total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=options.stream
+        ) as bar:
+            answers = mas.answer(rows, progress=bar.update, **arguments)
     records = [record(row, answers, index) for index, row in enumerate(rows)]
     if options.output is not None:
         write_lines(options.output, records)
     if options.json:
         dump({"answers": records, "seconds": dict(answers.seconds)})
+    elif options.stream:
+        printer.close(len(rows))
     elif options.output is None:
         for index, answer in enumerate(answers):
             print(f"{index}: {answer.text}")
@@ -51,14 +79,45 @@ def execute(options: Namespace) -> int:
     return 0
 
 
+class _Printer:
+    """Prints the pieces of one answer after another, each under its number."""
+
+    def __init__(self) -> None:
+        self._begun = 0
+
+    def __call__(self, row: int, piece: str) -> None:
+        self._begin(row)
+        print(piece, end="", flush=True)
+
+    def close(self, rows: int) -> None:
+        """End the last line; answers without text have been passed over and still need theirs."""
+        self._begin(rows - 1)
+        print()
+
+    def _begin(self, row: int) -> None:
+        while self._begun <= row:
+            print(f"\n{self._begun}: " if self._begun else "0: ", end="")
+            self._begun += 1
+
+
+def _toolbox(options: Namespace) -> Toolbox:
+    from recmas.tools import SHIPPED, Toolbox
+
+    for name in options.tools:
+        if name not in SHIPPED:
+            raise ValueError(f"--tools: unknown tool {name!r}; there is {', '.join(SHIPPED)}")
+    return Toolbox([SHIPPED[name]() for name in options.tools], max_calls=options.max_tool_calls)
+
+
 def record(row: dict[str, object], answers: Answers, index: int) -> dict[str, Any]:
     """One answer as JSON."""
     answer = answers[index]
     return {
         "index": index,
-        "question": row.get("question"),
+        "question": read_row(row, index).get("question"),
         "text": answer.text,
         "tokens": answer.tokens,
         "latent_steps": answer.latent_steps,
         "text_tokens": answer.text_tokens,
+        "tool_calls": [asdict(call) for call in answer.tool_calls],
     }
