@@ -21,13 +21,14 @@ class Continuation:
         decoder: decoder body of a transformers model (no LM head).
         mask: int64 ``[B, T]`` of the prompt.
         room: positions that will likely be fed after the prompt; more find room when they come.
+        context: positions the model has; rows that go on beyond it, as ended ones beside others do, stay at the last.
     """
 
-    def __init__(self, decoder: PreTrainedModel, mask: Tensor, room: int) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: PreTrainedModel, mask: Tensor, room: int, context: int | None = None) -> None:
+        self._decoder, self._last = decoder, None if context is None else context - 1
         self._cache = _new_cache(decoder)
         self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], room)], dim=1)
-        self._positions = positions_of(self._mask)
+        self._positions = positions_of(self._mask, self._last)
         self._length = 0
 
     def feed(self, embeds: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Continuation:
         start, self._length = self._length, self._length + embeds.shape[1]
         if self._length > self._mask.shape[1]:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], self._length)], dim=1)
-            self._positions = positions_of(self._mask)
+            self._positions = positions_of(self._mask, self._last)
         output = self._decoder(
             inputs_embeds=embeds,
             attention_mask=self._mask[:, : self._length],
@@ -46,9 +47,9 @@ class Continuation:
         return output.last_hidden_state[:, -1]
 
 
-def positions_of(mask: Tensor) -> Tensor:
-    """Position ids int64 ``[B, T]``: the number of unmasked inputs before each one."""
-    return (mask.cumsum(dim=1) - 1).clamp_(min=0)
+def positions_of(mask: Tensor, last: int | None = None) -> Tensor:
+    """Position ids int64 ``[B, T]``: the number of unmasked inputs before each one, `last` at most."""
+    return (mask.cumsum(dim=1) - 1).clamp_(min=0, max=last)
 
 
 def _new_cache(decoder: PreTrainedModel) -> DynamicCache:

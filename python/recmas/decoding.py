@@ -52,7 +52,7 @@ def write(
     space = [_UNBOUNDED if context is None else context - positions + 1 for positions in used]  # left in the context
     left = [min(max_new_tokens, positions) for positions in space]  # tokens that each row may still write
     sampler = Sampler(temperature, top_p, seed, rows)
-    past = Continuation(agent.decoder, prompt.mask, max(max(left, default=0) - 1, 0))
+    past = Continuation(agent.decoder, prompt.mask, max(max(left, default=0) - 1, 0), context)
     going = {row for row in range(batch) if left[row] > 0}
     unread: list[list[int]] = [[] for _ in range(batch)]
     inputs, ends = prompt.embeds, agent.eos_ids
@@ -81,7 +81,7 @@ def write(
 
 
 class Detokenizer:
-    """The text of a growing row, piece by piece; the pieces join to the text of the whole row.
+    """The text of a growing row, piece by piece; the pieces join to `text_of` the row.
 
     A character whose bytes are spread over several tokens appears when its last byte does.
 
@@ -97,11 +97,13 @@ class Detokenizer:
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` make certain; may be empty."""
-        self._window += tokens
-        text = self._decode(self._window)
-        if text.endswith("\ufffd"):
-            return ""
-        return self._take(text)
+        piece = ""
+        for token in tokens:
+            self._window.append(token)
+            text = self._decode(self._window)
+            if not text.endswith("\ufffd"):
+                piece += self._take(text)
+        return piece
 
     def finish(self) -> str:
         """What was held back: the replacement character of a row that ends within a character."""
@@ -113,3 +115,16 @@ class Detokenizer:
             self._window = self._window[self._shown :]
             self._known, self._shown = self._decode(self._window), len(self._window)
         return piece
+
+
+def text_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
+    """The text of a row, as the pieces of a `Detokenizer` join to it.
+
+    Decoding everything at once gives the same but for bytes that are no character: some tokenizers then take back
+    characters before them too.
+    """
+    text = decode(tokens)
+    if "\ufffd" not in text:
+        return text
+    pieces = Detokenizer(decode)
+    return pieces.add(tokens) + pieces.finish()

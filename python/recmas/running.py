@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recmas import chats
-from recmas.decoding import Detokenizer
+from recmas.decoding import Detokenizer, text_of
 from recmas.pattern import Visit
 from recmas.spec import Decoding
 from recmas.splice import Latents, Prompt
@@ -231,7 +231,7 @@ class _Batch:
                 if in_pieces and (piece := texts[row].add(tokens)):
                     yield self.numbers[row], piece
         for row, result in enumerate(self.answers):
-            result.text = agent.text(result.tokens)
+            result.text = text_of(result.tokens, agent.text)
             if caller is not None:
                 result.tool_calls = caller.calls[row]
             if in_pieces and (piece := texts[row].finish()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from recmas.agent import Agent
 from recmas.sampling import Sampler
@@ -49,6 +50,18 @@ def test_each_row_stops_at_the_end_of_the_context():
     agent.model.generation_config.eos_token_id = None
     agent.tokenizer.eos_token = None
     assert [len(row) for row in agent.decode(prompts(agent, (10, 4))[0], 20)] == [1, 7]
+
+
+def test_ended_rows_need_no_positions_that_the_model_lacks():
+    """GPT-2 has a table of positions; a row at its end stays in the batch while the others go on."""
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=20, bos_token_id=1, eos_token_id=2)
+    agent = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    agent.model.generation_config.eos_token_id = None
+    agent.tokenizer.eos_token = None
+    batch, rows = prompts(agent, (18, 4))
+    together = agent.decode(batch, 50)
+    assert [len(row) for row in together] == [3, 17]
+    assert [agent.decode(one(embeds), 50)[0] for embeds in rows] == together
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])

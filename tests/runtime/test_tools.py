@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recmas import DELIBERATION, RecursiveMAS
+from recmas.sampling import Sampler
 from recmas.tools import Caller, PythonTool, Toolbox
 from tests.runtime.test_decode import one
 from tests.runtime.tiny import prompts, tiny_agent
@@ -139,6 +140,8 @@ def test_results_hold_no_special_tokens():
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
+        ("python", "tools: 'python', expected a list of tools"),
+        (Echo(), "expected a list of tools"),
         ([object()], "is not a tool with a name"),
         ([Echo("a b")], "is not a tool with a name"),
         ([Echo(), Echo()], "two are called 'echo'"),
@@ -173,29 +176,44 @@ def mas():
     return RecursiveMAS.create(agents, DELIBERATION, rounds=2, latent_steps=2, seed=0)
 
 
-def test_an_answer_with_tools(mas, monkeypatch):
-    """A model that writes what it is made to: its row calls, reads the result and goes on; the other row is as ever."""
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_with_tools(mas, monkeypatch, temperature):
+    """A row made to write a call reads the result and goes on by itself; the other row is as ever."""
     agent, echo = mas.agents["toolcaller"], Echo()
-    script = agent.tokenizer("<echo>fox</echo> so", add_special_tokens=False)["input_ids"] + [2]
-    rows = ["fox", "the lazy dog"]
-    plain = mas.answer(rows, max_new_tokens=20)
-    write = agent.write
+    script = agent.tokenizer("<echo>fox</echo>", add_special_tokens=False)["input_ids"]
+    rows = ["what is the answer to everything?", "the lazy dog"]
+    arguments = {"max_new_tokens": len(script) + 6, "temperature": temperature}
 
-    def scripted(prompt, *settings, rows, reply):
-        """The agent's own decoding for the second row; for the first a script, with a reply's ids where they came."""
-        for grown in write(prompt, *settings, rows=rows, reply=lambda row, token, room: []):
-            if 1 in map(rows.__getitem__, grown):
-                yield {rows.index(1): grown[rows.index(1)]}
-        for token in script:
-            yield {rows.index(0): [token, *reply(rows.index(0), token, 100)]}
+    class Scripted(Sampler):
+        """Draws as ever, but gives row 0 of the run the script's tokens as long as there are any."""
 
-    monkeypatch.setattr(agent, "write", scripted)
-    answers = mas.answer(rows, max_new_tokens=20, tools=[echo])
-    assert answers[0].text == "<echo>fox</echo> <result> xof </result> so"
-    assert answers[0].text_tokens["toolcaller"] == len(script)
-    assert len(answers[0].tokens) > len(script)
-    assert [call.text for call in answers[0].tool_calls] == ["fox"]
-    assert (answers[1].text, answers[1].tool_calls) == (plain[1].text, [])
+        def __init__(self, temperature, top_p, seed, rows):
+            super().__init__(temperature, top_p, seed, rows)
+            self.row = list(rows).index(0) if 0 in rows else -1
+            self.left = list(script)
+
+        def choose(self, logits, drawing):
+            tokens = super().choose(logits, drawing)
+            if self.row in drawing and self.left:
+                tokens[self.row] = self.left.pop(0)
+            return tokens
+
+    plain = mas.answer(rows, **arguments)
+    monkeypatch.setattr("recmas.decoding.Sampler", Scripted)
+    together = mas.answer(rows, tools=[echo], **arguments)
+    alone = mas.answer(rows, tools=[echo], batch_size=1, **arguments)
+    assert together == alone
+    result = agent.literal(" <result> xof </result>")
+    called, other = together
+    assert called.tokens[: len(script) + len(result)] == script + result
+    assert called.text.startswith("<echo>fox</echo> <result> xof </result>")
+    assert called.text_tokens["toolcaller"] == len(called.tokens) - len(result) > len(script)
+    assert [(call.name, call.text, call.result) for call in called.tool_calls] == [("echo", "fox", "xof")]
+    assert other == plain[1]
+    silent = mas.answer(rows, **arguments)[0]
+    assert silent.text.startswith("<echo>fox</echo>")
+    assert silent.tool_calls == []
+    assert "<result>" not in silent.text
 
 
 def test_tools_that_are_not_called_change_nothing(mas):

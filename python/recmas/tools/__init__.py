@@ -2,6 +2,7 @@
 
 The model writes ``<name> ... </name>``; the text between goes to the tool of that name, and `` <result> ... </result>``
 follows in the model's own row. Nothing else changes: the row goes on upon its own cache, and so do its neighbours.
+They wait while a tool runs, though, and calls run one at a time.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ class Toolbox:
         max_output: most characters of a result.
 
     Raises:
-        ValueError: a tool without a usable name or `run`, two of one name, or a bound below its least value.
+        ValueError: no list, a tool without a usable name or `run`, two of one name, or a bound below its least value.
     """
 
     def __init__(self, tools: Sequence[Tool], *, max_calls: int = 5, max_output: int = 6000) -> None:
+        if isinstance(tools, str) or not isinstance(tools, Sequence):
+            raise ValueError(f"tools: {tools!r}, expected a list of tools")
         self.tools: dict[str, Tool] = {}
         for tool in tools:
             name = getattr(tool, "name", None)
