@@ -13,11 +13,11 @@ from torch import Tensor
 
 from recmas_kernels.backends.triton.device import gelu, gelu_and_slope
 
-TILE_TOKENS, TILE_COLUMNS, WARPS = 16, 256, 4
+TILE_TOKENS, TILE_COLUMNS, WARPS = 16, 256, 8
 SUM_BLOCKS = 64  # blocks of tokens in the backward, times hidden / 256 tiles across
 
 
-@triton.jit(do_not_specialize=["tokens", "pre_stride", "out_stride"])
+@triton.jit(do_not_specialize=["tokens"])
 def _activate(
     pre,  # [T, columns]
     out,  # [T, columns]; may be pre

@@ -16,7 +16,7 @@ from recmas_kernels.backends.triton.rows import row_block
 from recmas_kernels.reference import COSINE_EPS
 
 
-@triton.jit(do_not_specialize=["tokens", "table_rows", "pred_stride", "target_stride"])
+@triton.jit(do_not_specialize=["tokens", "table_rows"])
 def _align(
     pred,  # [T, width]
     target,  # [table_rows, width]

@@ -12,7 +12,7 @@ from recmas_kernels.backends.triton.device import guard
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["rows_stride", "embeds_stride"])
+@triton.jit
 def _scatter(
     rows,  # [n, width]
     embeds,  # [R, width]

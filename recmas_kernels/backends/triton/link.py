@@ -180,7 +180,7 @@ def _backward(
     if go is not None:
         dz = given.rows(w2.shape[0])
         sums = need_go or need_co or need_b2 or need_b3
-        found = rows.normalise_backward(dy, z, stats[2:], go, None, dtype, sums=sums, drows=dz)
+        found = rows.normalise_backward(dy, z, stats[2:], go, None, dtype, sums=sums, total=True, drows=dz)
         if found is not None:
             dgo, dco, dbias = found
     elif need_b2 or need_b3:
@@ -218,7 +218,7 @@ def _backward(
                 normed=normed,
             )
             if found is not None:
-                dgi, dci, _ = found
+                dgi, dci = found
         elif normed is not None:
             rows.normalise(x, gi, ci, eps, dtype, normed=normed)
         u = u if normed is None else normed

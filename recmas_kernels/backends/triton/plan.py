@@ -67,17 +67,14 @@ def can_be_small(link: Link) -> bool:
     return link.residual != "linear" and link.hidden_features <= WIDEST_SMALL
 
 
-def tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether ``tl.dot`` runs on tensor cores: exact float32 products do not, and the library's are better there."""
-    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def candidates(link: Link) -> list[str]:
     """Every variant that computes the link, the default first."""
     found = [LIBRARY, MATMUL]
     if can_be_small(link):
-        by_default = link.hidden_features <= SMALL_BY_DEFAULT and tensor_cores(link.dtype)
-        found.insert(0 if by_default else 2, SMALL)
+        sizes = (link.in_features, link.hidden_features, link.out_features)
+        # Masks of sizes that divide nothing spill registers; exact float32 products do not use the tensor cores.
+        easy = all(size % 16 == 0 for size in sizes) and link.dtype != torch.float32
+        found.insert(0 if easy and link.hidden_features <= SMALL_BY_DEFAULT else 2, SMALL)
     return found
 
 

@@ -23,7 +23,7 @@ def row_block(width: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 256))
 
 
-@triton.jit(do_not_specialize=["rows_stride", "addend_stride", "plain_stride", "normed_stride"])
+@triton.jit
 def _normalise(
     rows,  # [T, width], any dtype
     addend,  # [T, width] or None: added to the row first
@@ -105,7 +105,7 @@ def normalise(
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "dout_stride", "rows_stride", "addend_stride"])
+@triton.jit(do_not_specialize=["tokens"])
 def _normalise_backward(
     dout,  # [T, width]: the gradient of the LayerNorm's output
     rows,  # [T, width]: the LayerNorm's input
@@ -116,12 +116,13 @@ def _normalise_backward(
     addend,  # [T, width] or None: a gradient that reached the input by another way
     drows,  # [T, width] or None, contiguous
     normed,  # [T, width] or None, contiguous: the LayerNorm's output, again
-    partials,  # float32 [3, programs, width] or None: sums of dout*xhat, dout and drows over each program's tokens
+    partials,  # float32 [2 or 3, programs, width] or None: sums of dout*xhat, dout (and drows) over a program's tokens
     tokens,
     width,
     dout_stride,
     rows_stride,
     addend_stride,
+    TOTAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -149,7 +150,7 @@ def _normalise_backward(
             dbias += grad
         scaled = grad * gain
         dvalue = scale * (scaled - tl.sum(scaled, 0) / width - xhat * (tl.sum(scaled * xhat, 0) / width))
-        if partials is not None:
+        if TOTAL:
             total += tl.where(inside, dvalue, 0.0)
         if drows is not None:
             if addend is not None:
@@ -160,7 +161,8 @@ def _normalise_backward(
         plane = programs.to(tl.int64) * width
         tl.store(place, dweight, mask=inside)
         tl.store(place + plane, dbias, mask=inside)
-        tl.store(place + 2 * plane, total, mask=inside)
+        if TOTAL:
+            tl.store(place + 2 * plane, total, mask=inside)
 
 
 def normalise_backward(
@@ -172,19 +174,21 @@ def normalise_backward(
     dtype: torch.dtype,
     *,
     sums: bool,
+    total: bool = False,
     addend: Tensor | None = None,
     drows: Tensor | None = None,
     normed: Tensor | None = None,
 ) -> Tensor | None:
     """One pass: ``drows = d LayerNorm(rows) + addend`` and ``normed = LayerNorm(rows)``, each if given (contiguous).
 
-    With ``sums``, returns float32 ``[3, width]``: the gradients of weight and bias, and the column sums of drows
-    without the addend. ``stats [2, T]`` holds mean and rstd.
+    With ``sums``, returns float32 ``[2, width]``, the gradients of weight and bias; with ``total`` as well, a third
+    row, the column sums of drows without the addend. ``stats [2, T]`` holds mean and rstd.
     """
     tokens, width = rows.shape
     block, warps = row_block(width)
     programs = min(tokens, PROGRAMS)
-    partials = torch.empty(3, programs, width, dtype=torch.float32, device=rows.device) if sums else None
+    total = total and sums
+    partials = torch.empty(2 + total, programs, width, dtype=torch.float32, device=rows.device) if sums else None
     _normalise_backward[(programs,)](
         dout,
         rows,
@@ -201,6 +205,7 @@ def normalise_backward(
         dout.stride(0),
         rows.stride(0),
         0 if addend is None else addend.stride(0),
+        TOTAL=total,
         COMPUTE=TRITON_DTYPES[dtype],
         BLOCK=block,
         num_warps=warps,

@@ -30,7 +30,7 @@ def _merge(mean, spread, count, value, inside, columns):
     return mean + delta * (columns / whole), spread
 
 
-@triton.jit(do_not_specialize=["tokens", "x_stride"])
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     x,  # [T, in]
     w1,  # [hidden, in]

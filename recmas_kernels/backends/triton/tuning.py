@@ -19,7 +19,8 @@ import torch
 
 Option = TypeVar("Option")
 
-_answers: dict[tuple[str, str], dict[str, str]] = {}
+_answers: dict[int | None, tuple[Path, dict[str, str]]] = {}  # by device index
+_recalled: dict[tuple[object, ...], str | None] = {}  # spares a call the wording of its question
 
 
 def wanted(device: torch.device) -> bool:
@@ -45,11 +46,6 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-@cache
-def _device_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
-
-
 def path(name: str) -> Path:
     """Where the answers for devices called ``name`` are kept."""
     root = os.environ.get("RECMAS_TUNE_DIR")
@@ -58,32 +54,31 @@ def path(name: str) -> Path:
     return folder / f"{safe}-{fingerprint()}.json"
 
 
-def _load(name: str) -> dict[str, str]:
-    where = path(name)
+def _load(where: Path) -> dict[str, str]:
     try:
         answers = json.loads(where.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise RuntimeError(
-            f"the tuning file {where} cannot be read ({error}); delete it to use the defaults"
-        ) from error
+        raise RuntimeError(f"cannot read the tuning file {where} ({error}); without it the defaults hold") from error
     return {str(key): str(value) for key, value in answers.items()}
 
 
-def _answers_for(device: torch.device) -> tuple[str, dict[str, str]]:
-    name = _device_name(device.index)
-    place = (name, str(path(name)))
-    if place not in _answers:
-        _answers[place] = _load(name)
-    return name, _answers[place]
+def _answers_for(device: torch.device) -> tuple[Path, dict[str, str]]:
+    if device.index not in _answers:
+        where = path(torch.cuda.get_device_name(device.index))
+        _answers[device.index] = where, _load(where)
+    return _answers[device.index]
 
 
 def recall(kind: str, key: Sequence[object], device: torch.device) -> str | None:
     """The tuned answer to question ``kind`` for ``key``, or None."""
     if device.type != "cuda":
         return None
-    return _answers_for(device)[1].get(_question(kind, key))
+    place = (kind, device.index, *key)
+    if place not in _recalled:
+        _recalled[place] = _answers_for(device)[1].get(_question(kind, key))
+    return _recalled[place]
 
 
 def _question(kind: str, key: Sequence[object]) -> str:
@@ -113,9 +108,10 @@ def choose(
         return options[0]
     times = {name: milliseconds(partial(attempt, option)) for name, option in named.items()}
     best = min(times, key=lambda name: times[name])
-    name, answers = _answers_for(device)
-    answers[_question(kind, key)] = best
-    _write(path(name), answers)
+    where, answers = _answers_for(device)
+    place = (kind, device.index, *key)
+    answers[_question(kind, key)] = _recalled[place] = best
+    _write(where, answers)
     return named[best]
 
 

@@ -8,4 +8,4 @@ from __future__ import annotations
 import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_interpreter.py", "test_compiled.py"] if INTERPRETED else ["interpreted"]
+collect_ignore = ["test_interpreter.py", "test_compiled.py", "test_plan.py"] if INTERPRETED else ["interpreted"]

@@ -1,0 +1,108 @@
+"""Which Triton kernels serve which link, what the backend declines, and what tuning remembers. No kernel runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from recmas_kernels import backends
+from recmas_kernels.backends import triton as backend
+
+pytest.importorskip("triton")
+
+from recmas_kernels.backends.triton import plan, tuning
+
+CPU = torch.device("cpu")
+
+
+def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16):
+    return plan.Link("train", CPU, dtype, 4096, width, hidden, width, residual, True)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (link(), [plan.LIBRARY, plan.MATMUL]),
+        (link(hidden=256), [plan.SMALL, plan.LIBRARY, plan.MATMUL]),
+        (link(hidden=512), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
+        (link(hidden=513), [plan.LIBRARY, plan.MATMUL]),
+        (link(hidden=256, residual="linear"), [plan.LIBRARY, plan.MATMUL]),
+        (link(hidden=256, width=2047), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
+        (link(hidden=256, dtype=torch.float32), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
+    ],
+)
+def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, expected):
+    assert plan.candidates(chosen) == expected
+    assert plan.variant(chosen, lambda _: None) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float64}, "not in torch.float64"),
+        ({"in_features": 8193}, "up to 8192 features, got 8193"),
+        ({"hidden_features": 0}, "a size is zero"),
+        ({"op": "handoff_fwd", "dtype": torch.float64, "hidden_features": 0, "out_features": 9000}, None),
+        ({"op": "alignment_fwd", "hidden_features": 0}, None),
+    ],
+)
+def test_declines_name_the_reason(change, reason):
+    call = backends.Call("link_fwd", "cuda", torch.bfloat16, 64, 2048, 2048, 2048, training=False)
+    found = backend.declines(call._replace(**change))
+    assert found is None if reason is None else reason in found
+
+
+def test_without_triton_the_reason_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backend.unavailable.cache_clear()
+    assert "triton cannot be imported" in backend.unavailable()
+    monkeypatch.undo()
+    backend.unavailable.cache_clear()
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A pretended GPU whose answers are kept in a folder of the test's own."""
+    monkeypatch.setenv("RECMAS_TUNE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU 80GB")
+    monkeypatch.setattr(tuning, "_answers", {})
+    monkeypatch.setattr(tuning, "_recalled", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seconds = {"slow": 2.0, "fast": 1.0, "default": 1.5}
+    monkeypatch.setattr(tuning, "milliseconds", lambda run: seconds[run()])
+    return torch.device("cuda", 0)
+
+
+def ask(device, options=("default", "fast", "slow")):
+    return tuning.choose("variant", ("train", 64), device, options, lambda option: option)
+
+
+def test_nothing_is_timed_unless_asked_for(device, tmp_path):
+    assert ask(device) == "default"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fastest_is_remembered_across_processes(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("RECMAS_TUNE", "1")
+    assert ask(device) == "fast"
+    monkeypatch.delenv("RECMAS_TUNE")
+    monkeypatch.setattr(tuning, "_answers", {})
+    monkeypatch.setattr(tuning, "_recalled", {})
+    assert ask(device) == "fast"
+    assert [file.name for file in tmp_path.iterdir()] == [f"Some-GPU-80GB-{tuning.fingerprint()}.json"]
+    assert ask(device, ("default", "slow")) == "default"  # an answer that is no longer an option is not followed
+
+
+def test_nothing_is_timed_while_a_graph_records(device, monkeypatch):
+    monkeypatch.setenv("RECMAS_TUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ask(device) == "default"
+
+
+def test_a_damaged_file_is_named(device, tmp_path):
+    tuning.path("Some GPU 80GB").write_text("{")
+    with pytest.raises(RuntimeError, match=r"cannot read the tuning file .*Some-GPU-80GB"):
+        ask(device)
