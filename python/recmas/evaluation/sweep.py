@@ -92,9 +92,7 @@ def sweep(
     cells = _cells(system, modes, rounds, latent_steps)
     answerers = [variant(system, cell.mode) for cell in cells]
     for cell, (answerer, mode) in zip(cells, answerers, strict=True):
-        plan = Plan(
-            answerer, mode, cell.rounds, cell.steps, **decoding, seed=0, trace=False, on_message=None, progress=None
-        )
+        plan = Plan(answerer, mode=mode, rounds=cell.rounds, latent_steps=cell.steps, **decoding)
         answerer.check_rows(rows, plan.rounds)
         if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
