@@ -4,13 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f -not -path 'csrc/tests/*')
 RUNTIME := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench sanitize gpu clean
+.PHONY: help install demo test lint format bench native sanitize gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,11 +53,18 @@ bench: $(DEVELOPMENT) ## measure the full grid here (ten quiet minutes), store i
 	$(BIN)/python -m pytest benchmarks --grid full --benchmark-json=build/benchmarks.json || status=$$?; \
 	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
 
+native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks into another
+	$(call native_checks,build/native,-DRECMAS_SANITIZE=OFF)
+
 sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DCMAKE_BUILD_TYPE=Release -DRECMAS_TESTS=ON -DRECMAS_SANITIZE=ON -DRECMAS_WERROR=ON
-	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=ON)
+
+define native_checks
+	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DRECMAS_PYTHON=OFF -DRECMAS_TESTS=ON -DRECMAS_WERROR=ON $(2)
+	$(BIN)/cmake --build $(1)
+	$(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
 
 gpu: $(DEVELOPMENT) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -54,9 +54,9 @@ namespace cpu {
 // Panels and stored weights are summed in different orders; asking for panel order makes the bits of a call with a
 // stored weight those of the same call after packing.
 enum class Form : int32_t {
-  stored = 0,                // [rows, columns] as nn.Linear stores it
-  stored_panel_order = 1,    // the same, with the sums of packed
-  packed = 2,                // panels in the compute dtype, from pack_weight
+  stored = 0,              // [rows, columns] as nn.Linear stores it
+  stored_panel_order = 1,  // the same, with the sums of packed
+  packed = 2,              // panels in the compute dtype, from pack_weight
 };
 
 struct Weight {  // absent if data is null
@@ -87,11 +87,11 @@ struct LinkConfig {
 struct LinkForward {
   LinkConfig config;
   LinkWeights weights;
-  MatrixView x;   // [tokens, in]
-  Output y;       // [tokens, out]
-  Output pre;     // [tokens, hidden] p, compute dtype; training only
-  Output z;       // [tokens, out] z, compute dtype; training with an output norm only
-  float* stats;   // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
+  MatrixView x;  // [tokens, in]
+  Output y;      // [tokens, out]
+  Output pre;    // [tokens, hidden] p, compute dtype; training only
+  Output z;      // [tokens, out] z, compute dtype; training with an output norm only
+  float* stats;  // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
 };
 
 struct LinkBackward {
@@ -137,8 +137,8 @@ int64_t link_backward_workspace(const LinkBackward& call);
 Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes);
 
 // The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
-Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count, int64_t row_bytes,
-                       void* table, int64_t table_stride, int64_t table_rows);
+Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
+                       int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows);
 // Its gradient: rows[i] = table[slot_rows[i]], and those rows of the table become 0. rows is [count, row_bytes].
 Status handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,
                     int64_t row_bytes, void* rows);
@@ -149,8 +149,8 @@ Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes
 
 }  // namespace cpu
 
-// Device pointers. Work goes to `stream`, a cudaStream_t of the current device; nothing waits for it. Rows are copied as
-// they are, so sizes and strides are in bytes. Returns the CUDA runtime's own error code, 0 for success.
+// Device pointers. Work goes to `stream`, a cudaStream_t of the current device; nothing waits for it. Rows are copied
+// as they are, so sizes and strides are in bytes. Returns the CUDA runtime's own error code, 0 for success.
 namespace cuda {
 
 // As on the CPU, except that a slot outside [0, table_rows) is found by the kernel, which ends in a launch failure.

@@ -86,8 +86,8 @@ cpu::LinkWeights present_weights(bool linear, bool norm_in, bool norm_out, bool 
 }
 
 int64_t link_forward_workspace(int isa, int threads, int compute, int residual, int64_t tokens, int64_t in_features,
-                               int64_t hidden_features, int64_t out_features, bool norm_in, bool norm_out, int form1, int form2,
-                               int form3, bool narrow_vectors) {
+                               int64_t hidden_features, int64_t out_features, bool norm_in, bool norm_out, int form1,
+                               int form2, int form3, bool narrow_vectors) {
   static const char present = 0;
   cpu::LinkForward call{};
   call.config = config_of(isa, threads, compute, residual, 0, 0.0f, tokens, in_features, hidden_features, out_features);
@@ -236,19 +236,19 @@ void alignment(int isa, int threads, int64_t tokens, int64_t features, int64_t t
                Address token_ids, Address mask, float cosine_weight, float mse_weight, float embed_scale, Address loss,
                Address grad, Address workspace, int64_t workspace_bytes) {
   const cpu::Alignment call{tokens,
-                       features,
-                       table_rows,
-                       matrix_of(pred, pred_stride, pred_dtype),
-                       matrix_of(target, target_stride, target_dtype),
-                       pointer<const int64_t>(token_ids),
-                       pointer<const float>(mask),
-                       cosine_weight,
-                       mse_weight,
-                       embed_scale,
-                       pointer<float>(loss),
-                       output_of(grad, pred_dtype),
-                       static_cast<Isa>(isa),
-                       threads};
+                            features,
+                            table_rows,
+                            matrix_of(pred, pred_stride, pred_dtype),
+                            matrix_of(target, target_stride, target_dtype),
+                            pointer<const int64_t>(token_ids),
+                            pointer<const float>(mask),
+                            cosine_weight,
+                            mse_weight,
+                            embed_scale,
+                            pointer<float>(loss),
+                            output_of(grad, pred_dtype),
+                            static_cast<Isa>(isa),
+                            threads};
   run("alignment", [&] { return cpu::alignment(call, pointer<void>(workspace), workspace_bytes); });
 }
 

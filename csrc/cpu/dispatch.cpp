@@ -27,8 +27,8 @@ bool known(Dtype dtype) { return dtype >= Dtype::f32 && dtype <= Dtype::f16; }
 
 // A 16-bit compute dtype is served with fp32 masters or weights of its own dtype; fp32 with any.
 bool serves(const Weight& weight, Dtype compute) {
-  return weight.data == nullptr || weight.form == Form::packed || weight.dtype == Dtype::f32 || weight.dtype == compute ||
-         compute == Dtype::f32;
+  return weight.data == nullptr || weight.form == Form::packed || weight.dtype == Dtype::f32 ||
+         weight.dtype == compute || compute == Dtype::f32;
 }
 
 Status check_link(const LinkConfig& config, const LinkWeights& weights, const MatrixView& x) {
@@ -65,8 +65,9 @@ Isa best_isa() {
 
 int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute, Isa isa) {
   const Kernels* kernels = kernels_of(isa);
-  return kernels == nullptr || !known(compute) || rows < 0 || columns < 0 ? -1
-                                                                          : kernels->packed_bytes(rows, columns, compute);
+  return kernels == nullptr || !known(compute) || rows < 0 || columns < 0
+             ? -1
+             : kernels->packed_bytes(rows, columns, compute);
 }
 
 Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, Isa isa,
@@ -137,7 +138,8 @@ int64_t link_backward_workspace(const LinkBackward& call) {
 Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes) {
   const Status status = check_link(call.config, call.weights, call.x);
   if (status != Status::ok) return status;
-  const bool norm_in = call.weights.norm_in_weight.data != nullptr, norm_out = call.weights.norm_out_weight.data != nullptr;
+  const bool norm_in = call.weights.norm_in_weight.data != nullptr,
+             norm_out = call.weights.norm_out_weight.data != nullptr;
   if (call.dy.data == nullptr || call.pre.data == nullptr || (norm_out && call.z.data == nullptr) ||
       ((norm_in || norm_out) && call.stats == nullptr) || call.weights.w1.form == Form::packed ||
       call.weights.w2.form == Form::packed || call.weights.w3.form == Form::packed) {

@@ -16,8 +16,8 @@ Status check(const int64_t* slot_rows, int64_t count, int64_t row_bytes, int64_t
 
 }  // namespace
 
-Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count, int64_t row_bytes,
-                       void* table, int64_t table_stride, int64_t table_rows) {
+Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
+                       int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows) {
   const Status status = check(slot_rows, count, row_bytes, table_rows);
   if (status != Status::ok || row_bytes == 0) return status;
   for (int64_t i = 0; i < count; ++i) {

@@ -39,10 +39,15 @@ void gelu_and_slope(const float* x, int64_t count, Gelu kind, float* value, floa
 namespace recmas::cpu {
 
 extern const Kernels RECMAS_JOIN(kernels_, RECMAS_ISA) = {
-    RECMAS_ISA::packed_bytes,           RECMAS_ISA::pack_weight,   RECMAS_ISA::link_forward_workspace,
-    RECMAS_ISA::link_forward,           RECMAS_ISA::link_backward_workspace,
-    RECMAS_ISA::link_backward,          RECMAS_ISA::alignment_workspace,
-    RECMAS_ISA::alignment,              RECMAS_ISA::gelu_and_slope,
+    RECMAS_ISA::packed_bytes,
+    RECMAS_ISA::pack_weight,
+    RECMAS_ISA::link_forward_workspace,
+    RECMAS_ISA::link_forward,
+    RECMAS_ISA::link_backward_workspace,
+    RECMAS_ISA::link_backward,
+    RECMAS_ISA::alignment_workspace,
+    RECMAS_ISA::alignment,
+    RECMAS_ISA::gelu_and_slope,
 };
 
 }  // namespace recmas::cpu

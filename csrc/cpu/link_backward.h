@@ -28,8 +28,8 @@ struct BackwardPlan {
   int64_t threads, block, workspace;
   Vectors vectors;
   bool norm_in, norm_out, identity, linear;
-  bool needs_dp;  // a gradient before the activation is wanted
-  bool needs_du;  // a gradient before W1 is wanted
+  bool needs_dp;           // a gradient before the activation is wanted
+  bool needs_du;           // a gradient before W1 is wanted
   Left dz, dz_transposed;  // [block][out], [out][block]
   Left dp, dp_transposed;  // [block][hidden], [hidden][block]
   Left u, activation;      // [block][in], [block][hidden]
@@ -112,9 +112,11 @@ inline Matrix rows_from(const MatrixView& view, int64_t first) {
   return {data, view.dtype, view.stride};
 }
 
-inline void backward_rows(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
+inline void backward_rows(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                          const BackwardBlock& block) {
   const LinkShape& s = call.config.shape;
-  const Matrix dy = rows_from(call.dy, block.first), z = rows_from(call.z, block.first), x = rows_from(call.x, block.first);
+  const Matrix dy = rows_from(call.dy, block.first), z = rows_from(call.z, block.first),
+               x = rows_from(call.x, block.first);
   float *line = plan.line(team), *other = plan.second_line(team);
   for (int64_t r = team.begin(block.tokens); r < team.end(block.tokens); ++r) {
     dy.line(r, 0, s.out_features, line);
@@ -175,7 +177,8 @@ inline void transpose_left(const Team& team, const Left& from, int64_t rows, int
   });
 }
 
-inline void backward_out_sums(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
+inline void backward_out_sums(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                              const BackwardBlock& block) {
   const int64_t columns = call.config.shape.out_features;
   const Matrix dy = rows_from(call.dy, block.first), z = rows_from(call.z, block.first);
   if (plan.dz_transposed.data != nullptr) transpose_left(team, plan.dz, block.tokens, columns, plan.dz_transposed);
@@ -184,7 +187,8 @@ inline void backward_out_sums(const Team& team, const LinkBackward& call, const 
   sum_gain_gradient(team, call, plan, block, dy, z, true, columns, plan.norm_out_weight.values);
 }
 
-inline void backward_hidden(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
+inline void backward_hidden(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                            const BackwardBlock& block) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   const Matrix pre = rows_from(call.pre, block.first);
@@ -193,14 +197,14 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
     float* line = plan.line(team);
     for (int64_t r = team.begin(block.tokens); keep && r < team.end(block.tokens); ++r) {
       pre.line(r, 0, s.hidden_features, line);
-      each_vector(s.hidden_features, [&](int64_t c, auto lanes) {
-        store(line + c, gelu(load(line + c, lanes), config.gelu), lanes);
-      });
+      each_vector(s.hidden_features,
+                  [&](int64_t c, auto lanes) { store(line + c, gelu(load(line + c, lanes), config.gelu), lanes); });
       store_left(plan.activation, r, 0, s.hidden_features, line);
     }
     return;
   }
-  const Term terms[1] = {{plan.dz, weight_of(call.weights.w2, s.out_features, s.hidden_features, false, config.compute)}};
+  const Term terms[1] = {
+      {plan.dz, weight_of(call.weights.w2, s.out_features, s.hidden_features, false, config.compute)}};
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
     alignas(64) float line[kPanel] = {};
     for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
@@ -224,7 +228,8 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
                                 const Matrix& right, int64_t rows, int64_t columns, const BackwardBlock& block,
                                 Dtype compute, bool last) {
   if (gradient.values == nullptr) return;
-  const Term terms[1] = {{left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
+  const Term terms[1] = {
+      {left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     start_at_zero(row, count, column, width, tile);
     for (int64_t r = row; block.accumulate && r < row + count; ++r, tile += kPanel) {
@@ -234,12 +239,14 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     void* to = last ? gradient.output.data : gradient.values;
     const Dtype dtype = last ? gradient.output.dtype : Dtype::f32;
-    for (int64_t r = row; r < row + count; ++r, tile += kPanel) store_line(to, dtype, r * columns + column, width, tile);
+    for (int64_t r = row; r < row + count; ++r, tile += kPanel)
+      store_line(to, dtype, r * columns + column, width, tile);
   };
   multiply(team, terms, rows, columns, plan.panels(team), start, finish);
 }
 
-inline void backward_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
+inline void backward_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                        const BackwardBlock& block) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   const Term hidden{plan.dp, weight_of(call.weights.w1, s.hidden_features, s.in_features, false, config.compute)};
@@ -279,7 +286,8 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
   }
 }
 
-inline void backward_norm_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan, const BackwardBlock& block) {
+inline void backward_norm_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan,
+                             const BackwardBlock& block) {
   const int64_t columns = call.config.shape.in_features;
   const Matrix x = rows_from(call.x, block.first), du{plan.du, Dtype::f32, columns};
   sum_gradient(team, plan, block, du, columns, plan.norm_in_bias.values);
@@ -328,7 +336,8 @@ inline void link_backward(const LinkBackward& call, void* workspace) {
       sum_gradient(team, plan, block, as_matrix(plan.dp), s.hidden_features, plan.b1.values);
       add_weight_gradient(team, plan, plan.w2, plan.dz_transposed, as_matrix(plan.activation), s.out_features,
                           s.hidden_features, block, compute, last);
-      add_weight_gradient(team, plan, plan.w3, plan.dz_transposed, x, s.out_features, s.in_features, block, compute, last);
+      add_weight_gradient(team, plan, plan.w3, plan.dz_transposed, x, s.out_features, s.in_features, block, compute,
+                          last);
       if (plan.needs_du) backward_in(team, call, plan, block);
       team.wait();
       add_weight_gradient(team, plan, plan.w1, plan.dp_transposed, plan.norm_in ? as_matrix(plan.u) : x,

@@ -117,7 +117,8 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   return plan;
 }
 
-inline void forward_rows(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
+inline void forward_rows(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
+                         int64_t tokens) {
   const int64_t columns = call.config.shape.in_features;
   const Matrix x{call.x.data, call.x.dtype, call.x.stride};
   float* line = plan.line(team);
@@ -140,7 +141,8 @@ inline void forward_rows(const Team& team, const LinkForward& call, const Forwar
   }
 }
 
-inline void forward_hidden(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
+inline void forward_hidden(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
+                           int64_t tokens) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   const Term terms[1] = {{plan.u, weight_of(call.weights.w1, s.hidden_features, s.in_features, true, config.compute)}};
@@ -163,7 +165,8 @@ inline void forward_hidden(const Team& team, const LinkForward& call, const Forw
   multiply(team, terms, tokens, s.hidden_features, plan.panels(team), start_at_zero, finish);
 }
 
-inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
+inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
+                        int64_t tokens) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   const Matrix x{call.x.data, call.x.dtype, call.x.stride};
@@ -198,7 +201,8 @@ inline void forward_out(const Team& team, const LinkForward& call, const Forward
   }
 }
 
-inline void forward_norm_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first, int64_t tokens) {
+inline void forward_norm_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
+                             int64_t tokens) {
   const LinkShape& s = call.config.shape;
   for (int64_t r = team.begin(tokens); r < team.end(tokens); ++r) {
     float* z = plan.z + r * s.out_features;
@@ -226,10 +230,8 @@ inline void link_forward(const LinkForward& call, void* workspace) {
       forward_hidden(team, call, plan, first, count);
       team.wait();
       forward_out(team, call, plan, first, count);
-      if (plan.norm_out) {
-        team.wait();
-        forward_norm_out(team, call, plan, first, count);
-      }
+      team.wait();  // the next block overwrites the rows that a linear residual reads here, and the hidden ones
+      if (plan.norm_out) forward_norm_out(team, call, plan, first, count);
     }
   });
 }

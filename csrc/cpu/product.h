@@ -67,7 +67,8 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
     // after the first; they fetch the next panel meanwhile, each its own share.
     const char* ahead = nullptr;
-    if (groups > 1) ahead = panels[i] + (term.right.packed() ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
+    if (groups > 1)
+      ahead = panels[i] + (term.right.packed() ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
     choose_tile(format, term.left.bf16, rows, columns)({left, term.left.stride, panels[i], steps, tile, ahead});
   }
 }

@@ -19,7 +19,9 @@ struct Matrix {  // any storage type, row stride in elements
 inline Matrix as_matrix(const Left& left) { return {left.data, left.dtype(), left.stride}; }
 
 // Biases and gains as the loops read them: fp32, null if absent.
-inline Vec gain_at(const float* gain, int64_t column, Whole) { return gain == nullptr ? set1(1.0f) : load(gain + column); }
+inline Vec gain_at(const float* gain, int64_t column, Whole) {
+  return gain == nullptr ? set1(1.0f) : load(gain + column);
+}
 inline Vec gain_at(const float* gain, int64_t column, Part part) {
   return gain == nullptr ? set1(1.0f) : load(gain + column, part);
 }

@@ -22,7 +22,9 @@ constexpr Format packed_format(Dtype compute) {
 // Steps of the k loop, and bytes of one step of a panel.
 constexpr int64_t panel_steps(Format format, int64_t k) { return format == Format::pairs ? (k + 1) / 2 : k; }
 constexpr int64_t step_bytes(Format format) { return kPanel * (format == Format::f16 ? 2 : 4); }
-constexpr int64_t panel_bytes(Format format, int64_t k) { return round_up(panel_steps(format, k) * step_bytes(format), 64); }
+constexpr int64_t panel_bytes(Format format, int64_t k) {
+  return round_up(panel_steps(format, k) * step_bytes(format), 64);
+}
 
 template <int rows, int vecs>
 struct Accumulators {

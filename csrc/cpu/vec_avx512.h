@@ -32,9 +32,7 @@ inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
 }
-inline Vec round_nearest(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a * 2^n for whole n in [-126, 127].
 inline Vec scale_exp2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
@@ -45,9 +43,7 @@ inline Vec widen_bf16(__m256i bits) {
 }
 inline Vec load(const Bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const Bf16* p, int64_t count) { return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p)); }
-inline Vec load(const F16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline Vec load(const F16* p, int64_t count) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p))}; }
 
 inline __m256i narrow_bf16(Vec a) {

@@ -20,14 +20,14 @@ using cpu::Form;
 
 int failures = 0;
 
-#define CHECK(condition, ...)                         \
-  do {                                                \
-    if (!(condition)) {                               \
-      std::printf("%s:%d: ", __FILE__, __LINE__);     \
-      std::printf(__VA_ARGS__);                       \
-      std::printf("\n");                              \
-      ++failures;                                     \
-    }                                                 \
+#define CHECK(condition, ...)                     \
+  do {                                            \
+    if (!(condition)) {                           \
+      std::printf("%s:%d: ", __FILE__, __LINE__); \
+      std::printf(__VA_ARGS__);                   \
+      std::printf("\n");                          \
+      ++failures;                                 \
+    }                                             \
   } while (false)
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -265,8 +265,8 @@ Gradients run_backward(const Case& c, Isa isa, int threads) {
 }
 
 // The loss dy . y along one parameter direction, by central differences in double, against the gradient.
-void check_direction(const Case& c, const char* name, std::vector<float> Case::*member, const std::vector<float>& gradient,
-                     const Shape& s, Isa isa) {
+void check_direction(const Case& c, const char* name, std::vector<float> Case::* member,
+                     const std::vector<float>& gradient, const Shape& s, Isa isa) {
   std::vector<float> direction = random_values((c.*member).size(), 99);
   const double step = 1.0 / 512;
   double slope = 0.0, expected = 0.0, scale = 0.0;
@@ -284,8 +284,8 @@ void check_direction(const Case& c, const char* name, std::vector<float> Case::*
     scale += std::fabs(static_cast<double>(gradient[i]) * direction[i]);
   }
   // Central differences of order four at this step are good to about 1e-4; a wrong gradient misses by far more.
-  CHECK(std::fabs(slope - expected) <= 2e-3 * scale + 1e-3, "%s isa %d (%lld %lld %lld %lld): slope %g, gradient %g", name,
-        static_cast<int>(isa), static_cast<long long>(s.tokens), static_cast<long long>(s.in),
+  CHECK(std::fabs(slope - expected) <= 2e-3 * scale + 1e-3, "%s isa %d (%lld %lld %lld %lld): slope %g, gradient %g",
+        name, static_cast<int>(isa), static_cast<long long>(s.tokens), static_cast<long long>(s.in),
         static_cast<long long>(s.hidden), static_cast<long long>(s.out), slope, expected);
 }
 
@@ -353,9 +353,20 @@ void test_alignment(Isa isa) {
   const float mask[7] = {1, 0, 1, 0.5f, 1, 1, 0};
   std::vector<float> grad(pred.size(), kNan);
   float loss = kNan;
-  cpu::Alignment call{tokens, features, table_rows, {pred.data(), features, Dtype::f32}, {table.data(), features, Dtype::f32},
-                      ids,    mask,     0.75f,      0.25f,
-                      2.0f,   &loss,    {grad.data(), Dtype::f32}, isa, 2};
+  cpu::Alignment call{tokens,
+                      features,
+                      table_rows,
+                      {pred.data(), features, Dtype::f32},
+                      {table.data(), features, Dtype::f32},
+                      ids,
+                      mask,
+                      0.75f,
+                      0.25f,
+                      2.0f,
+                      &loss,
+                      {grad.data(), Dtype::f32},
+                      isa,
+                      2};
   const int64_t bytes = cpu::alignment_workspace(call);
   const Buffer workspace = workspace_of(bytes);
   CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::ok, "alignment failed");
@@ -414,6 +425,7 @@ int main() {
   }
   test_handoff();
   test_samples();
-  if (failures == 0) std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
+  if (failures == 0)
+    std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
   return failures == 0 ? 0 : 1;
 }
