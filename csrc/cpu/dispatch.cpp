@@ -167,6 +167,7 @@ Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes
   }
   if (call.token_ids != nullptr) {
     for (int64_t t = 0; t < call.tokens; ++t) {
+      if (call.mask != nullptr && call.mask[t] == 0.0f) continue;  // never read
       if (call.token_ids[t] < 0 || call.token_ids[t] >= call.table_rows) return Status::row_out_of_range;
     }
   }

@@ -114,7 +114,9 @@ def _forward_workspace(*sizes: int) -> int:
     return _native().link_forward_workspace(*sizes)
 
 
-def _weight(weight: Tensor | None, compute: torch.dtype, isa: int, may_pack: bool) -> tuple[Tensor | None, int, int, int]:
+def _weight(
+    weight: Tensor | None, compute: torch.dtype, isa: int, may_pack: bool
+) -> tuple[Tensor | None, int, int, int]:
     """``(tensor to keep alive, address, dtype number, form)`` of a weight matrix."""
     if weight is None:
         return None, 0, 0, _STORED
@@ -156,13 +158,13 @@ def _forward(
     if tokens == 0:
         return y.to(x.dtype)
     isa, threads, number, kind = _isa(), torch.get_num_threads(), _DTYPES[compute], _RESIDUALS[residual]
-    kept1, *first = _weight(w1, compute, isa, may_pack)
-    kept2, *second = _weight(w2, compute, isa, may_pack)
-    kept3, *third = _weight(w3, compute, isa, may_pack)
+    _kept1, *first = _weight(w1, compute, isa, may_pack)
+    _kept2, *second = _weight(w2, compute, isa, may_pack)
+    _kept3, *third = _weight(w3, compute, isa, may_pack)
     vectors = [v if v is None else _readable(v) for v in (b1, b2, b3, gi, ci, go, co)]
     addresses = [_address(vector) for vector in vectors]
     pb1, pb2, pb3, *norms = addresses
-    narrow = any([number for _, number in addresses])
+    narrow = any(number for _, number in addresses)
     sizes = (tokens, in_features, hidden_features, out_features)
     workspace_bytes = _forward_workspace(
         isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2], narrow

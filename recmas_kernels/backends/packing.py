@@ -4,7 +4,7 @@ Rollouts call the same link thousands of times, so its weights are laid out once
 would be a silent wrong answer, so an entry holds only while all of this does:
 
 - the Parameter object is alive (a weakref's callback deletes the entry with it),
-- its ``_version``, address and layout are those of packing time; the entry holds ``weight.detach()``, so that
+- its ``_version``, address, shape and layout are those of packing time; the entry holds ``weight.detach()``, so that
   the address cannot be given to another tensor meanwhile,
 - 64 sampled words of its memory are those of packing time: fused optimisers, ``.data`` writes and broadcasts bump no
   version. ``RECMAS_CHECK=1`` compares the whole weight instead.
@@ -25,7 +25,7 @@ from torch.nn import Parameter
 SAMPLED_WORDS = 64  # as csrc/link.h says
 
 Layout = tuple[torch.dtype, int]  # compute dtype, instruction set
-Stamp = tuple[int, int, Layout]
+Stamp = tuple[int, int, torch.Size, Layout]
 
 
 class _Entry:
@@ -69,7 +69,7 @@ def lookup(
     """
     key = id(weight)
     entry = _entries.get(key)
-    stamp = (weight._version, weight.data_ptr(), layout)
+    stamp = (weight._version, weight.data_ptr(), weight.shape, layout)
     if entry is not None and entry.watch() is weight and entry.stamp == stamp:
         if entry.packed is None:
             _fill(native, weight, entry, pack)
@@ -86,7 +86,7 @@ def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Ten
     entry.samples = samples
     if _is_checked():
         entry.whole = weight.detach().view(torch.uint8).clone()
-    entry.packed = pack(weight, entry.stamp[2])
+    entry.packed = pack(weight, entry.stamp[3])
 
 
 def _expire(key: int, watch: weakref.ref[Tensor]) -> None:
@@ -102,7 +102,12 @@ def forget(weights: Iterable[Tensor]) -> None:
 
 
 def clear_packed() -> None:
-    """Drop every packed copy of every weight; the next calls read the weights themselves and pack again."""
+    """Drop every packed copy of every weight; the next calls read the weights themselves and pack again.
+
+    Call it after writing *part* of a weight past autograd, through ``.data`` or numpy: such a write bumps no version,
+    and one that changes a few rows can miss the sampled words. Optimisers, ``load_state_dict`` and in-place ops need
+    no call.
+    """
     _entries.clear()
 
 

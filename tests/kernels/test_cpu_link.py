@@ -1,0 +1,255 @@
+"""The compiled CPU link on every instruction set of this processor: budget, memory, threads, special values, sizes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recmas_kernels import LinkConfig, clear_packed, recursive_link, use_backend
+from recmas_kernels.backends import Call, cpu
+from tests.kernels.helpers import (
+    LOW_PRECISION,
+    check_budget,
+    check_link,
+    configs,
+    eager_twin,
+    make_link,
+    make_rows,
+    name_of,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+AVAILABLE = cpu.ISAS[: cpu._native().best_isa() + 1] if cpu.unavailable() is None else ()
+GUARD = 256  # bytes each side of a guarded buffer
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, RECMAS_CPU_ISA=name):
+        cpu._isa.cache_clear()
+        try:
+            with use_backend("cpu"):
+                yield
+        finally:
+            clear_packed()
+    cpu._isa.cache_clear()
+
+
+@pytest.fixture(params=AVAILABLE)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """Every ``torch.empty`` starts as NaN between guard bands, which are checked at the end."""
+    allocate, guarded = torch.empty, []
+
+    def empty(*sizes: int | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = torch.Size(sizes[0] if isinstance(sizes[0], tuple) else sizes)
+        itemsize = torch.zeros((), dtype=dtype).element_size()
+        size = shape.numel() * itemsize
+        band = allocate(size + 2 * GUARD + 64, dtype=torch.uint8).fill_(0xAA)
+        start = GUARD + -(band.data_ptr() + GUARD) % 64
+        band[start : start + size] = 0xFF  # NaN in every floating dtype
+        guarded.append((band, start, start + size))
+        return band[start : start + size].view(dtype).view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    assert guarded
+    for band, start, end in guarded:
+        assert (band[:start] == 0xAA).all(), "a kernel wrote before its buffer"
+        assert (band[end:] == 0xAA).all(), "a kernel wrote past its buffer"
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("tokens", [1, 7, 129])
+def test_error_budget_on_every_instruction_set(isa, tokens, dtype):
+    for config in configs().values():
+        x = make_rows(tokens, config.in_features, dtype=dtype)
+        check_link(make_link(config, dtype), x, make_rows(tokens, config.out_features, dtype=dtype, seed=2))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_several_blocks_of_tokens(isa, dtype):
+    config = LinkConfig("outer", 11, 23, 17, "linear")
+    link = make_link(config, dtype)
+    x, dy = make_rows(2500, 11, dtype=dtype), make_rows(2500, 17, dtype=dtype, seed=2)
+    check_link(link, x, dy)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_nothing_is_read_before_it_is_written_or_written_outside(isa, tokens, dtype):
+    """NaN from an unwritten element would reach a result; guard bands show stray writes."""
+    for kind in ("inner", "outer", "no-residual"):
+        config = configs()[kind]
+        link = make_link(config, dtype)
+        x = make_rows(tokens, config.in_features, dtype=dtype).requires_grad_()
+        parameters = list(link.parameters())
+        with guarded_allocations():
+            y = link(x)
+            grads = torch.autograd.grad(y.sum(), (x, *parameters))
+            with torch.no_grad():
+                streamed, packed = link(x), (link(x), link(x))[1]
+        for result in (y, streamed, packed, *grads):
+            assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_same_bits_every_run(isa, dtype, count):
+    config = LinkConfig("outer", 96, 130, 96, "linear")
+    link = make_link(config, dtype)
+    x, dy = make_rows(37, 96, dtype=dtype), make_rows(37, 96, dtype=dtype, seed=2)
+    with threads(count):
+        first, second = run(link, x, dy), run(link, x, dy)
+        assert torch.equal(first.y, second.y)
+        for name, grad in first.grads.items():
+            assert torch.equal(grad, second.grads[name]), name
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_packing_does_not_change_bits(isa, dtype, tokens):
+    link = make_link(LinkConfig("outer", 96, 130, 96, "linear"), dtype)
+    x = make_rows(tokens, 96, dtype=dtype)
+    with torch.no_grad():
+        results = [link(x) for _ in range(3)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_every_16_bit_value_passes_through(isa, dtype):
+    """With zero weights the identity residual returns x: widening and rounding are exact, NaN stays NaN."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 32)
+    zero = torch.zeros(32, 32, dtype=dtype)
+    ones = torch.ones(32, 32, dtype=dtype)
+    x = x.where(torch.isfinite(x), 0)
+    kept = torch.ones_like(x, dtype=torch.bool)
+    if isa == "avx512_bf16" and dtype is torch.bfloat16:  # the hardware's conversion takes subnormals as 0
+        kept = x.abs() >= torch.finfo(dtype).tiny
+    assert torch.equal(recursive_link(x, zero, zero)[kept], x[kept] + 0)
+    assert torch.isnan(recursive_link(torch.full((1, 32), float("nan"), dtype=dtype), ones, ones)).all()
+
+
+def test_rounding_to_16_bits_is_torchs(isa):
+    """fp32 rows with a bf16 or fp16 result: ties, subnormals, overflow to infinity."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-(2**31), 2**31 - 1, (512, 32), dtype=torch.int32, generator=generator).view(torch.float32)
+    x = x.where(torch.isfinite(x), 1.0)
+    x[:, 16:] = (x[:, 16:] / x[:, 16:].abs()) * torch.exp(8 * torch.randn(512, 16, generator=generator))
+    zero = torch.zeros(32, 32)
+    for dtype in (torch.bfloat16, torch.float16):
+        # z leaves in the compute dtype; with zero weights it is x rounded once.
+        z = cpu.link_fwd_train(
+            x, zero, None, zero, None, None, None, None, None, torch.ones(32), None, "identity", "none", 1e-5, dtype
+        )[2]
+        flushed = x.abs() < torch.finfo(torch.float32).tiny  # bf16 hardware takes subnormal fp32 as 0
+        assert torch.equal(z[~flushed], x.to(dtype)[~flushed])
+
+
+def test_nan_and_infinity_stay_in_their_rows(isa):
+    link = make_link(configs()["inner"])
+    x = make_rows(5, 40)
+    with torch.no_grad():
+        clean = link(x)
+        for bad in (float("nan"), float("inf")):
+            spoiled = x.clone()
+            spoiled[2, 3] = bad
+            y = link(spoiled)
+            assert torch.isnan(y[2]).all()
+            assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+def test_strides(isa):
+    link = make_link(configs()["outer"])
+    wide = make_rows(9, 100)
+    with torch.no_grad():
+        for x in (wide[:, 13:53], wide[::2, :40], wide[:1, :40].expand(6, 40), wide[:, :80:2], wide.t()[:40].t()):
+            torch.testing.assert_close(link(x), link(x.contiguous()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("kind", ["inner", "outer"])
+def test_masters_in_float32_under_autocast(isa, kind, autocast):
+    """The gradients leave in float32 and are as good as the reference's under the same autocast."""
+    config = configs()[kind]
+    link = make_link(config)
+    x, dy = make_rows(33, config.in_features), make_rows(33, config.out_features, seed=2)
+    truth = run(eager_twin(link, torch.float64), x.double(), dy.double())
+    with torch.autocast("cpu", autocast):
+        fused = run(link, x, dy)
+        with use_backend("reference"):
+            reference = run(link, x, dy)
+        with torch.no_grad():
+            packed = [link(x) for _ in range(3)][2]
+    check_budget("packed y", packed, reference.y, truth.y, autocast)
+    check_budget("y", fused.y, reference.y, truth.y, autocast)
+    for name, grad in truth.grads.items():
+        assert fused.grads[name].dtype is torch.float32
+        check_budget(name, fused.grads[name], reference.grads[name], grad, autocast)
+
+
+SIZES = st.integers(1, 300)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    tokens=st.integers(0, 300),
+    in_features=SIZES,
+    hidden_features=SIZES,
+    out_features=SIZES,
+    dtype=st.sampled_from(LOW_PRECISION),
+    residual=st.sampled_from(["identity", "linear", "none"]),
+    norm=st.booleans(),
+    bias=st.booleans(),
+    offset=st.integers(0, 5),
+    isa=st.sampled_from(AVAILABLE or ("baseline",)),
+)
+def test_any_shape(tokens, in_features, hidden_features, out_features, dtype, residual, norm, bias, offset, isa):
+    out_features = in_features if residual == "identity" else out_features
+    config = LinkConfig("outer", in_features, hidden_features, out_features, residual, norm=norm, bias=bias)
+    link = make_link(config, dtype)
+    x = make_rows(tokens, in_features + offset, dtype=dtype)[:, offset:]
+    dy = make_rows(tokens, out_features, dtype=dtype, seed=2)
+    with instruction_set(isa):
+        check_link(link, x, dy)
+
+
+def test_an_instruction_set_that_is_unknown_or_absent_is_an_error():
+    with pytest.raises(ValueError, match="RECMAS_CPU_ISA is 'sse9', expected one of baseline"), instruction_set("sse9"):
+        cpu.instruction_set()
+    if AVAILABLE != cpu.ISAS:
+        with pytest.raises(ValueError, match="the best that this processor"), instruction_set(cpu.ISAS[-1]):
+            cpu.instruction_set()
+
+
+def test_what_is_declined_and_why():
+    call = Call("link_fwd", "cpu", torch.float32, 4, 8, 8, 8, training=False)
+    assert cpu.declines(call) is None
+    assert cpu.declines(call._replace(dtype=torch.float64)) == "the kernels have no float64"
+    assert cpu.declines(call._replace(hidden_features=0)) == "a size is 0"
+    assert cpu.declines(Call("handoff_fwd", "cpu", torch.float64, 4, 8, 0, 8, training=False)) is None
