@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recmas.files import write_atomically
 from recmas.pattern import Edge, Pattern
 
 FILE_NAME = "system.json"
@@ -125,21 +125,6 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
         "defaults": vars(spec.defaults),
     }
     write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old file or the new one, whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _without_none(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 
 import pytest
@@ -17,7 +16,6 @@ from recmas.spec import (
     PromptSpec,
     SystemSpec,
     read_spec,
-    write_atomically,
     write_spec,
 )
 
@@ -103,13 +101,3 @@ def test_no_json(tmp_path, content, message):
         (tmp_path / "system.json").write_text(content)
     with pytest.raises(ValueError, match=f"system.json: {message}"):
         read_spec(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "system.json"
-    path.write_text("old")
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

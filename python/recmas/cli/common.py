@@ -103,7 +103,7 @@ def dump(value: Any) -> None:
 
 def write_lines(path: str, records: list[dict[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all."""
-    from recmas.spec import write_atomically
+    from recmas.files import write_atomically
 
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     Path(path).parent.mkdir(parents=True, exist_ok=True)

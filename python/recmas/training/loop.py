@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from recmas.files import replacing, write_atomically
 from recmas_kernels import clear_packed
 
 CHECKPOINT = "checkpoint.pt"
@@ -229,7 +230,7 @@ def _open(
         raise ValueError(f"{folder}: already holds a training run; resume it or choose another folder")
     step = _load(checkpoint, parameters, optimizer, config) if checkpoint.exists() else 0
     records = [record for record in _logged(log) if record.step <= step]
-    _replace(log, lambda file: file.write("".join(map(_line, records)).encode()))
+    write_atomically(log, "".join(map(_line, records)))
     return step, records
 
 
@@ -263,7 +264,8 @@ def _save(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    _replace(path, lambda file: torch.save(state, file))
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def _load(
@@ -292,13 +294,3 @@ def _load(
     if torch.cuda.is_available() and state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     return int(state["step"])
-
-
-def _replace(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a file beside ``path`` and put it in its place only when it is safely on disk."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from recmas.files import replacing, write_atomically
 from recmas.pattern import Edge
-from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec, write_atomically
+from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.upstream.convert import Folder, new_folder, read_link
 from recmas.upstream.styles import FAMILIES, OUTER, Family
 from recmas.upstream.weights import (
@@ -82,10 +83,7 @@ def to_pt(source: Folder, out: Folder) -> list[Path]:
     link = _own_link(folder)
     adapter_type(link.config, str(folder))
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        fresh = Path(temporary, place.name)
-        _save(link, fresh)
-        os.replace(fresh, place)
+    _save(link, place)
     return [place]
 
 
@@ -194,10 +192,8 @@ def _own_link(folder: Path) -> FusedRecursiveLink:
 
 def _save(link: FusedRecursiveLink, path: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in link.state_dict().items()}
-    with path.open("wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
