@@ -9,6 +9,7 @@ None of these numbers has been measured on a GPU yet; they are arithmetic. What 
 - small against library for hidden 128, 256 and 512. The small kernel reads both weights out of L2 once per block of
   tokens: at 16384 tokens, 2048 features and hidden 512 with blocks of 64 that is 1.07 GB, about 0.2 ms at 5.5 TB/s,
   more than the 0.16 ms that the separate passes take by bytes. So 512 stays with the library until it is timed.
+- small against library for 64 to 4096 tokens: where a handful of programs lose to products that split the weights.
 - matmul against library per shape. Epilogues save 8 to 15 % of the bytes-bound share; a product that is 10 % slower
   than the library's loses all of it. So the library is the default wherever the hidden tile does not stay on chip.
 - the tile table of `matmul` at 1536 x 1536 x 3584, where 128 x 256 tiles fill 55 % of a wave of 132 SMs.
@@ -25,8 +26,10 @@ import torch
 from recmas_kernels.backends.triton import tuning
 
 LIBRARY, SMALL, MATMUL = "library", "small", "matmul"
+SMALL_FROM_TOKENS = 512  # tokens from which it is: each program reads both weights, and few programs read slowly
 WIDEST_SMALL = 512  # hidden features whose tile fits on chip
 SMALL_BY_DEFAULT = 256  # hidden features up to which `small` is the default
+LEAST_SHARED_MEMORY = 99 * 1024  # bytes per program that the smaller of the two sets of tiles needs
 
 
 class SmallConfig(NamedTuple):
@@ -69,12 +72,15 @@ def can_be_small(link: Link) -> bool:
 
 def candidates(link: Link) -> list[str]:
     """Every variant that computes the link, the default first."""
+    if _shared_memory(link.device) < LEAST_SHARED_MEMORY:
+        return [LIBRARY]
     found = [LIBRARY, MATMUL]
     if can_be_small(link):
         sizes = (link.in_features, link.hidden_features, link.out_features)
         # Masks of sizes that divide nothing spill registers; exact float32 products do not use the tensor cores.
         easy = all(size % 16 == 0 for size in sizes) and link.dtype != torch.float32
-        found.insert(0 if easy and link.hidden_features <= SMALL_BY_DEFAULT else 2, SMALL)
+        wins = link.hidden_features <= SMALL_BY_DEFAULT and link.tokens >= SMALL_FROM_TOKENS
+        found.insert(0 if easy and wins else 2, SMALL)
     return found
 
 

@@ -17,8 +17,8 @@ from recmas_kernels.backends.triton import plan, tuning
 CPU = torch.device("cpu")
 
 
-def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16):
-    return plan.Link("train", CPU, dtype, 4096, width, hidden, width, residual, True)
+def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16, tokens=4096):
+    return plan.Link("train", CPU, dtype, tokens, width, hidden, width, residual, True)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16):
     [
         (link(), [plan.LIBRARY, plan.MATMUL]),
         (link(hidden=256), [plan.SMALL, plan.LIBRARY, plan.MATMUL]),
+        (link(hidden=256, tokens=511), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
         (link(hidden=512), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
         (link(hidden=513), [plan.LIBRARY, plan.MATMUL]),
         (link(hidden=256, residual="linear"), [plan.LIBRARY, plan.MATMUL]),
@@ -36,6 +37,11 @@ def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16):
 def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, expected):
     assert plan.candidates(chosen) == expected
     assert plan.variant(chosen, lambda _: None) == expected[0]
+
+
+def test_a_device_with_little_shared_memory_gets_the_library(monkeypatch):
+    monkeypatch.setattr(plan, "_shared_memory", lambda _: 64 * 1024)
+    assert plan.candidates(link(hidden=256)) == [plan.LIBRARY]
 
 
 @pytest.mark.parametrize(
