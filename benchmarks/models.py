@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -12,21 +13,20 @@ from recmas.agent import Agent
 HEAD_FEATURES = 64
 
 
-def random_agent(layers: int, features: int, vocabulary: int, intermediate: int | None = None, seed: int = 0) -> Agent:
+def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> Agent:
     """A frozen float32 Llama with random weights that never ends a text.
 
     Args:
         layers: number of decoder layers.
-        features: width d; a multiple of 64, or less than that for a single head.
+        features: width d; a multiple of 64. The feed-forward part is 8/3 as wide, rounded up to 64.
         vocabulary: |V|.
-        intermediate: width of the feed-forward part; None for 4 d.
         seed: of the weights.
     """
-    heads = max(1, features // HEAD_FEATURES)
+    heads = features // HEAD_FEATURES
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=features,
-        intermediate_size=4 * features if intermediate is None else intermediate,
+        intermediate_size=math.ceil(8 * features / 3 / HEAD_FEATURES) * HEAD_FEATURES,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
