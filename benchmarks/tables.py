@@ -21,6 +21,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{float(text):.0f}" if "e" in text and abs(value) >= 1 else text
 
 
+def duration(microseconds: float) -> str:
+    """A time with its unit."""
+    return f"{number(microseconds)} µs" if microseconds < 1000 else f"{number(microseconds / 1000)} ms"
+
+
 def ratio_cell(record: Record, peer: str, interval: bool = True) -> str:
     """Speed-up over ``peer``; "≈ 1" where its interval reaches into the run's own noise, a dash for no such peer."""
     if peer not in record["ratios"]:
@@ -117,8 +122,8 @@ def headline_link(records: Sequence[Record]) -> str:
         rows.append(
             [
                 *(record["dtype"], str(record["tokens"])),
-                f"{number(fused['t_us']['p50'])} µs",
-                f"{number(record['floor_us'])} µs",
+                duration(fused["t_us"]["p50"]),
+                duration(record["floor_us"]),
                 number(fused["sol_pct"], 2),
                 *(ratio_cell(record, peer, interval=False) for peer in peers),
             ]
@@ -135,7 +140,7 @@ def headline_rest(records: Sequence[Record]) -> str:
             f"{ratio_cell(record, peer, interval=False)} {peer}" for peer in record["ratios"] if peer != PRODUCTS
         )
         what = f"{record['op']}, {record['shape']}, {record['tokens']} tokens, {record['dtype']}, {record['pass']}"
-        rows.append([record["suite"], what, f"{number(fused['t_us']['p50'])} µs", against])
+        rows.append([record["suite"], what, duration(fused["t_us"]["p50"]), against])
     return table(["suite", "what", "time", "speed-up over"], rows)
 
 

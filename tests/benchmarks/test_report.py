@@ -94,6 +94,11 @@ def test_numbers(value: float | None, text: str) -> None:
     assert tables.number(value) == text
 
 
+def test_durations() -> None:
+    assert tables.duration(12.34) == "12.3 µs"
+    assert tables.duration(12345.0) == "12.3 ms"
+
+
 def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
