@@ -28,11 +28,7 @@ LABELS = {PRODUCTS: "library products alone"}
 
 def link_plot(records: Sequence[Record], path: Path, device: str) -> None:
     """Time of one forward of the released inner link against tokens, a panel per dtype."""
-    chosen = [
-        record
-        for record in records
-        if record["shape"] == HEADLINE_SHAPE and record["pass"] == "forward" and record["cache"] != "cold"
-    ]
+    chosen = headline_records(records)
     dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
     figure, panels = pyplot.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.4), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes, strict=True):

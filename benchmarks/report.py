@@ -84,7 +84,7 @@ def page(suites: dict[str, dict[str, Any]]) -> str:
             + ", ".join(f"{package} {version}" for package, version in suite["versions"].items())
             + f". Limits in the same run: streaming reads, GB/s by buffer: {stream}; products, GFLOP/s: {product}.",
         ]
-        if name == "link":
+        if name == "link" and tables.headline_records(suite["records"]):
             parts.append("![time against tokens](link.svg)")
         if name == "handoff":
             parts.append("![text against latent handoff](handoff.svg)")
@@ -104,7 +104,7 @@ def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
         f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}; "
         f"all columns and cells: [benchmarks/results/{slug}](benchmarks/results/{slug}/README.md)."
     ]
-    if "link" in suites:
+    if "link" in suites and tables.headline_records(suites["link"]["records"]):
         parts += [
             f"![time against tokens](benchmarks/results/{slug}/link.svg)",
             tables.headline_link(suites["link"]["records"]),
@@ -124,7 +124,7 @@ def draw(results: Path, readme: Path) -> None:
             continue
         device = next(iter(suites.values()))["device"]
         title = f"{device['name']}, {device['threads']} threads"
-        if "link" in suites:
+        if "link" in suites and tables.headline_records(suites["link"]["records"]):
             plots.link_plot(suites["link"]["records"], folder / "link.svg", title)
         if "handoff" in suites:
             plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", title)
