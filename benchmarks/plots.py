@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from benchmarks.baselines import PRODUCTS
 from benchmarks.record import FUSED
-from benchmarks.tables import HEADLINE_SHAPE, Record, headline_records  # noqa: E402
+from benchmarks.tables import HEADLINE_SHAPE, Record, headline_records
 
 STYLES: dict[str, dict[str, Any]] = {
     FUSED: {"color": "#d1495b", "marker": "o", "linewidth": 2.2, "zorder": 5},
