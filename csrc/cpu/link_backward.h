@@ -206,21 +206,24 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
   const Term terms[1] = {
       {plan.dz, weight_of(call.weights.w2, s.out_features, s.hidden_features, false, config.compute)}};
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    alignas(64) float line[kPanel] = {};
-    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-      pre.line(r, column, columns, line);
+    alignas(64) float activations[kTileRows * kPanel];
+    load_tile(call.pre.data, call.pre.dtype, call.pre.stride, block.first + row, rows, column, columns, activations);
+    for (int64_t r = 0; r < rows; ++r) {
+      float *gradient = tile + r * kPanel, *line = activations + r * kPanel;
       each_vector(columns, [&](int64_t c, auto) {
         Vec activation;
         const Vec slope = gelu_gradient(load(line + c), config.gelu, &activation);
-        store(tile + c, mul(load(tile + c), slope));
+        store(gradient + c, mul(load(gradient + c), slope));
         store(line + c, activation);
       });
-      store_left(plan.dp, r, column, columns, tile);
-      if (keep) store_left(plan.activation, r, column, columns, line);
-      if (column + columns == s.hidden_features) pad_left(plan.dp, r, s.hidden_features);
+    }
+    store_tile(plan.dp, row, rows, column, columns, tile);
+    if (keep) store_tile(plan.activation, row, rows, column, columns, activations);
+    for (int64_t r = row; column + columns == s.hidden_features && r < row + rows; ++r) {
+      pad_left(plan.dp, r, s.hidden_features);
     }
   };
-  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), start_at_zero, finish);
+  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), start_fresh, finish);
 }
 
 // sum [rows][columns] (+)= left [rows][tokens] x right [tokens][columns], rounded to the output after the last block.
@@ -231,16 +234,12 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   const Term terms[1] = {
       {left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
-    start_at_zero(row, count, column, width, tile);
-    for (int64_t r = row; block.accumulate && r < row + count; ++r, tile += kPanel) {
-      load_line(gradient.values, Dtype::f32, r * columns + column, width, tile);
-    }
+    if (block.accumulate) load_tile(gradient.values, Dtype::f32, columns, row, count, column, width, tile);
+    return block.accumulate;
   };
   const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     void* to = last ? gradient.output.data : gradient.values;
-    const Dtype dtype = last ? gradient.output.dtype : Dtype::f32;
-    for (int64_t r = row; r < row + count; ++r, tile += kPanel)
-      store_line(to, dtype, r * columns + column, width, tile);
+    store_tile(to, last ? gradient.output.dtype : Dtype::f32, columns, row, count, column, width, tile);
   };
   multiply(team, terms, rows, columns, plan.panels(team), start, finish);
 }
@@ -254,28 +253,24 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
   if (plan.norm_in) {
     const auto keep = [&](float* out) {
       return [&s, out](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-        for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-          store_line(out, Dtype::f32, r * s.in_features + column, columns, tile);
-        }
+        store_tile(out, Dtype::f32, s.in_features, row, rows, column, columns, tile);
       };
     };
     const Term first[1] = {hidden}, second[1] = {residual};
-    multiply(team, first, block.tokens, s.in_features, plan.panels(team), start_at_zero, keep(plan.du));
+    multiply(team, first, block.tokens, s.in_features, plan.panels(team), start_fresh, keep(plan.du));
     if (plan.residual != nullptr) {
-      multiply(team, second, block.tokens, s.in_features, plan.panels(team), start_at_zero, keep(plan.residual));
+      multiply(team, second, block.tokens, s.in_features, plan.panels(team), start_fresh, keep(plan.residual));
     }
     return;
   }
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    start_at_zero(row, rows, column, columns, tile);
-    for (int64_t r = row; plan.identity && r < row + rows; ++r, tile += kPanel) {
-      load_left(plan.dz, r, column, columns, tile);
+    if (plan.identity) {
+      load_tile(plan.dz.data, plan.dz.dtype(), plan.dz.stride, row, rows, column, columns, tile);
     }
+    return plan.identity;
   };
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-      store_line(call.dx.data, call.dx.dtype, (block.first + r) * s.in_features + column, columns, tile);
-    }
+    store_tile(call.dx.data, call.dx.dtype, s.in_features, block.first + row, rows, column, columns, tile);
   };
   if (plan.linear) {
     const Term terms[2] = {hidden, residual};

@@ -147,46 +147,52 @@ inline void forward_hidden(const Team& team, const LinkForward& call, const Forw
   const LinkShape& s = config.shape;
   const Term terms[1] = {{plan.u, weight_of(call.weights.w1, s.hidden_features, s.in_features, true, config.compute)}};
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-      each_vector(columns, [&](int64_t c, auto lanes) {
-        store(tile + c, add(load(tile + c), bias_at(plan.vectors.b1, column + c, lanes)));
-      });
-      if (call.pre.data != nullptr) {
-        const int64_t index = (first + r) * s.hidden_features + column;
-        store_line(call.pre.data, call.pre.dtype, index, columns, tile);
-        // The backward pass sees the stored value; the activation must be that value's.
-        load_line(call.pre.data, call.pre.dtype, index, columns, tile);
-      }
-      each_vector(columns, [&](int64_t c, auto) { store(tile + c, gelu(load(tile + c), config.gelu)); });
-      store_left(plan.hidden, r, column, columns, tile);
-      if (column + columns == s.hidden_features) pad_left(plan.hidden, r, s.hidden_features);
+    for (int64_t r = 0; r < rows && plan.vectors.b1 != nullptr; ++r) {
+      add_line(tile + r * kPanel, plan.vectors.b1 + column, columns);
+    }
+    if (call.pre.data != nullptr) {
+      store_tile(call.pre.data, call.pre.dtype, s.hidden_features, first + row, rows, column, columns, tile);
+      // The backward pass sees the stored value; the activation must be that value's.
+      load_tile(call.pre.data, call.pre.dtype, s.hidden_features, first + row, rows, column, columns, tile);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* line = tile + r * kPanel;
+      each_vector(columns, [&](int64_t c, auto) { store(line + c, gelu(load(line + c), config.gelu)); });
+    }
+    store_tile(plan.hidden, row, rows, column, columns, tile);
+    for (int64_t r = row; column + columns == s.hidden_features && r < row + rows; ++r) {
+      pad_left(plan.hidden, r, s.hidden_features);
     }
   };
-  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), start_at_zero, finish);
+  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), start_fresh, finish);
 }
 
 inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
                         int64_t tokens) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
-  const Matrix x{call.x.data, call.x.dtype, call.x.stride};
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    start_at_zero(row, rows, column, columns, tile);
-    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-      if (plan.identity) x.line(first + r, column, columns, tile);
-      if (plan.vectors.b2 != nullptr) add_line(tile, plan.vectors.b2 + column, columns);
-      if (plan.vectors.b3 != nullptr) add_line(tile, plan.vectors.b3 + column, columns);
+    if (plan.identity) {
+      load_tile(call.x.data, call.x.dtype, call.x.stride, first + row, rows, column, columns, tile);
+    } else if (plan.vectors.b2 != nullptr || plan.vectors.b3 != nullptr) {
+      clear_tile(rows, tile);
+    } else {
+      return false;
     }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (plan.vectors.b2 != nullptr) add_line(tile + r * kPanel, plan.vectors.b2 + column, columns);
+      if (plan.vectors.b3 != nullptr) add_line(tile + r * kPanel, plan.vectors.b3 + column, columns);
+    }
+    return true;
   };
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    for (int64_t r = row; r < row + rows; ++r, tile += kPanel) {
-      const int64_t index = (first + r) * s.out_features + column;
-      if (call.z.data != nullptr) store_line(call.z.data, call.z.dtype, index, columns, tile);
-      if (plan.norm_out) {
-        store_line(plan.z, Dtype::f32, r * s.out_features + column, columns, tile);
-      } else {
-        store_line(call.y.data, call.y.dtype, index, columns, tile);
-      }
+    if (call.z.data != nullptr) {
+      store_tile(call.z.data, call.z.dtype, s.out_features, first + row, rows, column, columns, tile);
+    }
+    if (plan.norm_out) {
+      store_tile(plan.z, Dtype::f32, s.out_features, row, rows, column, columns, tile);
+    } else {
+      store_tile(call.y.data, call.y.dtype, s.out_features, first + row, rows, column, columns, tile);
     }
   };
   const LinkWeights& w = call.weights;

@@ -51,14 +51,49 @@ inline int64_t scratch_bytes(const Term& term) {
   return term.right.packed() ? 0 : panel_bytes(term.format(), term.right.k);
 }
 
-// One tile: the sum over the terms, on top of what start put there.
+// A tile's rows as rows of a matrix of any storage type, and back.
+inline void store_tile(void* data, Dtype dtype, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns, const float* tile) {
+  typed(data, dtype, [&](auto* p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* to = p + (row + r) * stride + column;
+      const float* from = tile + r * kPanel;
+      each_vector(columns, [&](int64_t c, auto lanes) { store(to + c, load(from + c), lanes); });
+    }
+  });
+}
+inline void load_tile(const void* data, Dtype dtype, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                      int64_t columns, float* tile) {
+  typed(data, dtype, [&](const auto* p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* from = p + (row + r) * stride + column;
+      float* to = tile + r * kPanel;
+      each_vector(columns, [&](int64_t c, auto lanes) { store(to + c, load(from + c, lanes)); });
+    }
+  });
+}
+inline void store_tile(const Left& left, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       const float* tile) {
+  store_tile(left.data, left.dtype(), left.stride, row, rows, column, columns, tile);
+}
+
+inline void clear_tile(int64_t rows, float* tile) {
+  for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(tile + i, set1(0.0f));
+}
+
+// A product that starts from nothing.
+inline bool start_fresh(int64_t, int64_t, int64_t, int64_t, float*) { return false; }
+
+// One tile: the sum over the terms, on top of what start put there; fresh: it put nothing there.
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
-                           int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, float* tile) {
+                           int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, bool fresh,
+                           float* tile) {
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     const void* left = term.left.row(row);
     if (panels[i] == nullptr) {
+      if (fresh && i == 0) clear_tile(rows, tile);
       stream_tile(left, term.left.stride, term.left.bf16, rows, term.right, column, columns, tile);
       continue;
     }
@@ -69,12 +104,13 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     const char* ahead = nullptr;
     if (groups > 1)
       ahead = panels[i] + (term.right.packed() ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
-    choose_tile(format, term.left.bf16, rows, columns)({left, term.left.stride, panels[i], steps, tile, ahead});
+    choose_tile(format, term.left.bf16, rows,
+                columns)({left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
   }
 }
 
 // scratch: this thread's own, the sum of scratch_bytes over the terms.
-// start(row, rows, column, columns, tile) fills tile [rows][kPanel]; finish(...) consumes it.
+// start(row, rows, column, columns, tile) -> whether it filled tile [rows][kPanel]; finish(...) consumes the tile.
 template <int term_count, class Start, class Finish>
 void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
               const Start& start, const Finish& finish) {
@@ -106,15 +142,12 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
       alignas(64) float tile[kTileRows * kPanel];
-      start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, tile);
+      const bool fresh = !start(row, count, column, width, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, fresh,
+                     tile);
       finish(row, count, column, width, tile);
     }
   }
-}
-
-inline void start_at_zero(int64_t, int64_t rows, int64_t, int64_t, float* tile) {
-  for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(tile + i, set1(0.0f));
 }
 
 }  // namespace recmas::cpu::RECMAS_ISA

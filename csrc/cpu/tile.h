@@ -90,10 +90,11 @@ struct TileCall {
   const char* panel;
   int64_t steps;
   float* out;         // [rows][kPanel]
+  bool fresh;         // out holds nothing yet: it is written, not added to
   const char* ahead;  // what to prefetch, one cache line per step: a part of the next panel; null: this panel itself
 };
 
-// out [rows][kPanel] += left [rows][k] x panel [k][vecs * kWidth].
+// out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth].
 template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const TileCall& call) {
   constexpr int64_t chain_steps = format == Format::pairs ? kChain / 2 : kChain;
@@ -121,7 +122,7 @@ void multiply_tile(const TileCall& call) {
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < vecs; ++c) {
         float* sum = call.out + r * kPanel + c * kWidth;
-        store(sum, add(load(sum), acc.at[r][c]));
+        store(sum, call.fresh && first == 0 ? acc.at[r][c] : add(load(sum), acc.at[r][c]));
       }
     }
   }
