@@ -12,6 +12,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -157,7 +158,8 @@ def read_upstream(
     if isinstance(source, nn.Module):
         named = getattr(source, "adapter_type", None)
         state = dict(source.state_dict())
-        return infer_config(state, adapter_type or (named if isinstance(named, str) else None)), state
+        config = infer_config(state, adapter_type or (named if isinstance(named, str) else None))
+        return with_eps_of(source, config), state
     if isinstance(source, Mapping):
         state = dict(source)
         return infer_config(state, adapter_type), state
@@ -171,6 +173,15 @@ def read_upstream(
         return infer_config(state, adapter_type), state
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def with_eps_of(module: nn.Module, config: LinkConfig) -> LinkConfig:
+    """``config`` with the epsilon of the module's own norms, which no parameter shows."""
+    norms = [getattr(module, name) for name in NORM_NAMES[config.kind]] if config.norm else []
+    epsilons = sorted({getattr(norm, "eps", config.eps) for norm in norms})
+    if len(epsilons) > 1:
+        raise ValueError(f"the norms have different eps: {' and '.join(map(str, epsilons))}")
+    return replace(config, eps=epsilons[0]) if epsilons else config
 
 
 def infer_config(state: Mapping[str, Tensor], adapter_type: str | None = None) -> LinkConfig:

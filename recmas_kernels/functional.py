@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recmas_kernels import ops
+from recmas_kernels import backends, ops
 from recmas_kernels.backends import packing
 
 Norm = tuple[Tensor, Tensor | None]
@@ -113,7 +113,13 @@ def _expect(name: str, tensor: Tensor | None, *shape: int) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def _check_link(x: Tensor, residual: str, autocast: bool, named: dict[str, Tensor | None]) -> None:
+def _same_device(name: str, tensor: Tensor | None, owner: str, device: torch.device) -> None:
+    """Kernels are chosen by the first tensor's device; an address of another one would be read as if it were there."""
+    if tensor is not None and tensor.device != device:
+        raise ValueError(f"{owner} is on {device} and {name} is on {tensor.device}: move one of them")
+
+
+def _check_link(x: Tensor, residual: str, named: dict[str, Tensor | None]) -> None:
     w1, w2, w3 = named["w1"], named["w2"], named["w3"]
     if w1 is None or w2 is None:
         raise TypeError("w1 and w2 must be tensors")
@@ -141,15 +147,15 @@ def _check_link(x: Tensor, residual: str, autocast: bool, named: dict[str, Tenso
         raise ValueError("b3 is given without w3")
     if residual == "identity" and in_features != out_features:
         raise ValueError(f"residual='identity' needs in_features == out_features, got {in_features} and {out_features}")
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
     for name, tensor in named.items():
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype and not autocast:
+        if tensor.dtype != x.dtype and not casts:
             raise ValueError(
                 f"x has dtype {x.dtype} and {name} has {tensor.dtype}: convert one of them, or run under torch.autocast"
             )
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} and {name} is on {tensor.device}: move one of them")
+        _same_device(name, tensor, "x", x.device)
 
 
 def recursive_link(
@@ -194,9 +200,7 @@ def recursive_link(
     """
     if activation not in _GELU:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_GELU)}")
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    dtype = backends.compute_dtype(x)
     gi, ci = norm_in if norm_in is not None else (None, None)
     go, co = norm_out if norm_out is not None else (None, None)
     named = {
@@ -211,7 +215,10 @@ def recursive_link(
         "norm_out weight": go,
         "norm_out bias": co,
     }
-    _check_link(x, residual, autocast, named)
+    for name, norm in (("norm_in", norm_in), ("norm_out", norm_out)):
+        if norm is not None and norm[0] is None:
+            raise ValueError(f"{name} has no weight, expected (weight, bias or None)")
+    _check_link(x, residual, named)
     weights = [t if t is None or t.is_contiguous() else t.contiguous() for t in named.values()]
     rows = _rows(x)
     settings = (residual, _GELU[activation], eps, dtype)
@@ -261,15 +268,18 @@ def latent_handoff(
         ValueError: shapes do not fit, an index is not one-dimensional int64, or ``inplace`` was asked for under grad.
     """
     _check_row_index("slot_rows", slot_rows)
+    _same_device("slot_rows", slot_rows, "embeds", embeds.device)
     rows = _rows(hidden)
     if source_rows is not None:
         _check_row_index("source_rows", source_rows)
+        _same_device("source_rows", source_rows, "hidden", hidden.device)
         rows = rows.index_select(0, source_rows)
     if rows.shape[0] != slot_rows.shape[0]:
         raise ValueError(f"slot_rows names {slot_rows.shape[0]} rows for {rows.shape[0]} latents")
     mapped = link(rows)
     if mapped.shape[-1] != embeds.shape[-1]:
         raise ValueError(f"the link writes {mapped.shape[-1]} features, embeds has {embeds.shape[-1]}")
+    _same_device("what the link writes", mapped, "embeds", embeds.device)
     mapped = _rows(mapped.to(embeds.dtype))
     differentiable = torch.is_grad_enabled() and (mapped.requires_grad or embeds.requires_grad)
     if inplace:
@@ -277,6 +287,8 @@ def latent_handoff(
             raise ValueError("inplace=True is only for inference: run under torch.no_grad()")
         if not embeds.is_contiguous():
             raise ValueError("inplace=True needs contiguous embeds")
+        if mapped.untyped_storage().data_ptr() == embeds.untyped_storage().data_ptr():
+            mapped = mapped.clone()  # latents that are rows of embeds would be overwritten while they are read
         ops.handoff_(mapped, _rows(embeds), slot_rows)
         return embeds
     flat = _rows(embeds).contiguous()
@@ -324,6 +336,8 @@ def alignment_loss(
             raise ValueError(
                 f"target has shape {tuple(target.shape)}, expected an embedding table [vocabulary, {width}]"
             )
+    for name, tensor in (("target", target), ("token_ids", token_ids), ("mask", mask)):
+        _same_device(name, tensor, "pred", pred.device)
     if mask is not None:
         _expect("mask", mask, *leading)
         mask = mask.reshape(-1).contiguous()

@@ -113,6 +113,7 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
         if isinstance(module, RecursiveLink)
         else checkpoint.infer_config(dict(module.named_parameters()), adapter_type)
     )
+    config = checkpoint.with_eps_of(module, config)
     fused = FusedRecursiveLink(config, device="meta")
     for child_name, child in children.items():
         setattr(fused, child_name, child)
@@ -144,15 +145,19 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator).to(weight.device, weight.dtype)
-    exact = RecursiveLink(fused.config, device=weight.device, dtype=torch.float64)
-    exact.load_state_dict({key: value.to(torch.float64) for key, value in fused.state_dict().items()})
-    truth = exact(rows.double())
+
+    def plain(dtype: torch.dtype) -> RecursiveLink:
+        link = RecursiveLink(fused.config, device=weight.device, dtype=dtype)
+        link.load_state_dict({key: value.to(dtype) for key, value in fused.state_dict().items()})
+        return link
+
+    truth = plain(torch.float64)(rows.double())
     scale = truth.abs().max()
 
     def error(out: Tensor) -> Tensor:
         return (out.double() - truth).abs().max()
 
-    budget = 2 * error(RecursiveLink.forward(fused, rows)) + torch.finfo(weight.dtype).eps * scale
+    budget = 2 * error(plain(weight.dtype)(rows)) + torch.finfo(weight.dtype).eps * scale
     if error(eager(rows)) > budget:
         raise ValueError(f"{name} does not compute what its type and parameters say; it is not a RecursiveLink we know")
     if error(fused(rows)) > budget:

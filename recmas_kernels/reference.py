@@ -240,6 +240,8 @@ def alignment_fwd(
     Returns ``(loss, scalar in float32 or float64; grad [T, d] in pred's dtype)``; both are 0 for an empty mask.
     """
     acc = accumulator(pred.dtype)
+    if token_ids is not None and mask is not None:
+        token_ids = torch.where(mask != 0, token_ids, 0)  # such as an ignore index of -100
     rows = target if token_ids is None else target.index_select(0, token_ids)
     p, e = pred.to(acc), rows.to(acc) * embed_scale
     weight = torch.ones(p.shape[0], dtype=acc, device=p.device) if mask is None else mask.to(acc)

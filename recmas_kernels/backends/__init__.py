@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,12 +49,17 @@ class Call(NamedTuple):
     training: bool
 
 
-_forced: list[str] = []
+@dataclass(eq=False)
+class _Request:
+    name: str
+
+
+_forced: list[_Request] = []
 
 
 def requested() -> str:
     """The backend asked for: the innermost ``use_backend``, else ``RECMAS_BACKEND``, else "auto"."""
-    name = _forced[-1] if _forced else os.environ.get("RECMAS_BACKEND", "auto")
+    name = _forced[-1].name if _forced else os.environ.get("RECMAS_BACKEND", "auto")
     return _known(name)
 
 
@@ -68,13 +74,16 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every op inside the block with ``name`` ("auto", "reference", "cpu", "cuda" or "triton").
 
     A named backend never falls back: a call that it cannot serve raises `BackendUnavailableError` with the reason.
-    The choice holds for the whole process, since backward passes run on threads of autograd's own.
+    The choice holds for the whole process, since backward passes run on threads of autograd's own; of several threads'
+    blocks the one begun last holds.
     """
-    _forced.append(_known(name))
+    request = _Request(_known(name))
+    _forced.append(request)
     try:
         yield
     finally:
-        _forced.pop()
+        # By identity: another thread's block may have begun after this one and not ended yet.
+        _forced[:] = [other for other in _forced if other is not request]
 
 
 @cache
@@ -147,6 +156,14 @@ def explain_call(call: Call) -> str:
     return "\n".join(lines)
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a link computes in: autocast's where it is on (it leaves float64 alone), else x's."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
 def explain(link: Any, x: torch.Tensor) -> str:
     """Which kernel would serve ``link(x)`` in the present grad mode, and why not the others.
 
@@ -156,8 +173,7 @@ def explain(link: Any, x: torch.Tensor) -> str:
     config = link.config
     if config.layers == 1:
         return "a one-layer link runs as plain torch; no kernel is involved"
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtype = compute_dtype(x)
     tokens = x.numel() // max(1, x.shape[-1])
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in link.parameters()))
     ops = ("link_fwd_train", "link_bwd") if training else ("link_fwd",)

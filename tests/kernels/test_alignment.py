@@ -85,6 +85,17 @@ def test_masked_rows_may_hold_anything(backend):
     assert torch.equal(spoiled[1][1], torch.zeros(8))
 
 
+def test_masked_token_ids_may_be_an_ignore_index(backend):
+    pred, table = make_rows(3, 8), make_rows(5, 8, seed=2)
+    mask = torch.tensor([True, False, True])
+    ignored, valid = torch.tensor([1, -100, 2]), torch.tensor([1, 0, 2])
+    for ids in (ignored, torch.tensor([1, 99, 2])):
+        loss, grad = loss_and_grad(lambda p, ids=ids: alignment_loss(p, table, token_ids=ids, mask=mask), pred)
+        expected = loss_and_grad(lambda p: alignment_loss(p, table, token_ids=valid, mask=mask), pred)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(grad, expected[1])
+
+
 def test_a_zero_row_is_finite_as_in_torch(backend):
     pred, target = torch.zeros(2, 8), make_rows(2, 8)
     loss, grad = loss_and_grad(lambda p: alignment_loss(p, target), pred)
@@ -132,6 +143,7 @@ def test_token_ids_out_of_range_never_read(backend):
             ValueError,
             r"expected an embedding table \[vocabulary, 8\]",
         ),
+        ({"target": torch.zeros(4, 8, device="meta")}, ValueError, "pred is on cpu and target is on meta"),
         ({"mask": torch.ones(4, 1)}, ValueError, "mask has shape"),
         ({"pred": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "pred has dtype torch.int64"),
     ],

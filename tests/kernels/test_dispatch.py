@@ -56,6 +56,24 @@ def test_explain_names_the_backend_that_runs():
     assert "link_bwd" not in inference
 
 
+def test_explain_and_the_call_agree_on_the_dtype():
+    link = make_link(configs()["inner"], torch.float64)
+    x = make_rows(2, 40, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert "link_fwd cpu float64" in explain(link, x)
+        assert torch.equal(link(x), link(x).double())
+        assert "link_fwd cpu bfloat16" in explain(link.float(), x.float())
+
+
+def test_a_block_of_another_thread_may_end_first():
+    first, second = use_backend("reference"), use_backend("auto")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.requested() == "auto"
+    second.__exit__(None, None, None)
+
+
 VALID = {"x": (2, 8), "w1": (6, 8), "w2": (8, 6)}
 
 
@@ -69,6 +87,7 @@ VALID = {"x": (2, 8), "w1": (6, 8), "w2": (8, 6)}
         ({"b2": torch.zeros(6)}, "b2 has shape"),
         ({"norm_in": (torch.zeros(6), None)}, "norm_in weight has shape"),
         ({"norm_out": (torch.zeros(8), torch.zeros(6))}, "norm_out bias has shape"),
+        ({"norm_in": (None, torch.zeros(8))}, "norm_in has no weight"),
         ({"residual": "gated"}, "residual is 'gated', expected one of identity, linear, none"),
         ({"residual": "linear"}, "w3 is missing with residual='linear'"),
         ({"w3": torch.zeros(8, 8)}, "w3 is given with residual='identity'"),

@@ -90,6 +90,28 @@ def test_a_link_that_computes_something_else_is_an_error():
         fuse(nn.Sequential(ForeignInner(8, gain=0.5)))
 
 
+@pytest.mark.parametrize("make", [lambda: ForeignInner(8), lambda: RecursiveLink.inner(8)])
+def test_the_epsilon_of_the_norms_counts(make):
+    link, x = make(), 0.1 * make_rows(3, 8)
+    link.pre_ln.eps = link.post_ln.eps = 0.1
+    fused = fuse(link)
+    assert fused.config.eps == 0.1
+    torch.testing.assert_close(fused(x), link(x), rtol=1e-5, atol=1e-5)
+    assert FusedRecursiveLink.from_upstream(ForeignInner(8)).config.eps == 1e-5
+    link.pre_ln.eps = 0.2
+    with pytest.raises(ValueError, match="different eps: 0.1 and 0.2"):
+        fuse(link)
+
+
+def test_another_activation_is_found_out():
+    link = ForeignInner(64)
+    link.activation = nn.GELU(approximate="tanh")
+    with torch.no_grad():
+        link.proj2.weight.mul_(10)
+    with pytest.raises(ValueError, match="does not compute"):
+        fuse(link)
+
+
 class Wrapped(nn.Linear):
     def forward(self, x):
         return F.linear(x, 2 * self.weight, self.bias)

@@ -81,6 +81,7 @@ def test_expanded_gradients(backend):
         ({"slot_rows": SLOTS.int()}, "slot_rows is torch.int32"),
         ({"slot_rows": SLOTS[:3]}, "slot_rows names 3 rows for 4 latents"),
         ({"source_rows": SLOTS[:, None]}, "source_rows is torch.int64 of shape"),
+        ({"slot_rows": SLOTS.to("meta")}, "embeds is on cpu and slot_rows is on meta"),
         ({"embeds": torch.zeros(10, 9)}, "the link writes 8 features, embeds has 9"),
         ({"hidden": torch.zeros(4, 8, requires_grad=True), "inplace": True}, "only for inference"),
     ],
@@ -93,9 +94,20 @@ def test_bad_input_is_named(change, message):
 
 @pytest.mark.parametrize("slots", [[1, 2, 6, 10], [1, 2, 6, -1]])
 def test_slots_out_of_range_never_write(backend, slots):
-    embeds = make_rows(10, 8)
-    with pytest.raises((ValueError, IndexError, RuntimeError)):
-        latent_handoff(make_rows(4, 8), torch.nn.Identity(), embeds, slot_rows=torch.tensor(slots))
+    memory = make_rows(30, 8)
+    before, embeds = memory.clone(), memory[10:20]
+    with torch.no_grad(), pytest.raises((ValueError, IndexError, RuntimeError)):
+        latent_handoff(make_rows(4, 8), torch.nn.Identity(), embeds, slot_rows=torch.tensor(slots), inplace=True)
+    assert torch.equal(memory[:10], before[:10])
+    assert torch.equal(memory[20:], before[20:])
+
+
+def test_latents_that_are_rows_of_the_embeddings(backend):
+    embeds = make_rows(4, 8)
+    expected = embeds[[1, 0, 3, 2]]
+    with torch.no_grad():
+        latent_handoff(embeds, torch.nn.Identity(), embeds, slot_rows=torch.tensor([1, 0, 3, 2]), inplace=True)
+    assert torch.equal(embeds, expected)
 
 
 def test_repeated_slots_are_caught_on_request(backend, monkeypatch):
