@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recmas.agent import Agent
+from recmas.files import sync
 from recmas.pattern import Edge
 from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas_kernels import FusedRecursiveLink
@@ -39,28 +41,62 @@ def describe(mas: RecursiveMAS) -> SystemSpec:
 
 
 def save(mas: RecursiveMAS, folder: Path) -> None:
-    """Write everything beside `folder`, sync it, then move it into place; ``system.json`` last."""
+    """Write everything beside `folder`, sync it, then move it into place; what it replaces is deleted after that."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
         raise ValueError(f"{folder}: exists and is not a system; nothing was written")
     folder.parent.mkdir(parents=True, exist_ok=True)
     spec = describe(mas)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        fresh, replaced = Path(temporary, "fresh"), Path(temporary, "replaced")
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh, replaced = beside / "fresh", beside / "replaced"
+    try:
         _write(mas, spec, fresh, folder)
-        _sync(fresh)
+        for path in [fresh, *fresh.rglob("*")]:
+            sync(path)
+        _put_in_place(fresh, folder, replaced)
+    finally:
+        unfinished = (fresh / FILE_NAME).exists()
+        if not (unfinished and any(replaced.glob("*/*"))):  # else not even putting back went well: it stays
+            shutil.rmtree(beside)
+
+
+def _put_in_place(fresh: Path, folder: Path, replaced: Path) -> None:
+    """Move every part of `fresh` into `folder`, ``system.json`` last, and what they replace into `replaced`.
+
+    On an exception before ``system.json`` is in place, everything goes back to where it was.
+    """
+    parents = [folder, folder / "agents", folder / "links"]
+    made = [parent for parent in parents if not parent.exists()]
+    moves: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moves.append((source, target))  # before it is done, that no interrupt can come between
+        os.replace(source, target)
+
+    try:
         folder.mkdir(exist_ok=True)
-        parts = sorted(part for kind in ("agents", "links") for part in fresh.glob(f"{kind}/*"))
-        for part in [*parts, fresh / FILE_NAME]:
+        for part in sorted(part for kind in ("agents", "links") for part in fresh.glob(f"{kind}/*")):
             place = folder / part.relative_to(fresh)
-            place.parent.mkdir(exist_ok=True)
-            if place.is_dir():
-                aside = replaced / part.relative_to(fresh)
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                place.rename(aside)
-            os.replace(part, place)
-        _sync_folder(folder)
+            if os.path.lexists(place):
+                move(place, replaced / part.relative_to(fresh))
+            move(part, place)
+        for parent in parents:
+            if parent.exists():
+                sync(parent)
+        os.replace(fresh / FILE_NAME, folder / FILE_NAME)
+        sync(folder)
+        sync(folder.parent)
+    except BaseException:
+        if (fresh / FILE_NAME).exists():
+            for source, target in reversed(moves):
+                if os.path.lexists(target) and not os.path.lexists(source):
+                    os.replace(target, source)
+            for parent in reversed(made):
+                if parent.exists():
+                    parent.rmdir()
+        raise
 
 
 def _write(mas: RecursiveMAS, spec: SystemSpec, fresh: Path, folder: Path) -> None:
@@ -154,18 +190,3 @@ def _load_edge_scores(
 
 def _is_local(agent: Agent) -> bool:
     return agent.source is None or Path(agent.source).is_dir()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
