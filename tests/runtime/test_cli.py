@@ -126,6 +126,9 @@ def test_missing_model_folder(broken):
         (["run", "system", "--latent-steps", "planner=x"], "--latent-steps"),
         (["run", "system"], "give either --questions FILE.jsonl or --question TEXT"),
         (["run", "system", "--question", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "system", "--question", "x", "--device", "gpu"], "--device: 'gpu' cannot be used here: "),
+        (["run", "system", "--question", "x", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used here: "),
+        (["run", "system", "--question", "x", "--backend", "triton"], "triton"),
         (["run", "system", "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
         (["init", "new", "--models", "planner"], "ROLE=VALUE"),
         (["init", "new", "--models", "poet=x"], "unknown role 'poet'; the pattern has planner, critic, solver"),
@@ -152,6 +155,22 @@ def test_traceback_on_request(capsys):
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)")
     assert err.splitlines()[-1].startswith("recmas: error: nowhere/system.json: no such file")
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, KeyError, AssertionError])
+def test_mistakes_of_our_own_are_called_so(made, monkeypatch, capsys, error):
+    def fail(*arguments, **options):
+        raise error("oops")
+
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(RecursiveMAS, "answer", fail)
+    assert main(RUN) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"recmas: internal error: {error.__name__}: ")
+    assert err.endswith("; recmas --traceback COMMAND shows where it arose\n")
+    assert err.count("\n") == 1
+    assert main(["--traceback", *RUN]) == 1
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last)")
 
 
 def test_help_is_quick_and_lists_every_command(tmp_path):

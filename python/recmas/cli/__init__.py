@@ -27,7 +27,7 @@ command; every option can also stand in a YAML file given with --config."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 after a one-line error, 130 after an interrupt."""
+    """Run one command; 0 on success, 2 after a one-line error, 1 after one of recmas itself, 130 after an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = CommandLineParser(prog="recmas", description=DESCRIPTION)
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
@@ -48,8 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if parsed.traceback:
             traceback.print_exc()
-        print(f"recmas: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        if _is_expected(error):
+            print(f"recmas: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        kind = type(error).__name__
+        advice = "" if parsed.traceback else "; recmas --traceback COMMAND shows where it arose"
+        print(f"recmas: internal error: {kind}: {one_line(error)}{advice}", file=sys.stderr)
+        return 1
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the input or the machine is to blame; everything else is a mistake in recmas."""
+    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    from torch import OutOfMemoryError
+
+    from recmas_kernels import BackendUnavailableError
+
+    return isinstance(error, BackendUnavailableError | OutOfMemoryError)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.parser import LATENT_STEPS, CommandLineParser
+from recmas.cli.parser import LATENT_STEPS, CommandLineParser, one_line
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -90,6 +90,11 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     from recmas.system import RecursiveMAS
     from recmas_kernels import use_backend
 
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        told = one_line(error).partition(". ")[0]
+        raise ValueError(f"--device: {options.device!r} cannot be used here: {told}") from None
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with use_backend(options.backend):

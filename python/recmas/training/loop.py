@@ -139,7 +139,7 @@ def train(
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run although
             ``resume`` is off, or a checkpoint of other settings or parameters.
-        RuntimeError: loss or gradient is not finite; names the step. The parameters keep their last good values.
+        FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
     """
     _check(parameters)
     optimizer = _optimizer(parameters, config)
@@ -187,7 +187,7 @@ def _step(
         total += value.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise RuntimeError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
+        raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
