@@ -239,7 +239,7 @@ def _launch(
         return None if partials is None else partials.sum(0)
 
     key = (mode, str(dtype), tuning.bucket(rows), columns, depth, more_depth, right.stride(0) == 1)
-    options = plan.matmul_configs(mode, rows, columns, dtype)
+    options = plan.matmul_configs([(rows, columns)], dtype, wide=mode != SLOPE.value)
     return launch(tuning.choose("product", key, left.device, options, launch))
 
 
@@ -338,14 +338,14 @@ def _weight_gradients(
     live = row < rows - row_tile * ROWS
     inside = column < columns - column_tile * COLUMNS
     step = tl.arange(0, DEPTH)
-    left_tile = left + row_tile * ROWS + step[:, None] * left_stride + row[None, :]
+    left_tile = left + row_tile * ROWS + row[:, None] + step[None, :] * left_stride
     right_tile = right + column_tile * COLUMNS + step[:, None] * right_stride + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, tokens, DEPTH):
-        deep = (start + step < tokens)[:, None]
-        a = tl.load(left_tile, mask=deep & live[None, :], other=0.0)
-        b = tl.load(right_tile, mask=deep & inside[None, :], other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        deep = start + step < tokens
+        a = tl.load(left_tile, mask=live[:, None] & deep[None, :], other=0.0)
+        b = tl.load(right_tile, mask=deep[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         left_tile += DEPTH * left_stride
         right_tile += DEPTH * right_stride
     corner = out + tl.cast(row_tile * ROWS, tl.int64) * columns + column_tile * COLUMNS
@@ -379,5 +379,6 @@ def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list
         )
 
     key = (str(first.dtype), tuning.bucket(first.shape[0]), *sizes)
-    launch(tuning.choose("gradients", key, first.device, plan.gradient_configs(first.dtype), launch))
+    options = plan.matmul_configs([(out.shape[0], out.shape[1]) for out in outs], first.dtype)
+    launch(tuning.choose("gradients", key, first.device, options, launch))
     return outs

@@ -121,26 +121,24 @@ def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device, *,
     return SmallConfig(128 if roomy else 64, 64, 8, 2)
 
 
-def matmul_configs(mode: int, rows: int, columns: int, dtype: torch.dtype) -> list[MatmulConfig]:
-    """Tiles for a product ``[rows, columns]``, the default first; ``mode`` is `matmul`'s.
-
-    A tile of 128 x 256 halves the reads of one of 128 x 128 and needs twice the tiles to fill the device.
-    """
-    if dtype == torch.float32:
-        return [MatmulConfig(64, 64, 16, 8, 2), MatmulConfig(128, 64, 16, 8, 2)]
-    narrow = [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4), MatmulConfig(64, 128, 64, 4, 3)]
-    wide = MatmulConfig(128, 256, 64, 8, 3)
-    few = tiles(rows, columns, wide) < 132
-    return [*narrow, wide] if few or mode == 2 else [wide, *narrow]
-
-
 def tiles(rows: int, columns: int, config: MatmulConfig) -> int:
     """How many tiles a result ``[rows, columns]`` is cut into."""
     return -(-rows // config.rows) * -(-columns // config.columns)
 
 
-def gradient_configs(dtype: torch.dtype) -> list[MatmulConfig]:
-    """Tiles for the weight gradients, the default first; ``depth`` counts tokens."""
+_WIDE = MatmulConfig(128, 256, 64, 8, 3)
+_NARROW = [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4), MatmulConfig(64, 128, 64, 4, 3)]
+_EXACT = [MatmulConfig(64, 64, 16, 8, 2), MatmulConfig(128, 64, 16, 8, 2)]  # float32 without tensor cores
+_A_WAVE = 132  # tiles that fill an H100
+
+
+def matmul_configs(results: list[tuple[int, int]], dtype: torch.dtype, *, wide: bool = True) -> list[MatmulConfig]:
+    """Tiles for the results ``(rows, columns)`` of one launch, the default first.
+
+    A tile of 128 x 256 reads a quarter less than two of 128 x 128, but a device must have enough of them to fill it.
+    ``wide=False`` for an epilogue that leaves it too few registers to share an SM.
+    """
     if dtype == torch.float32:
-        return [MatmulConfig(64, 64, 16, 8, 2)]
-    return [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 256, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4)]
+        return _EXACT
+    enough = sum(tiles(rows, columns, _WIDE) for rows, columns in results) >= _A_WAVE
+    return [_WIDE, *_NARROW] if enough and wide else [*_NARROW, _WIDE]

@@ -109,6 +109,9 @@ def check(compiled, expected: set[str], *, vectors: bool = True, warpgroups: boo
         if kernel.name in PRODUCTS:
             instruction = "wgmma.mma_async" if capability == 90 and warpgroups else "mma"
             assert instruction in kernel.ptx, f"{kernel.name} does not use the tensor cores as it should"
+            copies = re.findall(r"cp\.async\.c[ag]\S* \[[^\]]*\], \[[^\]]*\], (\w+)", kernel.ptx)
+            # Gains and biases are too few for 16 bytes a thread.
+            assert {"0x10"} <= set(copies) <= {"0x8", "0x10"}, f"{kernel.name} copies {set(copies)} bytes at a time"
         elif vectors:
             assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx), f"{kernel.name} does not load 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4\.b32", kernel.ptx), f"{kernel.name} does not store 16 bytes at a time"

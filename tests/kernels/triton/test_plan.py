@@ -39,6 +39,19 @@ def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, 
     assert plan.variant(chosen, lambda _: None) == expected[0]
 
 
+def test_wide_tiles_where_they_fill_the_device():
+    wide, narrow = (128, 256), (128, 128)
+
+    def first(results, dtype=torch.bfloat16, **options):
+        return plan.matmul_configs(results, dtype, **options)[0][:2]
+
+    assert first([(16384, 1536)]) == wide
+    assert first([(1536, 1536)]) == narrow
+    assert first([(16384, 1536)], wide=False) == narrow
+    assert first([(1536, 2048), (1536, 1536), (1536, 2048)]) == wide  # 264 tiles: two full waves of 132
+    assert first([(16384, 1536)], torch.float32) == (64, 64)
+
+
 def test_a_device_with_little_shared_memory_gets_the_library(monkeypatch):
     monkeypatch.setattr(plan, "_shared_memory", lambda _: 64 * 1024)
     assert plan.candidates(link(hidden=256)) == [plan.LIBRARY]

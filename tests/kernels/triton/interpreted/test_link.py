@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recmas_kernels import LinkConfig, recursive_link
+from recmas_kernels import LinkConfig, recursive_link, use_backend
 from recmas_kernels.backends.triton import plan
-from tests.kernels.helpers import check_link, configs, make_link, make_rows, name_of, run
+from tests.kernels.helpers import check_budget, check_link, configs, make_link, make_rows, name_of, run
 
 CONFIGS = configs()
 VARIANTS = (plan.LIBRARY, plan.SMALL, plan.MATMUL)
@@ -165,3 +165,30 @@ def test_a_weight_without_bias_in_the_norms(use):
         given = recursive_link(x, w1, w2, norm_in=(gain, None), norm_out=(gain, None))
         zero = torch.zeros(24)
         torch.testing.assert_close(given, recursive_link(x, w1, w2, norm_in=(gain, zero), norm_out=(gain, zero)))
+
+
+@pytest.mark.parametrize("norms", ["in", "out"])
+@pytest.mark.parametrize(
+    ("variant", "residual"),
+    [(v, r) for v in VARIANTS for r in ("identity", "linear", "none") if (v, r) != (plan.SMALL, "linear")],
+)
+def test_one_norm_without_the_other(use, variant, residual, norms):
+    use(variant)
+    shapes = {"x": (9, 24), "w1": (20, 24), "w2": (24, 20), "b1": (20,), "gain": (24,), "shift": (24,), "dy": (9, 24)}
+    tensors = {name: make_rows(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    tensors |= {"w3": make_rows(24, 24, seed=9)} if residual == "linear" else {}
+
+    def outputs(dtype):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        dy = leaves.pop("dy")
+        gain, shift = leaves["gain"], leaves["shift"]
+        norm = {f"norm_{norms}": (gain, shift)}
+        w3 = leaves.get("w3")
+        y = recursive_link(leaves["x"], leaves["w1"], leaves["w2"], leaves["b1"], w3=w3, residual=residual, **norm)
+        return [y, *torch.autograd.grad(y, list(leaves.values()), dy)], ["y", *leaves]
+
+    actual, names = outputs(torch.float32)
+    with use_backend("reference"):
+        eager, exact = outputs(torch.float32)[0], outputs(torch.float64)[0]
+    for name, a, e, t in zip(names, actual, eager, exact, strict=True):
+        check_budget(name, a.detach(), e.detach(), t.detach(), torch.float32)
