@@ -36,6 +36,7 @@ from recmas.training import (
     warmup_loss,
 )
 from recmas.training.warmup import aligned_tokens, overlaps
+from tests.runtime.tiny import tiny_agent
 
 WORDS = ["bako", "dilo", "remu", "red", "blue", "cat", "dog", "0", "1", "2", "3"]
 PIECES = ["ba", "##ko", "di", "##lo", "re", "##mu", "##d", "blue", "cat", "dog", "0", "1", "2", "3"]
@@ -423,6 +424,25 @@ def test_outer_training_resumes_bit_for_bit(tmp_path):
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_training_with_packed_links_resumes_bit_for_bit(tmp_path):
+    """The frozen inner links are packed in the first steps; a resumed run begins with them unpacked."""
+    made = {role: tiny_agent("llama", role, 64, seed) for seed, role in enumerate(SEQUENTIAL.roles)}
+
+    def fresh():
+        system = RecursiveMAS.create(made, SEQUENTIAL, prompts=PROMPTS, rounds=2, latent_steps=2, seed=0)
+        assert all(p.numel() >= 4096 for inner in system.inner_links.values() for p in inner.parameters() if p.ndim > 1)
+        return system
+
+    config = OuterConfig(steps=5, batch_size=2, rounds=2, checkpoint_every=0, learning_rate=1e-4)
+    whole, parts = fresh(), fresh()
+    expected = train_outer(whole, ROWS, config, output=tmp_path / "whole", progress=False)
+    train_outer(parts, ROWS, config, output=tmp_path / "parts", progress=False, on_step=lambda r: r.step == 3)
+    parts = fresh()
+    result = train_outer(parts, ROWS, config, output=tmp_path / "parts", progress=False, resume=True)
+    assert changed(weights(whole), weights(parts)) == set()
+    assert [record.loss for record in result.records] == [record.loss for record in expected.records]
 
 
 def test_weighted_slots_learn_their_scores_too(tmp_path):

@@ -24,7 +24,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from recmas.files import replacing, write_atomically
-from recmas_kernels import clear_packed
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -178,7 +177,6 @@ def _step(
     step: int,
 ) -> tuple[float, float]:
     """One optimiser step; the mean loss and the gradient's norm before clipping."""
-    clear_packed()  # packed weights round differently: a step's bits must not depend on which calls came before it
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulation):
