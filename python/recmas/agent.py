@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from recmas.cache import Continuation, positions_of
 from recmas.decoding import Reply, write
+from recmas.spec import DTYPES
 from recmas.splice import Latents, Prompt, run_link
 
 
@@ -56,12 +57,15 @@ class Agent:
         A RecursiveLink may stand beside the model, as in the reference implementation's releases: it is left alone.
 
         Raises:
-            ValueError: a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id; one line.
+            ValueError: an unknown dtype, a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id;
+                one line.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source = os.fspath(path_or_id)
         name = name or Path(source).name
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         folder = Path(source)
         if folder.is_dir():
             if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from recmas import Agent
+from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.splice import Prompt
 from tests.runtime.tiny import FAMILIES, SHAPE, prompts, tiny_agent, tiny_link, tiny_tokenizer
 
@@ -70,3 +70,10 @@ def test_folders_that_hold_no_model(tmp_path, files, message):
 def test_missing_folders_never_reach_for_the_hub(path):
     with pytest.raises(ValueError, match="agent 'x': no such folder"):
         Agent.from_pretrained(path, name="x")
+
+
+@pytest.mark.parametrize("dtype", ["foo", "int8", "nn"])
+def test_unknown_dtypes_are_told_before_anything_is_loaded(dtype):
+    message = f"^dtype: '{dtype}' is not one of auto, float32, bfloat16, float16$"
+    with pytest.raises(ValueError, match=message):
+        RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, "/no/such/folder"), SEQUENTIAL, dtype=dtype)
