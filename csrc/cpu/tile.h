@@ -31,10 +31,10 @@ struct Accumulators {
   Vec at[rows][vecs];
 };
 
-// out[r][c * kWidth ..] (+)= sum_k left[r][k] * panel[k][c], for one k step given by the format.
+// acc += left[r][k] * panel[k][c] for the one or two k of a step; with two fp32 products the second goes to `odd`.
 template <Format format, bool bf16_left, int rows, int vecs>
-inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64_t left_stride, const char* panel,
-                          int64_t step) {
+inline void multiply_step(Accumulators<rows, vecs>& acc, Accumulators<rows, vecs>& odd, const void* left,
+                          int64_t left_stride, const char* panel, int64_t step) {
   if constexpr (format == Format::pairs && bf16_left) {
 #if RECMAS_ISA_LEVEL >= 3
     Vec w[vecs];
@@ -58,7 +58,7 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64
       const Vec first_k = set1(a[r * left_stride]), second_k = set1(a[r * left_stride + 1]);
       for (int c = 0; c < vecs; ++c) {
         acc.at[r][c] = fma(first_k, low[c], acc.at[r][c]);
-        acc.at[r][c] = fma(second_k, high[c], acc.at[r][c]);
+        odd.at[r][c] = fma(second_k, high[c], odd.at[r][c]);
       }
     }
   } else {
@@ -81,8 +81,8 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, const void* left, int64
 // A running sum over k is closed after this many k: its rounding error grows with the length of the chain. The same
 // number for every format: fp32 panels and the pairs they become must give the same bits.
 constexpr int64_t kChain = 128;
-// How far ahead a panel read by one group of rows alone is prefetched.
-constexpr int64_t kPrefetchSteps = 24;
+// How far ahead a panel read by one group of rows alone is prefetched, in bytes.
+constexpr int64_t kPrefetch = 4608;
 
 struct TileCall {
   const void* left;
@@ -98,31 +98,44 @@ struct TileCall {
 template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const TileCall& call) {
   constexpr int64_t chain_steps = format == Format::pairs ? kChain / 2 : kChain;
+  // Few accumulators would wait for each other's additions: even and odd k get their own. Both halves of a pair of
+  // fp32 products are k even and k odd, so that packed pairs and fp32 panels still give the same bits.
+  constexpr int sets = rows * vecs <= 6 ? 2 : 1;
+  constexpr bool both_k = format == Format::pairs && !bf16_left;
   const char* at = call.panel;
   const char* ahead = call.ahead;
   for (int64_t first = 0; first < call.steps; first += chain_steps) {
-    Accumulators<rows, vecs> acc;
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < vecs; ++c) acc.at[r][c] = set1(0.0f);
+    Accumulators<rows, vecs> acc[sets];
+    for (int set = 0; set < sets; ++set) {
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < vecs; ++c) acc[set].at[r][c] = set1(0.0f);
+      }
     }
     const int64_t last = smaller(first + chain_steps, call.steps);
-    if (ahead == nullptr) {
-      for (int64_t step = first; step < last; ++step, at += step_bytes(format)) {
-        for (int64_t line = 0; line < step_bytes(format); line += 64) {
-          __builtin_prefetch(at + kPrefetchSteps * step_bytes(format) + line);
-        }
-        multiply_step<format, bf16_left, rows, vecs>(acc, call.left, call.left_stride, at, step);
-      }
-    } else {
-      for (int64_t step = first; step < last; ++step, at += step_bytes(format), ahead += 64) {
+    const auto advance = [&](int64_t step, Accumulators<rows, vecs>& even, Accumulators<rows, vecs>& odd) {
+      if (ahead == nullptr) {
+        for (int64_t line = 0; line < step_bytes(format); line += 64) __builtin_prefetch(at + kPrefetch + line);
+      } else {
         __builtin_prefetch(ahead, 0, 2);
-        multiply_step<format, bf16_left, rows, vecs>(acc, call.left, call.left_stride, at, step);
+        ahead += 64;
+      }
+      multiply_step<format, bf16_left, rows, vecs>(even, odd, call.left, call.left_stride, at, step);
+      at += step_bytes(format);
+    };
+    int64_t step = first;
+    if constexpr (sets == 2 && !both_k) {
+      for (; step + 1 < last; step += 2) {
+        advance(step, acc[0], acc[0]);
+        advance(step + 1, acc[1], acc[1]);
       }
     }
+    for (; step < last; ++step) advance(step, acc[0], acc[sets - 1]);
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < vecs; ++c) {
+        Vec total = acc[0].at[r][c];
+        if constexpr (sets == 2) total = add(total, acc[1].at[r][c]);
         float* sum = call.out + r * kPanel + c * kWidth;
-        store(sum, call.fresh && first == 0 ? acc.at[r][c] : add(load(sum), acc.at[r][c]));
+        store(sum, call.fresh && first == 0 ? total : add(load(sum), total));
       }
     }
   }
