@@ -216,6 +216,13 @@ def test_records_of_another_run_are_refused(tmp_path):
         system.outer_links["expert", "learner"].proj1.bias[0] += 1
     with pytest.raises(ValueError, match="line 1: of another system"):
         run(system, output=path)
+    trained = tiny_agent("qwen3", "learner", seed=1)
+    with torch.no_grad():
+        trained.model.lm_head.weight.mul_(1.01)
+    system = Echo.create({**AGENTS, "learner": trained}, DISTILLATION, rounds=2, latent_steps=3, seed=0)
+    system.calls, system.breaks_at = [], None
+    with pytest.raises(ValueError, match="line 1: of another system"):
+        run(system, output=path)
     assert path.read_bytes() == written
 
 

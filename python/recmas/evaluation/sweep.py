@@ -2,7 +2,8 @@
 
 With an output file each batch's records are appended as JSON lines as soon as they exist. Calling again with the same
 arguments answers only what is missing, and a larger sweep only what is new; records of another system, other settings
-or other rows are refused.
+or other rows are refused. Of an agent's weights only a sample of each tensor is compared: fine-tuned weights are told
+apart, weights in which a few single elements differ may not be.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from recmas.spec import edge_name
 from recmas.system import RecursiveMAS, Row
 
 Steps = int | Mapping[str, int] | None
+SAMPLED = 1024  # about so many elements of each tensor of an agent stand for it
 
 
 class Sweep(NamedTuple):
@@ -192,7 +194,7 @@ def _expected(row: Row, index: int, field: str) -> str:
 
 
 def _digest(system: RecursiveMAS) -> str:
-    """Of what decides a system's answers, the agents' weights apart: prompts, where agents came from, all links."""
+    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights."""
     digest = hashlib.sha256(repr(system.pattern).encode())
     for role, agent in system.agents.items():
         digest.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
@@ -200,9 +202,13 @@ def _digest(system: RecursiveMAS) -> str:
     links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
     for name, link in links.items():
         tensors.update({f"{name}.{key}": value for key, value in link.state_dict().items()})
+    for role, agent in system.agents.items():
+        for key, value in [*agent.model.named_parameters(), *agent.model.named_buffers()]:
+            flat = value.detach().reshape(-1)
+            tensors[f"agent {role}.{key} {list(value.shape)}"] = flat[:: max(1, flat.numel() // SAMPLED)]
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
