@@ -21,6 +21,7 @@ _RESIDUALS = {"none": 0, "identity": 1, "linear": 2}
 _GELUS = {"none": 0, "tanh": 1}
 _STORED, _STORED_PANEL_ORDER, _PACKED = 0, 1, 2  # enum Form
 _LEAST_PACKED = 4096  # elements: smaller weights lie in the first-level cache, packed or not
+_ABSENT = (0, 0)  # address, dtype number
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 Parameters = tuple[
@@ -98,9 +99,21 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def _vector(vector: Tensor | None, kept: list[Tensor]) -> tuple[int, int]:
+    """Address and dtype number of a bias or gain; a converted one is added to ``kept``, to live as long as the call."""
+    if vector is None:
+        return _ABSENT
+    number = _DTYPES.get(vector.dtype)
+    if number is None or not vector.is_contiguous():
+        vector = _readable(vector)
+        kept.append(vector)
+        number = _DTYPES[vector.dtype]
+    return vector.data_ptr(), number
+
+
 def _address(tensor: Tensor | None) -> tuple[int, int]:
     """Address and dtype number; (0, 0) if absent. The caller keeps the tensor alive."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
+    return _ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -161,10 +174,10 @@ def _forward(
     _kept1, *first = _weight(w1, compute, isa, may_pack)
     _kept2, *second = _weight(w2, compute, isa, may_pack)
     _kept3, *third = _weight(w3, compute, isa, may_pack)
-    vectors = [v if v is None else _readable(v) for v in (b1, b2, b3, gi, ci, go, co)]
-    addresses = [_address(vector) for vector in vectors]
-    pb1, pb2, pb3, *norms = addresses
-    narrow = any(number for _, number in addresses)
+    kept: list[Tensor] = []
+    pb1, pb2, pb3 = _vector(b1, kept), _vector(b2, kept), _vector(b3, kept)
+    pgi, pci, pgo, pco = _vector(gi, kept), _vector(ci, kept), _vector(go, kept), _vector(co, kept)
+    narrow = (pb1[1] | pb2[1] | pb3[1] | pgi[1] | pci[1] | pgo[1] | pco[1]) != 0
     sizes = (tokens, in_features, hidden_features, out_features)
     workspace_bytes = _forward_workspace(
         isa, threads, number, kind, *sizes, gi is not None, go is not None, first[2], second[2], third[2], narrow
@@ -191,10 +204,10 @@ def _forward(
         *pb2,
         *third,
         *pb3,
-        *norms[0],
-        *norms[1],
-        *norms[2],
-        *norms[3],
+        *pgi,
+        *pci,
+        *pgo,
+        *pco,
         y.data_ptr(),
         *pre_z_stats,
         workspace.data_ptr(),
@@ -248,7 +261,9 @@ def link_fwd_train(
     tokens = x.shape[0]
     pre = torch.empty(tokens, w1.shape[0], dtype=dtype)
     z = torch.empty(0, dtype=dtype) if go is None else torch.empty(tokens, w2.shape[0], dtype=dtype)
-    stats = torch.zeros(4, tokens, dtype=torch.float32)
+    # The kernel writes the rows of the norms that exist.
+    allocate = torch.zeros if gi is None or go is None else torch.empty
+    stats = allocate(4, tokens, dtype=torch.float32)
     y = _forward(x, parameters, residual, gelu, eps, dtype, False, (pre, z, stats))
     return y, pre, z, stats
 
@@ -290,7 +305,7 @@ def link_bwd(
     rows, incoming = _rows(x), _rows(dy)
     kept = [t if t is None else _served(t, dtype) if t.dim() == 2 else _readable(t) for t in inputs[1:]]
     parameters = [_address(tensor) for tensor in kept]
-    outputs = [_address(grad) if grad.numel() else (0, 0) for grad in grads]
+    outputs = [_address(grad) if grad.numel() else _ABSENT for grad in grads]
     setting = (_isa(), torch.get_num_threads(), _DTYPES[dtype], _RESIDUALS[residual])
     sizes = (tokens, in_features, w1.shape[0], w2.shape[0])
     workspace_bytes = _native().link_backward_workspace(*setting, *sizes, parameters, outputs)
