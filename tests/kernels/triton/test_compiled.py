@@ -148,7 +148,7 @@ def test_library_variant(compiled, monkeypatch, width):
     check(compiled, PASSES | GELU)
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(2048, 128), (2048, 256), (2048, 512), (1040, 80), (1040, 208)])
+@pytest.mark.parametrize(("width", "hidden"), [(2048, 128), (2048, 256), (2048, 512), (1040, 208)])
 def test_small_variant(compiled, monkeypatch, width, hidden):
     call_link(monkeypatch, plan.SMALL, 16384, width, hidden, width, "identity", norm=True)
     # A hidden tile of 512 leaves room for 32 tokens in the forward, half a warpgroup's tile.
