@@ -88,7 +88,7 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   plan.norm_out_bias = take_sum(arena, call.dnorm_out_bias, s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;
   const int64_t deepest = larger(s.out_features + s.hidden_features, plan.block);
-  plan.panel_scratch = panel_bytes(fresh, deepest) + panel_bytes(fresh, 2);
+  plan.panel_scratch = larger(panel_bytes(fresh, deepest) + panel_bytes(fresh, 2), kResidentBytes);
   plan.line_floats = round_up(larger(larger(s.in_features, s.out_features), s.hidden_features), 16);
   plan.scratch_each = plan.panel_scratch + 3 * plan.line_floats * 4;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
@@ -241,7 +241,11 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
     void* to = last ? gradient.output.data : gradient.values;
     store_tile(to, last ? gradient.output.dtype : Dtype::f32, columns, row, count, column, width, tile);
   };
-  multiply(team, terms, rows, columns, plan.panels(team), start, finish);
+  if (all_panels_bytes(terms[0]) <= kResidentBytes) {
+    multiply_resident(team, terms[0], rows, columns, plan.panels(team), start, finish);
+  } else {
+    multiply(team, terms, rows, columns, plan.panels(team), start, finish);
+  }
 }
 
 inline void backward_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan,

@@ -150,4 +150,36 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   }
 }
 
+// With so few bytes in all panels of the right-hand matrix they stay in the second-level cache together.
+constexpr int64_t kResidentBytes = 256 * 1024;
+
+inline int64_t all_panels_bytes(const Term& term) {
+  return panel_count(term.right.columns) * panel_bytes(term.format(), term.right.k);
+}
+
+// multiply() for one term whose panels are all resident: rows outermost, so that a row of the result is written whole
+// while it is in the cache. scratch: all_panels_bytes.
+template <class Start, class Finish>
+void multiply_resident(const Team& team, const Term& term, int64_t rows, int64_t columns, char* scratch,
+                       const Start& start, const Finish& finish) {
+  const int64_t panels = panel_count(columns), bytes = panel_bytes(term.format(), term.right.k);
+  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
+  if (team.begin(groups) == team.end(groups)) return;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    pack_panel(term.right, panel * kPanel, term.format(), scratch + panel * bytes);
+  }
+  const Term terms[1] = {term};
+  for (int64_t group = team.begin(groups); group < team.end(groups); ++group) {
+    const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t column = panel * kPanel, width = smaller(kPanel, columns - column);
+      const char* const panels_at[1] = {scratch + panel * bytes};
+      alignas(64) float tile[kTileRows * kPanel];
+      const bool fresh = !start(row, count, column, width, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh, tile);
+      finish(row, count, column, width, tile);
+    }
+  }
+}
+
 }  // namespace recmas::cpu::RECMAS_ISA
