@@ -99,7 +99,7 @@ def _finish(
         value, slope = gelu_and_slope(tl.load(pre + base + place, mask=both, other=0.0).to(tl.float32), TANH)
         if act is not None:
             tl.store(act + base + place, value, mask=both)
-        total = tl.where(both, total * slope, 0.0)
+        total *= slope  # zero in rows past the last token, so the sums may take them all
         if sums is not None:
             tl.store(sums + first_column + column, tl.sum(total, 0), mask=inside)
     tl.store(out + base + place, total, mask=both)

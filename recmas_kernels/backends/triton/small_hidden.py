@@ -241,7 +241,7 @@ def _slope(
     value, slope = gelu_and_slope(before.to(tl.float32), TANH)
     if act is not None:
         tl.store(act + base + place, value, mask=both)
-    grad = tl.where(both, dact * slope, 0.0)
+    grad = dact * slope  # zero in rows past the last token, so the sums may take them all
     if sums is not None:
         tl.store(sums + column, tl.sum(grad, 0), mask=inside)
     rounded = grad.to(before.dtype)
