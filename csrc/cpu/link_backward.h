@@ -233,15 +233,23 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   if (gradient.values == nullptr) return;
   const Term terms[1] = {
       {left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
+  const bool resident = all_panels_bytes(terms[0]) <= kResidentBytes;
+  char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
+  const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;
+  // A short product is bound by writing its result: the lines of tiles to come are asked for early.
+  const int64_t ahead = resident ? 4 * kPanel : 2 * kTileRows * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
+    for (int64_t r = 0; r < count; ++r) {
+      const char* line = result + ((row + r) * columns + column + ahead) * element_bytes;
+      for (int64_t byte = 0; byte < kPanel * element_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
+    }
     if (block.accumulate) load_tile(gradient.values, Dtype::f32, columns, row, count, column, width, tile);
     return block.accumulate;
   };
   const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
-    void* to = last ? gradient.output.data : gradient.values;
-    store_tile(to, last ? gradient.output.dtype : Dtype::f32, columns, row, count, column, width, tile);
+    store_tile(result, last ? gradient.output.dtype : Dtype::f32, columns, row, count, column, width, tile);
   };
-  if (all_panels_bytes(terms[0]) <= kResidentBytes) {
+  if (resident) {
     multiply_resident(team, terms[0], rows, columns, plan.panels(team), start, finish);
   } else {
     multiply(team, terms, rows, columns, plan.panels(team), start, finish);
