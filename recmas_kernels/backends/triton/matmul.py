@@ -239,7 +239,7 @@ def _launch(
         return None if partials is None else partials.sum(0)
 
     key = (mode, str(dtype), tuning.bucket(rows), columns, depth, more_depth, right.stride(0) == 1)
-    options = plan.matmul_configs([(rows, columns)], dtype, wide=mode != SLOPE.value)
+    options = plan.matmul_configs([(rows, columns)], dtype, left.device, wide=mode != SLOPE.value)
     return launch(tuning.choose("product", key, left.device, options, launch))
 
 
@@ -379,6 +379,6 @@ def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list
         )
 
     key = (str(first.dtype), tuning.bucket(first.shape[0]), *sizes)
-    options = plan.matmul_configs([(out.shape[0], out.shape[1]) for out in outs], first.dtype)
+    options = plan.matmul_configs([(out.shape[0], out.shape[1]) for out in outs], first.dtype, first.device)
     launch(tuning.choose("gradients", key, first.device, options, launch))
     return outs

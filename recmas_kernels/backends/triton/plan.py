@@ -105,13 +105,18 @@ def _shared_memory(device: torch.device) -> int:
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+def _roomy(device: torch.device) -> bool:
+    """Whether tiles may be as large as on Hopper, which also feeds them to its tensor cores from shared memory."""
+    return _shared_memory(device) >= 200 * 1024
+
+
 def small_config(hidden_block: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> SmallConfig:
     """The tile for a hidden tile ``hidden_block`` wide: as many tokens as registers hold without spilling.
 
     The forward keeps its hidden tile whole, as the operand of the second product; the backward takes it in quarters,
     which leaves room for twice the tokens.
     """
-    roomy = _shared_memory(device) >= 200 * 1024
+    roomy = _roomy(device)
     if dtype == torch.float32:
         return SmallConfig(16 if hidden_block > 256 else 32, 32, 8, 2)
     if hidden_block > 256:
@@ -126,13 +131,14 @@ def tiles(rows: int, columns: int, config: MatmulConfig) -> int:
     return -(-rows // config.rows) * -(-columns // config.columns)
 
 
-_WIDE = MatmulConfig(128, 256, 64, 8, 3)
 _NARROW = [MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4), MatmulConfig(64, 128, 64, 4, 3)]
 _EXACT = [MatmulConfig(64, 64, 16, 8, 2), MatmulConfig(128, 64, 16, 8, 2)]  # float32 without tensor cores
 _A_WAVE = 132  # tiles that fill an H100
 
 
-def matmul_configs(results: list[tuple[int, int]], dtype: torch.dtype, *, wide: bool = True) -> list[MatmulConfig]:
+def matmul_configs(
+    results: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, *, wide: bool = True
+) -> list[MatmulConfig]:
     """Tiles for the results ``(rows, columns)`` of one launch, the default first.
 
     A tile of 128 x 256 reads a quarter less than two of 128 x 128, but a device must have enough of them to fill it.
@@ -140,5 +146,7 @@ def matmul_configs(results: list[tuple[int, int]], dtype: torch.dtype, *, wide: 
     """
     if dtype == torch.float32:
         return _EXACT
-    enough = sum(tiles(rows, columns, _WIDE) for rows, columns in results) >= _A_WAVE
-    return [_WIDE, *_NARROW] if enough and wide else [*_NARROW, _WIDE]
+    # Without wgmma both operands pass through registers, and a depth of 64 leaves none to spare.
+    widest = MatmulConfig(128, 256, 64 if _roomy(device) else 32, 8, 3)
+    enough = sum(tiles(rows, columns, widest) for rows, columns in results) >= _A_WAVE
+    return [widest, *_NARROW] if enough and wide else [*_NARROW, widest]

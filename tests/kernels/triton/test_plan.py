@@ -43,7 +43,7 @@ def test_wide_tiles_where_they_fill_the_device():
     wide, narrow = (128, 256), (128, 128)
 
     def first(results, dtype=torch.bfloat16, **options):
-        return plan.matmul_configs(results, dtype, **options)[0][:2]
+        return plan.matmul_configs(results, dtype, CPU, **options)[0][:2]
 
     assert first([(16384, 1536)]) == wide
     assert first([(1536, 1536)]) == narrow
