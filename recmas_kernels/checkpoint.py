@@ -165,9 +165,10 @@ def read_upstream(
         return infer_config(state, adapter_type), state
     path = Path(source)
     if path.is_dir():
-        if adapter_type is None and (path / "adapter_config.json").is_file():
-            adapter_type = _read_json(path / "adapter_config.json").get("adapter_type")
         path = path / "adapter.pt"
+    beside = path.with_name("adapter_config.json")
+    if adapter_type is None and path.name.startswith("adapter") and beside.is_file():
+        adapter_type = _read_json(beside).get("adapter_type")
     state = _read_tensors(path)
     try:
         return infer_config(state, adapter_type), state
@@ -196,10 +197,9 @@ def infer_config(state: Mapping[str, Tensor], adapter_type: str | None = None) -
         kind, layers_named, residual, norm = _lookup(adapter_type, state, norms)
         if layers_named != layers:
             raise ValueError(f"adapter_type {adapter_type!r} has {layers_named} layer(s), the parameters have {layers}")
-        if norm != bool(norms):
-            raise ValueError(
-                f"adapter_type {adapter_type!r} {'needs' if norm else 'has no'} norms, the parameters differ"
-            )
+        if norms != ([kind] if norm else []):
+            wanted = f"needs {' and '.join(NORM_NAMES[kind])}" if norm else "has no norms"
+            raise ValueError(f"adapter_type {adapter_type!r} {wanted}, the parameters differ")
     hidden, in_features = state["proj1.weight"].shape
     out_features = hidden if layers == 1 else state["proj2.weight"].shape[0]
     return LinkConfig(

@@ -200,6 +200,8 @@ def recursive_link(
     """
     if activation not in _GELU:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_GELU)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
     dtype = backends.compute_dtype(x)
     gi, ci = norm_in if norm_in is not None else (None, None)
     go, co = norm_out if norm_out is not None else (None, None)

@@ -182,11 +182,16 @@ def render(info: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the page, or the JSON object; exit code 0 whatever is missing, since telling what is missing is the job."""
+    """Print the page, or the JSON object; exit code 0 whatever is missing, since telling that is the job."""
     parser = argparse.ArgumentParser(prog="python -m recmas_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a page")
-    info = collect()
-    print(json.dumps(info, indent=1) if parser.parse_args(arguments).json else render(info))
+    options = parser.parse_args(arguments)
+    try:
+        info = collect()
+    except ValueError as error:  # RECMAS_BACKEND or RECMAS_CPU_ISA holds a name that nothing has
+        print(f"recmas_kernels.info: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(info, indent=1) if options.json else render(info))
     return 0
 
 

@@ -85,7 +85,7 @@ def fuse(module: Module) -> Module:
         if fused is not None:
             replaced[child] = fused
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children would leave out a second name of a link
             if child in replaced:
                 setattr(parent, name, replaced[child])
     return replaced.get(module, module)  # type: ignore[return-value]
@@ -108,15 +108,19 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
     if wrapped is not None:
         warnings.warn(f"fuse: {name} is left as it is: {wrapped}", stacklevel=3)
         return None
-    config = (
-        module.config
-        if isinstance(module, RecursiveLink)
-        else checkpoint.infer_config(dict(module.named_parameters()), adapter_type)
-    )
-    config = checkpoint.with_eps_of(module, config)
+    try:
+        config = (
+            module.config
+            if isinstance(module, RecursiveLink)
+            else checkpoint.infer_config(dict(module.named_parameters()), adapter_type)
+        )
+        config = checkpoint.with_eps_of(module, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     fused = FusedRecursiveLink(config, device="meta")
-    for child_name, child in children.items():
-        setattr(fused, child_name, child)
+    fused._modules.clear()
+    for child_name, child in children.items():  # in their own order, which an optimiser's state goes by
+        fused.add_module(child_name, child)
     fused.train(module.training)
     _compare(module, fused, name)
     return fused

@@ -104,6 +104,11 @@ def test_bad_input_is_named_before_any_kernel_runs(change, message):
         recursive_link(**{**call, **change})
 
 
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="x is a list, expected a tensor"):
+        recursive_link([[0.0] * 8], torch.zeros(6, 8), torch.zeros(8, 6))
+
+
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="x has dtype torch.int64"):
         recursive_link(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(6, 8), torch.zeros(8, 6))

@@ -55,6 +55,28 @@ def test_links_are_replaced_and_share_their_parameters():
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_both_names_of_a_link_are_replaced():
+    model = nn.Module()
+    model.first = ForeignInner(8)
+    model.second = model.first
+    fuse(model)
+    assert isinstance(model.second, FusedRecursiveLink)
+    assert model.second is model.first
+
+
+def test_the_order_of_the_parameters_stays():
+    class NormsFirst(ForeignInner):
+        def __init__(self) -> None:
+            super().__init__(8)
+            for name in ("proj1", "proj2"):
+                self._modules[name] = self._modules.pop(name)
+
+    link = NormsFirst()
+    names = [name for name, _ in link.named_parameters()]
+    assert names[0] == "pre_ln.weight"
+    assert [name for name, _ in fuse(link).named_parameters()] == names
+
+
 def test_a_link_at_the_root_is_replaced_too():
     for link in (RecursiveLink.inner(8), ForeignInner(8)):
         fused = fuse(link.eval())
@@ -81,8 +103,10 @@ def test_an_ambiguous_link_is_an_error():
 
 
 def test_an_unknown_type_is_an_error():
-    with pytest.raises(ValueError, match="unknown adapter_type 'gated'"):
-        fuse(ForeignInner(8, adapter_type="gated"))
+    with pytest.raises(ValueError, match="0: unknown adapter_type 'gated'"):
+        fuse(nn.Sequential(ForeignInner(8, adapter_type="gated")))
+    with pytest.raises(ValueError, match="'outer_ln_adapter' needs ln_source and ln_target"):
+        fuse(ForeignInner(8, adapter_type="outer_ln_adapter"))
 
 
 def test_a_link_that_computes_something_else_is_an_error():
