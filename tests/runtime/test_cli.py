@@ -109,6 +109,25 @@ def test_unknown_backend(broken):
     refused(broken, "'abacus'", *RUN, "--backend", "abacus")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("turbo", "unknown backend 'turbo': expected one of auto, reference, cpu, cuda, triton"),
+        ("cuda", "backend 'cuda' cannot serve link_fwd on cpu"),
+    ],
+)
+def test_the_environment_names_a_backend_unless_the_option_does(made, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("RECMAS_BACKEND", name)
+    arguments = [*RUN, "--rounds", "1", "--latent-steps", "1", "--max-new-tokens", "1"]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("recmas: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert main([*arguments, "--backend", "reference"]) == 0
+
+
 def test_missing_model_folder(broken):
     shutil.rmtree(broken / "system" / "agents" / "critic")
     refused(broken, "agents.critic.model: no such folder: system/agents/critic", *RUN)

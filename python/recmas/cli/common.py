@@ -32,8 +32,9 @@ def add_system(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--backend",
         type=str,
-        default="auto",
-        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back",
+        default=None,
+        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what RECMAS_BACKEND "
+        "names, else auto)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -78,6 +79,13 @@ def decoding(options: Namespace) -> dict[str, Any]:
     return {name: options[name] for name in ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")}
 
 
+def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None]:
+    """The block in which --backend serves; without the option, what RECMAS_BACKEND names does."""
+    from recmas_kernels import use_backend
+
+    return contextlib.nullcontext() if options.backend is None else use_backend(options.backend)
+
+
 @contextlib.contextmanager
 def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     """The system that `add_system`'s options name, served by the backend they name."""
@@ -88,7 +96,6 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     import transformers
 
     from recmas.system import RecursiveMAS
-    from recmas_kernels import use_backend
 
     try:
         torch.empty(0, device=options.device)
@@ -97,7 +104,7 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
         raise ValueError(f"--device: {options.device!r} cannot be used here: {told}") from None
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    with use_backend(options.backend):
+    with chosen_backend(options):
         yield RecursiveMAS.from_pretrained(options.system, options.device, dtype, options.trust_remote_code)
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recmas.cli.common import add_system, dump, loaded, write_lines
+from recmas.cli.common import add_system, chosen_backend, dump, loaded, write_lines
 from recmas.cli.parser import COUNTS, CommandLineParser
 
 if TYPE_CHECKING:
@@ -96,10 +96,9 @@ def _eval(options: Namespace) -> None:
 
 def _demo(options: Namespace) -> None:
     from recmas.lab.timing import link_times, time_table
-    from recmas_kernels import use_backend
 
     cells = _measured(options, 256)
-    with use_backend(options.backend):
+    with chosen_backend(options):
         times = link_times()
     if options.json:
         dump({"grid": [asdict(cell) for cell in cells], "links": [asdict(row) for row in times]})
