@@ -122,6 +122,29 @@ def test_early_stop_keeps_a_checkpoint(tmp_path):
     assert torch.equal(stored["parameters"]["0.weight"], module[0].weight)
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path):
+    module, _ = regression()
+
+    def fail(index: int, step: int) -> torch.Tensor:
+        raise ValueError("row 0: no target")
+
+    with pytest.raises(ValueError, match="row 0: no target"):
+        train(dict(module.named_parameters()), fail, SmallConfig(), name="test", output=tmp_path, progress=False)
+    _, result = run(SmallConfig(), output=tmp_path)
+    assert [record.step for record in result.records] == list(range(1, 13))
+
+
+def test_a_run_without_a_checkpoint_is_still_a_run(tmp_path):
+    def crash(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(SmallConfig(), output=tmp_path, on_step=crash)
+    assert not (tmp_path / CHECKPOINT).exists()
+    with pytest.raises(ValueError, match=r"already holds a training run.*--resume.*--output"):
+        run(SmallConfig(), output=tmp_path)
+
+
 def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
     run(SmallConfig(), output=tmp_path)
     with pytest.raises(ValueError, match="already holds a training run"):

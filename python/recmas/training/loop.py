@@ -136,8 +136,8 @@ def train(
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
 
     Raises:
-        ValueError: nothing to train, a parameter in half precision, a folder that already holds a run although
-            ``resume`` is off, or a checkpoint of other settings or parameters.
+        ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
+            a logged step) although ``resume`` is off, or a checkpoint of other settings or parameters.
         FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
     """
     _check(parameters)
@@ -224,8 +224,11 @@ def _open(
     """Make the folder ready; the number of steps that its checkpoint, if any, has finished, and their records."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / CHECKPOINT, folder / LOG
-    if not resume and (checkpoint.exists() or log.exists()):
-        raise ValueError(f"{folder}: already holds a training run; resume it or choose another folder")
+    if not resume and (checkpoint.exists() or next(_logged(log), None) is not None):
+        raise ValueError(
+            f"{folder}: already holds a training run; go on with it (--resume, resume=True) "
+            "or choose another folder (--output, output=FOLDER)"
+        )
     step = _load(checkpoint, parameters, optimizer, config) if checkpoint.exists() else 0
     records = [record for record in _logged(log) if record.step <= step]
     write_atomically(log, "".join(map(_line, records)))
