@@ -24,7 +24,9 @@ def test_questions_are_the_test_worlds_of_their_seed(tmp_path: Path, capsys: pyt
 
 def test_eval_measures_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "eval", SHIPPED, "--questions", "2", "--json"]) == 0
-    cells = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    cells = json.loads(printed.out)
     assert len(cells) == 39
     assert {cell["questions"] for cell in cells} == {2}
     assert {cell["rounds"] for cell in cells if cell["method"] == "solver alone"} == {0}

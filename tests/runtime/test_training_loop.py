@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -104,6 +105,14 @@ def test_the_loop_is_adamw_with_clipping_and_decay_on_matrices_only():
                 p -= rate * mean / ((second[name] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
     for a, b in zip(trained.parameters(), module.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_on_terminals_alone(monkeypatch, capsys, terminal):
+    module, loss = regression()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    train(dict(module.named_parameters()), loss, SmallConfig(), name="test")
+    assert ("test:" in capsys.readouterr().err) == terminal
 
 
 def test_schedules():

@@ -115,7 +115,8 @@ def _measured(options: Namespace, default: int) -> list[Any]:
 
     count = default if options.questions is None else options.questions
     hops, rounds, methods = (1, 2, 3), (1, 2, 3), (*MODES, *CONTROLS)
-    with loaded(options) as mas, tqdm(total=len(hops) * len(runs(methods, rounds)), desc="relay", leave=False) as bar:
+    total = len(hops) * len(runs(methods, rounds))
+    with loaded(options) as mas, tqdm(total=total, desc="relay", leave=False, disable=None) as bar:
 
         def show(cell: Cell) -> None:
             if not options.json:

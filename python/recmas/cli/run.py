@@ -57,9 +57,8 @@ def execute(options: Namespace) -> int:
 
         rounds = mas.defaults.rounds if options.rounds is None else options.rounds
         visits = len(list(mas.pattern.visits(rounds)))
-        with tqdm(
-            total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=options.stream
-        ) as bar:
+        hidden = True if options.stream else None  # None: where stderr is not a terminal
+        with tqdm(total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=hidden) as bar:
             answers = mas.answer(rows, progress=bar.update, **arguments)
     records = [record(row, answers, index) for index, row in enumerate(rows)]
     if options.output is not None:

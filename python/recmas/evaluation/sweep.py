@@ -76,7 +76,7 @@ def sweep(
             cells differ by what they do and not by luck.
         batch_size: questions answered together.
         output: JSONL file of records, written batch by batch; None keeps them in memory only.
-        progress: show a bar.
+        progress: show a bar where stderr is a terminal.
 
     Raises:
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
@@ -114,7 +114,8 @@ def sweep(
     }
     path = None if output is None else Path(output)
     done = {} if path is None else record_file.read(path, key)
-    with tqdm(total=len(keys), desc="evaluate", disable=not progress, unit="question", delay=1, leave=False) as bar:
+    hidden = None if progress else True  # None: where stderr is not a terminal
+    with tqdm(total=len(keys), desc="evaluate", disable=hidden, unit="question", delay=1, leave=False) as bar:
         bar.update(sum(name in done for name in keys.values()))
         firsts = range(0, len(rows), batch_size)
         for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):

@@ -55,7 +55,8 @@ def pretrain(
     right, stop = 0.0, settings.max_steps
     model.train()
     line = ROLES.index(role)
-    for step in tqdm(itertools.count(), f"pretrain {role}", unit="step", position=line, disable=not progress):
+    hidden = None if progress else True  # None: where stderr is not a terminal
+    for step in tqdm(itertools.count(), f"pretrain {role}", unit="step", position=line, disable=hidden):
         if step >= stop:
             break
         remaining = min(1.0, (stop - step) / settings.cooldown)

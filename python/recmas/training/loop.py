@@ -133,6 +133,7 @@ def train(
         name: of this run, shown beside the progress bar.
         output: folder for the log and checkpoints; None keeps neither.
         resume: continue from the folder's checkpoint if it has one.
+        progress: show a bar where stderr is a terminal.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
 
     Raises:
@@ -145,7 +146,7 @@ def train(
     folder = None if output is None else Path(output)
     step, records = (0, []) if folder is None else _open(folder, parameters, optimizer, config, resume)
     began = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=step, desc=name, disable=not progress, unit="step")
+    bar = tqdm(total=config.steps, initial=step, desc=name, disable=None if progress else True, unit="step")
     try:
         while step < config.steps:
             value, norm = _step(parameters, optimizer, loss, config, step)
