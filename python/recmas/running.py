@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ class Answers(list[Answer]):
 
     def __init__(self, answers: Iterable[Answer] = ()) -> None:
         super().__init__(answers)
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
 
 
 class Plan:
@@ -195,7 +194,8 @@ class _Batch:
         if prompt.embeds.is_cuda:
             torch.cuda.synchronize(prompt.embeds.device)
         now = time.perf_counter()
-        self.seconds[f"round {visit.round}, {visit.role}"] += now - self.started
+        stage = f"round {visit.round}, {visit.role}"
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.started
         self.started = now
         if self.plan.progress is not None:
             self.plan.progress(len(self.rows))

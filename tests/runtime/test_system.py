@@ -42,6 +42,7 @@ def test_accounts(mas):
         assert answer.handoffs == []
     turns = [f"round {round}, {role}" for round in (1, 2) for role in SEQUENTIAL.roles]
     assert list(answers.seconds) == turns
+    assert type(answers.seconds) is dict
     assert all(seconds > 0 for seconds in answers.seconds.values())
 
 

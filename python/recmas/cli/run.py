@@ -64,7 +64,7 @@ def execute(options: Namespace) -> int:
     if options.output is not None:
         write_lines(options.output, records)
     if options.json:
-        dump({"answers": records, "seconds": dict(answers.seconds)})
+        dump({"answers": records, "seconds": answers.seconds})
     elif options.stream:
         printer.close(len(rows))
     elif options.output is None:
