@@ -33,8 +33,8 @@ def add_system(parser: CommandLineParser) -> None:
         "--backend",
         type=str,
         default=None,
-        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what RECMAS_BACKEND "
-        "names, else auto)",
+        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
+        "RECMAS_BACKEND names, else auto)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
