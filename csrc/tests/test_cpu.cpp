@@ -51,7 +51,7 @@ Buffer workspace_of(int64_t bytes) {  // all ones is NaN in every floating type
   return Buffer(data);
 }
 
-const cpu::Kernels* kernels_of(Isa isa) {
+const cpu::Kernels* kernels_of([[maybe_unused]] Isa isa) {
 #ifdef RECMAS_X86
   if (isa == Isa::avx2) return &cpu::kernels_avx2;
   if (isa == Isa::avx512) return &cpu::kernels_avx512;
@@ -146,7 +146,7 @@ struct Case {
             vector(co, s.norms && s.biases)};
   }
 
-  // One row of the mathematics, with the loss dy . y differentiated numerically nowhere: forward only.
+  // y [tokens, out] of the mathematics in double, for the given rows.
   std::vector<double> forward(const std::vector<float>& rows) const {
     std::vector<double> y(static_cast<size_t>(s.tokens * s.out));
     std::vector<double> u(static_cast<size_t>(s.in)), a(static_cast<size_t>(s.hidden)), z(static_cast<size_t>(s.out));
