@@ -11,6 +11,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: a line is not a JSON object (names file and line), the file is not UTF-8 or holds no rows.
     """
     rows: list[dict[str, object]] = []
@@ -26,6 +27,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
                 rows.append(row)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected a JSONL file, a JSON object per line") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path}: is a folder; expected a JSONL file, a JSON object per line") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not rows:

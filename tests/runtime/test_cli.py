@@ -102,7 +102,7 @@ def test_empty_file(broken):
 
 
 def test_negative_rounds(broken):
-    refused(broken, "--rounds: Not of type PositiveInt: -1", *RUN, "--rounds", "-1")
+    refused(broken, "--rounds: must be at least 1, got -1", *RUN, "--rounds", "-1")
 
 
 def test_unknown_backend(broken):
@@ -136,11 +136,14 @@ def test_missing_model_folder(broken):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "command"),
+        ([], "required: COMMAND, one of init, run, eval, train, lab, convert, inspect, info"),
+        (["train"], "required: STAGE, one of inner, warmup, outer"),
         (["fly"], "invalid choice: 'fly'"),
-        (["run"], "required"),
+        (["run"], "required: SYSTEM"),
+        (["train", "inner"], "required: SYSTEM, --data"),
         (["run", "system", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
-        (["run", "system", "--rounds", "two"], "--rounds: "),
+        (["run", "system", "--rounds", "two"], "--rounds: must be an integer, got 'two'"),
+        (["run", "system", "--max-new-tokens", "-2"], "--max-new-tokens: must be at least 0, got -2"),
         (["run", "system", "--mode", "telepathy"], "'telepathy'"),
         (["run", "system", "--latent-steps", "planner=x"], "--latent-steps"),
         (["run", "system"], "give either --questions FILE.jsonl or --question TEXT"),
@@ -148,7 +151,12 @@ def test_missing_model_folder(broken):
         (["run", "system", "--question", "x", "--device", "gpu"], "--device: 'gpu' cannot be used here: "),
         (["run", "system", "--question", "x", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used here: "),
         (["run", "system", "--question", "x", "--backend", "triton"], "triton"),
-        (["run", "system", "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["run", "system", "--questions", "nowhere.jsonl"],
+            "error: nowhere.jsonl: no such file; expected a JSONL file",
+        ),
+        (["run", "system", "--questions", "system"], "error: system: is a folder; expected a JSONL file"),
+        (["eval", "system", "--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file; expected a JSONL file"),
         (["init", "new", "--models", "planner"], "ROLE=VALUE"),
         (["init", "new", "--models", "poet=x"], "unknown role 'poet'; the pattern has planner, critic, solver"),
         (["init", "new", "--models", "planner=x", "--pattern", "circle"], "'circle' is neither one of sequential"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,9 +21,37 @@ class CommandLineParser(ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Formatter, **options)
 
+    def add_argument(self, *names: Any, **options: Any) -> Action:
+        """As argparse's; positional arguments stand in capitals in usages and errors."""
+        if not names[0].startswith("-"):
+            options.setdefault("metavar", names[0].upper())
+        return super().add_argument(*names, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"recmas: error: {_readable(message)}", file=sys.stderr)
+        print(f"recmas: error: {_readable(self._in_words(message))}", file=sys.stderr)
         sys.exit(2)
+
+    def _in_words(self, message: str) -> str:
+        """The message about what is missing, named as the usage does."""
+        if required := re.fullmatch(r"the following arguments are required: (.+)", message):
+            missing = (self._action(key) for key in required.group(1).split(", "))
+            names = (action.option_strings[-1] if action.option_strings else str(action.metavar) for action in missing)
+            return f"required: {', '.join(names)}"
+        if left_out := re.match(r'expected "([\w.]+)" to be one of .+, but it was not provided', message):
+            action = self._action(left_out.group(1))
+            return f"required: {action.metavar}, one of {', '.join(action.choices or ())}"
+        return message
+
+    def _action(self, key: str) -> Action:
+        """The argument of a dotted key, "train.inner.data"; its parts but the last are subcommands."""
+        head, dot, rest = key.partition(".")
+        for action in self._actions:
+            if dot and isinstance(action.choices, dict) and head in action.choices:
+                command: CommandLineParser = action.choices[head]
+                return command._action(rest)
+            if action.dest == key:
+                return action
+        raise KeyError(key)
 
 
 class Kind:
@@ -82,4 +110,7 @@ def _readable(message: str) -> str:
     """jsonargparse's message without its inner names and line breaks."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())
     line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+    for kind, least in (("PositiveInt", 1), ("NonNegativeInt", 0)):
+        line = re.sub(rf"Not of type {kind}: (\S+) does not conform to .*", rf"must be at least {least}, got \1", line)
+        line = re.sub(rf"Not of type {kind}: invalid literal .*: (.+)", r"must be an integer, got \1", line)
     return re.sub(r'Parser key "([\w.]+)":', lambda key: f"--{key.group(1).replace('_', '-')}:", line)
