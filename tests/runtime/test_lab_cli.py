@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,21 @@ def test_questions_are_the_test_worlds_of_their_seed(tmp_path: Path, capsys: pyt
     assert main(["lab", "questions", str(path), "--seed", "5", "--count", "7", "--hops", "1,3"]) == 0
     assert read_rows(path) == questions("test", 5, (1, 3), 7)
     assert capsys.readouterr().out == f"7 questions in {path}\n"
+
+
+@pytest.mark.parametrize("task", ["eval", "demo"])
+def test_a_system_that_is_no_relay_lab_is_refused(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = tmp_path / "other"
+    shutil.copytree(SHIPPED, system)
+    spec = system / "system.json"
+    spec.write_text(spec.read_text().replace("{{critic_sheet}}", "{{question}}"))
+    assert main(["lab", task, str(system), "--questions", "2"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("recmas: error: system: is not a relay lab; expected planner, critic and solver")
+    assert printed.err.count("\n") == 1
 
 
 def test_eval_measures_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +91,7 @@ def test_the_grid_as_text() -> None:
     [
         (["eval", "nowhere"], "nowhere/system.json: no such file; nowhere is not a system"),
         (["eval", SHIPPED, "--questions", "1"], "count: 1 is too few; latents are shuffled among 2 questions or more"),
+        (["eval", SHIPPED, "--questions", "0"], "count: 0 is too few; latents are shuffled among 2 questions or more"),
         (["questions", "q.jsonl", "--hops", "9"], "hops must be between 0 and 4, got 9"),
         (["questions", "q.jsonl", "--count", "0"], "--count: 0 is not positive"),
         (["build", "."], ".: exists and is not a system; nothing was built"),
@@ -91,5 +108,6 @@ def test_what_cannot_be_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert main(["lab", *arguments]) == 2
     printed = capsys.readouterr()
+    assert printed.out == ""
     assert [line for line in printed.err.splitlines() if line.startswith("recmas")] == [f"recmas: error: {message}"]
     assert not (tmp_path / "q.jsonl").exists()

@@ -110,7 +110,7 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     """The grid; its table is printed cell by cell unless JSON is wanted."""
     from tqdm.auto import tqdm
 
-    from recmas.lab.grid import CONTROLS, MODES, Cell, grid, heading, line, runs, summary
+    from recmas.lab.grid import CONTROLS, MODES, Cell, check, grid, heading, line, runs, summary
     from recmas.lab.threads import one_thread
 
     count = default if options.questions is None else options.questions
@@ -123,6 +123,7 @@ def _measured(options: Namespace, default: int) -> list[Any]:
                 bar.write(line(cell))
             bar.update()
 
+        check(mas, count)
         if not options.json:
             bar.write(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}, one thread")
             bar.write(heading())

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from recmas import RecursiveMAS
+from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.baselines import single_agent
 from recmas.evaluation import METRICS
 from recmas.lab.agents import PROMPTS, relay_system
 from recmas.lab.world import chance, questions
 from recmas.pattern import Visit
+from recmas.spec import PromptSpec
 from recmas.splice import Latents
 
 MODES = ("latent", "text")
@@ -63,11 +64,13 @@ def grid(
         methods: of ``MODES`` and ``CONTROLS``.
         split: "test", or "validation" for choosing between systems.
         on_cell: called with each finished cell.
+
+    Raises:
+        ValueError: an unknown method, or as `check`.
     """
     if unknown := [method for method in methods if method not in (*MODES, *CONTROLS)]:
         raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join((*MODES, *CONTROLS))}")
-    if count < 2:
-        raise ValueError(f"count: {count} is too few; latents are shuffled among 2 questions or more")
+    check(system, count)
     systems = dict.fromkeys(methods, system)
     if "untrained links" in methods:
         systems["untrained links"] = relay_system(system.agents, seed)
@@ -82,6 +85,18 @@ def grid(
             if on_cell is not None:
                 on_cell(cell)
     return cells
+
+
+def check(system: RecursiveMAS, count: int) -> None:
+    """Raise ValueError unless ``system`` is a relay system and ``count`` questions can be measured."""
+    prompts = {role: PromptSpec(**templates) for role, templates in PROMPTS.items()}
+    if system.pattern != SEQUENTIAL or {role: one.prompt for role, one in system.settings.items()} != prompts:
+        raise ValueError(
+            "system: is not a relay lab; expected planner, critic and solver in sequence with the lab's own prompts, "
+            "as recmas lab build makes them"
+        )
+    if count < 2:
+        raise ValueError(f"count: {count} is too few; latents are shuffled among 2 questions or more")
 
 
 def runs(methods: Sequence[str], rounds: Sequence[int]) -> list[tuple[str, int]]:
