@@ -200,10 +200,22 @@ def test_mistakes_of_our_own_are_called_so(made, monkeypatch, capsys, error):
     assert capsys.readouterr().err.startswith("Traceback (most recent call last)")
 
 
-def test_help_is_quick_and_lists_every_command(tmp_path):
-    code = "import sys; from recmas.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def help_without_torch(folder, *arguments):
+    """The help of a command, which must not have loaded torch."""
+    code = "import sys; from recmas.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *arguments, "--help"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
+    return done
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "train inner", "train warmup", "train outer"])
+def test_help_of_a_command_is_quick(tmp_path, command):
+    assert "--rounds" in help_without_torch(tmp_path, *command.split()).stdout
+
+
+def test_help_is_quick_and_lists_every_command(tmp_path):
+    done = help_without_torch(tmp_path)
     for command in ("init", "run", "eval", "train", "inspect", "info"):
         assert f"\n    {command} " in done.stdout
 

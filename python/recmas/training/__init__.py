@@ -10,11 +10,33 @@ sequence or a callable ``batch index -> rows`` (`recmas.training.data`), and run
 from them, bit for bit.
 """
 
-from recmas.training.data import DataSource, read_rows
-from recmas.training.inner import InnerConfig, inner_loss, train_inner
-from recmas.training.loop import LoopConfig, StepRecord, TrainingResult
-from recmas.training.outer import OuterConfig, outer_loss, train_outer
-from recmas.training.warmup import WarmupConfig, train_warmup, warmup_loss
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from recmas.rows import read_rows
+from recmas.training.config import InnerConfig, LoopConfig, OuterConfig, WarmupConfig
+
+if TYPE_CHECKING:
+    from recmas.training.data import DataSource
+    from recmas.training.inner import inner_loss, train_inner
+    from recmas.training.loop import StepRecord, TrainingResult
+    from recmas.training.outer import outer_loss, train_outer
+    from recmas.training.warmup import train_warmup, warmup_loss
+
+_HOMES = {
+    "DataSource": "data",
+    "StepRecord": "loop",
+    "TrainingResult": "loop",
+    "inner_loss": "inner",
+    "outer_loss": "outer",
+    "train_inner": "inner",
+    "train_outer": "outer",
+    "train_warmup": "warmup",
+    "warmup_loss": "warmup",
+}
+"""Modules of what needs torch."""
 
 __all__ = [
     "DataSource",
@@ -32,3 +54,10 @@ __all__ = [
     "train_warmup",
     "warmup_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch on first use, so that ``recmas train --help`` is fast."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"recmas.training.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,40 +11,15 @@ import torch
 from torch import nn
 
 from recmas.pattern import Edge, Pattern, Visit
-from recmas.training.data import DataSource, Row, RowSource, check_rounds, pick, target_texts
-from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
+from recmas.training.config import AlignmentConfig
+from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
 
 if TYPE_CHECKING:
     from recmas.system import RecursiveMAS
 
 Key = TypeVar("Key", bound="str | Edge")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentConfig(LoopConfig):
-    """Settings of a stage that aligns links' outputs with embeddings; see `LoopConfig` for the rest.
-
-    Attributes:
-        rounds: the round whose prompts and messages are trained on, or several of which each step draws one.
-        cosine_weight: of one minus the cosine between link output and embedding.
-        mse_weight: of their mean squared difference.
-        max_tokens: only the first tokens of a message count; None takes all.
-    """
-
-    rounds: int | tuple[int, ...] = 1
-    cosine_weight: float = 1.0
-    mse_weight: float = 0.0
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rounds(self.rounds)
-        if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
-            weights = f"{self.cosine_weight} and {self.mse_weight}"
-            raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 or None, got {self.max_tokens}")
 
 
 def visit_of(pattern: Pattern, role: str, round: int) -> Visit:

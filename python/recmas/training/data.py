@@ -69,13 +69,6 @@ class DataSource:
         return self._order[1][offset]
 
 
-def check_rounds(rounds: int | Sequence[int]) -> None:
-    """Raise ValueError unless ``rounds`` is a positive integer or a sequence of at least one."""
-    several = [rounds] if isinstance(rounds, int) else list(rounds)
-    if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
-        raise ValueError(f"rounds must be one or more positive integers, got {rounds!r}")
-
-
 def pick(seed: int, step: int, choices: int | Sequence[int]) -> int:
     """One of ``choices`` for this step, a pure function of ``(seed, step)``; an int stands for itself."""
     return choices if isinstance(choices, int) else random.Random(f"{seed}:{step}").choice(list(choices))

@@ -12,27 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from recmas.splice import run_link
-from recmas.training.alignment import AlignmentConfig, forced_with_gold, train_apart
+from recmas.training.alignment import forced_with_gold, train_apart
+from recmas.training.config import InnerConfig
 from recmas.training.data import Row, RowSource
 from recmas.training.loop import OnStep, TrainingResult
 from recmas_kernels import alignment_loss
 
 if TYPE_CHECKING:
     from recmas.system import RecursiveMAS
-
-
-@dataclass(frozen=True, kw_only=True)
-class InnerConfig(AlignmentConfig):
-    """Settings of the inner stage: those of `AlignmentConfig` with the defaults of the reference implementation.
-
-    Rounds from 2 on show a first-stage agent the prompt that holds feedback.
-    """
 
 
 def inner_loss(

@@ -17,71 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from recmas.files import replacing, write_atomically
+from recmas.training.config import LoopConfig
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Settings that every stage shares.
-
-    Attributes:
-        steps: optimiser steps in all; the schedule ends there.
-        batch_size: rows per batch (a callable row source decides for itself).
-        accumulation: batches per step; the step's loss is the plain mean of their losses.
-        learning_rate: peak of the schedule.
-        betas: of AdamW's two moments.
-        weight_decay: AdamW's, on matrices only, never on biases and other 1-D parameters.
-        schedule: "cosine" or "linear" to zero at the last step, or "constant", after the warm-up.
-        warmup_steps: steps over which the rate grows linearly to its peak.
-        clip_norm: bound of the gradient's norm over all trained parameters.
-        checkpoint_every: steps between checkpoints (one more is written at the end); 0 writes only that one.
-        seed: of the order of rows and of everything else that is drawn.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 10
-    clip_norm: float = 1.0
-    checkpoint_every: int = 100
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("warmup_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {self.schedule!r}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of ``step`` (from 0)."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        if self.schedule == "constant":
-            return self.learning_rate
-        if self.schedule == "linear":
-            return self.learning_rate * (1 - done)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,45 +20,14 @@ from recmas.pattern import Edge, Visit
 from recmas.running import Message, steps_by_role
 from recmas.spec import edge_name
 from recmas.splice import Latents, Prompt, run_link
-from recmas.training.data import DataSource, Row, RowSource, check_rounds, pick, target_texts
-from recmas.training.loop import LoopConfig, OnStep, TrainingResult, train
+from recmas.training.config import SAFE_RATE, OuterConfig, Source
+from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import force, named_parameters, only_trainable
 
 if TYPE_CHECKING:
     from recmas.agent import Agent
     from recmas.system import RecursiveMAS
-
-SAFE_RATE = 1e-4
-Source = Literal["forced", "rollout"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OuterConfig(LoopConfig):
-    """Settings of the outer stage; see `LoopConfig` for the rest.
-
-    Attributes:
-        learning_rate: 1e-4. A higher one (5e-4, 1e-3) serves a single round only: through two rounds or more it was
-            measured to destroy links that worked, so `train_outer` warns.
-        rounds: of the unrolled recursion, or several of which each step draws one.
-        latent_steps: of every agent or by role; None takes the system's own.
-        latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
-            lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
-    """
-
-    learning_rate: float = SAFE_RATE
-    rounds: int | tuple[int, ...] = 3
-    latent_steps: int | Mapping[str, int] | None = None
-    latents: Source = "forced"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rounds(self.rounds)
-        if self.latents not in ("forced", "rollout"):
-            raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
-
-    @property
-    def most_rounds(self) -> int:
-        return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
 
 
 def outer_loss(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,8 @@ import torch
 from recmas.pattern import Edge
 from recmas.spec import edge_name
 from recmas.splice import run_link
-from recmas.training.alignment import AlignmentConfig, forced_with_gold, train_apart
+from recmas.training.alignment import forced_with_gold, train_apart
+from recmas.training.config import WarmupConfig
 from recmas.training.data import Row, RowSource, target_texts
 from recmas.training.loop import OnStep, TrainingResult
 from recmas_kernels import alignment_loss
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
     from recmas.system import RecursiveMAS
 
 Span = tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmupConfig(AlignmentConfig):
-    """Settings of the warm-up: those of `AlignmentConfig`."""
-
-    learning_rate: float = 1e-3
 
 
 def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:

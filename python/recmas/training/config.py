@@ -1,0 +1,143 @@
+"""Settings of the training stages. No torch here, so that ``recmas train --help`` is fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+SAFE_RATE = 1e-4
+Source = Literal["forced", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings that every stage shares.
+
+    Attributes:
+        steps: optimiser steps in all; the schedule ends there.
+        batch_size: rows per batch (a callable row source decides for itself).
+        accumulation: batches per step; the step's loss is the plain mean of their losses.
+        learning_rate: peak of the schedule.
+        betas: of AdamW's two moments.
+        weight_decay: AdamW's, on matrices only, never on biases and other 1-D parameters.
+        schedule: "cosine" or "linear" to zero at the last step, or "constant", after the warm-up.
+        warmup_steps: steps over which the rate grows linearly to its peak.
+        clip_norm: bound of the gradient's norm over all trained parameters.
+        checkpoint_every: steps between checkpoints (one more is written at the end); 0 writes only that one.
+        seed: of the order of rows and of everything else that is drawn.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 10
+    clip_norm: float = 1.0
+    checkpoint_every: int = 100
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {self.schedule!r}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of ``step`` (from 0)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(LoopConfig):
+    """Settings of a stage that aligns links' outputs with embeddings; see `LoopConfig` for the rest.
+
+    Attributes:
+        rounds: the round whose prompts and messages are trained on, or several of which each step draws one.
+        cosine_weight: of one minus the cosine between link output and embedding.
+        mse_weight: of their mean squared difference.
+        max_tokens: only the first tokens of a message count; None takes all.
+    """
+
+    rounds: int | tuple[int, ...] = 1
+    cosine_weight: float = 1.0
+    mse_weight: float = 0.0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rounds(self.rounds)
+        if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
+            weights = f"{self.cosine_weight} and {self.mse_weight}"
+            raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 or None, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerConfig(AlignmentConfig):
+    """Settings of the inner stage: those of `AlignmentConfig` with the defaults of the reference implementation.
+
+    Rounds from 2 on show a first-stage agent the prompt that holds feedback.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig(AlignmentConfig):
+    """Settings of the warm-up: those of `AlignmentConfig`."""
+
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(LoopConfig):
+    """Settings of the outer stage; see `LoopConfig` for the rest.
+
+    Attributes:
+        learning_rate: 1e-4. A higher one (5e-4, 1e-3) serves a single round only: through two rounds or more it was
+            measured to destroy links that worked, so `train_outer` warns.
+        rounds: of the unrolled recursion, or several of which each step draws one.
+        latent_steps: of every agent or by role; None takes the system's own.
+        latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
+            lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
+    """
+
+    learning_rate: float = SAFE_RATE
+    rounds: int | tuple[int, ...] = 3
+    latent_steps: int | Mapping[str, int] | None = None
+    latents: Source = "forced"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rounds(self.rounds)
+        if self.latents not in ("forced", "rollout"):
+            raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
+
+    @property
+    def most_rounds(self) -> int:
+        return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
+
+
+def check_rounds(rounds: int | Sequence[int]) -> None:
+    """Raise ValueError unless ``rounds`` is a positive integer or a sequence of at least one."""
+    several = [rounds] if isinstance(rounds, int) else list(rounds)
+    if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
+        raise ValueError(f"rounds must be one or more positive integers, got {rounds!r}")
