@@ -289,7 +289,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no link": (in_planner(lambda folder: (folder / "adapter(math).pt").unlink()), "has no inner link for math"),
     "no model": (in_planner(lambda folder: (folder / "config.json").unlink()), "has no config.json, expected the base"),
     "inner width": (save_inner(width_in=40), "maps 40 to 40 features, the models need 32 to 32"),
-    "inner type against weights": (save_inner(width_in=32, norm=False), "adapter_type 'ln_res_adapter' needs norms"),
+    "inner type against weights": (
+        save_inner(width_in=32, norm=False),
+        "adapter_type 'ln_res_adapter' needs pre_ln and post_ln",
+    ),
     "ambiguous type": (without_type, "do not tell whether the link has a residual"),
     "outer link as inner": (
         in_planner(
