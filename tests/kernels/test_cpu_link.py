@@ -100,6 +100,17 @@ def test_several_blocks_of_tokens(isa, dtype):
     check_link(link, x, dy)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_threads_wait_for_each_other_between_blocks(norm):
+    """A linear residual reads the rows that the next block of tokens overwrites."""
+    config = LinkConfig("outer", 64, 512, 64, "linear", norm=norm)
+    link, x = make_link(config), make_rows(4096, 64)
+    with threads(2), use_backend("cpu"), torch.no_grad():
+        expected = torch.cat([link(rows) for rows in x.split(256)])
+        for _ in range(10):
+            assert torch.equal(link(x), expected)
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_nothing_is_read_before_it_is_written_or_written_outside(isa, tokens, dtype):
