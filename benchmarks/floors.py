@@ -100,3 +100,13 @@ def vocabulary_step(tokens: int, features: int, vocabulary: int, itemsize: int) 
     table = vocabulary * features * itemsize
     rows = 3 * tokens * features * itemsize  # hidden states read, table rows read, embeddings written
     return Work(2 * tokens * vocabulary * features, table + rows, table)
+
+
+def body_pass(parameters: int, layers: int, features: int, fed: range, batch: int, passes: int) -> Work:
+    """A decoder's body run over the positions ``fed`` on a cache of those before, float32, in so many passes.
+
+    Each position is multiplied by every weight and attends to itself and all before; each pass reads the weights.
+    """
+    attention = 4 * layers * features * sum(position + 1 for position in fed)  # queries by keys, weights by values
+    read = passes * 4 * parameters
+    return Work(batch * (2 * parameters * len(fed) + attention), read, read)

@@ -24,6 +24,7 @@ SCHEMA = 1
 FLUSH_BYTES = 128 * 2**20  # several times the last cache of the machines measured
 LONG_COMPUTE = 5e-3  # seconds of arithmetic beside which the state of the caches at the start is nothing
 FUSED = "fused"
+Samples = dict[str, list[float]]  # seconds per call, by variant
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Bench:
         calls: int = 1,
         twice: str | None = "eager",
         extra: Mapping[str, Any] | None = None,
+        settle: Callable[[Samples], Samples] | None = None,
     ) -> None:
         """Time ``variants`` ("fused" first), record the cell, and assert its goal in a full run.
 
@@ -80,12 +82,16 @@ class Bench:
             seconds, rounds, twice: as `timing.measure` takes them.
             calls: calls of the op in one call of a variant, where one alone is too short to time.
             extra: more fields of the record.
+            settle: called between timing and recording; may check what the timed calls gave, fill in ``errors`` then,
+                and add samples that come out of others.
         """
         cache, prepare = self._caches(labels, work, calls) if self.benchmark.enabled else ("warm", _nothing)
         self.benchmark.group = f"{labels.suite} {labels.op} {labels.shape} {_name(labels.dtype)} {labels.mode}"
         samples = measure(self.benchmark, variants, prepare=prepare, seconds=seconds, rounds=rounds, twice=twice)
         if samples is None:
             return
+        if settle is not None:
+            samples = settle(samples)
         per_call = {name: [value / calls for value in values] for name, values in samples.items()}
         footprints = {
             name: Footprint.of(call, compiled=name in COMPILED)

@@ -15,21 +15,21 @@ from torch import Tensor
 
 @torch.no_grad()
 def reference_rollout(model: Any, link: Callable[[Tensor], Tensor], embeds: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Latents ``[B, steps, d]``: ``link`` of the last position's final-norm state, fed back ``steps - 1`` times.
+    """Final-norm hidden states ``[B, steps, d]`` of the last positions, each fed back through ``link``.
 
     Args:
         model: a transformers causal language model.
-        link: the inner link, ``[B, d] -> [B, d]``.
+        link: the inner link, ``[B, d] -> [B, d]``; runs ``steps`` times, the last time for nothing.
         embeds: prompt ``[B, T, d]``.
         mask: int64 ``[B, T]``.
         steps: m >= 1.
     """
-    latents = []
+    states = []
     for _ in range(steps):
         output = model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, output_hidden_states=True, logits_to_keep=1
         )
-        latents.append(link(output.hidden_states[-1][:, -1]))
-        embeds = torch.cat([embeds, latents[-1][:, None].to(embeds.dtype)], dim=1)
+        states.append(output.hidden_states[-1][:, -1])
+        embeds = torch.cat([embeds, link(states[-1])[:, None].to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-    return torch.stack(latents, dim=1)
+    return torch.stack(states, dim=1)

@@ -22,7 +22,7 @@ from benchmarks.record import SCHEMA
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-ORDER = ("link", "overhead", "alignment", "rollout", "handoff")
+ORDER = ("link", "overhead", "alignment", "rollout", "system", "training", "handoff", "complexity")
 
 
 def store(run: Path, results: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import floors
-from benchmarks.models import random_agent
+from benchmarks.models import body_parameters, random_agent
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.reference_rollout import reference_rollout
 from benchmarks.shapes import Goal
@@ -49,15 +49,13 @@ def test_rollout(case: Case, bench: Bench) -> None:
         REFERENCE: lambda: reference_rollout(agent.model, eager, prompt.embeds, prompt.mask, case.steps),
     }
     with torch.no_grad():
-        truth = variants[REFERENCE]().double()
+        truth = eager(variants[REFERENCE]()).double()
         error = relative_error(variants[FUSED](), truth)
         assert error <= EQUAL, f"cached and repeated rollout differ by {error:.1e}"
 
-        fed = case.prompt + case.steps - 1
-        body = sum(p.numel() for p in agent.decoder.parameters()) - agent.model.get_input_embeddings().weight.numel()
-        attention = 4 * case.layers * case.features * sum(range(1, fed + 1))  # queries by keys, weights by values
+        fed = range(case.prompt + case.steps - 1)
+        forward = floors.body_pass(body_parameters(agent), case.layers, case.features, fed, case.batch, case.steps)
         steps = floors.link_forward(link.config, case.batch, 4) * case.steps
-        forward = floors.Work(case.batch * (2 * body * fed + attention), case.steps * 4 * body, case.steps * 4 * body)
         shape = f"{case.layers} layers, d={case.features}, |V|={case.vocabulary}, m={case.steps}, B={case.batch}"
         labels = Labels("rollout", "think", shape, torch.float32, "forward", case.prompt)
         goal = Goal(15.0, 20.0, peer=REFERENCE)

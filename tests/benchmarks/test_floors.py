@@ -65,3 +65,8 @@ def test_other_ops_against_hand_counts() -> None:
 )
 def test_floor_is_the_slower_of_both(work: Work, seconds: float, bound: str) -> None:
     assert floors.floor(work, flops_per_second=100, bytes_per_second=10) == floors.Floor(seconds, bound)
+
+
+def test_a_body_reads_its_weights_in_every_pass_and_attends_to_all_before() -> None:
+    work = floors.body_pass(parameters=10, layers=3, features=2, fed=range(4, 6), batch=7, passes=2)
+    assert work == Work(7 * (2 * 10 * 2 + 3 * 4 * 2 * (5 + 6)), 2 * 40, 2 * 40)
