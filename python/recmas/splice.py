@@ -35,6 +35,10 @@ class Latents:
         batch, steps = self.states.shape[:2]
         return [steps] * batch if self.lengths is None else [int(length) for length in self.lengths]
 
+    def to(self, device: torch.device) -> Latents:
+        """The same latents on `device`."""
+        return Latents(self.states.to(device), self.lengths)
+
 
 @dataclass
 class Prompt:
@@ -102,7 +106,7 @@ def splice(
     Args:
         embed: token ids ``[B, T]`` to embeddings ``[B, T, d]``.
         segments: per row of the batch, token ids and slots in order.
-        latents: messages, by the senders of their slot.
+        latents: messages, by the senders of their slot, on the receiver's device.
         links: outer links, by the same key.
         pad_id: token id that fills padding and slots before they are overwritten.
         device: of the receiver.
@@ -155,7 +159,7 @@ def splice(
                     source_rows += range(index * steps, index * steps + count)
         if slot_rows:
             embeds = latent_handoff(
-                message.states.to(device),
+                message.states,
                 partial(run_link, links[senders]),
                 embeds,
                 slot_rows=torch.tensor(slot_rows, device=device),

@@ -18,6 +18,7 @@ from torch import nn
 from recmas.agent import Agent
 from recmas.files import sync
 from recmas.pattern import Edge
+from recmas.placement import Devices, Placement, place
 from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas_kernels import FusedRecursiveLink
 
@@ -29,10 +30,10 @@ EDGE_SCORES = "links/edge_scores.safetensors"
 
 def describe(mas: RecursiveMAS) -> SystemSpec:
     """What ``system.json`` says of `mas`, with the paths that `save` gives to its parts."""
-    homes: dict[int, str] = {}
+    homes: dict[tuple[int, int], str] = {}
     agents = {}
     for role, agent in mas.agents.items():
-        home = homes.setdefault(id(agent), f"agents/{role}")
+        home = homes.setdefault((id(agent.model), id(agent.tokenizer)), f"agents/{role}")
         model = home if agent.source is None or _is_local(agent) else agent.source
         inner_link = f"links/{role}" if role in mas.inner_links else None
         agents[role] = replace(mas.settings[role], model=model, inner_link=inner_link)
@@ -122,34 +123,29 @@ def _write(mas: RecursiveMAS, spec: SystemSpec, fresh: Path, folder: Path) -> No
 def load(
     cls: type[RecursiveMAS],
     folder: Path,
-    device: str | torch.device,
+    device: Devices,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
 ) -> RecursiveMAS:
-    """The system in `folder`; roles that name the same model share one agent. See `RecursiveMAS.from_pretrained`."""
+    """The system in `folder`. See `RecursiveMAS.from_pretrained`."""
     spec = read_spec(folder)
+    placement = place(device, spec.pattern.roles)
     link_dtype = torch.float32 if dtype is None else dtype
     inner_links = {
-        role: _load_link(folder, agent.inner_link, f"inner link of {role!r}").to(device=device, dtype=link_dtype)
+        role: _load_link(folder, agent.inner_link, f"inner link of {role!r}").to(placement[role], link_dtype)
         for role, agent in spec.agents.items()
         if agent.inner_link is not None
     }
     outer_links = {
-        edge: _load_link(folder, path, f"outer link {edge_name(edge)}").to(device=device, dtype=link_dtype)
+        edge: _load_link(folder, path, f"outer link {edge_name(edge)}").to(placement[edge[1]], link_dtype)
         for edge, path in spec.outer_links.items()
     }
-    edge_scores = _load_edge_scores(folder, outer_links, device) if spec.pattern.combine == "weighted" else {}
-    shared: dict[tuple[str, str], Agent] = {}
-    agents = {}
-    for role, agent in spec.agents.items():
-        source = str(folder / agent.model) if (folder / agent.model).is_dir() else agent.model
-        if source.startswith("agents/"):
-            raise ValueError(f"{folder / FILE_NAME}: agents.{role}.model: no such folder: {folder / agent.model}")
-        key = (source, agent.dtype)
-        if key not in shared:
-            wanted = agent.dtype if dtype is None else dtype
-            shared[key] = Agent.from_pretrained(source, wanted, device, trust_remote_code, name=role)
-        agents[role] = shared[key]
+    edge_scores = _load_edge_scores(folder, outer_links, placement) if spec.pattern.combine == "weighted" else {}
+    models = {
+        role: (model_source(folder, role, agent.model), agent.dtype if dtype is None else dtype)
+        for role, agent in spec.agents.items()
+    }
+    agents = load_agents(models, placement, trust_remote_code)
     try:
         return cls(
             agents,
@@ -164,6 +160,42 @@ def load(
         raise ValueError(f"{folder}: {error}") from None
 
 
+def model_source(folder: Path, role: str, model: str) -> str:
+    """Where the model of a role of the system in `folder` is: a folder, or a hub id."""
+    if (folder / model).is_dir():
+        return str(folder / model)
+    if model.startswith("agents/"):
+        raise ValueError(f"{folder / FILE_NAME}: agents.{role}.model: no such folder: {folder / model}")
+    return model
+
+
+def load_agents(
+    models: Mapping[str, tuple[str, str | torch.dtype]], placement: Placement, trust_remote_code: bool
+) -> dict[str, Agent]:
+    """An agent by role; roles that name the same model, dtype and device share one, which bears all their names.
+
+    Args:
+        models: folder or hub id, and dtype, by role.
+        placement: device by role.
+        trust_remote_code: for transformers.
+    """
+    shared: dict[tuple[str, str | torch.dtype, torch.device], Agent] = {}
+    agents = {}
+    for role, (source, dtype) in models.items():
+        key = (model_key(source), dtype, placement[role])
+        if key in shared:
+            shared[key].name += f", {role}"
+        else:
+            shared[key] = Agent.from_pretrained(source, dtype, placement[role], trust_remote_code, name=role)
+        agents[role] = shared[key]
+    return agents
+
+
+def model_key(source: str) -> str:
+    """What tells models apart: the folder that a path leads to, or a hub id."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
 def _load_link(folder: Path, path: str, name: str) -> FusedRecursiveLink:
     place = folder / path
     if not place.is_dir():
@@ -175,9 +207,7 @@ def _load_link(folder: Path, path: str, name: str) -> FusedRecursiveLink:
         raise ValueError(f"{name}: {where}{error}") from None
 
 
-def _load_edge_scores(
-    folder: Path, edges: Mapping[Edge, nn.Module], device: str | torch.device
-) -> dict[Edge, nn.Parameter]:
+def _load_edge_scores(folder: Path, edges: Mapping[Edge, nn.Module], placement: Placement) -> dict[Edge, nn.Parameter]:
     path = folder / EDGE_SCORES
     try:
         stored = load_file(path)
@@ -185,7 +215,7 @@ def _load_edge_scores(
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if missing := sorted(edge_name(edge) for edge in edges if edge_name(edge) not in stored):
         raise ValueError(f"{path}: no score for {', '.join(missing)}")
-    return {edge: nn.Parameter(stored[edge_name(edge)].to(device)) for edge in edges}
+    return {edge: nn.Parameter(stored[edge_name(edge)].to(placement[edge[1]])) for edge in edges}
 
 
 def _is_local(agent: Agent) -> bool:

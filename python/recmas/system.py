@@ -14,6 +14,7 @@ from recmas import running, storage
 from recmas.agent import Agent
 from recmas.chats import earlier
 from recmas.pattern import Edge, Pattern, Visit
+from recmas.placement import Devices, Placement, place
 from recmas.prompts import PromptRenderer, Slot, Template
 from recmas.running import Answer, Answers, Message
 from recmas.spec import AgentSpec, Defaults, PromptSpec, SystemSpec, edge_name
@@ -89,7 +90,7 @@ class RecursiveMAS:
         prompts: Mapping[str, PromptSpec] | None = None,
         rounds: int = 3,
         latent_steps: int = 32,
-        device: str | torch.device = "cpu",
+        device: Devices = "cpu",
         dtype: str = "auto",
         trust_remote_code: bool = False,
         seed: int | None = None,
@@ -97,14 +98,14 @@ class RecursiveMAS:
         """A system of given models with fresh links of the released shape, float32.
 
         Args:
-            models: folder, hub id or `Agent` by role.
+            models: folder, hub id or `Agent` by role; roles that name one model, on one device, share it.
             pattern: who talks to whom.
             link_scale: "embedding" sets each link's output norm gain to the rms of the input embeddings it writes
                 among (its own agent's for an inner link, the receiver's for an outer one); "none" leaves it at 1.
             prompts: templates by role; others get `default_settings`.
             rounds: the system's default; links are made for every edge it uses.
             latent_steps: the system's default.
-            device: of the agents loaded here and of all links.
+            device: of the agents loaded here, for all or by role (`recmas.placement`); an `Agent` stays where it is.
             dtype: of the agents loaded here; "auto" is the checkpoint's.
             trust_remote_code: for transformers.
             seed: of the links; None draws from torch's global generator.
@@ -114,15 +115,12 @@ class RecursiveMAS:
         if latent_steps < 0:
             raise ValueError(f"latent_steps: {latent_steps} is negative")
         edges = sorted(pattern.edges(rounds))
-        agents = {
-            role: model
-            if isinstance(model, Agent)
-            else Agent.from_pretrained(model, dtype, device, trust_remote_code, name=role)
-            for role, model in models.items()
-        }
         for role in pattern.roles:
-            if role not in agents:
+            if role not in models:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
+        sources = {role: (os.fspath(model), dtype) for role, model in models.items() if not isinstance(model, Agent)}
+        loaded = storage.load_agents(sources, place(device, pattern.roles), trust_remote_code)
+        agents = {role: model if isinstance(model, Agent) else loaded[role] for role, model in models.items()}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -142,23 +140,23 @@ class RecursiveMAS:
         for role, setting in settings.items():
             setting.dtype = dtype if not isinstance(models[role], Agent) else "auto"
         mas = cls(agents, inner, outer, pattern, settings=settings, defaults=Defaults(rounds, latent_steps))
-        for link in [*inner.values(), *outer.values()]:
-            link.to(device)
+        mas._place_links(mas.devices, None)
         return mas
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
+        device: Devices = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> RecursiveMAS:
         """A system from its folder.
 
         Args:
-            folder: holds ``system.json``.
-            device: of agents and links.
+            folder: holds ``system.json``. Roles that name one model, with one dtype and on one device, share it.
+            device: for all agents, or by role; roles left out are on the CPU. Links live with their agents
+                (`recmas.placement`).
             dtype: of agents and links; None loads agents as the system says and links as float32 masters.
             trust_remote_code: for transformers.
 
@@ -174,15 +172,34 @@ class RecursiveMAS:
         """
         storage.save(self, Path(folder))
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> RecursiveMAS:
-        """Move (and cast) agents and links."""
-        for agent in self.agents.values():
-            agent.to(device=device, dtype=dtype)
-        for link in [*self.inner_links.values(), *self.outer_links.values()]:
-            link.to(device=device, dtype=dtype)
-        for score in self.edge_scores.values():
-            score.data = score.data.to(device=device)
+    def to(self, device: Devices | None = None, dtype: torch.dtype | None = None) -> RecursiveMAS:
+        """Move (and cast) agents and links.
+
+        Args:
+            device: for all agents, or by role; None, and a role left out, stays where it is.
+            dtype: None stays what it is.
+
+        Raises:
+            ValueError: an unknown role, a device that cannot be used, or two devices for roles that share a model.
+        """
+        placement = self.devices if device is None else place(device, self.pattern.roles, self.devices)
+        homes: dict[int, str] = {}
+        for role, agent in self.agents.items():
+            first = homes.setdefault(id(agent.model), role)
+            if placement[first] != placement[role]:
+                raise ValueError(
+                    f"device: {first!r} and {role!r} share one model, which cannot be on both {placement[first]} and "
+                    f"{placement[role]}"
+                )
+        for role, agent in self.agents.items():
+            agent.to(device=placement[role], dtype=dtype)
+        self._place_links(placement, dtype)
         return self
+
+    @property
+    def devices(self) -> Placement:
+        """The device of each agent, by role."""
+        return {role: agent.device for role, agent in self.agents.items()}
 
     def answer(
         self,
@@ -293,7 +310,7 @@ class RecursiveMAS:
         for slot in template.slots:
             if all(role not in texts for role in slot.senders):
                 heard = [messages[role] for role in slot.senders]
-                latents[slot.senders] = join([message for message in heard if isinstance(message, Latents)])
+                latents[slot.senders] = join([m.to(agent.device) for m in heard if isinstance(m, Latents)])
                 links[slot.senders] = self._slot_link(slot, visit.role)
         return splice(agent.embed, segments, latents, links, pad_id=agent.pad_id, device=agent.device)
 
@@ -341,6 +358,16 @@ class RecursiveMAS:
         else:
             weights = torch.full((len(edges),), 1 / len(edges), device=self.agents[target].device)
         return JointLink(links, [self.agents[source].hidden_size for source in slot.senders], weights)
+
+    def _place_links(self, placement: Placement, dtype: torch.dtype | None) -> None:
+        for role, link in self.inner_links.items():
+            link.to(device=placement[role], dtype=dtype)
+        for (_, receiver), link in self.outer_links.items():
+            link.to(device=placement[receiver], dtype=dtype)
+        for edge, score in self.edge_scores.items():
+            if score.device != placement[edge[1]]:
+                moved = score.detach().to(placement[edge[1]])
+                self.edge_scores[edge] = nn.Parameter(moved, requires_grad=score.requires_grad)
 
     def _check_templates(self, rounds: int) -> None:
         joint = self.pattern.combine != "slots"

@@ -148,8 +148,14 @@ def test_missing_model_folder(broken):
         (["run", "system", "--latent-steps", "planner=x"], "--latent-steps"),
         (["run", "system"], "give either --questions FILE.jsonl or --question TEXT"),
         (["run", "system", "--question", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["run", "system", "--question", "x", "--device", "gpu"], "--device: 'gpu' cannot be used here: "),
-        (["run", "system", "--question", "x", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used here: "),
+        (["run", "system", "--question", "x", "--device", "gpu"], "device: 'gpu' cannot be used here: "),
+        (["run", "system", "--question", "x", "--device", "cuda:99"], "device: 'cuda:99' cannot be used here: "),
+        (["run", "system", "--question", "x", "--device", "poet=cpu"], "device: unknown role 'poet'; the pattern has"),
+        (["run", "system", "--question", "x", "--device", "solver=tpu"], "device: 'tpu' cannot be used here: "),
+        (
+            ["run", "system", "--question", "x", "--device", "solver=cpu,cpu"],
+            "invalid DEVICE or ROLE=DEVICE,... value: 'solver=cpu,cpu'",
+        ),
         (["run", "system", "--question", "x", "--backend", "triton"], "triton"),
         (
             ["run", "system", "--questions", "nowhere.jsonl"],

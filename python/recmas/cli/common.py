@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.parser import LATENT_STEPS, CommandLineParser, one_line
+from recmas.cli.parser import DEVICES, LATENT_STEPS, CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -22,7 +22,13 @@ def add_system(parser: CommandLineParser) -> None:
     """The system and how it is loaded."""
     parser.add_argument("system", type=str, help="folder of the system")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--device", type=str, default="cpu", help="where everything runs: cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device",
+        type=DEVICES,
+        default="cpu",
+        help="where agents and their links are: cpu, cuda, cuda:1, ..., or by role: planner=cuda:0,solver=cuda:1 "
+        "(others: cpu)",
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -97,11 +103,6 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
 
     from recmas.system import RecursiveMAS
 
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        told = one_line(error).partition(". ")[0]
-        raise ValueError(f"--device: {options.device!r} cannot be used here: {told}") from None
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):

@@ -76,6 +76,10 @@ def _read_steps(value: Any) -> int | dict[str, int]:
     return {role: int(count) for role, count in read_pairs(value).items()}
 
 
+def _read_devices(value: Any) -> str | dict[str, str]:
+    return read_pairs(value) if isinstance(value, dict) or "=" in value else str(value)
+
+
 def _read_names(value: Any) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
@@ -95,6 +99,7 @@ def read_pairs(value: Any) -> dict[str, str]:
     return {role.strip(): item.strip() for role, _, item in pairs}
 
 
+DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_devices)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)
 COUNTS = Kind("N,...", _read_counts)

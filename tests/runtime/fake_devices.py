@@ -1,0 +1,101 @@
+"""Devices that this machine does not have: tensors that say they live there, and refuse to meet others.
+
+Within `FakeDevices`, a tensor moved to or made on a device of `KIND` carries its values in host memory, but every
+operation that it takes part in must find all its tensors on that one device, as on a real one. Copies between devices
+are counted. For inference; kernels run as they do on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+KIND = "meta"
+READS = ("__int__", "__float__", "__bool__", "__index__", "item", "tolist")
+MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class _Placed(torch.Tensor):
+    """Values in host memory under the name of another device."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, device: torch.device) -> _Placed:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=device,
+        )
+
+    def __init__(self, values: torch.Tensor, device: torch.device) -> None:
+        self.held = values
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READS:  # torch would ask the device's own driver to wait
+            return func(args[0].held, *args[1:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func}: a tensor of a fake device left FakeDevices")
+
+
+class FakeDevices(TorchDispatchMode):
+    """The block in which fake devices exist.
+
+    Attributes:
+        crossed: shape, source and target of every floating-point tensor that went from one device to another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossed: list[tuple[tuple[int, ...], str, str]] = []
+
+    def __enter__(self) -> FakeDevices:
+        self._lifted = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=fake): made on the CPU, then moved
+        self._autocast = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda kind=None: kind != KIND and (self._autocast(kind) if kind else False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        torch.is_autocast_enabled = self._autocast
+        torch._C._set_only_lift_cpu_tensors(self._lifted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device for tensor in given if tensor.dim() > 0 or isinstance(tensor, _Placed)}
+        asked = (kwargs or {}).get("device")
+        place = torch.device(asked) if asked is not None else next(iter(places), torch.device("cpu"))
+        if func in MOVES:
+            target = place if func is MOVES[0] else args[0].device
+            source = args[0] if func is MOVES[0] else args[1]
+            if source.device != target and source.is_floating_point():
+                self.crossed.append((tuple(source.shape), str(source.device), str(target)))
+            place = target
+        elif len(places) > 1:
+            raise RuntimeError(f"{func}: tensors on {', '.join(sorted(map(str, places)))}")
+        if place.type != KIND and not any(isinstance(tensor, _Placed) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        owners = {id(tensor.held): tensor for tensor in given if isinstance(tensor, _Placed)}
+
+        def unwrap(leaf: Any) -> Any:
+            if isinstance(leaf, _Placed):
+                return leaf.held
+            return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == KIND else leaf
+
+        def wrap(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or place.type != KIND:
+                return leaf
+            return owners.get(id(leaf)) if id(leaf) in owners else _Placed(leaf, place)
+
+        return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {})))
