@@ -12,12 +12,18 @@ namespace recmas::cpu::RECMAS_ISA {
 
 constexpr int64_t kBackwardBlock = 1024;  // tokens: every weight gradient is read and written once per block
 
-// A gradient summed over blocks in fp32: the output itself where that is fp32, else a piece of the workspace.
+// A gradient summed over blocks in fp32: the output itself where that is fp32, else a piece of the workspace; null
+// where nothing is wanted, or where a single block writes its result into the output at once.
 struct Sum {
   Output output;
   float* values;
 };
 
+inline Sum take_weight_sum(Arena& arena, const Output& output, int64_t count, bool several_blocks) {
+  if (output.data == nullptr || !several_blocks) return {output, nullptr};
+  if (output.dtype == Dtype::f32) return {output, static_cast<float*>(output.data)};
+  return {output, arena.floats(count)};
+}
 inline Sum take_sum(Arena& arena, const Output& output, int64_t count) {
   if (output.data == nullptr) return {output, nullptr};
   if (output.dtype == Dtype::f32) return {output, static_cast<float*>(output.data)};
@@ -75,13 +81,14 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
     plan.du = arena.floats(plan.block * s.in_features);
     if (plan.linear && call.dx.data != nullptr) plan.residual = arena.floats(plan.block * s.in_features);
   }
-  plan.w1 = take_sum(arena, call.dw1, s.hidden_features * s.in_features);
+  const bool several_blocks = s.tokens > plan.block;
+  plan.w1 = take_weight_sum(arena, call.dw1, s.hidden_features * s.in_features, several_blocks);
   plan.b1 = take_sum(arena, call.db1, s.hidden_features);
-  plan.w2 = take_sum(arena, call.dw2, s.out_features * s.hidden_features);
+  plan.w2 = take_weight_sum(arena, call.dw2, s.out_features * s.hidden_features, several_blocks);
   const bool shared_bias = call.db2.data == nullptr && call.db3.data != nullptr;  // db3 = db2
   plan.b2 = take_sum(arena, shared_bias ? call.db3 : call.db2, s.out_features);
   plan.b3 = shared_bias ? Output{nullptr, Dtype::f32} : call.db3;
-  plan.w3 = take_sum(arena, call.dw3, s.out_features * s.in_features);
+  plan.w3 = take_weight_sum(arena, call.dw3, s.out_features * s.in_features, several_blocks);
   plan.norm_in_weight = take_sum(arena, call.dnorm_in_weight, s.in_features);
   plan.norm_in_bias = take_sum(arena, call.dnorm_in_bias, s.in_features);
   plan.norm_out_weight = take_sum(arena, call.dnorm_out_weight, s.out_features);
@@ -230,7 +237,7 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
 inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, const Sum& gradient, const Left& left,
                                 const Matrix& right, int64_t rows, int64_t columns, const BackwardBlock& block,
                                 Dtype compute, bool last) {
-  if (gradient.values == nullptr) return;
+  if (gradient.output.data == nullptr) return;
   const Term terms[1] = {
       {left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
   const bool resident = all_panels_bytes(terms[0]) <= kResidentBytes;

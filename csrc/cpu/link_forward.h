@@ -11,7 +11,7 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kForwardBlock = 256;  // tokens: the block's activations stay in the shared cache
+constexpr int64_t kForwardBlock = 128;  // tokens: the block's activations stay in the shared cache
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
   return transposed ? Right{weight.data, weight.dtype, columns, true, weight.form, columns, rows, compute}

@@ -84,6 +84,26 @@ inline void clear_tile(int64_t rows, float* tile) {
 // A product that starts from nothing.
 inline bool start_fresh(int64_t, int64_t, int64_t, int64_t, float*) { return false; }
 
+// One group's share of what the next panel, which begins at `column`, will be read or laid out from.
+inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64_t group, int64_t groups) {
+  const Right& right = term.right;
+  const int64_t width = smaller(kPanel, right.columns - column);
+  if (width <= 0) return {panel, 0, 1, 0};
+  const int64_t bytes = dtype_bytes(right.dtype);
+  Ahead whole{panel, panel_bytes(term.format(), right.k) / 64, 1, 64};
+  if (right.packed()) {
+    whole.at += whole.rows * 64;
+  } else if (right.transposed) {
+    whole = {static_cast<const char*>(right.data) + column * right.stride * bytes, width, (right.k * bytes + 63) / 64,
+             right.stride * bytes};
+  } else {
+    whole = {static_cast<const char*>(right.data) + column * bytes, right.k, (width * bytes + 63) / 64,
+             right.stride * bytes};
+  }
+  const int64_t begin = whole.rows * group / groups, end = whole.rows * (group + 1) / groups;
+  return {whole.at + begin * whole.stride, end - begin, whole.row_lines, whole.stride};
+}
+
 // One tile: the sum over the terms, on top of what start put there; fresh: it put nothing there.
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
@@ -100,10 +120,9 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     const Format format = term.format();
     const int64_t steps = panel_steps(format, term.right.k);
     // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
-    // after the first; they fetch the next panel meanwhile, each its own share.
-    const char* ahead = nullptr;
-    if (groups > 1)
-      ahead = panels[i] + (term.right.packed() ? panel_bytes(format, term.right.k) + group * steps * 64 : 0);
+    // after the first; they fetch what the next panel comes from meanwhile, each its own share.
+    Ahead ahead{};
+    if (groups > 1) ahead = ahead_of(term, panels[i], column + kPanel, group, groups);
     choose_tile(format, term.left.bf16, rows,
                 columns)({left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
   }
@@ -150,8 +169,9 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   }
 }
 
-// With so few bytes in all panels of the right-hand matrix they stay in the second-level cache together.
-constexpr int64_t kResidentBytes = 256 * 1024;
+// With so few bytes in all panels of the right-hand matrix they stay in the second-level cache together: processors
+// with AVX-512 have 1 MB of it, others down to 256 KB.
+constexpr int64_t kResidentBytes = (RECMAS_ISA_LEVEL >= 2 ? 640 : 256) * 1024;
 
 inline int64_t all_panels_bytes(const Term& term) {
   return panel_count(term.right.columns) * panel_bytes(term.format(), term.right.k);

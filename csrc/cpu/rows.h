@@ -42,16 +42,28 @@ inline Vec keep(Vec value, Part part) {  // lanes beyond the row become 0
 }
 
 inline RowStatistics row_statistics(const float* line, int64_t columns, float eps) {
-  Vec total = set1(0.0f);
-  each_vector(columns, [&](int64_t c, auto lanes) { total = add(total, load(line + c, lanes)); });
-  const float mean = sum(total) / static_cast<float>(columns);
-  Vec squares = set1(0.0f);
-  each_vector(columns, [&](int64_t c, auto lanes) {
-    const Vec centred = keep(sub(load(line + c, lanes), set1(mean)), lanes);
-    squares = fma(centred, centred, squares);
+  // Four sums side by side, since a lone one would wait for each of its additions.
+  constexpr int64_t stride = 4 * kWidth;
+  const int64_t whole = columns / stride * stride;
+  Vec part[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for (int64_t c = 0; c < whole; c += stride) {
+    for (int i = 0; i < 4; ++i) part[i] = add(part[i], load(line + c + i * kWidth));
+  }
+  each_vector(columns - whole, [&](int64_t c, auto lanes) { part[0] = add(part[0], load(line + whole + c, lanes)); });
+  const float mean = sum(add(add(part[0], part[1]), add(part[2], part[3]))) / static_cast<float>(columns);
+  Vec squares[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for (int64_t c = 0; c < whole; c += stride) {
+    for (int i = 0; i < 4; ++i) {
+      const Vec centred = sub(load(line + c + i * kWidth), set1(mean));
+      squares[i] = fma(centred, centred, squares[i]);
+    }
+  }
+  each_vector(columns - whole, [&](int64_t c, auto lanes) {
+    const Vec centred = keep(sub(load(line + whole + c, lanes), set1(mean)), lanes);
+    squares[0] = fma(centred, centred, squares[0]);
   });
-  const float variance = sum(squares) / static_cast<float>(columns);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+  const Vec total = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
+  return {mean, 1.0f / __builtin_sqrtf(sum(total) / static_cast<float>(columns) + eps)};
 }
 
 inline Vec normalised(Vec value, const RowStatistics& row) {

@@ -79,31 +79,42 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, Accumulators<rows, vecs
 }
 
 // A running sum over k is closed after this many k: its rounding error grows with the length of the chain. The same
-// number for every format: fp32 panels and the pairs they become must give the same bits.
+// number for fp32 panels and the pairs they become: both must give the same bits.
 constexpr int64_t kChain = 128;
+// Sums of products of two bf16: what a chain loses is thousands of times less than what rounding to bf16 does.
+constexpr int64_t kDotChain = 2048;
 // How far ahead a panel read by one group of rows alone is prefetched, in bytes.
 constexpr int64_t kPrefetch = 4608;
+
+// Memory that will be wanted soon, prefetched while a tile is computed: one cache line per step, as far as steps go.
+struct Ahead {
+  const char* at;  // null: the tile's own panel
+  int64_t rows;
+  int64_t row_lines;  // cache lines of a row
+  int64_t stride;     // bytes from row to row
+};
 
 struct TileCall {
   const void* left;
   int64_t left_stride;
   const char* panel;
   int64_t steps;
-  float* out;         // [rows][kPanel]
-  bool fresh;         // out holds nothing yet: it is written, not added to
-  const char* ahead;  // what to prefetch, one cache line per step: a part of the next panel; null: this panel itself
+  float* out;  // [rows][kPanel]
+  bool fresh;  // out holds nothing yet: it is written, not added to
+  Ahead ahead;
 };
 
 // out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth].
 template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const TileCall& call) {
-  constexpr int64_t chain_steps = format == Format::pairs ? kChain / 2 : kChain;
+  constexpr int64_t chain_steps = format != Format::pairs ? kChain : (bf16_left ? kDotChain : kChain) / 2;
   // Few accumulators would wait for each other's additions: even and odd k get their own. Both halves of a pair of
   // fp32 products are k even and k odd, so that packed pairs and fp32 panels still give the same bits.
   constexpr int sets = rows * vecs <= 6 ? 2 : 1;
   constexpr bool both_k = format == Format::pairs && !bf16_left;
   const char* at = call.panel;
-  const char* ahead = call.ahead;
+  const char* ahead = call.ahead.at;
+  int64_t ahead_lines = ahead == nullptr ? 0 : call.ahead.rows * call.ahead.row_lines, ahead_line = 0;
   for (int64_t first = 0; first < call.steps; first += chain_steps) {
     Accumulators<rows, vecs> acc[sets];
     for (int set = 0; set < sets; ++set) {
@@ -115,9 +126,13 @@ void multiply_tile(const TileCall& call) {
     const auto advance = [&](int64_t step, Accumulators<rows, vecs>& even, Accumulators<rows, vecs>& odd) {
       if (ahead == nullptr) {
         for (int64_t line = 0; line < step_bytes(format); line += 64) __builtin_prefetch(at + kPrefetch + line);
-      } else {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
+      } else if (ahead_lines > 0) {
+        --ahead_lines;
+        __builtin_prefetch(ahead + 64 * ahead_line, 0, 2);
+        if (++ahead_line == call.ahead.row_lines) {
+          ahead_line = 0;
+          ahead += call.ahead.stride;
+        }
       }
       multiply_step<format, bf16_left, rows, vecs>(even, odd, call.left, call.left_stride, at, step);
       at += step_bytes(format);
