@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recmas import chats
+from recmas import chats, spec
 from recmas.decoding import Detokenizer, text_of
 from recmas.pattern import Visit
 from recmas.spec import Decoding
@@ -102,20 +102,8 @@ class Plan:
 
 
 def steps_by_role(mas: RecursiveMAS, asked: int | Mapping[str, int] | None) -> dict[str, int]:
-    steps = {}
-    for role, setting in mas.settings.items():
-        steps[role] = mas.defaults.latent_steps if setting.latent_steps is None else setting.latent_steps
-    if isinstance(asked, Mapping):
-        for role in asked:
-            if role not in steps:
-                raise ValueError(f"latent_steps: unknown role {role!r}; the pattern has {', '.join(steps)}")
-        steps.update(asked)
-    elif asked is not None:
-        steps = dict.fromkeys(steps, asked)
-    for role, count in steps.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"latent_steps: {count!r} for {role!r} is not an integer >= 0")
-    return steps
+    """Latent steps of every agent of `mas` (`recmas.spec.steps_by_role`)."""
+    return spec.steps_by_role(mas.settings, mas.defaults, asked)
 
 
 def answer(plan: Plan, rows: Iterable[Row], batch_size: int | None) -> Answers:

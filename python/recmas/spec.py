@@ -76,6 +76,30 @@ class SystemSpec:
     defaults: Defaults = field(default_factory=Defaults)
 
 
+def steps_by_role(
+    settings: Mapping[str, AgentSpec], defaults: Defaults, asked: int | Mapping[str, int] | None
+) -> dict[str, int]:
+    """Latent steps of every agent: what is asked for, for all or by role, else its own, else the system's default.
+
+    Raises:
+        ValueError: an unknown role, or a number of steps that is no integer >= 0.
+    """
+    steps = {}
+    for role, agent in settings.items():
+        steps[role] = defaults.latent_steps if agent.latent_steps is None else agent.latent_steps
+    if isinstance(asked, Mapping):
+        for role in asked:
+            if role not in steps:
+                raise ValueError(f"latent_steps: unknown role {role!r}; the pattern has {', '.join(steps)}")
+        steps.update(asked)
+    elif asked is not None:
+        steps = dict.fromkeys(steps, asked)
+    for role, count in steps.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"latent_steps: {count!r} for {role!r} is not an integer >= 0")
+    return steps
+
+
 def edge_name(edge: Edge) -> str:
     return f"{edge[0]}->{edge[1]}"
 

@@ -22,6 +22,19 @@ def add_system(parser: CommandLineParser) -> None:
     """The system and how it is loaded."""
     parser.add_argument("system", type=str, help="folder of the system")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    add_device(parser)
+    parser.add_argument(
+        "--backend",
+        type=str,
+        default=None,
+        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
+        "RECMAS_BACKEND names, else auto)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_device(parser: CommandLineParser) -> None:
+    """Where models are, and how they are loaded."""
     parser.add_argument(
         "--device",
         type=DEVICES,
@@ -35,19 +48,17 @@ def add_system(parser: CommandLineParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of models and links; auto: models as the system says, links float32",
     )
-    parser.add_argument(
-        "--backend",
-        type=str,
-        default=None,
-        help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
-        "RECMAS_BACKEND names, else auto)",
-    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_answering(parser: CommandLineParser) -> None:
     """How questions are answered."""
+    add_exchange(parser)
+    add_decoding(parser)
+
+
+def add_exchange(parser: CommandLineParser) -> None:
+    """What agents say to each other, and how often."""
     parser.add_argument(
         "--rounds", type=PositiveInt, default=None, help="rounds of the recursion (default: the system's)"
     )
@@ -63,7 +74,6 @@ def add_answering(parser: CommandLineParser) -> None:
         choices=["latent", "text"],
         help="what agents pass on; text is the baseline: same agents, prompts and rounds, text in the slots",
     )
-    add_decoding(parser)
 
 
 def add_decoding(parser: CommandLineParser) -> None:

@@ -1,9 +1,13 @@
-"""``recmas info``: the kernel package's own page."""
+"""``recmas info``: the kernel package's own page; with a system, the memory that it will take."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from recmas.cli.common import add_device, add_exchange, dump
 from recmas.cli.parser import CommandLineParser
 
 if TYPE_CHECKING:
@@ -11,10 +15,43 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: CommandLineParser) -> None:
+    parser.add_argument(
+        "system",
+        type=str,
+        nargs="?",
+        default=None,
+        help="folder of a system: show the memory that it will take, without loading it (default: show the kernels)",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    add_device(parser)
+    add_exchange(parser)
+    parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
+    parser.add_argument("--prompt-tokens", type=PositiveInt, default=512, help="tokens of a prompt, messages aside")
+    parser.add_argument("--batch-size", type=PositiveInt, default=32, help="questions answered at once")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def execute(options: Namespace) -> int:
-    from recmas_kernels import info
+    if options.system is None:
+        from recmas_kernels import info
 
-    return info.main(["--json"] if options.json else [])
+        return info.main(["--json"] if options.json else [])
+    from recmas.memory.table import memory_table, render
+
+    table = memory_table(
+        options.system,
+        device=options.device,
+        dtype=options.dtype,
+        mode=options.mode,
+        rounds=options.rounds,
+        latent_steps=options.latent_steps,
+        max_new_tokens=options.max_new_tokens,
+        prompt_tokens=options.prompt_tokens,
+        batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.json:
+        dump(asdict(table))
+    else:
+        print(render(table))
+    return 0

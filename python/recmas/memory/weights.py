@@ -1,0 +1,72 @@
+"""How many parameters a checkpoint holds, from the headers of its safetensors files: no weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+LONGEST_HEADER = 100_000_000  # safetensors' own limit
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a checkpoint: number of parameters, their bytes as stored, and the dtype of most of them."""
+
+    parameters: int
+    stored: int
+    dtype: str
+
+    def bytes_in(self, dtype: str) -> int:
+        """Bytes once loaded in `dtype`, or as stored for "auto"."""
+        width = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}.get(dtype)
+        return self.stored if width is None or dtype == self.dtype else self.parameters * width
+
+
+def weights_of(folder: Path) -> Weights:
+    """The weights of a model or link in `folder`.
+
+    Raises:
+        ValueError: no safetensors files there, a shard of the index missing, or a file without a readable header.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index}: cannot be read: {error}") from None
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    counts: dict[str, int] = {}
+    for file in files:
+        for tensor in _header(file).values():
+            kind = str(tensor["dtype"])
+            counts[kind] = counts.get(kind, 0) + math.prod(tensor["shape"])
+    return summed(counts)
+
+
+def summed(counts: dict[str, int]) -> Weights:
+    """The weights of so many parameters by safetensors' name of their dtype."""
+    most = max(counts, key=lambda kind: counts[kind], default="F32")
+    stored = sum(count * BYTES.get(kind, 1) for kind, count in counts.items())
+    return Weights(sum(counts.values()), stored, DTYPES.get(most, most))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length < LONGEST_HEADER:
+                raise ValueError("no header")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return dict(header)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; memory is told from safetensors files alone") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: is not a safetensors file: {error}") from None
