@@ -149,11 +149,36 @@ Status alignment(const Alignment& call, void* workspace, int64_t workspace_bytes
 
 }  // namespace cpu
 
-// Device pointers. Work goes to `stream`, a cudaStream_t of the current device; nothing waits for it. Rows are copied
-// as they are, so sizes and strides are in bytes. Returns the CUDA runtime's own error code, 0 for success.
+// Device pointers. Work goes to `stream`, a cudaStream_t of the current device; nothing waits for it and nothing is
+// allocated, so every call can be captured in a graph. Returns the CUDA runtime's own error code, 0 for success.
 namespace cuda {
 
-// As on the CPU, except that a slot outside [0, table_rows) is found by the kernel, which ends in a launch failure.
+constexpr int32_t most_link_tokens = 32;
+
+struct LinkForward {  // up to most_link_tokens
+  LinkShape shape;
+  Residual residual;
+  Gelu gelu;
+  float eps;      // both norms
+  Dtype compute;  // of the weight matrices, contiguous as nn.Linear stores them; x is rounded to it
+  const void* w1;
+  const void* w2;
+  const void* w3;  // with Residual::linear only
+  VectorView b1, b2, b3;
+  VectorView norm_in_weight, norm_in_bias;    // absent weight: no input norm
+  VectorView norm_out_weight, norm_out_bias;  // absent weight: no output norm
+  MatrixView x;                               // [tokens, in]
+  Output y;                                   // [tokens, out]
+  Output pre;                                 // [tokens, hidden] p, compute dtype; training only
+  Output z;                                   // [tokens, out] z, compute dtype; training with an output norm only
+  float* stats;  // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
+};
+
+int64_t link_forward_workspace(const LinkForward& call);  // bytes, 16-byte aligned by the caller
+int32_t link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes, uintptr_t stream);
+
+// Rows are copied as they are, so sizes and strides are in bytes. As on the CPU, except that a slot outside [0,
+// table_rows) is found by the kernel, which ends in a launch failure.
 int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
                         int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows, uintptr_t stream);
 int32_t handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,

@@ -1,13 +1,13 @@
 """The compiled CUDA kernels: allocation and the pointer call, on torch's current stream.
 
-The only caller of ``_cuda``. That module holds the handoff; the link's ops are declined, and the next backend in
-the table serves them.
+The only caller of ``_cuda``. That module holds the handoff and the link's forward for few tokens; the rest is
+declined, and the next backend in the table serves it.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -17,6 +17,11 @@ from recmas_kernels.backends import Call
 
 OLDEST_CAPABILITY = (8, 0)  # sm_80 is the oldest code in the module
 _HANDOFF = ("handoff_fwd", "handoff_", "handoff_bwd")
+_LINK = ("link_fwd", "link_fwd_train")
+MOST_TOKENS = 32  # csrc/link.h, most_link_tokens
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/link.h, enum Dtype
+_RESIDUALS = {"none": 0, "identity": 1, "linear": 2}
+_GELUS = {"none": 0, "tanh": 1}
 
 
 @cache
@@ -52,7 +57,142 @@ def _version(number: int) -> str:
 
 def declines(call: Call) -> str | None:
     """Why ``call`` is not served; None if it is."""
-    return None if call.op in _HANDOFF else f"the CUDA module has no {call.op}; it holds the handoff"
+    if call.op in _HANDOFF:
+        return None
+    if call.op not in _LINK:
+        return f"the CUDA module has no {call.op}; it holds the handoff and the link's forward"
+    if call.dtype not in _DTYPES:
+        return f"the kernels have no {str(call.dtype).removeprefix('torch.')}"
+    if call.tokens > MOST_TOKENS:
+        return f"{call.tokens} tokens: its link kernels stream the weights past {MOST_TOKENS} at most"
+    if 0 in (call.in_features, call.hidden_features, call.out_features):
+        return "a size is 0"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Rows that the kernels can read: fp32, bf16 or fp16, contiguous along the last dimension."""
+    if tensor.dtype not in _DTYPES:
+        tensor = tensor.to(torch.float32)
+    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _matrix(weight: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """A weight matrix in the compute dtype; a master of another dtype is cast by torch, in a pass of its own."""
+    return None if weight is None else weight.to(compute).contiguous()
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    if vector is not None and vector.dtype not in _DTYPES:
+        vector = vector.to(torch.float32)
+    return vector if vector is None else vector.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=4096)
+def _workspace_bytes(sizes: tuple[int, int, int, int], compute: int, norm_in: bool, norm_out: bool) -> int:
+    return _native().link_forward_workspace(sizes, compute, norm_in, norm_out)
+
+
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    saved: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """y; ``saved`` (pre, z, stats) is filled for the backward pass."""
+    rows = _rows(x)
+    sizes = (x.shape[0], x.shape[1], w1.shape[0], w2.shape[0])
+    y = torch.empty(sizes[0], sizes[3], dtype=rows.dtype, device=x.device)
+    if sizes[0] == 0:
+        return y.to(x.dtype)
+    matrices = [_matrix(weight, dtype) for weight in (w1, w2, w3)]
+    vectors = [_vector(vector) for vector in (b1, b2, b3, gi, ci, go, co)]
+    pre, z, stats = saved if saved is not None else (None, None, None)
+    workspace_bytes = _workspace_bytes(sizes, _DTYPES[dtype], gi is not None, go is not None)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
+    with torch.cuda.device(x.device):
+        _native().link_forward(
+            sizes,
+            _DTYPES[dtype],
+            _RESIDUALS[residual],
+            _GELUS[gelu],
+            eps,
+            rows.data_ptr(),
+            rows.stride(0),
+            _DTYPES[rows.dtype],
+            [_address(matrix) for matrix in matrices],
+            [(0, 0) if vector is None else (vector.data_ptr(), _DTYPES[vector.dtype]) for vector in vectors],
+            (y.data_ptr(), _address(pre), 0 if go is None else _address(z), _address(stats)),
+            workspace.data_ptr(),
+            workspace_bytes,
+            x.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return y.to(x.dtype)
+
+
+def link_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+    may_pack: bool,
+) -> Tensor:
+    """y ``[T, out]`` in x's dtype; weights are streamed as they lie, so there is nothing to pack."""
+    return _forward(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, None)
+
+
+def link_fwd_train(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor | None,
+    b3: Tensor | None,
+    gi: Tensor | None,
+    ci: Tensor | None,
+    go: Tensor | None,
+    co: Tensor | None,
+    residual: str,
+    gelu: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
+    tokens, out_features = x.shape[0], w2.shape[0]
+    pre = torch.empty(tokens, w1.shape[0], dtype=dtype, device=x.device)
+    z = torch.empty((0,) if go is None else (tokens, out_features), dtype=dtype, device=x.device)
+    stats = torch.zeros(4, tokens, dtype=torch.float32, device=x.device)
+    y = _forward(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, (pre, z, stats))
+    return y, pre, z, stats
 
 
 def _row_bytes(rows: Tensor) -> tuple[int, int]:

@@ -98,10 +98,12 @@ def check_link(link: FusedRecursiveLink, x: Tensor, dy: Tensor) -> Results:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fill every ``torch.empty`` and ``new_empty`` with NaN, so that an element nothing wrote shows."""
+    """Fill every ``torch.empty`` and ``new_empty`` with NaN, workspaces too: an element nothing wrote shows."""
     empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
 
     def poison(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8:  # all ones is NaN in every floating type
+            return tensor.fill_(255)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
 
     with (

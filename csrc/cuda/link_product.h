@@ -1,0 +1,241 @@
+// A few tokens times a weight matrix: the kernel's body, over a Thread (thread.h on the device, an emulation in
+// csrc/tests), so that the host can run all of it but the instructions themselves.
+//
+// A block owns 16 rows of the weights and streams them once, 512 bytes of each row per step: warp w takes the w-th 64
+// bytes, and in it lane 4 g + c the c-th piece of 16 bytes of rows g and g + 8, and of token g of every group of eight.
+// That is mma.m16n8k16's own layout with the depth renumbered alike on both sides, so pieces go from memory to the
+// multiplication without changing lanes: every thread copies asynchronously into slots of shared memory that it alone
+// reads, nothing synchronises before the warps' partial sums are added, and the bytes in flight are the slots.
+#pragma once
+
+#include "link_plan.h"
+
+namespace recmas::cuda {
+
+struct alignas(kPiece) Piece {
+  uint32_t words[4];
+};
+
+// Where a thread stands in its block.
+struct Place {
+  int warp, row, piece, lane;
+  RECMAS_ANYWHERE explicit Place(int thread)
+      : warp(thread / 32), row(thread % 32 / kRowPieces), piece(thread % kRowPieces), lane(thread % 32) {}
+};
+
+// A stage of the ring: two pieces of weights and one of each token group for every thread.
+RECMAS_ANYWHERE Piece* slot_of(char* shared, int groups, int stage, int which, int thread) {
+  return reinterpret_cast<Piece*>(shared + static_cast<int64_t>(stage) * stage_bytes(groups)) + which * kThreads +
+         thread;
+}
+
+RECMAS_ANYWHERE float* sum_of(char* shared, int groups, int warp, int token, int row) {
+  return reinterpret_cast<float*>(shared) + (warp * groups * kTokenGroup + token) * (kTileRows + kTileRowsPad) + row;
+}
+
+// Copies the `left` elements at source, at most a piece, and zeroes the rest of the slot.
+template <class Element, class Thread>
+RECMAS_ANYWHERE void copy_weights(Thread& thread, Piece* slot, const Element* source, int64_t left, int word,
+                                  const void* anywhere) {
+  constexpr int kElements = kPiece / static_cast<int>(sizeof(Element));
+  if (word == kPiece) {  // rows are whole pieces
+    thread.template copy_async<kPiece>(slot, left > 0 ? source : anywhere, left > 0);
+  } else if (word == 4) {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(Element));
+    RECMAS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const bool inside = i * kPerWord < left;
+      thread.template copy_async<4>(slot->words + i, inside ? source + i * kPerWord : anywhere, inside);
+    }
+  } else {
+    Piece piece;
+    RECMAS_UNROLL
+    for (int i = 0; i < 4; ++i) piece.words[i] = 0;
+    if constexpr (sizeof(Element) == 2) {
+      RECMAS_UNROLL
+      for (int i = 0; i < kElements; ++i) {
+        if (i < left) piece.words[i / 2] |= static_cast<uint32_t>(thread.load_bits(source + i)) << (i % 2 * 16);
+      }
+    }
+    *slot = piece;
+  }
+}
+
+// The sums of one thread. 16-bit elements: those of mma.sync's result.
+template <class Element, int kGroups>
+struct Sums {
+  float values[kGroups][4];
+
+  template <class Thread>
+  RECMAS_ANYWHERE void multiply(Thread& thread, char* shared, int stage, int) {
+    const Piece low = *slot_of(shared, kGroups, stage, 0, thread.index());
+    const Piece high = *slot_of(shared, kGroups, stage, 1, thread.index());
+    RECMAS_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const Piece tokens = *slot_of(shared, kGroups, stage, 2 + group, thread.index());
+      RECMAS_UNROLL
+      for (int half = 0; half < 4; half += 2) {
+        const uint32_t rows[4] = {low.words[half], high.words[half], low.words[half + 1], high.words[half + 1]};
+        const uint32_t columns[2] = {tokens.words[half], tokens.words[half + 1]};
+        thread.template multiply_tile<Element>(values[group], rows, columns);
+      }
+    }
+  }
+
+  template <class Thread>
+  RECMAS_ANYWHERE void deposit(Thread&, char* shared, const Place& place) {
+    RECMAS_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      RECMAS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int token = group * kTokenGroup + 2 * place.piece + i % 2;
+        *sum_of(shared, kGroups, place.warp, token, place.row + i / 2 * 8) = values[group][i];
+      }
+    }
+  }
+};
+
+// fp32: a lane multiplies its pieces of two rows by that piece of all tokens, which its warp has copied.
+template <int kGroups>
+struct Sums<float, kGroups> {
+  float values[2][kGroups * kTokenGroup];
+
+  template <class Thread>
+  RECMAS_ANYWHERE void multiply(Thread& thread, char* shared, int stage, int tokens) {
+    thread.sync_warp();  // the other lanes' copies have arrived
+    const Place place(thread.index());
+    const Piece low = *slot_of(shared, kGroups, stage, 0, thread.index());
+    const Piece high = *slot_of(shared, kGroups, stage, 1, thread.index());
+    RECMAS_UNROLL
+    for (int token = 0; token < kGroups * kTokenGroup; ++token) {
+      if (token < tokens) {
+        const int copier = place.warp * 32 + token % kTokenGroup * kRowPieces + place.piece;
+        const Piece piece = *slot_of(shared, kGroups, stage, 2 + token / kTokenGroup, copier);
+        RECMAS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float factor = bits_as<float>(piece.words[i]);
+          values[0][token] += bits_as<float>(low.words[i]) * factor;
+          values[1][token] += bits_as<float>(high.words[i]) * factor;
+        }
+      }
+    }
+    thread.sync_warp();  // the slots may be filled again
+  }
+
+  template <class Thread>
+  RECMAS_ANYWHERE void deposit(Thread& thread, char* shared, const Place& place) {
+    RECMAS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      RECMAS_UNROLL
+      for (int token = 0; token < kGroups * kTokenGroup; ++token) {
+        float sum = values[half][token];
+        sum += thread.shuffle_xor(sum, 1);
+        sum += thread.shuffle_xor(sum, 2);
+        if (token % kRowPieces == place.piece) {
+          *sum_of(shared, kGroups, place.warp, token, place.row + half * 8) = sum;
+        }
+      }
+    }
+  }
+};
+
+template <class Thread>
+RECMAS_ANYWHERE void finish(Thread& thread, const Product& product, char* shared, int groups, int64_t tile) {
+  for (int i = thread.index(); i < kTileRows * product.tokens; i += kThreads) {
+    const int token = i / kTileRows;
+    const int64_t row = tile * kTileRows + i % kTileRows;
+    if (row >= product.target_columns) continue;
+    float value = 0.0f;
+    if (row < product.rows) {
+      for (int warp = 0; warp < kWarps; ++warp) value += *sum_of(shared, groups, warp, token, i % kTileRows);
+      for (const VectorView& bias : product.biases) {
+        if (bias.data != nullptr) value += thread.load(bias.data, bias.dtype, row);
+      }
+      const MatrixView& residual = product.residual;
+      if (residual.data != nullptr) {
+        value += round_to(product.compute, thread.load(residual.data, residual.dtype, token * residual.stride + row));
+      }
+      if (product.sum.data != nullptr) {
+        thread.store(product.sum.data, product.sum.dtype, token * product.rows + row, value);
+      }
+      if (product.activate) value = gelu(value, product.gelu);
+    }
+    thread.store(product.target.data, product.target.dtype, token * product.target_stride + row, value);
+  }
+}
+
+template <class Element, int kGroups, class Thread>
+RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
+  constexpr int kStages = stages_for(kGroups);
+  constexpr int64_t kBytes = sizeof(Element);
+  char* shared = thread.shared();
+  const Place place(thread.index());
+  const int64_t tile = thread.block();
+  const int64_t first_steps = steps_of(product.operands[0], kBytes);
+  const int64_t steps = first_steps + steps_of(product.operands[1], kBytes);
+
+  const auto depth_at = [&](int64_t step) {
+    const int64_t within = step < first_steps ? step : step - first_steps;
+    return within * step_depth(kBytes) + (place.warp * kRowPieces + place.piece) * (kPiece / kBytes);
+  };
+  const auto request_weights = [&](int64_t step, int stage) {
+    if (step >= steps) return;
+    const Operand& operand = product.operands[step < first_steps ? 0 : 1];
+    const int64_t depth = depth_at(step);
+    RECMAS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = tile * kTileRows + place.row + half * 8;
+      const int64_t left = row < product.rows ? operand.depth - depth : 0;
+      const auto* source = static_cast<const Element*>(operand.weights) + row * operand.depth + depth;
+      copy_weights<Element>(thread, slot_of(shared, kGroups, stage, half, thread.index()), source, left, operand.word,
+                            operand.weights);
+    }
+  };
+  const auto request_tokens = [&](int64_t step, int stage) {
+    if (step >= steps) return;
+    const Operand& operand = product.operands[step < first_steps ? 0 : 1];
+    const int64_t depth = depth_at(step);
+    RECMAS_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const int token = group * kTokenGroup + place.row;
+      const bool inside = token < product.tokens && depth < operand.depth;
+      const auto* source = static_cast<const Element*>(operand.tokens) + token * operand.token_stride + depth;
+      thread.template copy_async<kPiece>(slot_of(shared, kGroups, stage, 2 + group, thread.index()),
+                                         inside ? source : operand.tokens, inside);
+    }
+  };
+
+  thread.start_dependents();
+  for (int stage = 0; stage < kStages; ++stage) {
+    request_weights(stage, stage);
+    if (!product.overlaps) request_tokens(stage, stage);
+    thread.commit();
+  }
+  if (product.overlaps) {
+    thread.wait_for_previous();
+    for (int stage = 0; stage < kStages; ++stage) {
+      request_tokens(stage, stage);
+      thread.commit();
+    }
+  }
+
+  Sums<Element, kGroups> sums{};
+  int stage = 0;
+  for (int64_t step = 0; step < steps; ++step) {
+    thread.template wait_for_copies<kStages - 1>();
+    sums.multiply(thread, shared, stage, product.tokens);
+    request_weights(step + kStages, stage);
+    request_tokens(step + kStages, stage);
+    thread.commit();
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  // The partial sums take the ring's place.
+  thread.template wait_for_copies<0>();
+  thread.sync();
+  sums.deposit(thread, shared, place);
+  thread.sync();
+  finish(thread, product, shared, kGroups, tile);
+}
+
+}  // namespace recmas::cuda

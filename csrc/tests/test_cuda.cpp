@@ -1,0 +1,353 @@
+// The few-token CUDA kernels without a GPU: their bodies run whole, thread by thread, on the host, for many sizes,
+// dtypes, alignments and kinds of link, against double precision. Every weight must be read exactly once, every output
+// written exactly once, nothing outside the buffers (under RECMAS_SANITIZE), nothing before it is there.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "../cuda/link_product.h"
+#include "../cuda/link_rows.h"
+#include "emulated_block.h"
+
+namespace {
+
+using namespace recmas;
+using namespace recmas::cuda;
+
+int failures = 0;
+
+#define CHECK(condition, ...)                     \
+  do {                                            \
+    if (!(condition)) {                           \
+      std::printf("%s:%d: ", __FILE__, __LINE__); \
+      std::printf(__VA_ARGS__);                   \
+      std::printf("\n");                          \
+      ++failures;                                 \
+    }                                             \
+  } while (false)
+
+struct Free {
+  void operator()(char* data) const { std::free(data); }
+};
+
+// Elements of any dtype, `shift` elements past a 16-byte boundary and ending where the allocation ends.
+class Array {
+ public:
+  Array(int64_t count, Dtype dtype, int64_t shift = 0) : dtype_(dtype), count_(count) {
+    const int64_t bytes = element_bytes(dtype), offset = shift * bytes % 16;
+    memory_.reset(static_cast<char*>(std::malloc(static_cast<size_t>(offset + count * bytes))));  // 16-byte aligned
+    data_ = memory_.get() + offset;
+    std::memset(data_, 0xff, static_cast<size_t>(count * bytes));
+  }
+  char* data() const { return data_; }
+  int64_t bytes() const { return count_ * element_bytes(dtype_); }
+  Dtype dtype() const { return dtype_; }
+  double at(int64_t i) const { return static_cast<double>(load_number(data_, dtype_, i)); }
+  void fill(std::mt19937& generator, double scale, double centre = 0.0) {
+    std::normal_distribution<double> normal(centre, scale);
+    for (int64_t i = 0; i < count_; ++i) store_number(data_, dtype_, i, static_cast<float>(normal(generator)));
+  }
+
+ private:
+  Dtype dtype_;
+  int64_t count_;
+  std::unique_ptr<char, Free> memory_;
+  char* data_;
+};
+
+struct Kind {
+  Residual residual;
+  bool norm_in, norm_out, biases;
+  Gelu gelu;
+};
+
+struct Case {
+  LinkShape shape;
+  Kind kind;
+  Dtype compute, x_dtype, vector_dtype;
+  int64_t weight_shift, x_shift, x_gap;  // elements off alignment; between the rows of x
+  bool overlap;
+  unsigned seed;
+};
+
+double gelu_exact(double x, Gelu kind) {
+  if (kind == Gelu::erf) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+  return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+}
+
+class Link {
+ public:
+  explicit Link(const Case& of)
+      : c(of),
+        x(c.shape.tokens * (c.shape.in_features + c.x_gap), c.x_dtype, c.x_shift),
+        w1(c.shape.hidden_features * c.shape.in_features, c.compute, c.weight_shift),
+        w2(c.shape.out_features * c.shape.hidden_features, c.compute, c.weight_shift),
+        w3(c.shape.out_features * c.shape.in_features, c.compute, c.weight_shift),
+        y(c.shape.tokens * c.shape.out_features, c.x_dtype) {
+    std::mt19937 generator(c.seed);
+    x.fill(generator, 1.0, 0.3);
+    w1.fill(generator, 1.0 / std::sqrt(static_cast<double>(c.shape.in_features)));
+    w2.fill(generator, 1.0 / std::sqrt(static_cast<double>(c.shape.hidden_features)));
+    w3.fill(generator, 1.0 / std::sqrt(static_cast<double>(c.shape.in_features)));
+    const int64_t widths[7] = {c.shape.hidden_features, c.shape.out_features, c.shape.out_features, c.shape.in_features,
+                               c.shape.in_features,     c.shape.out_features, c.shape.out_features};
+    for (int i = 0; i < 7; ++i) {
+      vectors.emplace_back(widths[i], c.vector_dtype, 1);
+      vectors.back().fill(generator, 0.3, i == 3 || i == 5 ? 1.0 : 0.0);
+    }
+  }
+
+  LinkForward call() {
+    const auto vector = [this](int i, bool present) {
+      return present ? VectorView{vectors[static_cast<size_t>(i)].data(), c.vector_dtype} : VectorView{};
+    };
+    const Kind& k = c.kind;
+    const bool linear = k.residual == Residual::linear;
+    LinkForward call{};
+    call.shape = c.shape;
+    call.residual = k.residual;
+    call.gelu = k.gelu;
+    call.eps = 1e-5f;
+    call.compute = c.compute;
+    call.w1 = w1.data();
+    call.w2 = w2.data();
+    call.w3 = linear ? w3.data() : nullptr;
+    call.b1 = vector(0, k.biases);
+    call.b2 = vector(1, k.biases);
+    call.b3 = vector(2, k.biases && linear);
+    call.norm_in_weight = vector(3, k.norm_in);
+    call.norm_in_bias = vector(4, k.norm_in && k.biases);
+    call.norm_out_weight = vector(5, k.norm_out);
+    call.norm_out_bias = vector(6, k.norm_out && k.biases);
+    call.x = {x.data(), c.shape.in_features + c.x_gap, c.x_dtype};
+    call.y = {y.data(), c.x_dtype};
+    return call;
+  }
+
+  // y in double; with `narrow` as eager torch computes: every intermediate rounded to the compute dtype, products
+  // summed in fp32, eight sums side by side.
+  std::vector<double> expected(bool narrow) const {
+    const auto rounded = [&](double value) {
+      return narrow ? static_cast<double>(round_to(c.compute, static_cast<float>(value))) : value;
+    };
+    const auto norm = [&](std::vector<double>& row, const Array& gain, const Array& bias) {
+      double mean = 0.0, squares = 0.0;
+      const auto width = static_cast<double>(row.size());
+      for (const double value : row) mean += value / width;
+      for (const double value : row) squares += (value - mean) * (value - mean) / width;
+      for (size_t i = 0; i < row.size(); ++i) {
+        const auto at = static_cast<int64_t>(i);
+        row[i] =
+            rounded((row[i] - mean) / std::sqrt(squares + 1e-5) * gain.at(at) + (c.kind.biases ? bias.at(at) : 0.0));
+      }
+    };
+    const auto product = [&](const std::vector<double>& row, const Array& weight, int64_t rows, const Array& bias) {
+      std::vector<double> out(static_cast<size_t>(rows));
+      for (int64_t r = 0; r < rows; ++r) {
+        double sum = c.kind.biases ? bias.at(r) : 0.0;
+        float sums[8] = {};
+        for (size_t k = 0; k < row.size(); ++k) {
+          const double term = row[k] * weight.at(r * static_cast<int64_t>(row.size()) + static_cast<int64_t>(k));
+          if (narrow) {
+            sums[k % 8] += static_cast<float>(term);
+          } else {
+            sum += term;
+          }
+        }
+        for (const float part : sums) sum += static_cast<double>(part);
+        out[static_cast<size_t>(r)] = rounded(sum);
+      }
+      return out;
+    };
+    std::vector<double> result;
+    for (int64_t t = 0; t < c.shape.tokens; ++t) {
+      std::vector<double> raw;
+      for (int64_t i = 0; i < c.shape.in_features; ++i) {
+        const double value = x.at(t * (c.shape.in_features + c.x_gap) + i);
+        raw.push_back(static_cast<double>(round_to(c.compute, static_cast<float>(value))));
+      }
+      std::vector<double> u = raw;
+      if (c.kind.norm_in) norm(u, vectors[3], vectors[4]);
+      std::vector<double> a = product(u, w1, c.shape.hidden_features, vectors[0]);
+      for (double& value : a) value = rounded(gelu_exact(value, c.kind.gelu));
+      std::vector<double> z = product(a, w2, c.shape.out_features, vectors[1]);
+      if (c.kind.residual != Residual::none) {
+        const bool linear = c.kind.residual == Residual::linear;
+        const std::vector<double> r = linear ? product(raw, w3, c.shape.out_features, vectors[2]) : raw;
+        for (size_t i = 0; i < z.size(); ++i) z[i] = rounded(z[i] + r[i]);
+      }
+      if (c.kind.norm_out) norm(z, vectors[5], vectors[6]);
+      result.insert(result.end(), z.begin(), z.end());
+    }
+    return result;
+  }
+
+  Case c;
+  Array x, w1, w2, w3;
+  std::vector<Array> vectors;
+  Array y;
+};
+
+void emulate(const Rows& rows, Observer& observer) {
+  for (int64_t block = 0; block < rows.tokens; ++block) {
+    EmulatedBlock(block, kThreads, kWarps * 4, observer).run([&](EmulatedThread& thread) { run_rows(thread, rows); });
+  }
+}
+
+template <class Element, int kGroups>
+void emulate_as(const Product& product, Observer& observer) {
+  for (int64_t block = 0; block < blocks_of(product); ++block) {
+    EmulatedBlock(block, kThreads, shared_bytes(product), observer).run([&](EmulatedThread& thread) {
+      run_product<Element, kGroups>(thread, product);
+    });
+  }
+}
+
+template <class Element>
+void emulate_as(const Product& product, Observer& observer) {
+  const int groups = groups_for(product.tokens);
+  if (groups == 1) return emulate_as<Element, 1>(product, observer);
+  if (groups == 2) return emulate_as<Element, 2>(product, observer);
+  emulate_as<Element, 4>(product, observer);
+}
+
+void emulate(const Product& product, Observer& observer) {
+  if (product.compute == Dtype::f32) return emulate_as<float>(product, observer);
+  if (product.compute == Dtype::bf16) return emulate_as<Bf16>(product, observer);
+  emulate_as<F16>(product, observer);
+}
+
+double relative_error(const std::vector<double>& actual, const std::vector<double>& truth) {
+  double error = 0.0, scale = 1e-300;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    error = std::max(error, std::isfinite(actual[i]) ? std::fabs(actual[i] - truth[i]) : HUGE_VAL);
+    scale = std::max(scale, std::fabs(truth[i]));
+  }
+  return error / scale;
+}
+
+void check(const Case& c) {
+  Link link(c);
+  const LinkForward call = link.call();
+  Array workspace(link_workspace(call).bytes / 2, Dtype::f16);
+  const LinkPlan plan = plan_link(call, workspace.data(), c.overlap);
+
+  Observer observer;
+  observer.order.seed(c.seed);
+  for (const Array* weight : {&link.w1, &link.w2, &link.w3})
+    observer.read_once.emplace_back(weight->data(), weight->bytes());
+  observer.written_once.emplace_back(link.y.data(), link.y.bytes());
+  observer.unfinished_begin = workspace.data();
+  observer.unfinished_end = workspace.data() + workspace.bytes();
+  const auto launch = [&](const auto& kernel) {
+    observer.unfinished_end = kernel.overlaps ? workspace.data() + workspace.bytes() : workspace.data();
+    emulate(kernel, observer);
+  };
+  if (plan.prepares) launch(plan.prepare);
+  launch(plan.first);
+  launch(plan.second);
+  if (plan.normalises) launch(plan.normalise);
+
+  char name[200];
+  std::snprintf(name, sizeof name,
+                "%d x %d -> %d -> %d, residual %d norms %d%d biases %d gelu %d dtype %d of x %d shifts %d %d",
+                static_cast<int>(c.shape.tokens), static_cast<int>(c.shape.in_features),
+                static_cast<int>(c.shape.hidden_features), static_cast<int>(c.shape.out_features),
+                static_cast<int>(c.kind.residual), c.kind.norm_in, c.kind.norm_out, c.kind.biases,
+                static_cast<int>(c.kind.gelu), static_cast<int>(c.compute), static_cast<int>(c.x_dtype),
+                static_cast<int>(c.weight_shift), static_cast<int>(c.x_shift));
+  CHECK(observer.read_once[0].all(1) && observer.read_once[1].all(1), "%s: a weight is not read exactly once", name);
+  CHECK(observer.read_once[2].all(c.kind.residual == Residual::linear), "%s: w3 is not read exactly once", name);
+  CHECK(observer.written_once[0].all(1), "%s: an output is not written exactly once", name);
+  std::vector<double> actual;
+  for (int64_t i = 0; i < c.shape.tokens * c.shape.out_features; ++i) actual.push_back(link.y.at(i));
+  const std::vector<double> truth = link.expected(false);
+  const double eps = c.compute == Dtype::f32    ? std::ldexp(1.0, -23)
+                     : c.compute == Dtype::bf16 ? std::ldexp(1.0, -7)
+                                                : std::ldexp(1.0, -10);
+  const double budget = 2.0 * relative_error(link.expected(true), truth) + eps, error = relative_error(actual, truth);
+  CHECK(error <= budget, "%s: error %.3g, budget %.3g", name, error, budget);
+}
+
+void test_numbers() {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const F16 narrow{static_cast<uint16_t>(bits)};
+    const Bf16 brain{static_cast<uint16_t>(bits)};
+    const float value = to_float(narrow);
+    if (std::isnan(value)) {
+      CHECK(std::isnan(to_float(from_float<F16>(value))), "f16 %04x: NaN is lost", bits);
+    } else {
+      CHECK(from_float<F16>(value).bits == bits, "f16 %04x does not survive", bits);
+      const float next = to_float(F16{static_cast<uint16_t>(bits + 1)});
+      if ((bits & 0x7fff) < 0x7bff) {  // halfway goes to the even one
+        const F16 middle = from_float<F16>(0.5f * (value + next));
+        CHECK(middle.bits == bits + (bits & 1), "f16 %04x: the middle rounds to %04x", bits, middle.bits);
+      }
+    }
+    if (!std::isnan(to_float(brain))) CHECK(from_float<Bf16>(to_float(brain)).bits == bits, "bf16 %04x", bits);
+  }
+  CHECK(to_float(F16{0x3c01}) == 1.0f + 0x1p-10f && to_float(F16{0x0001}) == 0x1p-24f, "f16 values");
+  CHECK(from_float<F16>(65520.0f).bits == 0x7c00 && from_float<F16>(65519.0f).bits == 0x7bff, "f16 overflow");
+  CHECK(from_float<Bf16>(1.0f + 0x1p-8f).bits == 0x3f80 && from_float<Bf16>(1.0f + 0x1.8p-7f).bits == 0x3f82,
+        "bf16 ties");
+}
+
+const Kind kKinds[] = {
+    {Residual::identity, true, true, true, Gelu::erf},    {Residual::linear, true, true, true, Gelu::erf},
+    {Residual::identity, false, false, false, Gelu::erf}, {Residual::linear, false, false, true, Gelu::tanh},
+    {Residual::none, true, false, true, Gelu::tanh},      {Residual::none, false, true, false, Gelu::erf},
+    {Residual::linear, true, false, false, Gelu::erf},    {Residual::linear, false, true, true, Gelu::erf},
+};
+
+// Corners by hand: whole tiles, one step, exactly the ring, more than the ring, one of everything.
+void test_chosen() {
+  unsigned seed = 1;
+  for (const Dtype dtype : {Dtype::bf16, Dtype::f16, Dtype::f32}) {
+    for (const Kind& kind : kKinds) {
+      const int64_t out = kind.residual == Residual::identity ? 40 : 23;
+      for (const int64_t tokens : {1, 7, 8, 9, 17, 32}) {
+        check({{tokens, 40, 46, out}, kind, dtype, dtype, dtype, 0, 0, 0, true, ++seed});
+      }
+    }
+    check({{1, 1, 1, 1}, kKinds[0], dtype, Dtype::f32, Dtype::f32, 0, 0, 0, true, ++seed});
+    check({{5, 256, 512, 16}, kKinds[1], dtype, dtype, dtype, 0, 0, 0, true, ++seed});
+    // With 8 stages of 256 or 128 elements: one more than the ring holds, in W1 and across W2 and W3.
+    check({{2, 2304, 16, 24}, kKinds[1], dtype, dtype, dtype, 0, 0, 0, true, ++seed});
+    check({{19, 1288, 24, 16}, kKinds[3], dtype, dtype, dtype, 0, 0, 0, false, ++seed});
+  }
+}
+
+void test_random(int count) {
+  std::mt19937 generator(2);
+  const auto pick = [&generator](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(generator);
+  };
+  const Dtype dtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
+  for (int i = 0; i < count; ++i) {
+    Case c{};
+    c.kind = kKinds[pick(0, 7)];
+    const int64_t unit = pick(0, 2) == 0 ? 8 : pick(0, 1) + 1;  // aligned rows, even rows, any rows
+    const auto width = [&] { return std::max<int64_t>(unit, pick(1, 300) / unit * unit); };
+    c.shape = {pick(1, 32), width(), width(), width()};
+    if (c.kind.residual == Residual::identity) c.shape.out_features = c.shape.in_features;
+    c.compute = dtypes[pick(0, 2)];
+    c.x_dtype = pick(0, 3) == 0 ? Dtype::f32 : c.compute;
+    c.vector_dtype = pick(0, 3) == 0 ? Dtype::f32 : c.compute;
+    c.weight_shift = pick(0, 2) == 0 ? pick(0, 7) : 0;
+    c.x_shift = pick(0, 3) == 0 ? pick(0, 7) : 0;
+    c.x_gap = pick(0, 2) == 0 ? pick(0, 9) : 0;
+    c.overlap = pick(0, 3) != 0;
+    c.seed = static_cast<unsigned>(i + 1000);
+    check(c);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  test_numbers();
+  test_chosen();
+  test_random(argc > 1 ? std::atoi(argv[1]) : 60);
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
