@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recmas import chats, spec
+from recmas.batching import batches
 from recmas.decoding import Detokenizer, text_of
 from recmas.pattern import Visit
 from recmas.spec import Decoding
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Row = str | Mapping[str, object] | Sequence[Mapping[str, str]]
 Message = Latents | list[str]
 MODES = ("latent", "text")
-BATCH_SIZE = 32
 
 
 @dataclass
@@ -64,6 +64,13 @@ class Answers(list[Answer]):
     def __init__(self, answers: Iterable[Answer] = ()) -> None:
         super().__init__(answers)
         self.seconds: dict[str, float] = {}
+
+    def take(self, part: Answers, numbers: Sequence[int]) -> None:
+        """Put the answers of one batch in the places of its rows, and its account to the others'."""
+        for number, answer in zip(numbers, part, strict=True):
+            self[number] = answer
+        for stage, seconds in part.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 class Plan:
@@ -106,24 +113,28 @@ def steps_by_role(mas: RecursiveMAS, asked: int | Mapping[str, int] | None) -> d
     return spec.steps_by_role(mas.settings, mas.defaults, asked)
 
 
-def answer(plan: Plan, rows: Iterable[Row], batch_size: int | None) -> Answers:
+def answer(plan: Plan, rows: Iterable[Row], batch_size: int | str | None) -> Answers:
     """Run `plan` over `rows` in batches of rows of similar length; see `RecursiveMAS.answer`."""
     if isinstance(rows, str | Mapping):
         raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
     fields = [chats.read_row(row, index) for index, row in enumerate(rows)]
-    size = BATCH_SIZE if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size: {size} is not positive")
     plan.mas.check_rows(fields, plan.rounds)
-    answers = Answers(Answer() for _ in fields)
-    order = list(range(len(fields)))
-    if size > 1:
-        order.sort(key=lambda index: chats.length(fields[index]))
-    for start in range(0, len(order), size):
-        batch = _Batch(plan, answers, fields, order[start : start + size])
-        for row, piece in batch.run(in_pieces=plan.on_text is not None):
-            assert plan.on_text is not None
-            plan.on_text(row, piece)
+    answers, queue = Answers(Answer() for _ in fields), batches(plan, fields, batch_size)
+    for numbers in queue:
+        part = Answers(Answer() for _ in numbers)
+        batch, shown = _Batch(plan, part, fields, numbers), False
+        try:
+            for row, piece in batch.run(in_pieces=plan.on_text is not None):
+                assert plan.on_text is not None
+                shown = True
+                plan.on_text(row, piece)
+        except torch.OutOfMemoryError:
+            if shown or not queue.halve():  # text that was shown cannot be taken back
+                raise
+            if plan.progress is not None:
+                plan.progress(-batch.visited)
+        else:
+            answers.take(part, numbers)
     return answers
 
 
@@ -144,15 +155,15 @@ def stream(plan: Plan, row: Row) -> Generator[str, None, Answer]:
 
 
 class _Batch:
-    """Some of the rows on their way through the system."""
+    """Some of the rows on their way through the system; `answers` are theirs, in the order of their numbers."""
 
     def __init__(
         self, plan: Plan, answers: Answers, fields: Sequence[Mapping[str, object]], numbers: Sequence[int]
     ) -> None:
         self.plan, self.seconds, self.numbers = plan, answers.seconds, numbers
         self.rows = [fields[number] for number in numbers]
-        self.answers = [answers[number] for number in numbers]
-        self.started = 0.0
+        self.answers = list(answers)
+        self.started, self.visited = 0.0, 0
         self.last: tuple[Visit, Prompt] | None = None
 
     @torch.no_grad()
@@ -185,6 +196,7 @@ class _Batch:
         stage = f"round {visit.round}, {visit.role}"
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.started
         self.started = now
+        self.visited += len(self.rows)
         if self.plan.progress is not None:
             self.plan.progress(len(self.rows))
 

@@ -212,7 +212,7 @@ class RecursiveMAS:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
         trace: bool = False,
         tools: Toolbox | Sequence[Tool] = (),
         on_message: Callable[[Visit, Message], Message] | None = None,
@@ -231,12 +231,14 @@ class RecursiveMAS:
             temperature: 0 is greedy.
             top_p: nucleus.
             seed: of sampling; a row's result depends on it, on its number and on nothing else.
-            batch_size: rows at once, of similar length; None is 32.
+            batch_size: rows at once, of similar length; None is 32. "auto" takes as many as an estimate says that the
+                free memory of the devices holds (`recmas.memory`), and fewer if that runs out all the same: it begins
+                that batch again, so `on_message` and `tools` may be called twice for a row.
             trace: keep every handoff in `Answer.handoffs`.
             tools: what the last agent may call while it writes its answer (`recmas.tools`); none by default.
             on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
             on_text: called with the number of a row and the next piece of its answer, as it is written.
-            progress: called with the number of rows after each visit of an agent.
+            progress: called with the number of rows after each visit of an agent (less than 0 takes some back).
 
         Raises:
             ValueError: wrong arguments, a field that a row lacks, or missing links; before any model runs.
@@ -300,9 +302,8 @@ class RecursiveMAS:
         """
         agent, template = self.agents[visit.role], self.template(visit.role, visit.round)
         texts = {role: message for role, message in messages.items() if not isinstance(message, Latents)}
-        renderer = self._renderers[visit.role]
         segments = [
-            renderer.segments(template, row, {role: text[index] for role, text in texts.items()})
+            self.segments(visit, row, {role: text[index] for role, text in texts.items()})
             for index, row in enumerate(rows)
         ]
         latents: dict[tuple[str, ...], Latents] = {}
@@ -313,6 +314,10 @@ class RecursiveMAS:
                 latents[slot.senders] = join([m.to(agent.device) for m in heard if isinstance(m, Latents)])
                 links[slot.senders] = self._slot_link(slot, visit.role)
         return splice(agent.embed, segments, latents, links, pad_id=agent.pad_id, device=agent.device)
+
+    def segments(self, visit: Visit, row: Row, texts: Mapping[str, str] | None = None) -> list[list[int] | Slot]:
+        """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
+        return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
 
     def template(self, role: str, round: int) -> Template:
         """The template that `role` uses in `round`."""

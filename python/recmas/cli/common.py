@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.parser import DEVICES, LATENT_STEPS, CommandLineParser
+from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -78,7 +78,12 @@ def add_exchange(parser: CommandLineParser) -> None:
 
 def add_decoding(parser: CommandLineParser) -> None:
     """How texts are written, and how many at once."""
-    parser.add_argument("--batch-size", type=PositiveInt, default=32, help="questions answered at once")
+    parser.add_argument(
+        "--batch-size",
+        type=BATCH_SIZE,
+        default=32,
+        help="questions answered at once; auto: as many as the devices' free memory holds",
+    )
     parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
     parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")

@@ -80,6 +80,13 @@ def _read_devices(value: Any) -> str | dict[str, str]:
     return read_pairs(value) if isinstance(value, dict) or "=" in value else str(value)
 
 
+def _read_batch_size(value: Any) -> int | str:
+    size = value if value == "auto" else int(value)
+    if size != "auto" and size < 1:
+        raise ValueError(f"{size} is not positive")
+    return size
+
+
 def _read_names(value: Any) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
@@ -99,6 +106,7 @@ def read_pairs(value: Any) -> dict[str, str]:
     return {role.strip(): item.strip() for role, _, item in pairs}
 
 
+BATCH_SIZE = Kind("N or auto", _read_batch_size)
 DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_devices)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)

@@ -31,6 +31,7 @@ from recmas.spec import edge_name
 from recmas.system import RecursiveMAS, Row
 
 Steps = int | Mapping[str, int] | None
+AUTO_GROUP = 128  # questions whose records are written together where memory decides the batches
 SAMPLED = 1024  # about so many elements of each tensor of an agent stand for it
 
 
@@ -55,7 +56,7 @@ def sweep(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | str = 32,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -74,7 +75,8 @@ def sweep(
         max_new_tokens, temperature, top_p: as `RecursiveMAS.answer` takes them.
         seed: of sampling; a batch draws from it, the sample's number and the number of the batch's first question, so
             cells differ by what they do and not by luck.
-        batch_size: questions answered together.
+        batch_size: questions answered together; "auto" is as many as memory holds, within groups of 128 that stand
+            for the batch here: seeds and records are the same on every machine.
         output: JSONL file of records, written batch by batch; None keeps them in memory only.
         progress: show a bar where stderr is a terminal.
 
@@ -84,7 +86,8 @@ def sweep(
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
-    for name, count in (("batch_size", batch_size), ("samples", samples)):
+    group = AUTO_GROUP if batch_size == "auto" else int(batch_size)
+    for name, count in (("batch_size", group), ("samples", samples)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not rows:
@@ -117,9 +120,9 @@ def sweep(
     hidden = None if progress else True  # None: where stderr is not a terminal
     with tqdm(total=len(keys), desc="evaluate", disable=hidden, unit="question", delay=1, leave=False) as bar:
         bar.update(sum(name in done for name in keys.values()))
-        firsts = range(0, len(rows), batch_size)
+        firsts = range(0, len(rows), group)
         for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):
-            batch = range(first, min(first + batch_size, len(rows)))
+            batch = range(first, min(first + group, len(rows)))
             missing = [index for index in batch if keys[number, sample, index] not in done]
             if not missing:
                 continue
