@@ -36,10 +36,11 @@ def best_eager(link: RecursiveLink, x: Tensor) -> Tensor:
     """``link(x)`` for ``x [T, in]`` of a two-layer link with biases, in as few passes as torch calls allow."""
     config = link.config
     u, w1, b1 = _normalised(link, 0, x), link.proj1.weight, link.proj1.bias
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.is_cuda:
         a = F.gelu(torch.addmm(b1, u, w1.t()))
     else:
-        a = torch._addmm_activation(b1, u, w1.t(), use_gelu=True)  # erf on CPUs; it has no derivative
+        # Has no derivative, and is the tanh form on CUDA.
+        a = torch._addmm_activation(b1, u, w1.t(), use_gelu=True)
     if config.residual == "identity":
         z = torch.addmm(x + link.proj2.bias, a, link.proj2.weight.t())
     else:

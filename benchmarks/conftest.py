@@ -21,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="quick: small shapes, nothing claimed; full: the measured grid, in which a missed goal fails",
     )
 
+    parser.addoption("--records", metavar="FILE", help="where the GPU suites write their results, after every cell")
+    parser.addoption(
+        "--seconds", type=float, help="wall time for the GPU suites: the most important cells run, the rest is left out"
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MACHINE] = (Device(), Limits())
@@ -39,6 +44,7 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Bench:
     return Bench(benchmark, device, limits, full=request.config.getoption("grid") == "full")
 
 
+@pytest.hookimpl(optionalhook=True)  # the GPU suites run without pytest-benchmark
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Say once per file where all its records come from."""
     device, limits = config.stash[_MACHINE]

@@ -77,17 +77,28 @@ def link_forward(config: LinkConfig, tokens: int, itemsize: int) -> Work:
     return Work(2 * tokens * link_products(config), weights + rows, weights)
 
 
-def link_training(config: LinkConfig, tokens: int, itemsize: int) -> Work:
-    """A link's forward and backward with every gradient, in two passes.
+def link_backward(config: LinkConfig, tokens: int, itemsize: int) -> Work:
+    """A link's backward with every gradient, after a forward that kept the pre-activation.
 
-    The forward also writes the pre-activation. The backward reads the weights, x, dy and the pre-activation and writes
-    dx and one gradient per parameter; its products are twice the forward's.
+    Reads the weights, x, dy and the pre-activation, writes dx and one gradient per parameter; its products are twice
+    the forward's.
     """
     forward = link_forward(config, tokens, itemsize)
     weights, kept = forward.weight_bytes, tokens * config.hidden_features * itemsize
     rows = tokens * (2 * config.in_features + config.out_features) * itemsize
-    backward = Work(2 * forward.flops, 2 * weights + kept + rows, 2 * weights)
-    return forward + backward + Work(0, kept)
+    return Work(2 * forward.flops, 2 * weights + kept + rows, 2 * weights)
+
+
+def link_training(config: LinkConfig, tokens: int, itemsize: int) -> Work:
+    """A link's forward and backward with every gradient, in two passes; the forward also writes the pre-activation."""
+    kept = tokens * config.hidden_features * itemsize
+    return link_forward(config, tokens, itemsize) + link_backward(config, tokens, itemsize) + Work(0, kept)
+
+
+def product(rows: int, depth: int, columns: int, itemsize: int) -> Work:
+    """A matrix product ``[rows, depth] [depth, columns]``: both operands read, the result written."""
+    weights = depth * columns * itemsize
+    return Work(2 * rows * depth * columns, weights + rows * (depth + columns) * itemsize, weights)
 
 
 def alignment_training(tokens: int, features: int, itemsize: int) -> Work:

@@ -26,8 +26,8 @@ GATE_ROWS = 64
 
 def inference_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, LinkPeer]) -> dict[str, float]:
     """Relative error of every forward on ``tokens`` rows; the fused one is within the budget and repeats its bits."""
-    dtype = link.proj1.weight.dtype
-    batches = make_rows(_draws(tokens), tokens, link.config.in_features, dtype=dtype)
+    dtype, device = link.proj1.weight.dtype, link.proj1.weight.device
+    batches = make_rows(_draws(tokens), tokens, link.config.in_features, dtype=dtype).to(device)
 
     def outputs(forward: Forward) -> Tensor:
         return torch.cat([forward(x) for x in batches])
@@ -46,9 +46,9 @@ def inference_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, 
 
 def training_errors(link: FusedRecursiveLink, tokens: int, peers: Mapping[str, LinkPeer]) -> dict[str, float]:
     """Largest relative error among the output and all gradients; the fused ones are within the budget and repeat."""
-    dtype, draws = link.proj1.weight.dtype, _draws(tokens)
-    xs = make_rows(draws, tokens, link.config.in_features, dtype=dtype)
-    dys = make_rows(draws, tokens, link.config.out_features, dtype=dtype, seed=2)
+    dtype, device, draws = link.proj1.weight.dtype, link.proj1.weight.device, _draws(tokens)
+    xs = make_rows(draws, tokens, link.config.in_features, dtype=dtype).to(device)
+    dys = make_rows(draws, tokens, link.config.out_features, dtype=dtype, seed=2).to(device)
 
     def results(peer: LinkPeer, wanted: torch.dtype = dtype) -> dict[str, Tensor]:
         steps = [step(peer, x.to(wanted).requires_grad_(), dy.to(wanted)) for x, dy in zip(xs, dys, strict=True)]

@@ -116,8 +116,7 @@ class Device:
     def slug(self) -> str:
         """Names the results folder: the processor, its family and model, and the number of threads."""
         family = "-".join(self._cpuinfo[key] for key in ("cpu family", "model") if key in self._cpuinfo)
-        words = f"cpu {self.name} {family} {torch.get_num_threads()} threads"
-        return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+        return slug_of(f"cpu {self.name} {family} {torch.get_num_threads()} threads")
 
     def clock_mhz(self) -> float | None:
         """Present clock of the first core, where the system tells."""
@@ -135,6 +134,11 @@ class Device:
             "bf16_products": self.has_bf16_products,
             "instruction_set": info.collect()["instruction_set"],
         }
+
+
+def slug_of(words: str) -> str:
+    """``words`` as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def versions() -> dict[str, str]:

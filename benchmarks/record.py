@@ -29,7 +29,10 @@ Samples = dict[str, list[float]]  # seconds per call, by variant
 
 @dataclass(frozen=True)
 class Labels:
-    """What was measured. ``suite`` is the results file, ``mode`` the pass ("forward", "forward+backward", ...)."""
+    """What was measured. ``suite`` is the results file, ``mode`` the pass ("forward", "forward+backward", ...).
+
+    ``graph``: the calls ran as one CUDA graph.
+    """
 
     suite: str
     op: str
@@ -38,6 +41,7 @@ class Labels:
     mode: str
     tokens: int
     cold: bool = False
+    graph: bool = False
 
 
 @dataclass
@@ -169,7 +173,7 @@ def make_record(
         "pass": labels.mode,
         "tokens": labels.tokens,
         "cache": cache,
-        "graph": False,
+        "graph": labels.graph,
         "flops": work.flops,
         "bytes_min": work.bytes_min,
         "floor_us": least.seconds * 1e6,

@@ -1,15 +1,14 @@
 """``python -m benchmarks.report [RUN.json ...]``: store runs, and draw tables and plots from what is stored.
 
-A run is what ``pytest benchmarks --grid full --benchmark-json=RUN.json`` wrote. Each suite of it replaces
-``benchmarks/results/<device>/<suite>.json``; then every device's tables and plots are drawn anew, and with them the
-README's tables between its two markers.
+A run is what ``pytest benchmarks --grid full --benchmark-json=RUN.json`` wrote, or ``--records RUN.json`` on a GPU.
+Each suite of it replaces ``benchmarks/results/<device>/<suite>.json``; then every device's tables and plots are drawn
+anew, and with them the README's tables between its two markers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, tables
+from benchmarks.files import write
+from benchmarks.gpu import tables as gpu_tables
 from benchmarks.record import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
+GPU = "gpu"  # the kind of a device, and the one results file of such a device
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 ORDER = ("link", "overhead", "alignment", "rollout", "system", "training", "handoff", "complexity")
 
 
 def store(run: Path, results: Path) -> None:
-    """Put the records of a run into ``results``, one file per suite, each replaced whole.
+    """Put the records of a run into ``results``, one file per suite (of a GPU run all in one), each replaced whole.
 
     Raises:
         ValueError: the file is no such run, of another schema, or of the quick grid.
@@ -45,18 +47,15 @@ def store(run: Path, results: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     suites = defaultdict(list)
     for record in records:
-        suites[record["suite"]].append(record)
+        suites[GPU if _is_gpu(meta) else record["suite"]].append(record)
     for suite, members in suites.items():
         head = json.dumps(meta, indent=1)[1:-2].strip()
         lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in members)
         write(folder / f"{suite}.json", "{" + head + ',\n "records": [\n' + lines + "\n]}\n")
 
 
-def write(path: Path, text: str) -> None:
-    """Replace ``path`` whole or not at all."""
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def _is_gpu(head: dict[str, Any]) -> bool:
+    return head["device"].get("kind") == GPU
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -122,6 +121,10 @@ def draw(results: Path, readme: Path) -> None:
         suites = load(folder)
         if not suites:
             continue
+        if GPU in suites:
+            write(folder / "README.md", gpu_tables.summary(suites[GPU]))
+            headlines.append(gpu_tables.headline(suites[GPU], folder.name))
+            continue
         device = next(iter(suites.values()))["device"]
         title = f"{device['name']}, {device['threads']} threads"
         if "link" in suites and tables.headline_records(suites["link"]["records"]):
@@ -151,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for folder in sorted(path for path in options.results.iterdir() if path.is_dir()):
-        print(f"{folder / 'README.md'}: " + tables.goals(r for s in load(folder).values() for r in s["records"]))
+        suites = load(folder)
+        records = [record for suite in suites.values() for record in suite["records"]]
+        print(f"{folder / 'README.md'}: {gpu_tables.hits(records) if GPU in suites else tables.goals(records)}")
     return 0
 
 

@@ -64,7 +64,8 @@ def run(link: RecursiveLink, x: Tensor, dy: Tensor) -> Results:
 
 
 def eager_twin(link: RecursiveLink, dtype: torch.dtype) -> RecursiveLink:
-    twin = RecursiveLink(link.config, dtype=dtype)
+    """The plain module with ``link``'s parameters in ``dtype``, on its device."""
+    twin = RecursiveLink(link.config, device=link.proj1.weight.device, dtype=dtype)
     twin.load_state_dict({key: value.to(dtype) for key, value in link.state_dict().items()})
     return twin
 
