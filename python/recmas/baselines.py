@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from recmas.pattern import Pattern
@@ -34,7 +35,15 @@ def single_agent(mas: RecursiveMAS, role: str | None = None, prompt: str | None 
     text = mas.template(role, 1).without_slots() if prompt is None else prompt
     setting = replace(mas.settings[role], prompt=PromptSpec(text))
     alone = Pattern(((role,),))
-    return RecursiveMAS({role: mas.agents[role]}, {}, {}, alone, settings={role: setting}, defaults=Defaults(1, 0))
+    return RecursiveMAS(
+        {role: mas.agents[role]},
+        {},
+        {},
+        alone,
+        settings={role: setting},
+        defaults=Defaults(1, 0),
+        offload=_visited(mas, role),
+    )
 
 
 def looped_model(mas: RecursiveMAS, role: str | None = None) -> RecursiveMAS:
@@ -73,6 +82,7 @@ def looped_model(mas: RecursiveMAS, role: str | None = None) -> RecursiveMAS:
         Pattern(((role,),)),
         settings={role: replace(mas.settings[role], prompt=prompt)},
         defaults=mas.defaults,
+        offload=_visited(mas, role),
     )
 
 
@@ -93,6 +103,11 @@ def _role(mas: RecursiveMAS, role: str | None) -> str:
     if role not in mas.agents:
         raise ValueError(f"role: unknown role {role!r}; the pattern has {', '.join(mas.pattern.roles)}")
     return role
+
+
+def _visited(mas: RecursiveMAS, role: str) -> torch.device | None:
+    """The device that the agent's weights are brought to; None where they stay in one place."""
+    return None if mas.lender is None else mas.devices[role]
 
 
 def _unchanged(features: int) -> FusedRecursiveLink:

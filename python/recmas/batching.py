@@ -101,9 +101,10 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
     }
 
     def fitting(numbers: Sequence[int]) -> int:
-        """Weights are in place, so what is free is all for the batch."""
+        """What is free is all for the batch, but for weights that an agent will bring with it."""
         free = {device: free_bytes(device) for device in dict.fromkeys(mas.devices.values())}
-        budget = {device: SAFETY * count for device, count in free.items() if count is not None}
+        come = {device: 0 if mas.lender is None else mas.lender.to_come(device) for device in free}
+        budget = {device: SAFETY * (count - come[device]) for device, count in free.items() if count is not None}
         most: dict[str, Length] = {}
         for count, number in enumerate(numbers, start=1):
             most = longest([most, lengths[number]])

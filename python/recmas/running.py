@@ -120,21 +120,24 @@ def answer(plan: Plan, rows: Iterable[Row], batch_size: int | str | None) -> Ans
     fields = [chats.read_row(row, index) for index, row in enumerate(rows)]
     plan.mas.check_rows(fields, plan.rounds)
     answers, queue = Answers(Answer() for _ in fields), batches(plan, fields, batch_size)
-    for numbers in queue:
-        part = Answers(Answer() for _ in numbers)
-        batch, shown = _Batch(plan, part, fields, numbers), False
-        try:
-            for row, piece in batch.run(in_pieces=plan.on_text is not None):
-                assert plan.on_text is not None
-                shown = True
-                plan.on_text(row, piece)
-        except torch.OutOfMemoryError:
-            if shown or not queue.halve():  # text that was shown cannot be taken back
-                raise
-            if plan.progress is not None:
-                plan.progress(-batch.visited)
-        else:
-            answers.take(part, numbers)
+    try:
+        for numbers in queue:
+            part = Answers(Answer() for _ in numbers)
+            batch, shown = _Batch(plan, part, fields, numbers), False
+            try:
+                for row, piece in batch.run(in_pieces=plan.on_text is not None):
+                    assert plan.on_text is not None
+                    shown = True
+                    plan.on_text(row, piece)
+            except torch.OutOfMemoryError:
+                if shown or not queue.halve():  # text that was shown cannot be taken back
+                    raise
+                if plan.progress is not None:
+                    plan.progress(-batch.visited)
+            else:
+                answers.take(part, numbers)
+    finally:
+        plan.mas.rest()
     return answers
 
 
@@ -145,10 +148,13 @@ def stream(plan: Plan, row: Row) -> Generator[str, None, Answer]:
 
     def pieces() -> Generator[str, None, Answer]:
         answers = Answers([Answer()])
-        for _, piece in _Batch(plan, answers, fields, [0]).run(in_pieces=True):
-            if plan.on_text is not None:
-                plan.on_text(0, piece)
-            yield piece
+        try:
+            for _, piece in _Batch(plan, answers, fields, [0]).run(in_pieces=True):
+                if plan.on_text is not None:
+                    plan.on_text(0, piece)
+                yield piece
+        finally:
+            plan.mas.rest()
         return answers[0]
 
     return pieces()

@@ -126,10 +126,12 @@ def load(
     device: Devices,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
+    offload: bool,
 ) -> RecursiveMAS:
     """The system in `folder`. See `RecursiveMAS.from_pretrained`."""
     spec = read_spec(folder)
-    placement = place(device, spec.pattern.roles)
+    visited = place(device, spec.pattern.roles)
+    placement = place("cpu", spec.pattern.roles) if offload else visited
     link_dtype = torch.float32 if dtype is None else dtype
     inner_links = {
         role: _load_link(folder, agent.inner_link, f"inner link of {role!r}").to(placement[role], link_dtype)
@@ -155,6 +157,7 @@ def load(
             settings=spec.agents,
             defaults=spec.defaults,
             edge_scores=edge_scores,
+            offload=visited if offload else None,
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None

@@ -13,6 +13,7 @@ from torch import nn
 from recmas import running, storage
 from recmas.agent import Agent
 from recmas.chats import earlier
+from recmas.offload import Lender
 from recmas.pattern import Edge, Pattern, Visit
 from recmas.placement import Devices, Placement, place
 from recmas.prompts import PromptRenderer, Slot, Template
@@ -36,6 +37,8 @@ class RecursiveMAS:
         settings: prompt, chat and decoding by role; None takes `default_settings`.
         defaults: rounds and latent steps where a call names none.
         edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        offload: devices that the agents visit, while their weights and links rest in host memory (`recmas.offload`);
+            None leaves them where they are.
 
     Raises:
         ValueError: roles, widths, templates or slots that do not fit together; one line that names the culprit.
@@ -51,6 +54,7 @@ class RecursiveMAS:
         settings: Mapping[str, AgentSpec] | None = None,
         defaults: Defaults | None = None,
         edge_scores: Mapping[Edge, nn.Parameter] | None = None,
+        offload: Devices | None = None,
     ) -> None:
         for role in pattern.roles:
             if role not in agents:
@@ -79,6 +83,7 @@ class RecursiveMAS:
                 if text is not None:
                     self._templates[text] = Template(text)
         self._check_templates(1)
+        self._lender = None if offload is None else self._new_lender(place(offload, pattern.roles))
 
     @classmethod
     def create(
@@ -150,6 +155,8 @@ class RecursiveMAS:
         device: Devices = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        *,
+        offload: bool = False,
     ) -> RecursiveMAS:
         """A system from its folder.
 
@@ -159,11 +166,13 @@ class RecursiveMAS:
                 (`recmas.placement`).
             dtype: of agents and links; None loads agents as the system says and links as float32 masters.
             trust_remote_code: for transformers.
+            offload: keep weights in host memory and bring each agent's to its device for its visits alone, so that a
+                device holds one agent at a time. For answering; training refuses it.
 
         Raises:
             ValueError: a file that is missing, damaged or does not fit; one line naming it.
         """
-        return storage.load(cls, Path(folder), device, dtype, trust_remote_code)
+        return storage.load(cls, Path(folder), device, dtype, trust_remote_code, offload)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the system into `folder`; nothing half-written ever replaces a good file.
@@ -183,23 +192,42 @@ class RecursiveMAS:
             ValueError: an unknown role, a device that cannot be used, or two devices for roles that share a model.
         """
         placement = self.devices if device is None else place(device, self.pattern.roles, self.devices)
-        homes: dict[int, str] = {}
+        owners: dict[int, str] = {}
         for role, agent in self.agents.items():
-            first = homes.setdefault(id(agent.model), role)
-            if placement[first] != placement[role]:
+            first = owners.setdefault(id(agent.model), role)
+            if self._lender is None and placement[first] != placement[role]:
                 raise ValueError(
                     f"device: {first!r} and {role!r} share one model, which cannot be on both {placement[first]} and "
                     f"{placement[role]}"
                 )
+        if self._lender is None:
+            homes = placement
+        else:
+            self._lender.rest()
+            homes = dict.fromkeys(placement, torch.device("cpu"))
         for role, agent in self.agents.items():
-            agent.to(device=placement[role], dtype=dtype)
-        self._place_links(placement, dtype)
+            agent.to(device=homes[role], dtype=dtype)
+        self._place_links(homes, dtype)
+        if self._lender is not None:
+            self._lender = self._new_lender(placement)
         return self
 
     @property
     def devices(self) -> Placement:
-        """The device of each agent, by role."""
+        """The device that each agent works on, by role."""
+        if self._lender is not None:
+            return dict(self._lender.placement)
         return {role: agent.device for role, agent in self.agents.items()}
+
+    @property
+    def lender(self) -> Lender | None:
+        """What brings agents to their devices; None where they are there for good."""
+        return self._lender
+
+    def rest(self) -> None:
+        """Weights that are lent to a device go home; nothing where none are."""
+        if self._lender is not None:
+            self._lender.rest()
 
     def answer(
         self,
@@ -289,6 +317,8 @@ class RecursiveMAS:
         spoken: Message = []
         for visit in self.pattern.visits(rounds):
             heard = {sender: messages[sender, when] for sender, when in zip(visit.senders, visit.heard, strict=True)}
+            if self._lender is not None:
+                self._lender.bring(visit.role)
             spoken = messages[visit.role, visit.round] = speak(visit, self.prompt(visit, rows, heard))
         return spoken
 
@@ -359,10 +389,19 @@ class RecursiveMAS:
         if len(links) == 1:
             return links[0]
         if self.pattern.combine == "weighted":
-            weights = torch.stack([self.edge_scores[edge] for edge in edges]).softmax(dim=0)
+            scores = torch.stack([self.edge_scores[edge] for edge in edges])
+            weights = scores.softmax(dim=0).to(self.agents[target].device)
         else:
             weights = torch.full((len(edges),), 1 / len(edges), device=self.agents[target].device)
         return JointLink(links, [self.agents[source].hidden_size for source in slot.senders], weights)
+
+    def _new_lender(self, placement: Placement) -> Lender:
+        parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
+        for role, link in self.inner_links.items():
+            parts[role].append(link)
+        for (_, receiver), outer in self.outer_links.items():
+            parts[receiver].append(outer)
+        return Lender(placement, parts)
 
     def _place_links(self, placement: Placement, dtype: torch.dtype | None) -> None:
         for role, link in self.inner_links.items():

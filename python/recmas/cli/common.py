@@ -51,6 +51,16 @@ def add_device(parser: CommandLineParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
 
 
+def add_offload(parser: CommandLineParser) -> None:
+    """How agents share a device."""
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep weights in host memory and bring each agent's to its device for its visits alone: the device has to "
+        "hold the largest agent, not all of them",
+    )
+
+
 def add_answering(parser: CommandLineParser) -> None:
     """How questions are answered."""
     add_exchange(parser)
@@ -121,7 +131,9 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):
-        yield RecursiveMAS.from_pretrained(options.system, options.device, dtype, options.trust_remote_code)
+        yield RecursiveMAS.from_pretrained(
+            options.system, options.device, dtype, options.trust_remote_code, offload=options.get("offload", False)
+        )
 
 
 def dump(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_decoding, add_system, decoding, dump, loaded
+from recmas.cli.common import add_decoding, add_offload, add_system, decoding, dump, loaded
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs
 from recmas.evaluation import METRICS, MODES
 
@@ -32,6 +32,7 @@ def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
 
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
+    add_offload(parser)
     parser.add_argument(
         "--data", type=str, required=True, help="questions with answers: a JSONL file, or OWNER/NAME on the hub"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.common import add_device, add_exchange, dump
+from recmas.cli.common import add_device, add_exchange, add_offload, dump
 from recmas.cli.parser import CommandLineParser
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_options(parser: CommandLineParser) -> None:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
+    add_offload(parser)
     add_exchange(parser)
     parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
     parser.add_argument("--prompt-tokens", type=PositiveInt, default=512, help="tokens of a prompt, messages aside")
@@ -42,6 +43,7 @@ def execute(options: Namespace) -> int:
         options.system,
         device=options.device,
         dtype=options.dtype,
+        offload=options.offload,
         mode=options.mode,
         rounds=options.rounds,
         latent_steps=options.latent_steps,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_system, dump, loaded, read_questions
+from recmas.cli.common import add_offload, add_system, dump, loaded, read_questions
 from recmas.cli.parser import LATENT_STEPS, CommandLineParser
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
+    add_offload(parser)
     parser.add_argument("--questions", type=str, default=None, help="JSONL file: show the latents of these rows")
     parser.add_argument("--question", type=str, default=None, help="show the latents of this question")
     parser.add_argument(

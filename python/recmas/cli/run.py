@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import NonNegativeInt
 
 from recmas.chats import read_row
-from recmas.cli.common import add_answering, add_system, answering, dump, loaded, read_questions, write_lines
+from recmas.cli.common import (
+    add_answering,
+    add_offload,
+    add_system,
+    answering,
+    dump,
+    loaded,
+    read_questions,
+    write_lines,
+)
 from recmas.cli.parser import NAMES, CommandLineParser
 
 if TYPE_CHECKING:
@@ -20,6 +29,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
+    add_offload(parser)
     parser.add_argument(
         "--questions",
         type=str,

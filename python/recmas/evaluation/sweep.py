@@ -220,7 +220,7 @@ class _Memory:
     """The peak of what `Record.peak_memory` describes, from now on where that can be had."""
 
     def __init__(self, system: RecursiveMAS) -> None:
-        self._devices = {agent.device for agent in system.agents.values() if agent.device.type == "cuda"}
+        self._devices = {device for device in system.devices.values() if device.type == "cuda"}
         for device in self._devices:
             torch.cuda.reset_peak_memory_stats(device)
 

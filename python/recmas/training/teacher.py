@@ -43,6 +43,8 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 @contextmanager
 def only_trainable(system: RecursiveMAS, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
+    if system.lender is not None:
+        raise ValueError("offload: a system whose weights come and go cannot be trained; load it without")
     modules: list[nn.Module] = [agent.model for agent in system.agents.values()]
     modules += [*system.inner_links.values(), *system.outer_links.values()]
     everything = [p for module in modules for p in module.parameters()] + list(system.edge_scores.values())
