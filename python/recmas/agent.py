@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recmas.cache import Continuation, positions_of
+from recmas.cache import Reader, positions_of, read
 from recmas.decoding import Reply, write
 from recmas.spec import DTYPES
 from recmas.splice import Latents, Prompt, run_link
@@ -163,7 +163,7 @@ class Agent:
         logits = self.model.get_output_embeddings()(hidden) * self._logits_factor
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
-    def think(self, prompt: Prompt, steps: int, link: Callable[[Tensor], Tensor]) -> Latents:
+    def think(self, prompt: Prompt, steps: int, link: Callable[[Tensor], Tensor], *, reader: Reader = read) -> Latents:
         """The latent rollout: hidden states fed back through the inner link; no vocabulary, no sampling.
 
         h_1 is the hidden state of the last prompt position after the final norm, ``e_k = link(h_k)`` the next input;
@@ -173,6 +173,7 @@ class Agent:
             prompt: the batch of prompts.
             steps: m >= 0; 0 gives empty latents.
             link: the agent's inner link, ``[B, d] -> [B, d]``.
+            reader: reads the prompt (`recmas.prefix` reuses what earlier prompts left).
 
         Returns:
             e_1..e_m, ``[B, m, d]`` in the link's dtype.
@@ -183,11 +184,10 @@ class Agent:
         if steps == 0:
             return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
         self._check_context(prompt.mask, steps - 1)
-        past = Continuation(self.decoder, prompt.mask, steps - 1)
-        inputs, states = prompt.embeds, []
-        for _ in range(steps):
-            states.append(run_link(link, past.feed(inputs)))
-            inputs = states[-1][:, None].to(prompt.embeds.dtype)
+        past, hidden = reader(self.decoder, prompt, steps - 1, None)
+        states = [run_link(link, hidden)]
+        for _ in range(steps - 1):
+            states.append(run_link(link, past.feed(states[-1][:, None].to(prompt.embeds.dtype))))
         return Latents(torch.stack(states, dim=1))
 
     def write(
@@ -200,6 +200,7 @@ class Agent:
         *,
         rows: Sequence[int] | None = None,
         reply: Reply | None = None,
+        reader: Reader = read,
     ) -> Iterator[dict[int, list[int]]]:
         """Write text step by step: after each, the token ids by which rows of the batch grew.
 
@@ -215,6 +216,7 @@ class Agent:
             rows: number of each row in the run; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.decoding.Reply`); such ids are part of the
                 row, and do not count as written.
+            reader: as for `think`.
 
         Raises:
             ValueError: a prompt beyond the model's context, at once.
@@ -222,7 +224,7 @@ class Agent:
         self._check_context(prompt.mask, 0)
         seeds = [seed] if isinstance(seed, int) else seed
         numbers = range(prompt.embeds.shape[0]) if rows is None else rows
-        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply)
+        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply, reader)
 
     def decode(
         self,
@@ -233,10 +235,11 @@ class Agent:
         seed: int | Sequence[int] = 0,
         *,
         rows: Sequence[int] | None = None,
+        reader: Reader = read,
     ) -> list[list[int]]:
         """`write` to its end: token ids per row, the end-of-text token included where one was written."""
         written: list[list[int]] = [[] for _ in range(prompt.embeds.shape[0])]
-        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows):
+        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows, reader=reader):
             for row, tokens in grown.items():
                 written[row] += tokens
         return written

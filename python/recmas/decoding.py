@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recmas.cache import Continuation
+from recmas.cache import Reader, read
 from recmas.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def write(
     seed: Sequence[int],
     rows: Sequence[int],
     reply: Reply | None = None,
+    reader: Reader = read,
 ) -> Iterator[dict[int, list[int]]]:
     """Write text; after every step, the token ids by which rows of the batch grew.
 
@@ -46,19 +47,21 @@ def write(
         seed: integers that name the run.
         rows: number of each row in the run, for its random stream.
         reply: see `Reply`.
+        reader: reads the prompt.
     """
     batch, context = prompt.embeds.shape[0], agent.context_length
     used = prompt.mask.sum(dim=1).tolist()
     space = [_UNBOUNDED if context is None else context - positions + 1 for positions in used]  # left in the context
     left = [min(max_new_tokens, positions) for positions in space]  # tokens that each row may still write
     sampler = Sampler(temperature, top_p, seed, rows)
-    past = Continuation(agent.decoder, prompt.mask, max(max(left, default=0) - 1, 0), context)
     going = {row for row in range(batch) if left[row] > 0}
+    if not going:
+        return
     unread: list[list[int]] = [[] for _ in range(batch)]
-    inputs, ends = prompt.embeds, agent.eos_ids
-    while going:
+    ends = agent.eos_ids
+    past, hidden = reader(agent.decoder, prompt, max(left) - 1, context)
+    while True:
         choosing = {row for row in going if not unread[row]}
-        hidden = past.feed(inputs)
         tokens = sampler.choose(agent.logits(hidden), choosing).tolist() if choosing else []
         grown = {}
         for row in sorted(choosing):
@@ -77,7 +80,7 @@ def write(
         width = min(len(unread[row]) for row in going)
         fed = [unread[row][:width] if row in going else [agent.pad_id] * width for row in range(batch)]
         unread = [ids[width:] for ids in unread]
-        inputs = agent.embed(torch.tensor(fed, device=agent.device))
+        hidden = past.feed(agent.embed(torch.tensor(fed, device=agent.device)))
 
 
 class Detokenizer:

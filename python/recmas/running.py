@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from recmas import chats, spec
 from recmas.batching import batches
+from recmas.cache import Reader
 from recmas.decoding import Detokenizer, text_of
 from recmas.pattern import Visit
+from recmas.prefix import Prefixes, Reading
 from recmas.spec import Decoding
 from recmas.splice import Latents, Prompt
 from recmas.tools import Caller, Tool, Toolbox, ToolCall
@@ -59,11 +62,17 @@ class Answer:
 
 
 class Answers(list[Answer]):
-    """Answers in the order of the rows; `seconds` holds the time of each stage by "round R, ROLE", over all batches."""
+    """Answers in the order of the rows.
+
+    Attributes:
+        seconds: time of each stage by "round R, ROLE", over all batches.
+        reading: how the prompts of each stage were read, by the same names.
+    """
 
     def __init__(self, answers: Iterable[Answer] = ()) -> None:
         super().__init__(answers)
         self.seconds: dict[str, float] = {}
+        self.reading: dict[str, Reading] = {}
 
     def take(self, part: Answers, numbers: Sequence[int]) -> None:
         """Put the answers of one batch in the places of its rows, and its account to the others'."""
@@ -71,6 +80,8 @@ class Answers(list[Answer]):
             self[number] = answer
         for stage, seconds in part.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        for stage, reading in part.reading.items():
+            self.reading.setdefault(stage, Reading()).add(reading)
 
 
 class Plan:
@@ -88,6 +99,7 @@ class Plan:
         top_p: float | None = None,
         seed: int = 0,
         trace: bool = False,
+        prefix_reuse: bool = True,
         tools: Toolbox | Sequence[Tool] = (),
         on_message: Callable[[Visit, Message], Message] | None = None,
         on_text: Callable[[int, str], object] | None = None,
@@ -96,6 +108,7 @@ class Plan:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
         self.mas, self.mode, self.seed, self.trace = mas, mode, seed, trace
+        self.prefix_reuse = prefix_reuse
         self.rounds = mas.defaults.rounds if rounds is None else rounds
         mas.check_run(self.rounds, links=mode == "latent")
         self.latent_steps = steps_by_role(mas, latent_steps)
@@ -166,7 +179,9 @@ class _Batch:
     def __init__(
         self, plan: Plan, answers: Answers, fields: Sequence[Mapping[str, object]], numbers: Sequence[int]
     ) -> None:
-        self.plan, self.seconds, self.numbers = plan, answers.seconds, numbers
+        self.plan, self.seconds, self.reading, self.numbers = plan, answers.seconds, answers.reading, numbers
+        self.visits = list(plan.mas.pattern.visits(plan.rounds))
+        self.prefixes = Prefixes(plan.prefix_reuse)
         self.rows = [fields[number] for number in numbers]
         self.answers = list(answers)
         self.started, self.visited = 0.0, 0
@@ -203,12 +218,14 @@ class _Batch:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.started
         self.started = now
         self.visited += len(self.rows)
+        self.reading.setdefault(stage, Reading()).add(self.prefixes.last)
         if self.plan.progress is not None:
             self.plan.progress(len(self.rows))
 
     def think(self, visit: Visit, prompt: Prompt) -> Latents:
         steps = self.plan.latent_steps[visit.role]
-        latents = self.plan.mas.agents[visit.role].think(prompt, steps, self.plan.mas.inner_links[visit.role])
+        agent, link = self.plan.mas.agents[visit.role], self.plan.mas.inner_links[visit.role]
+        latents = agent.think(prompt, steps, link, reader=self.reader(visit))
         for result in self.answers:
             result.latent_steps[visit.role] = result.latent_steps.get(visit.role, 0) + steps
         return latents
@@ -216,7 +233,7 @@ class _Batch:
     def write(self, visit: Visit, prompt: Prompt) -> list[str]:
         agent, how = self.plan.mas.agents[visit.role], self.plan.decoding[visit.role]
         settings = how.max_new_tokens, how.temperature, how.top_p, self.seed(visit)
-        tokens = agent.decode(prompt, *settings, rows=self.numbers)
+        tokens = agent.decode(prompt, *settings, rows=self.numbers, reader=self.reader(visit))
         for result, row in zip(self.answers, tokens, strict=True):
             result.text_tokens[visit.role] = result.text_tokens.get(visit.role, 0) + len(row)
         return [agent.text(row) for row in tokens]
@@ -230,7 +247,7 @@ class _Batch:
         texts = [Detokenizer(agent.text) for _ in self.rows]
         for result in self.answers:
             result.text_tokens.setdefault(visit.role, 0)
-        for grown in agent.write(prompt, *settings, rows=self.numbers, reply=caller):
+        for grown in agent.write(prompt, *settings, rows=self.numbers, reply=caller, reader=self.reader(visit)):
             for row, tokens in grown.items():
                 self.answers[row].tokens += tokens
                 self.answers[row].text_tokens[visit.role] += 1
@@ -242,6 +259,14 @@ class _Batch:
                 result.tool_calls = caller.calls[row]
             if in_pieces and (piece := texts[row].finish()):
                 yield self.numbers[row], piece
+
+    def reader(self, visit: Visit) -> Reader:
+        """Reads the prompts of a visit, from where earlier ones of the same model differ."""
+        mas = self.plan.mas
+        later = self.visits[self.visits.index(visit) + 1 :]
+        same = [after for after in later if mas.agents[after.role].decoder is mas.agents[visit.role].decoder]
+        coming = next((after for after in same if after.role == visit.role), same[0] if same else None)
+        return self.prefixes.reader(visit.role, None if coming is None else partial(mas.prefix, coming, self.rows))
 
     def seed(self, visit: Visit) -> tuple[int, ...]:
         return self.plan.seed, visit.round, self.plan.mas.pattern.roles.index(visit.role)

@@ -47,10 +47,13 @@ class Prompt:
     Attributes:
         embeds: ``[B, T, d]`` input embeddings; rows at padding hold anything finite.
         mask: int64 ``[B, T]``, 1 where there is input.
+        prefix: per row, the token ids before its first slot (all of them where it has none); None if they are not
+            known. What a model makes of them does not depend on any message.
     """
 
     embeds: Tensor
     mask: Tensor
+    prefix: Sequence[Sequence[int]] | None = None
 
 
 def run_link(link: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -166,4 +169,5 @@ def splice(
                 source_rows=torch.tensor(source_rows, device=device),
                 inplace=not torch.is_grad_enabled(),
             )
-    return Prompt(embeds, mask)
+    firsts = [row_slots[0][1] if row_slots else len(row_ids) for row_ids, row_slots in zip(ids, slots, strict=True)]
+    return Prompt(embeds, mask, [row_ids[:first] for row_ids, first in zip(ids, firsts, strict=True)])

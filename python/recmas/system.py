@@ -242,6 +242,7 @@ class RecursiveMAS:
         seed: int = 0,
         batch_size: int | str | None = None,
         trace: bool = False,
+        prefix_reuse: bool = True,
         tools: Toolbox | Sequence[Tool] = (),
         on_message: Callable[[Visit, Message], Message] | None = None,
         on_text: Callable[[int, str], object] | None = None,
@@ -263,6 +264,8 @@ class RecursiveMAS:
                 free memory of the devices holds (`recmas.memory`), and fewer if that runs out all the same: it begins
                 that batch again, so `on_message` and `tools` may be called twice for a row.
             trace: keep every handoff in `Answer.handoffs`.
+            prefix_reuse: read what a prompt has in common with an earlier one of the same batch and agent only once
+                (`recmas.prefix`); the same answers but for rounding. `Answers.reading` counts what it saved.
             tools: what the last agent may call while it writes its answer (`recmas.tools`); none by default.
             on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
             on_text: called with the number of a row and the next piece of its answer, as it is written.
@@ -281,6 +284,7 @@ class RecursiveMAS:
             top_p=top_p,
             seed=seed,
             trace=trace,
+            prefix_reuse=prefix_reuse,
             tools=tools,
             on_message=on_message,
             on_text=on_text,
@@ -348,6 +352,17 @@ class RecursiveMAS:
     def segments(self, visit: Visit, row: Row, texts: Mapping[str, str] | None = None) -> list[list[int] | Slot]:
         """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
         return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
+
+    def prefix(self, visit: Visit, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids that stand before the first slot of each row's prompt of one visit."""
+        found: list[list[int]] = []
+        for row in rows:
+            found.append([])
+            for segment in self.segments(visit, row):
+                if isinstance(segment, Slot):
+                    break
+                found[-1] += segment
+        return found
 
     def template(self, role: str, round: int) -> Template:
         """The template that `role` uses in `round`."""
