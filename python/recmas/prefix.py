@@ -84,6 +84,8 @@ class Prefixes:
                 try:
                     return self._read(role, upcoming, decoder, prompt, room, context)
                 except torch.OutOfMemoryError:
+                    if not self._held:
+                        raise
                     self._held.clear()
                     self._off = "memory ran out, so snapshots were dropped"
             positions = int(prompt.mask.sum())

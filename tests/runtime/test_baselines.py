@@ -66,7 +66,8 @@ def test_each_loop_reads_the_latents_of_the_one_before(mas):
         second = agent.think(embedded(agent, "fox Notes: @. Answer, fox:", first), 3, link).states
         last = embedded(agent, "fox Notes: @. Answer, fox:", second)
         tokens = agent.decode(last, 6)[0]
-    answers = looped_model(mas).answer(["fox"], rounds=3, latent_steps=3, max_new_tokens=6, trace=True)
+    options = {"rounds": 3, "latent_steps": 3, "max_new_tokens": 6, "trace": True}
+    answers = looped_model(mas).answer(["fox"], **options, prefix_reuse=False)  # else other bits
     handoffs = answers[0].handoffs
     assert [(handoff.round, handoff.source, handoff.target) for handoff in handoffs] == [
         (2, "solver", "solver"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -250,6 +252,12 @@ def test_run(made, tmp_path, monkeypatch, capsys):
         ROWS, max_new_tokens=3, latent_steps={"planner": 1, "solver": 3}
     )
     assert [record["text"] for record in written] == [answer.text for answer in answers]
+    assert printed["reading"] == {stage: asdict(how) for stage, how in answers.reading.items()}
+    assert any(how["computed"] < how["positions"] for how in printed["reading"].values())
+    assert main([*RUN, *options, "--no-prefix-reuse", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["answers"] == written
+    assert all(how["computed"] == how["positions"] for how in whole["reading"].values())
 
 
 def test_run_from_a_configuration_file(made, tmp_path, monkeypatch, capsys):
@@ -259,7 +267,8 @@ def test_run_from_a_configuration_file(made, tmp_path, monkeypatch, capsys):
     assert main(["run", "system", "--config", str(config), "--mode", "latent"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("0: ")
-    assert "2 answers, 6 latent steps, 4 text tokens" in out.splitlines()[-1]
+    told = r"2 answers, \d+ prompt positions \(0 reused\), 6 latent steps, 4 text tokens"
+    assert re.match(told, out.splitlines()[-1])
 
 
 def test_init_then_train_then_eval(made, tmp_path, monkeypatch, capsys):

@@ -87,6 +87,7 @@ def test_options_reach_the_system_and_each_batch_has_its_seed():
         "temperature": 0.5,
         "top_p": 0.9,
         "batch_size": 4,
+        "prefix_reuse": True,
     }
     assert all(options == expected for _, options in system.calls)
 

@@ -98,6 +98,11 @@ def add_decoding(parser: CommandLineParser) -> None:
     parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--no-prefix-reuse",
+        action="store_true",
+        help="read every prompt from its beginning; by default what it has in common with an earlier one is read once",
+    )
 
 
 def answering(options: Namespace) -> dict[str, Any]:
@@ -107,7 +112,8 @@ def answering(options: Namespace) -> dict[str, Any]:
 
 def decoding(options: Namespace) -> dict[str, Any]:
     """`add_decoding`'s options."""
-    return {name: options[name] for name in ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")}
+    names = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
+    return {name: options[name] for name in names} | {"prefix_reuse": not options.no_prefix_reuse}
 
 
 def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None]:

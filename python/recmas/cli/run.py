@@ -74,7 +74,8 @@ def execute(options: Namespace) -> int:
     if options.output is not None:
         write_lines(options.output, records)
     if options.json:
-        dump({"answers": records, "seconds": answers.seconds})
+        reading = {stage: asdict(how) for stage, how in answers.reading.items()}
+        dump({"answers": records, "seconds": answers.seconds, "reading": reading})
     elif options.stream:
         printer.close(len(rows))
     elif options.output is None:
@@ -84,7 +85,9 @@ def execute(options: Namespace) -> int:
         steps = sum(sum(answer.latent_steps.values()) for answer in answers)
         tokens = sum(sum(answer.text_tokens.values()) for answer in answers)
         seconds = sum(answers.seconds.values())
-        print(f"{len(answers)} answers, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s")
+        reused = sum(how.positions - how.computed for how in answers.reading.values())
+        read = f"{sum(how.positions for how in answers.reading.values())} prompt positions ({reused} reused)"
+        print(f"{len(answers)} answers, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s")
     return 0
 
 

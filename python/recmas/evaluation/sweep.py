@@ -57,6 +57,7 @@ def sweep(
     top_p: float | None = None,
     seed: int = 0,
     batch_size: int | str = 32,
+    prefix_reuse: bool = True,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -77,6 +78,7 @@ def sweep(
             cells differ by what they do and not by luck.
         batch_size: questions answered together; "auto" is as many as memory holds, within groups of 128 that stand
             for the batch here: seeds and records are the same on every machine.
+        prefix_reuse: as `RecursiveMAS.answer` takes it; no part of what tells one run's records from another's.
         output: JSONL file of records, written batch by batch; None keeps them in memory only.
         progress: show a bar where stderr is a terminal.
 
@@ -136,6 +138,7 @@ def sweep(
                 latent_steps=cell.steps,
                 seed=batch_seed(seed, sample, first),
                 batch_size=batch_size,
+                prefix_reuse=prefix_reuse,
                 **decoding,
             )
             seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
