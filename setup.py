@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parent
 LOG_TAIL_LINES = 40
 # Where the Python packages of these programs keep them.
 TOOL_FOLDER_ATTRIBUTE = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
+# By its path: importing the package would need torch.
+sources_digest = runpy.run_path(str(ROOT / "recmas_kernels" / "sources.py"))["digest"]
 
 
 class Unbuilt(Exception):
@@ -167,6 +170,7 @@ class CMakeBuild(build_ext):
         build_folder = Path(self.build_temp).resolve() / f"{module.label}-{digest}"
         product_folder = build_folder / "module"
         definitions["CMAKE_LIBRARY_OUTPUT_DIRECTORY"] = str(product_folder)
+        definitions["RECMAS_SOURCES"] = sources_digest(module.label)
         cmake = find_tool("cmake")
         log = run(
             "configuration",

@@ -15,10 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from recmas_kernels import backends, ops
 from recmas_kernels.backends import packing
+from recmas_kernels.observed import observed
 
 Norm = tuple[Tensor, Tensor | None]
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 RESIDUALS = ("identity", "linear", "none")
+_PARAMETER_NAMES = (
+    *("w1", "b1", "w2", "b2", "w3", "b3"),
+    *("norm_in weight", "norm_in bias", "norm_out weight", "norm_out bias"),
+)
 
 forget_packed = packing.forget
 
@@ -42,26 +47,26 @@ class _Link(torch.autograd.Function):
         gelu: str,
         eps: float,
         dtype: torch.dtype,
+        direct: bool,
     ) -> Tensor:
         tensors = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-        y, pre, z, stats = ops.link_fwd_train(*tensors, residual, gelu, eps, dtype)
+        settings = (residual, gelu, eps, dtype)
+        y, pre, z, stats = ops.caller(ops.link_fwd_train, direct)(*tensors, *settings)
         ctx.save_for_backward(pre, z, stats, *tensors)
-        ctx.settings = (residual, gelu, eps, dtype)
+        ctx.settings, ctx.direct = settings, direct
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         pre, z, stats, x, *parameters = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:11])
-        grads = ops.link_bwd(dy.contiguous(), x, pre, z, stats, *parameters, *ctx.settings, needs)
-        return (
-            *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
-            None,
-            None,
-            None,
-            None,
+        needs = ctx.needs_input_grad[:11]
+        direct = ctx.direct and type(dy) is Tensor and not observed()
+        grads = ops.caller(ops.link_bwd, direct)(
+            dy.contiguous(), x, pre, z, stats, *parameters, *ctx.settings, list(needs)
         )
+        wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return (*wanted, None, None, None, None, None)
 
 
 class _Handoff(torch.autograd.Function):
@@ -119,9 +124,15 @@ def _same_device(name: str, tensor: Tensor | None, owner: str, device: torch.dev
         raise ValueError(f"{owner} is on {device} and {name} is on {tensor.device}: move one of them")
 
 
-def _check_link(x: Tensor, residual: str, named: dict[str, Tensor | None]) -> None:
-    """Raise ValueError or TypeError for the first argument that does not fit; one pass, about 3 us."""
-    w1, w2, w3 = named["w1"], named["w2"], named["w3"]
+def _checked_link(
+    residual: str, norm_in: Norm | None, norm_out: Norm | None, tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """x and the ten parameters with contiguous parameters; ValueError or TypeError for the first that does not fit."""
+    for name, norm in (("norm_in", norm_in), ("norm_out", norm_out)):
+        if norm is not None and norm[0] is None:
+            raise ValueError(f"{name} has no weight, expected (weight, bias or None)")
+    x, w1, _, w2, _, w3, b3 = tensors[:7]
+    assert x is not None
     if w1 is None or w2 is None:
         raise TypeError("w1 and w2 must be tensors")
     dtype, device = x.dtype, x.device
@@ -138,17 +149,17 @@ def _check_link(x: Tensor, residual: str, named: dict[str, Tensor | None]) -> No
         raise ValueError(
             f"w3 is {'missing' if w3 is None else 'given'} with residual={residual!r}; only 'linear' has one"
         )
-    if w3 is None and named["b3"] is not None:
+    if w3 is None and b3 is not None:
         raise ValueError("b3 is given without w3")
     shapes = {"w1": w1.shape, "w2": (out_features, hidden), "w3": (out_features, in_features), "b1": (hidden,)}
     wide, narrow = (out_features,), (in_features,)
-    for name, tensor in named.items():
+    for name, tensor in zip(_PARAMETER_NAMES, tensors[1:], strict=True):
         if tensor is None:
             continue
         shape = shapes.get(name) or (narrow if name.startswith("norm_in") else wide)
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype is not dtype and (dtype is torch.float64 or not torch.is_autocast_enabled(device.type)):
+        if tensor.dtype is not dtype and (dtype is torch.float64 or not backends.autocast_enabled(device.type)):
             raise ValueError(
                 f"x has dtype {dtype} and {name} has {tensor.dtype}: convert one of them, or run under torch.autocast"
             )
@@ -156,6 +167,14 @@ def _check_link(x: Tensor, residual: str, named: dict[str, Tensor | None]) -> No
             raise ValueError(f"x is on {device} and {name} is on {tensor.device}: move one of them")
     if residual == "identity" and in_features != out_features:
         raise ValueError(f"residual='identity' needs in_features == out_features, got {in_features} and {out_features}")
+    return (x, *(t if t is None or t.is_contiguous() else t.contiguous() for t in tensors[1:]))
+
+
+def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 (a generator costs 1 us more)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def recursive_link(
@@ -202,33 +221,20 @@ def recursive_link(
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_GELU)}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
-    dtype = backends.compute_dtype(x)
     gi, ci = norm_in if norm_in is not None else (None, None)
     go, co = norm_out if norm_out is not None else (None, None)
-    named = {
-        "w1": w1,
-        "b1": b1,
-        "w2": w2,
-        "b2": b2,
-        "w3": w3,
-        "b3": b3,
-        "norm_in weight": gi,
-        "norm_in bias": ci,
-        "norm_out weight": go,
-        "norm_out bias": co,
-    }
-    for name, norm in (("norm_in", norm_in), ("norm_out", norm_out)):
-        if norm is not None and norm[0] is None:
-            raise ValueError(f"{name} has no weight, expected (weight, bias or None)")
-    _check_link(x, residual, named)
-    weights = [t if t is None or t.is_contiguous() else t.contiguous() for t in named.values()]
-    rows = _rows(x)
+    tensors: tuple[Tensor | None, ...] = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    autocast = backends.autocast_enabled(x.device.type)
+    dtype = backends.compute_dtype(x) if autocast else x.dtype
+    direct = not observed() and backends.is_plain_link(residual, autocast, *tensors)
+    if not direct:
+        tensors = _checked_link(residual, norm_in, norm_out, tensors)
+    rows = x if direct and x.dim() == 2 else _rows(x)
     settings = (residual, _GELU[activation], eps, dtype)
-    grad_enabled = torch.is_grad_enabled()
-    if grad_enabled and (rows.requires_grad or any(t is not None and t.requires_grad for t in weights)):
-        y = _Link.apply(rows, *weights, *settings)
+    if torch.is_grad_enabled() and _any_requires_grad(tensors):
+        y = _Link.apply(rows, *tensors[1:], *settings, direct)
     else:
-        y = ops.link_fwd(rows, *weights, *settings, True)
+        y = ops.caller(ops.link_fwd, direct)(rows, *tensors[1:], *settings, True)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])
 
 

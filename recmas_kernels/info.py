@@ -6,7 +6,6 @@ Needs torch only. Nothing here runs when ``recmas_kernels`` is imported.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from recmas_kernels import __version__, backends, ops
-from recmas_kernels.backends import packing
+from recmas_kernels.backends import native, packing
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "huggingface_hub", "numpy")
 MODULES = ("cpu", "cuda")
@@ -59,7 +58,7 @@ def _build_record() -> dict[str, dict[str, Any]]:
 
 def _loaded(name: str) -> dict[str, Any]:
     try:
-        importlib.import_module(f"recmas_kernels._{name}")
+        native.load(name)
     except ImportError as error:
         return {"loads": False, "load_error": str(error)}
     return {"loads": True, "load_error": None}

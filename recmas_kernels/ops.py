@@ -104,7 +104,7 @@ def _launcher(op: str) -> Callable[..., Any]:
         if op.startswith("handoff"):
             backends.check_slot_rows(args[-1], args[-2].shape[0])
         run = getattr(backends.choose(op, call), op)
-        if torch.is_autocast_enabled(call.device):
+        if backends.autocast_enabled(call.device):
             # The dtype was settled outside; autocast would cast the float32 accumulations of the reference again.
             with torch.autocast(call.device, enabled=False):
                 return run(*args)
@@ -124,9 +124,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "alignment_fwd": _fake_alignment_fwd,
 }
 
+_LAUNCHERS = {op: _launcher(op) for op in SCHEMAS}
+
 for _op, _schema in SCHEMAS.items():
     torch.library.define(f"recmas::{_op}", _schema)
-    torch.library.impl(f"recmas::{_op}", "CompositeExplicitAutograd", _launcher(_op))
+    torch.library.impl(f"recmas::{_op}", "CompositeExplicitAutograd", _LAUNCHERS[_op])
     torch.library.register_fake(f"recmas::{_op}", _FAKES[_op])
 
 link_fwd = torch.ops.recmas.link_fwd.default
@@ -136,3 +138,14 @@ handoff_fwd = torch.ops.recmas.handoff_fwd.default
 handoff_ = torch.ops.recmas.handoff_.default
 handoff_bwd = torch.ops.recmas.handoff_bwd.default
 alignment_fwd = torch.ops.recmas.alignment_fwd.default
+
+
+def caller(op: Any, direct: bool) -> Callable[..., Any]:
+    """``op`` itself; or, ``direct``, what it does without its way through the dispatcher.
+
+    Direct calls need plain tensors that nothing observes; see `observed.py`.
+    """
+    return _DIRECT[op] if direct else op
+
+
+_DIRECT = {getattr(torch.ops.recmas, op).default: launch for op, launch in _LAUNCHERS.items()}

@@ -111,6 +111,7 @@ int driver_version() {
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels over raw pointers; recmas_kernels.backends.cuda is the only caller.";
+  module.attr("sources") = RECMAS_SOURCES;
   module.attr("toolkit_version") = CUDART_VERSION;
   module.def("driver_version", &driver_version,
              "newest CUDA version the installed driver serves, as 1000 * major + 10 * minor; 0 without a driver");

@@ -1,8 +1,9 @@
 """Which kernel serves which call: the whole dispatch, as one readable table.
 
 A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call)
--> reason | None`` (does it take this call?) and one function per op, named and shaped as the op. The reference takes
-everything. This package and its modules are the only readers of ``RECMAS_*`` variables at run time.
+-> reason | None`` (does it take this call?) and one function per op, named and shaped as the op. Both answers depend
+on nothing that changes while a process runs, so choices are remembered. The reference takes everything. This package
+and its modules are the only readers of ``RECMAS_*`` variables at run time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,10 +58,20 @@ class _Request:
 _forced: list[_Request] = []
 
 
+def setting(name: str) -> str | None:
+    """``os.environ.get(name)``, which alone takes 0.6 us to find out that a variable is absent; this takes 0.15 us."""
+    environment: Any = os.environ
+    try:
+        if environment.encodekey(name) not in environment._data:
+            return None
+    except AttributeError:  # another mapping than CPython's own
+        pass
+    return environment.get(name)
+
+
 def requested() -> str:
     """The backend asked for: the innermost ``use_backend``, else ``RECMAS_BACKEND``, else "auto"."""
-    name = _forced[-1].name if _forced else os.environ.get("RECMAS_BACKEND", "auto")
-    return _known(name)
+    return _known(_forced[-1].name if _forced else setting("RECMAS_BACKEND") or "auto")
 
 
 def _known(name: str) -> str:
@@ -112,7 +123,7 @@ def check_slot_rows(slot_rows: torch.Tensor, table_rows: int) -> None:
 
     Not otherwise, since on an accelerator it waits for the device.
     """
-    if os.environ.get("RECMAS_CHECK") != "1" or slot_rows.numel() == 0:
+    if setting("RECMAS_CHECK") != "1" or slot_rows.numel() == 0:
         return
     if slot_rows.unique().numel() != slot_rows.numel():
         raise ValueError("slot_rows names a row more than once")
@@ -122,7 +133,11 @@ def check_slot_rows(slot_rows: torch.Tensor, table_rows: int) -> None:
 
 def choose(op: str, call: Call) -> ModuleType:
     """The backend module that serves ``call``, by the table and the user's request."""
-    name = requested()
+    return _serving(requested(), op, call, ORDER.get(call.device, ELSEWHERE))
+
+
+@lru_cache(maxsize=4096)
+def _serving(name: str, op: str, call: Call, order: tuple[str, ...]) -> ModuleType:
     if name != "auto":
         reason = refusal(name, call)
         if reason is not None:
@@ -131,7 +146,7 @@ def choose(op: str, call: Call) -> ModuleType:
                 "use_backend('auto') chooses one that can"
             )
         return load(name)
-    for candidate in ORDER.get(call.device, ELSEWHERE):
+    for candidate in order:
         if refusal(candidate, call) is None:
             return load(candidate)
     raise AssertionError("the reference backend takes every call")
@@ -156,10 +171,26 @@ def explain_call(call: Call) -> str:
     return "\n".join(lines)
 
 
+def is_plain_link(residual: str, mixed: bool, *tensors: torch.Tensor | None) -> bool:
+    """Whether x and a link's ten parameters need neither a closer look nor a conversion; False if that is not known.
+
+    Any device; asks the compiled CPU module, which reads all of them in 0.4 us. ``mixed``: see `cpu.is_plain_link`.
+    """
+    return load("cpu").is_plain_link(residual, mixed, *tensors)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; False for devices that have none, such as "meta"."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a link computes in: autocast's where it is on (it leaves float64 alone), else x's."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+    if autocast_enabled(device_type) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 

@@ -6,14 +6,13 @@ declined, and the next backend in the table serves it.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends import Call
+from recmas_kernels.backends import Call, native
 
 OLDEST_CAPABILITY = (8, 0)  # sm_80 is the oldest code in the module
 _HANDOFF = ("handoff_fwd", "handoff_", "handoff_bwd")
@@ -26,14 +25,14 @@ _GELUS = {"none": 0, "tanh": 1}
 
 @cache
 def _native() -> ModuleType:
-    return importlib.import_module("recmas_kernels._cuda")
+    return native.load("cuda")
 
 
 @cache
 def unavailable() -> str | None:
     """Why no CUDA tensor can be served on this machine; None if it can. Asked once, then remembered."""
     try:
-        native = _native()
+        module = _native()
     except ImportError as error:
         return f"{error} (python -m recmas_kernels.info says why)"
     if torch.version.hip is not None:
@@ -41,7 +40,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     # A runtime works on older drivers of the same major version, never on an older major one.
-    driver, toolkit = native.driver_version(), native.toolkit_version
+    driver, toolkit = module.driver_version(), module.toolkit_version
     if driver // 1000 < toolkit // 1000:
         return f"the driver serves CUDA {_version(driver)}, the module was built with CUDA {_version(toolkit)}"
     for device in range(torch.cuda.device_count()):

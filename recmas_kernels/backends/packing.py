@@ -12,15 +12,15 @@ would be a silent wrong answer, so an entry holds only while all of this does:
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from recmas_kernels.backends import setting
 
 SAMPLED_WORDS = 64  # as csrc/link.h says
 
@@ -43,16 +43,14 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 
 
-@cache
 def _is_checked() -> bool:
-    return os.environ.get("RECMAS_CHECK") == "1"
+    return setting("RECMAS_CHECK") == "1"
 
 
 def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
-    assert entry.samples is not None
-    if entry.whole is not None:
-        return torch.equal(weight.detach().view(torch.uint8), entry.whole)
-    return native.words_match(weight.data_ptr(), weight.nbytes, entry.samples.data_ptr())
+    if _is_checked():  # an entry from before it was asked for holds no whole copy, and is made anew
+        return entry.whole is not None and torch.equal(weight.detach().view(torch.uint8), entry.whole)
+    return native.words_match(weight, weight.nbytes, entry.samples)
 
 
 def packable(weight: Tensor) -> bool:
@@ -82,7 +80,7 @@ def lookup(
 
 def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Tensor, Layout], Tensor]) -> None:
     samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
-    native.sample_words(weight.data_ptr(), weight.nbytes, samples.data_ptr())
+    native.sample_words(weight, samples)
     entry.samples = samples
     if _is_checked():
         entry.whole = weight.detach().view(torch.uint8).clone()

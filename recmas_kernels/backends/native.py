@@ -1,0 +1,29 @@
+"""Loading a compiled module, provided that it belongs to the sources beside it."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+
+from recmas_kernels import sources
+
+
+def load(label: str) -> ModuleType:
+    """``recmas_kernels._<label>``.
+
+    Raises:
+        ImportError: it was never built, does not load, or was compiled from other sources than ``csrc`` holds now: a
+            call by today's conventions into yesterday's code could return anything. Installed copies have no ``csrc``
+            beside them, and a module that came with them.
+    """
+    module = importlib.import_module(f"recmas_kernels._{label}")
+    expected, built_from = sources.digest(label), getattr(module, "sources", None)
+    if expected is not None and built_from != expected:
+        reason = (
+            f"{module.__file__} was built from other sources (digest {built_from}) than csrc holds ({expected}): "
+            "rebuild it with python setup.py build_ext --inplace, or pip install -e ."
+        )
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        raise ImportError(reason)
+    return module
