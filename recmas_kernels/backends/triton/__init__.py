@@ -1,8 +1,9 @@
 """Triton kernels for CUDA and ROCm devices: links over many tokens, the alignment loss, the handoff.
 
 One file per kernel family: ``rows`` (LayerNorm and the residual), ``activation`` (GELU), ``small_hidden`` (the whole
-link in one kernel), ``matmul`` (products with epilogues), ``alignment``, ``handoff``; ``link`` strings them together
-as ``plan`` says. Nothing is imported, compiled or tuned before the first call that needs it.
+link in one kernel), ``matmul`` (products with epilogues: ``product`` by pointers, ``persistent`` by tensor
+descriptors, ``epilogue`` what they share), ``gradients`` (of the weights), ``alignment``, ``handoff``; ``link`` strings
+them together as ``plan`` says. Nothing is imported, compiled or tuned before the first call that needs it.
 """
 
 from __future__ import annotations

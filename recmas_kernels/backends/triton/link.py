@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends.triton import activation, library, matmul, plan, rows, small_hidden
+from recmas_kernels.backends.triton import activation, gradients, library, matmul, plan, rows, small_hidden
 from recmas_kernels.backends.triton.device import guard
 
 _WIDEST_STRIDE = 2**24  # elements between rows of x; a kernel indexes the 128 rows of a tile in 32 bits
@@ -293,7 +293,7 @@ def _weight_gradients(variant: str, problems: list[_Problem | None]) -> list[Ten
         assert right is not None
         wanted.append((left, right, weight.dtype))
     if variant == plan.MATMUL and wanted:
-        found = iter(matmul.weight_gradients(wanted))
+        found = iter(gradients.weight_gradients(wanted))
     else:
         found = iter([library.weight_gradient(*problem) for problem in wanted])
     return [None if problem is None else next(found) for problem in problems]

@@ -42,13 +42,14 @@ class SmallConfig(NamedTuple):
 
 
 class MatmulConfig(NamedTuple):
-    """Tile of `matmul`: rows and columns of the result, depth per step, warps, pipeline stages."""
+    """Tile of `matmul`: rows and columns of the result, depth per step, warps, pipeline stages, and which kernel."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    persistent: bool = False
 
 
 class Link(NamedTuple):
@@ -92,6 +93,39 @@ def variant(link: Link, attempt: Callable[[str], object]) -> str:
 def variant_key(link: Link) -> tuple[object, ...]:
     """Under what a tuned variant is kept: token counts within a factor of two share an answer."""
     return (link.op, str(link.dtype), tuning.bucket(link.tokens), *link[4:])
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent grid the device runs at once, one per SM."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _A_WAVE
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+EVEN_BYTES = 16  # what the copy engine wants rows to be multiples of
+
+
+def even(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of ``width`` elements suit the copy engine."""
+    return width * dtype.itemsize % EVEN_BYTES == 0
+
+
+def no_copy_engine(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `persistent` serves nothing in ``dtype`` on the device; None if it can."""
+    if dtype == torch.float32:
+        return "exact float32 products have no use for tensor descriptors"
+    if torch.version.hip is not None:
+        return "ROCm has no tensor descriptors"
+    capability = _capability(device)
+    if capability < (9, 0):
+        return f"sm_{capability[0]}{capability[1]} has no tensor descriptors; sm_90 brought them"
+    if not _roomy(device):
+        return f"a program has {_shared_memory(device) // 1024} KB of shared memory, its tiles take 200"
+    return None
 
 
 @cache
@@ -150,3 +184,12 @@ def matmul_configs(
     widest = MatmulConfig(128, 256, 64 if _roomy(device) else 32, 8, 3)
     enough = sum(tiles(rows, columns, widest) for rows, columns in results) >= _A_WAVE
     return [widest, *_NARROW] if enough and wide else [*_NARROW, widest]
+
+
+def persistent_configs() -> list[MatmulConfig]:
+    """Tiles of the persistent kernel: tried when tuning, never the default before it has been timed."""
+    return [
+        MatmulConfig(128, 256, 64, 8, 4, persistent=True),
+        MatmulConfig(128, 256, 64, 8, 3, persistent=True),
+        MatmulConfig(128, 128, 64, 8, 4, persistent=True),
+    ]

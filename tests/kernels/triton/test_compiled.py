@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from recmas_kernels.backends.triton import alignment, handoff, link, plan  # noqa: E402
+from recmas_kernels.backends.triton import alignment, handoff, link, plan, tuning  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that one program may use: 163 KB and 227 KB
 # Registers per thread. A product may use all 255 of a thread; the passes must leave room for several programs per SM.
@@ -34,19 +34,24 @@ REGISTERS = {
     "_forward": 255,
     "_backward": 255,
     "_product": 255,
+    "_persistent_product": 255,
     "_weight_gradients": 255,
 }
 PRODUCTS = ("_forward", "_backward", "_product", "_weight_gradients")
 
 
 class Compiled(NamedTuple):
-    """A kernel's resources; ``stack`` is bytes per thread, and is not 0 if and only if registers spill."""
+    """A kernel's resources; ``stack`` is bytes per thread, and is not 0 if and only if registers spill.
+
+    ``scratch`` is bytes of global memory that Triton would have to be given an allocator for.
+    """
 
     name: str
     registers: int
     stack: int
     shared: int
     threads: int
+    scratch: int
     ptx: str
 
 
@@ -75,7 +80,8 @@ def resources(name: str, kernel, folder) -> Compiled:
     assert found is not None, report
     registers, stack, local = map(int, found.groups())
     metadata = kernel.metadata
-    return Compiled(name, registers, stack + local, metadata.shared, 32 * metadata.num_warps, kernel.asm["ptx"])
+    threads, scratch = 32 * metadata.num_warps, metadata.global_scratch_size
+    return Compiled(name, registers, stack + local, metadata.shared, threads, scratch, kernel.asm["ptx"])
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
@@ -93,6 +99,7 @@ def compiled(request, monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", StandInDriver(request.param))
     monkeypatch.setattr(plan, "_shared_memory", lambda _: SHARED_MEMORY[request.param])
+    monkeypatch.setattr(plan, "_capability", lambda _: divmod(request.param, 10))
     return request.param, found
 
 
@@ -106,12 +113,19 @@ def check(compiled, expected: set[str], *, vectors: bool = True, warpgroups: boo
         assert kernel.shared <= SHARED_MEMORY[capability], f"{kernel.name}: {kernel.shared} bytes of shared memory"
         assert kernel.registers <= REGISTERS[kernel.name], f"{kernel.name}: {kernel.registers} registers"
         assert kernel.registers * kernel.threads <= 65536
+        assert kernel.scratch == 0, f"{kernel.name} needs an allocator for {kernel.scratch} bytes"
         if kernel.name in PRODUCTS:
             instruction = "wgmma.mma_async" if capability == 90 and warpgroups else "mma"
             assert instruction in kernel.ptx, f"{kernel.name} does not use the tensor cores as it should"
             copies = re.findall(r"cp\.async\.c[ag]\S* \[[^\]]*\], \[[^\]]*\], (\w+)", kernel.ptx)
             # Gains and biases are too few for 16 bytes a thread.
             assert {"0x10"} <= set(copies) <= {"0x8", "0x10"}, f"{kernel.name} copies {set(copies)} bytes at a time"
+        elif kernel.name == "_persistent_product":
+            assert "wgmma.mma_async" in kernel.ptx
+            engine = r"cp\.async\.bulk\.tensor\.2d\."
+            assert re.search(engine + r"shared::\w+\.global", kernel.ptx), "no tile is fetched by the copy engine"
+            assert re.search(engine + r"global\.shared", kernel.ptx), "no tile is stored by the copy engine"
+            assert "cp.async.c" not in kernel.ptx, "some tile is fetched by threads"
         elif vectors:
             assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx), f"{kernel.name} does not load 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4\.b32", kernel.ptx), f"{kernel.name} does not store 16 bytes at a time"
@@ -163,6 +177,17 @@ def test_matmul_variant_of_an_outer_link(compiled, monkeypatch):
 def test_matmul_variant_of_an_inner_link(compiled, monkeypatch):
     call_link(monkeypatch, plan.MATMUL, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_product", "_weight_gradients"})
+
+
+@pytest.mark.parametrize("compiled", [90], ids=["sm_90"], indirect=True)
+@pytest.mark.parametrize("config", plan.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
+def test_persistent_products(compiled, monkeypatch, config):
+    """Every tile that tuning may choose, on every product of an outer and of an inner link."""
+    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
+    monkeypatch.setattr(tuning, "choose", lambda kind, key, device, options, attempt: options[-1])
+    call_link(monkeypatch, plan.MATMUL, 16384, 2048, 3072, 1536, "linear", norm=False)
+    call_link(monkeypatch, plan.MATMUL, 1536, 2048, 2048, 2048, "identity", norm=False)
+    check(compiled, {"_persistent_product", "_weight_gradients"})
 
 
 def test_default_variant_at_sizes_that_divide_nothing(compiled, monkeypatch):

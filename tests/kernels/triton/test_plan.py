@@ -58,6 +58,29 @@ def test_a_device_with_little_shared_memory_gets_the_library(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("capability", "shared_memory", "dtype", "reason"),
+    [
+        ((9, 0), 232448, torch.bfloat16, None),
+        ((8, 0), 166912, torch.bfloat16, "sm_80 has no tensor descriptors"),
+        ((12, 0), 101376, torch.bfloat16, "99 KB of shared memory"),
+        ((9, 0), 232448, torch.float32, "float32"),
+    ],
+    ids=str,
+)
+def test_devices_without_a_copy_engine(monkeypatch, capability, shared_memory, dtype, reason):
+    monkeypatch.setattr(plan, "_capability", lambda _: capability)
+    monkeypatch.setattr(plan, "_shared_memory", lambda _: shared_memory)
+    found = plan.no_copy_engine(CPU, dtype)
+    assert found is None if reason is None else reason in found
+
+
+def test_persistent_tiles_are_no_default():
+    configs = plan.matmul_configs([(16384, 1536)], torch.bfloat16, CPU)
+    assert not any(config.persistent for config in configs)
+    assert all(config.persistent for config in plan.persistent_configs())
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),

@@ -1,0 +1,104 @@
+"""The products by tensor descriptors against float64, at sizes no tile divides; what the copy engine refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recmas_kernels import LinkConfig, recursive_link
+from recmas_kernels.backends.triton import persistent, plan, tuning
+from recmas_kernels.backends.triton.epilogue import PLAIN
+from recmas_kernels.backends.triton.product import Product
+from tests.kernels.helpers import check_link, make_link, make_rows, name_of, run
+
+# Every size is a multiple of eight and of nothing more: tiles are 32 x 64 x 16.
+CONFIGS = {
+    "inner": LinkConfig("inner", 72, 200, 72, "identity"),
+    "outer": LinkConfig("outer", 104, 72, 136, "linear"),
+    "no-residual-tanh": LinkConfig("inner", 40, 72, 40, "none", activation="gelu_tanh"),
+    "equation-4": LinkConfig("outer", 40, 136, 104, "linear", norm=False),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Product]:
+    """Every product that may goes through the persistent kernel, on two programs that walk over several tiles each."""
+    found: list[Product] = []
+    launch = persistent.launch
+
+    def record(product, config):
+        assert persistent.refusal(product) is None
+        found.append(product)
+        return launch(product, config)
+
+    config = plan.MatmulConfig(32, 64, 16, 4, 2, persistent=True)
+    monkeypatch.setattr(plan, "variant", lambda *_: plan.MATMUL)
+    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
+    monkeypatch.setattr(tuning, "choose", lambda kind, key, device, options, attempt: options[-1])
+    monkeypatch.setattr(plan, "no_copy_engine", lambda *_: None)  # float32 as well
+    monkeypatch.setattr(plan, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(persistent, "launch", record)
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float16, 69)], ids=str)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_outputs_and_gradients_stay_in_the_error_budget(launched, kind, dtype, tokens):
+    config = CONFIGS[kind]
+    x = make_rows(tokens, config.in_features, dtype=dtype)
+    check_link(make_link(config, dtype), x, make_rows(tokens, config.out_features, dtype=dtype, seed=2))
+    turned = [product.turned for product in launched]
+    assert turned[:4] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["inner", "outer"])
+def test_same_bits_as_the_product_by_pointers(launched, monkeypatch, kind):
+    """Same tiles, same depths in the same order, same epilogue: only the way to memory differs."""
+    config = CONFIGS[kind]
+    link, x, dy = make_link(config), make_rows(37, config.in_features), make_rows(37, config.out_features, seed=2)
+    described = run(link, x, dy)
+    assert launched
+    monkeypatch.setattr(plan, "persistent_configs", list)
+    plain = run(link, x, dy)
+    assert torch.equal(described.y, plain.y)
+    for name, grad in plain.grads.items():
+        assert torch.equal(described.grads[name], grad), name
+
+
+def test_rows_that_lie_apart_are_described(launched):
+    wide = make_rows(37, 64)
+    w1, w2 = make_rows(24, 32, seed=2), make_rows(32, 24, seed=3)
+    apart = recursive_link(wide[:, 32:], w1, w2)
+    assert launched[0].left.stride(0) == 64
+    assert torch.equal(apart, recursive_link(wide[:, 32:].contiguous(), w1, w2))
+
+
+def product(**change: torch.Tensor) -> Product:
+    half = {"dtype": torch.float16}
+    work = Product(PLAIN.value, torch.empty(6, 24, **half), torch.empty(32, 24, **half).t(), torch.empty(6, 32, **half))
+    return work._replace(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"left": torch.empty(6, 32, dtype=torch.float16)[:, 8:]}, None),
+        ({"left": torch.empty(6, 23, dtype=torch.float16)}, "left has rows 46 bytes apart"),
+        ({"left": torch.empty(6, 32, dtype=torch.float16)[:, 4:28]}, "left does not begin at a multiple of 16 bytes"),
+        ({"addend": torch.empty(1, 32, dtype=torch.float16).expand(6, 32)}, "addend has rows 0 bytes apart"),
+        ({"right": torch.empty(24, 31, dtype=torch.float16)}, "right has rows 62 bytes apart"),
+        ({"left": torch.empty(6, 24)}, "float32"),
+    ],
+    ids=str,
+)
+def test_what_the_copy_engine_refuses(change, reason):
+    found = persistent.refusal(product(**change))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+def test_uneven_rows_fall_to_the_product_by_pointers(launched, dtype):
+    config = LinkConfig("outer", 41, 23, 37, "linear")
+    check_link(make_link(config, dtype), make_rows(9, 41, dtype=dtype), make_rows(9, 37, dtype=dtype, seed=2))
+    assert launched == []
