@@ -68,6 +68,12 @@ def _matmul() -> Any:
     return matmul
 
 
+def _gradients() -> Any:
+    from recmas_kernels.backends.triton import gradients
+
+    return gradients
+
+
 def _gelu_slope(pre: Tensor) -> Tensor:
     learning = pre.detach().requires_grad_()
     with torch.enable_grad():
@@ -86,7 +92,7 @@ OURS: dict[str, Callable[[Operands], Any]] = {
         o["dz"], o["w2"], o["pre"], torch.empty_like(o["pre"]), "none", sums=True
     ),
     "input gradient": lambda o: _matmul().input_gradient(o["dpre"], o["w1"], more=(o["dz"], o["w3"])),
-    "weight gradients": lambda o: _matmul().weight_gradients(
+    "weight gradients": lambda o: _gradients().weight_gradients(
         [(o["dpre"], o["x"], DTYPE), (o["dz"], o["act"], DTYPE), (o["dz"], o["x"], DTYPE)]
     ),
 }
