@@ -66,8 +66,9 @@ define native_checks
 	$(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-gpu: $(DEVELOPMENT) ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+# Not in .venv: a machine for measuring has its own torch and may reach no registry.
+gpu: ## everything that needs a CUDA device, in nine minutes, with the active Python: tests, sanitizers, benchmarks
+	PYTHON="$(PYTHON)" benchmarks/run_gpu.sh $(DIR)
 
 clean: ## remove everything that building and testing made, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
