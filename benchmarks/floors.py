@@ -113,6 +113,13 @@ def vocabulary_step(tokens: int, features: int, vocabulary: int, itemsize: int) 
     return Work(2 * tokens * vocabulary * features, table + rows, table)
 
 
+def body_backward(parameters: int, layers: int, features: int, fed: range, batch: int) -> Work:
+    """Gradients of a frozen body's inputs: the weights' products once more, those of attention twice."""
+    attention = 8 * layers * features * sum(position + 1 for position in fed)
+    read = 4 * parameters
+    return Work(batch * (2 * parameters * len(fed) + attention), read, read)
+
+
 def body_pass(parameters: int, layers: int, features: int, fed: range, batch: int, passes: int) -> Work:
     """A decoder's body run over the positions ``fed`` on a cache of those before, float32, in so many passes.
 

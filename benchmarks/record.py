@@ -7,7 +7,7 @@ every peer to the implementation under test, which is called "fused" throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ class Bench:
         *,
         seconds: float = 2.0,
         rounds: int | None = None,
+        weighed: Collection[str] | None = None,
         calls: int = 1,
         twice: str | None = "eager",
         extra: Mapping[str, Any] | None = None,
@@ -84,6 +85,8 @@ class Bench:
             errors: of each variant against float64, as the correctness gate found them.
             goal: the claim; None for none.
             seconds, rounds, twice: as `timing.measure` takes them.
+            weighed: variants whose operators and memory are counted, in two more calls each; None takes all, but of
+                cells with ``rounds`` only "fused".
             calls: calls of the op in one call of a variant, where one alone is too short to time.
             extra: more fields of the record.
             settle: called between timing and recording; may check what the timed calls gave, fill in ``errors`` then,
@@ -97,11 +100,9 @@ class Bench:
         if settle is not None:
             samples = settle(samples)
         per_call = {name: [value / calls for value in values] for name, values in samples.items()}
-        footprints = {
-            name: Footprint.of(call, compiled=name in COMPILED)
-            for name, call in variants.items()
-            if calls == 1 and (rounds is None or name == FUSED)
-        }
+        if weighed is None:
+            weighed = () if calls > 1 else variants if rounds is None else (FUSED,)
+        footprints = {name: Footprint.of(variants[name], compiled=name in COMPILED) for name in weighed}
         record = make_record(labels, cache, work, self.limits, per_call, errors, footprints, goal)
         record["clock_mhz"] = self.device.clock_mhz()
         record.update(extra or {})
@@ -164,7 +165,10 @@ def make_record(
     noise = noise_of(samples)
     missed = None
     if goal is not None:
-        missed = goal.missed(ratios[goal.peer], noise, times[FUSED].p50 * 1e6)
+        memory = None
+        if goal.peer in footprints and FUSED in footprints:
+            memory = footprints[goal.peer].peak_bytes / footprints[FUSED].peak_bytes
+        missed = goal.missed(ratios[goal.peer], noise, times[FUSED].p50 * 1e6, memory)
     return {
         "suite": labels.suite,
         "op": labels.op,

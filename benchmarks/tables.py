@@ -43,6 +43,8 @@ def goal_cell(record: Record) -> str:
     wanted = f"≥ {goal['must']:.2f}× {goal['peer']}"
     if goal["must_us"] is not None:
         wanted += f", ≤ {goal['must_us']:g} µs"
+    if goal.get("must_memory") is not None:
+        wanted += f", {goal['must_memory']:.2f}× less memory"
     if record["missed"]:
         return f"{wanted}: **missed**"
     aim = goal["aim"]

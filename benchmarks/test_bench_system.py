@@ -110,6 +110,7 @@ def test_system(case: Setting, bench: Bench, tmp_path: Path) -> None:
         errors,
         Goal(6.0, 15.0, peer=REFERENCE),
         rounds=ROUNDS,
+        weighed=(),
         twice=None,
         settle=settle,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from recmas.cache import Reader, positions_of, read
 from recmas.decoding import Reply, write
@@ -137,13 +137,14 @@ class Agent:
         """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module."""
         return self.model.get_input_embeddings()(ids)
 
-    def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor) -> Tensor:
-        """Hidden states at the positions that PREDICT each target token: one uncached teacher-forced forward.
+    def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor, begun: DynamicCache | None = None) -> Tensor:
+        """Hidden states at the positions that PREDICT each target token: one teacher-forced forward.
 
         Args:
             prompt: the batch of prompts.
             targets: int64 ``[B, L]``, right padded.
             target_mask: int64 ``[B, L]``.
+            begun: holds the prompt's first columns, but not its last, already, and is appended to; None reads it all.
 
         Returns:
             ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
@@ -152,10 +153,15 @@ class Agent:
         mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
         embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
         self._check_context(mask, 0)
+        held = 0 if begun is None else begun.get_seq_length()
         output = self.decoder(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+            inputs_embeds=embeds[:, held:],
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, held:],
+            past_key_values=begun,
+            use_cache=begun is not None,
         )
-        first = prompt.mask.shape[1] - 1
+        first = prompt.mask.shape[1] - 1 - held
         return output.last_hidden_state[:, first : first + length]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from recmas.training import (
     OuterConfig,
     WarmupConfig,
     inner_loss,
+    outer,
     outer_loss,
     train_inner,
     train_outer,
@@ -226,6 +227,15 @@ def test_unrolled_loss_and_gradients_equal_the_plain_loop(exact, rounds, latents
             torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
     used = [g is not None for g in outer_gradients(exact, outer_loss(exact, ROWS, rounds, latent_steps=STEPS))]
     assert all(used) == (rounds > 1)
+
+
+def test_logits_made_in_parts_give_the_same_loss_and_gradients(exact, monkeypatch):
+    loss = outer_loss(exact, ROWS, 2, latent_steps=STEPS)
+    monkeypatch.setattr(outer, "LOGITS", 3 * len(exact.agents["solver"].tokenizer))  # three rows at a time, of seven
+    parted = outer_loss(exact, ROWS, 2, latent_steps=STEPS, recompute=True)
+    torch.testing.assert_close(parted, loss, rtol=ROUNDING, atol=0)
+    for a, b in zip(outer_gradients(exact, parted), outer_gradients(exact, loss), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
 
 
 def test_no_latent_steps_leave_an_empty_slot(exact):

@@ -118,12 +118,15 @@ class OuterConfig(LoopConfig):
         latent_steps: of every agent or by role; None takes the system's own.
         latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
             lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
+        recompute: keep each layer's input alone and run the layer again in the backward, as the reference does: much
+            less memory, a third more time, the same bits. Rollouts keep everything.
     """
 
     learning_rate: float = SAFE_RATE
     rounds: int | tuple[int, ...] = 3
     latent_steps: int | Mapping[str, int] | None = None
     latents: Source = "forced"
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

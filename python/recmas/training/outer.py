@@ -4,6 +4,7 @@ The pattern's visits run as they run at inference, through the same prompts and 
 agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
 positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
 cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
+`recmas.training.unroll` keeps that graph small.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from recmas.pattern import Edge, Visit
 from recmas.running import Message, steps_by_role
@@ -23,11 +25,14 @@ from recmas.splice import Latents, Prompt, run_link
 from recmas.training.config import SAFE_RATE, OuterConfig, Source
 from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
-from recmas.training.teacher import force, named_parameters, only_trainable
+from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+from recmas.training.unroll import Beginnings, recomputing
 
 if TYPE_CHECKING:
     from recmas.agent import Agent
     from recmas.system import RecursiveMAS
+
+LOGITS = 1 << 25  # 128 MiB of float32
 
 
 def outer_loss(
@@ -37,20 +42,33 @@ def outer_loss(
     *,
     latent_steps: int | Mapping[str, int] | None = None,
     latents: Source = "forced",
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds."""
+    """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds.
+
+    Args:
+        system: whose agents and links these are.
+        rows: one batch.
+        rounds: r.
+        latent_steps: of every agent or by role; None takes the system's own.
+        latents: where they come from, as in `OuterConfig`.
+        recompute: run the layers again in the backward instead of keeping their activations; the same bits.
+    """
     steps = steps_by_role(system, latent_steps)
     losses: list[torch.Tensor] = []
+    beginnings = Beginnings()
 
     def speak(visit: Visit, prompt: Prompt) -> Message:
         agent, count = system.agents[visit.role], steps[visit.role]
         if not visit.final and (latents == "rollout" or count == 0):
             return agent.think(prompt, count, system.inner_links[visit.role])
         texts = target_texts(rows, visit.role, visit.round)
+        begun = beginnings.of(visit.role, agent, prompt)
+        with recomputing(agent.decoder, enabled=recompute):
+            speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
         if visit.final:
-            losses.append(answer_loss(agent, prompt, texts))
+            losses.append(answer_loss(agent, speech))
             return texts
-        speech = force(agent, prompt, texts, max_tokens=count)
         states = run_link(system.inner_links[visit.role], speech.hidden)
         return Latents(states, speech.mask.sum(dim=1).cpu())
 
@@ -58,12 +76,25 @@ def outer_loss(
     return losses[0]
 
 
-def answer_loss(agent: Agent, prompt: Prompt, texts: Sequence[str]) -> torch.Tensor:
-    """Mean cross entropy of the texts' tokens; the LM head sees the positions that predict them and no others."""
-    speech = force(agent, prompt, texts)
+def answer_loss(agent: Agent, speech: Speech) -> torch.Tensor:
+    """Mean cross entropy of what was said; the LM head sees the positions that predict it and no others.
+
+    Logits of more than `LOGITS` entries are made in parts, each once more in the backward, and never held together.
+    """
     said = speech.mask.bool()
-    logits = agent.logits(speech.hidden[said])
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), speech.ids[said])
+    hidden, ids = speech.hidden[said], speech.ids[said]
+    rows = max(1, LOGITS // agent.model.get_output_embeddings().weight.shape[0])
+    if len(ids) <= rows:
+        return _cross_entropy(agent, hidden, ids) / len(ids)
+    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
+    losses = [checkpoint(_cross_entropy, agent, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(losses).sum() / len(ids)
+
+
+def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sum over rows ``hidden [N, d]`` and the token each should predict."""
+    logits = agent.logits(hidden)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="sum")
 
 
 def train_outer(
@@ -113,7 +144,14 @@ def train_outer(
     def loss(index: int, step: int) -> torch.Tensor:
         rounds = pick(config.seed, step, config.rounds)
         batch = source.batch(index)
-        return outer_loss(system, batch, rounds, latent_steps=config.latent_steps, latents=config.latents)
+        return outer_loss(
+            system,
+            batch,
+            rounds,
+            latent_steps=config.latent_steps,
+            latents=config.latents,
+            recompute=config.recompute,
+        )
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})
     for edge in chosen:

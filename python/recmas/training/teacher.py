@@ -16,6 +16,8 @@ from torch import nn
 from recmas.training.data import target_batch
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from recmas.agent import Agent
     from recmas.splice import Prompt
     from recmas.system import RecursiveMAS
@@ -29,10 +31,25 @@ class Speech(NamedTuple):
     mask: torch.Tensor
 
 
-def force(agent: Agent, prompt: Prompt, texts: Sequence[str], *, max_tokens: int | None = None) -> Speech:
-    """One uncached forward of prompt and given texts; ``max_tokens`` forces only the first tokens of each."""
+def force(
+    agent: Agent,
+    prompt: Prompt,
+    texts: Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    begun: DynamicCache | None = None,
+) -> Speech:
+    """One forward of prompt and given texts.
+
+    Args:
+        agent: speaks.
+        prompt: the batch of prompts.
+        texts: one per row.
+        max_tokens: forces only the first tokens of each.
+        begun: holds the prompt's first columns already, as `Agent.hidden` takes it.
+    """
     ids, mask = target_batch(agent, texts, max_tokens=max_tokens)
-    return Speech(agent.hidden(prompt, ids, mask), ids, mask)
+    return Speech(agent.hidden(prompt, ids, mask, begun), ids, mask)
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

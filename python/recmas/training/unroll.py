@@ -1,0 +1,98 @@
+"""What keeps the graph of several rounds small: beginnings are read once, activations computed again instead of kept.
+
+What stands before a prompt's first slot depends on no link. Each agent reads it once per step, without gradients, and
+every visit goes on from its keys and values: the backward never enters it. That needs layers whose past is keys and
+values; recurrent ones read their whole prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from recmas.cache import positions_of
+
+if TYPE_CHECKING:
+    from recmas.agent import Agent
+    from recmas.splice import Prompt
+
+
+class Beginnings:
+    """The beginnings of one step's prompts, by role: the last one each agent has read."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[list[list[int]], DynamicCache]] = {}
+
+    def of(self, role: str, agent: Agent, prompt: Prompt) -> DynamicCache | None:
+        """A cache that holds the prompts' first columns, up to where some row's first slot may begin.
+
+        None where there is nothing to spare: no gradient arrives at the prompt, it begins with a slot, or the model
+        keeps more of its past than keys and values.
+        """
+        if not (torch.is_grad_enabled() and prompt.embeds.requires_grad) or prompt.prefix is None:
+            return None
+        pads = (prompt.mask == 0).sum(dim=1).tolist()
+        known = [[agent.pad_id] * pad + list(ids) for pad, ids in zip(pads, prompt.prefix, strict=True)]
+        length = min([*map(len, known), prompt.mask.shape[1] - 1])
+        if length <= max(pads):
+            return None
+        known = [ids[:length] for ids in known]
+        if role not in self._held or self._held[role][0] != known:
+            cache = DynamicCache(config=agent.decoder.config)
+            if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+                return None
+            mask = prompt.mask[:, :length]
+            with torch.no_grad():
+                agent.decoder(
+                    inputs_embeds=prompt.embeds[:, :length],
+                    attention_mask=mask,
+                    position_ids=positions_of(mask),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            self._held[role] = known, cache
+        return fork(self._held[role][1])
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows by itself from what this one holds; such layers replace their keys and values as they grow."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
+
+
+@contextmanager
+def recomputing(decoder: nn.Module, enabled: bool) -> Iterator[None]:
+    """Within, each of the decoder's layers keeps its input alone and runs again in the backward."""
+    layers = [part for part in decoder.modules() if enabled and isinstance(part, GradientCheckpointingLayer)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        vars(layer)["forward"] = partial(_again, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``forward`` under a checkpoint; each of its runs appends to a fork of the cache as it now is."""
+    past = kwargs.get("past_key_values")
+
+    def run(*args: Any) -> Any:
+        given = kwargs if past is None else {**kwargs, "past_key_values": fork(past)}
+        return forward(*args, **given)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
