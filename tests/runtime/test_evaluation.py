@@ -16,7 +16,7 @@ from recmas.evaluation.metrics import check_metric
 from recmas.evaluation.summary import table
 
 RECORD = Record(
-    "latent", 2, 3, 0, 0, "k", "a", "b", True, 4, 5, {"round 1, expert": 0.5, "round 1, learner": 1.5}, 3 * 2**20
+    "latent", 2, 3, 0, 0, "k", "a", "b", True, 4, 5, {"round 1, expert": 0.5, "round 1, learner": 1.5}, 3 * 2**20, 0
 )
 
 
@@ -71,7 +71,7 @@ def test_table():
     cells = [summarize([RECORD]), summarize([replace(RECORD, steps={"expert": 1, "learner": 12}, correct=False)])]
     head, first, second = table(cells).splitlines()
     assert head.split()[:4] == ["mode", "rounds", "steps", "questions"]
-    assert first.split() == ["latent", "2", "3", "1", "1.000", "[0.207,", "1.000]", "4.0", "5.0", "2000.0", "3"]
+    assert first.split() == ["latent", "2", "3", "1", "1.000", "[0.207,", "1.000]", "4.0", "5.0", "0.0", "2000.0", "3"]
     assert second.split()[2] == "expert=1,learner=12"
     assert head.index("text tokens") == first.index("4.0") == second.index("4.0")
 

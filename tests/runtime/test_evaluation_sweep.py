@@ -15,7 +15,9 @@ from recmas.evaluation import Cell, wilson
 from recmas.evaluation.sweep import batch_seed, sweep
 from recmas.pattern import DISTILLATION
 from recmas.running import Answer, Answers
+from recmas.sampling import Sampler
 from recmas.spec import Defaults
+from recmas.tools import Toolbox
 from tests.runtime.tiny import tiny_agent
 
 
@@ -89,7 +91,60 @@ def test_options_reach_the_system_and_each_batch_has_its_seed():
         "batch_size": 4,
         "prefix_reuse": True,
     }
+    assert all(options.pop("tools").tools == {} for _, options in system.calls)
     assert all(options == expected for _, options in system.calls)
+
+
+class Counter:
+    name = "count"
+
+    def run(self, text):
+        return str(len(text))
+
+
+class Calling(Echo):
+    """Every answer of it takes as many calls as tools allow."""
+
+    def answer(self, rows, **options):
+        toolbox = options["tools"]
+        answers = super().answer(rows, **options)
+        for answer in answers:
+            answer.tool_calls = [toolbox.call("count", "abc", 0)] * toolbox.max_calls if toolbox.tools else []
+        return answers
+
+
+def test_tools_are_off_unless_asked_for_and_are_part_of_the_run(tmp_path):
+    system = Calling.create(AGENTS, DISTILLATION, rounds=2, latent_steps=3, seed=0)
+    system.calls, system.breaks_at = [], None
+    path = tmp_path / "records.jsonl"
+    plain = run(system)
+    assert {record.tool_calls for record in plain.records} == {0}
+    box = Toolbox([Counter()], max_calls=2)
+    called = run(system, tools=box, output=path)
+    assert {record.tool_calls for record in called.records} == {2}
+    assert called.summaries[0].tool_calls == 2.0
+    assert run(system, tools=[Counter()], samples=1).summaries[0].tool_calls == 5.0
+    assert run(system, tools=box, output=path).records == called.records
+    for others in ((), Toolbox([Counter()], max_calls=3)):
+        with pytest.raises(ValueError, match="line 1: of another system, other settings or other rows"):
+            run(system, tools=others, output=path)
+
+
+def test_tools_run_where_the_model_calls_them(real, monkeypatch):
+    """The shipped python tool, called by a model that is made to."""
+    from recmas.tools import SHIPPED
+
+    agent = real.agents["learner"]
+    words = agent.literal("<python>print(6 * 7)</python>")
+    monkeypatch.setattr(Sampler, "choose", scripted(words))
+    records = run(real, QUESTIONS[:1], tools=[SHIPPED["python"]()], max_new_tokens=len(words) + 1).records
+    assert records[0].tool_calls == 1
+    assert "<result> 42 </result>" in records[0].text
+
+
+def scripted(words):
+    left = iter([*words, *[words[0]] * 100])
+    return lambda self, logits, choosing: torch.tensor([next(left)] * logits.shape[0])
 
 
 def test_every_cell_is_the_system_or_baseline_it_names(real):
@@ -285,7 +340,7 @@ def test_eval_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     output = str(tmp_path / "records.jsonl")
     words = ["eval", "system", "--data", "rows.jsonl", "--mode", "latent,text,single,loop", "--rounds", "1,2"]
-    words += ["--latent-steps", "0,2", "--max-new-tokens", "2", "--limit", "3", "--output", output]
+    words += ["--latent-steps", "0,2", "--max-new-tokens", "2", "--limit", "3", "--output", output, "--tools", "python"]
     assert main([*words, "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert len(cells) == 4 + 2 + 1 + 3
@@ -319,6 +374,7 @@ def test_eval_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
         (["--rounds", "0"], "rounds: 0 is not a positive integer"),
         (["--latent-steps", "0,x"], "--latent-steps"),
         (["--samples", "3"], "samples: 3 greedy answers"),
+        (["--tools", "hammer"], "--tools: unknown tool 'hammer'; there is python"),
         (["--data", "empty.jsonl"], "empty.jsonl: holds no rows"),
         (["--data", "broken.jsonl"], "broken.jsonl, line 3: not valid JSON"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, CommandLineParser
+from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from recmas.system import RecursiveMAS
+    from recmas.tools import Toolbox
 
 
 def add_system(parser: CommandLineParser) -> None:
@@ -105,6 +106,18 @@ def add_decoding(parser: CommandLineParser) -> None:
     )
 
 
+def add_tools(parser: CommandLineParser) -> None:
+    """What the answering agent may call."""
+    parser.add_argument(
+        "--tools",
+        type=NAMES,
+        default=[],
+        help="tools that the answering agent may call: python, which runs the model's programs under resource limits, "
+        "NOT in a security sandbox",
+    )
+    parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
+
+
 def answering(options: Namespace) -> dict[str, Any]:
     """`add_answering`'s options, as `RecursiveMAS.answer` calls them."""
     return {name: options[name] for name in ("rounds", "latent_steps", "mode")} | decoding(options)
@@ -114,6 +127,18 @@ def decoding(options: Namespace) -> dict[str, Any]:
     """`add_decoding`'s options."""
     names = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
     return {name: options[name] for name in names} | {"prefix_reuse": not options.no_prefix_reuse}
+
+
+def toolbox(options: Namespace) -> Toolbox | tuple[()]:
+    """The tools that `add_tools`'s options name."""
+    if not options.tools:
+        return ()
+    from recmas.tools import SHIPPED, Toolbox
+
+    for name in options.tools:
+        if name not in SHIPPED:
+            raise ValueError(f"--tools: unknown tool {name!r}; there is {', '.join(SHIPPED)}")
+    return Toolbox([SHIPPED[name]() for name in options.tools], max_calls=options.max_tool_calls)
 
 
 def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None]:

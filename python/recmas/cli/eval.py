@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_decoding, add_offload, add_system, decoding, dump, loaded
+from recmas.cli.common import add_decoding, add_offload, add_system, add_tools, decoding, dump, loaded, toolbox
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs
 from recmas.evaluation import METRICS, MODES
 
@@ -63,6 +63,7 @@ def add_options(parser: CommandLineParser) -> None:
     )
     parser.add_argument("--samples", type=PositiveInt, default=1, help="answers to each question, for pass@k")
     add_decoding(parser)
+    add_tools(parser)
     parser.add_argument(
         "--output", type=str, default=None, help="JSONL file of records; a run that was cut short goes on from it"
     )
@@ -78,6 +79,7 @@ def execute(options: Namespace) -> int:
         question_field=options.question_field,
         limit=options.limit,
     )
+    tools = toolbox(options)
     with loaded(options) as mas:
         from recmas.evaluation.summary import table
         from recmas.evaluation.sweep import sweep
@@ -91,6 +93,7 @@ def execute(options: Namespace) -> int:
             rounds=options.rounds or (None,),
             latent_steps=options.latent_steps or (None,),
             samples=options.samples,
+            tools=tools,
             output=options.output,
             **decoding(options),
         ).summaries

@@ -5,26 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeInt
-
 from recmas.chats import read_row
 from recmas.cli.common import (
     add_answering,
     add_offload,
     add_system,
+    add_tools,
     answering,
     dump,
     loaded,
     read_questions,
+    toolbox,
     write_lines,
 )
-from recmas.cli.parser import NAMES, CommandLineParser
+from recmas.cli.parser import CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from recmas.running import Answers
-    from recmas.tools import Toolbox
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -38,14 +37,7 @@ def add_options(parser: CommandLineParser) -> None:
     )
     parser.add_argument("--question", type=str, default=None, help="a single question instead")
     add_answering(parser)
-    parser.add_argument(
-        "--tools",
-        type=NAMES,
-        default=[],
-        help="tools that the answering agent may call: python, which runs the model's programs under resource limits, "
-        "NOT in a security sandbox",
-    )
-    parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
+    add_tools(parser)
     parser.add_argument(
         "--stream", action="store_true", help="print answers as they are written, one question at a time"
     )
@@ -60,8 +52,7 @@ def execute(options: Namespace) -> int:
     printer = _Printer()
     if options.stream:
         arguments |= {"batch_size": 1, "on_text": printer}
-    if options.tools:
-        arguments["tools"] = _toolbox(options)
+    arguments["tools"] = toolbox(options)
     with loaded(options) as mas:
         from tqdm.auto import tqdm
 
@@ -110,15 +101,6 @@ class _Printer:
         while self._begun <= row:
             print(f"\n{self._begun}: " if self._begun else "0: ", end="")
             self._begun += 1
-
-
-def _toolbox(options: Namespace) -> Toolbox:
-    from recmas.tools import SHIPPED, Toolbox
-
-    for name in options.tools:
-        if name not in SHIPPED:
-            raise ValueError(f"--tools: unknown tool {name!r}; there is {', '.join(SHIPPED)}")
-    return Toolbox([SHIPPED[name]() for name in options.tools], max_calls=options.max_tool_calls)
 
 
 def record(row: dict[str, object], answers: Answers, index: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Record:
         seconds: by stage, its batch's time divided by the batch's questions.
         peak_memory: bytes; where agents are on GPUs, the most that tensors held on these while its batch ran, else the
             most that this process ever held resident up to its batch's end.
+        tool_calls: of tools, while the answer was written.
     """
 
     mode: str
@@ -52,6 +53,7 @@ class Record:
     latent_steps: int
     seconds: dict[str, float]
     peak_memory: int
+    tool_calls: int
 
     @property
     def cell(self) -> Cell:

@@ -29,7 +29,7 @@ class Summary:
         questions, samples: rows, and answers to each; correct: correct answers among all of them.
         accuracy: mean over questions of the share of correct samples, which is pass@1.
         pass_at: pass@k for k = 2, 4, 8, ... and the number of samples.
-        text_tokens, latent_steps, seconds: means per answer, over all agents.
+        text_tokens, latent_steps, seconds, tool_calls: means per answer, over all agents.
         stages: mean seconds per answer by stage; peak_memory: largest of the records', bytes.
     """
 
@@ -46,6 +46,7 @@ class Summary:
     seconds: float
     stages: dict[str, float]
     peak_memory: int
+    tool_calls: float
 
 
 def summarize(records: Sequence[Record]) -> Summary:
@@ -82,6 +83,7 @@ def summarize(records: Sequence[Record]) -> Summary:
         seconds=sum(stages.values()),
         stages=dict(stages),
         peak_memory=max(record.peak_memory for record in records),
+        tool_calls=sum(record.tool_calls for record in records) / len(records),
     )
 
 
@@ -108,6 +110,7 @@ def _columns(summary: Summary) -> dict[str, str]:
         **{name: f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]" for name, share in shares.items()},
         "text tokens": f"{summary.text_tokens:.1f}",
         "latent steps": f"{summary.latent_steps:.1f}",
+        "tool calls": f"{summary.tool_calls:.1f}",
         "ms": f"{1000 * summary.seconds:.1f}",
         "peak MiB": f"{summary.peak_memory / 2**20:.0f}",
     }

@@ -29,6 +29,7 @@ from recmas.evaluation.summary import Summary, summarize
 from recmas.running import Plan, steps_by_role
 from recmas.spec import edge_name
 from recmas.system import RecursiveMAS, Row
+from recmas.tools import Tool, Toolbox
 
 Steps = int | Mapping[str, int] | None
 AUTO_GROUP = 128  # questions whose records are written together where memory decides the batches
@@ -58,6 +59,7 @@ def sweep(
     seed: int = 0,
     batch_size: int | str = 32,
     prefix_reuse: bool = True,
+    tools: Toolbox | Sequence[Tool] = (),
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -79,6 +81,7 @@ def sweep(
         batch_size: questions answered together; "auto" is as many as memory holds, within groups of 128 that stand
             for the batch here: seeds and records are the same on every machine.
         prefix_reuse: as `RecursiveMAS.answer` takes it; no part of what tells one run's records from another's.
+        tools: what the answering agent may call while it writes, in every mode (`recmas.tools`); none by default.
         output: JSONL file of records, written batch by batch; None keeps them in memory only.
         progress: show a bar where stderr is a terminal.
 
@@ -96,6 +99,7 @@ def sweep(
         raise ValueError("rows: expected at least one question, got none")
     expected = [_expected(row, index, answer_field) for index, row in enumerate(rows)]
     decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
     cells = _cells(system, modes, rounds, latent_steps)
     answerers = [variant(system, cell.mode) for cell in cells]
     for cell, (answerer, mode) in zip(cells, answerers, strict=True):
@@ -103,7 +107,8 @@ def sweep(
         answerer.check_rows(rows, plan.rounds)
         if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
-    settings = json.dumps([_digest(system), metric, answer_field, seed, batch_size, decoding])
+    called = [*sorted(toolbox.tools), toolbox.max_calls, toolbox.max_output] if toolbox.tools else []
+    settings = json.dumps([_digest(system), metric, answer_field, seed, batch_size, decoding, called])
 
     def key(cell: Cell, sample: int, index: int) -> str | None:
         if not 0 <= index < len(rows):
@@ -139,6 +144,7 @@ def sweep(
                 seed=batch_seed(seed, sample, first),
                 batch_size=batch_size,
                 prefix_reuse=prefix_reuse,
+                tools=toolbox,
                 **decoding,
             )
             seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
@@ -156,6 +162,7 @@ def sweep(
                     latent_steps=sum(answers[index - first].latent_steps.values()),
                     seconds=seconds,
                     peak_memory=peak,
+                    tool_calls=len(answers[index - first].tool_calls),
                 )
                 for index in missing
             ]
