@@ -48,25 +48,28 @@ class _Link(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
         direct: bool,
+        recompute: bool,
     ) -> Tensor:
         tensors = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
         settings = (residual, gelu, eps, dtype)
-        y, pre, z, stats = ops.caller(ops.link_fwd_train, direct)(*tensors, *settings)
-        ctx.save_for_backward(pre, z, stats, *tensors)
+        y, *intermediates = ops.caller(ops.link_fwd_train, direct)(*tensors, *settings)
+        if recompute:
+            intermediates.clear()
+        ctx.save_for_backward(*tensors, *intermediates)
         ctx.settings, ctx.direct = settings, direct
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        pre, z, stats, x, *parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:11]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:11]
+        (x, *parameters), intermediates = saved[:11], saved[11:] or (None, None, None)
         direct = ctx.direct and type(dy) is Tensor and not observed()
         grads = ops.caller(ops.link_bwd, direct)(
-            dy.contiguous(), x, pre, z, stats, *parameters, *ctx.settings, list(needs)
+            dy.contiguous(), x, *intermediates, *parameters, *ctx.settings, list(needs)
         )
         wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*wanted, None, None, None, None, None)
+        return (*wanted, *[None] * 6)
 
 
 class _Handoff(torch.autograd.Function):
@@ -191,6 +194,7 @@ def recursive_link(
     norm_out: Norm | None = None,
     eps: float = 1e-5,
     activation: str = "gelu",
+    recompute: bool = False,
 ) -> Tensor:
     """A RecursiveLink: ``norm_out(r + gelu(norm_in(x) w1^T + b1) w2^T + b2)`` (arXiv 2604.25917, equations 3 and 4).
 
@@ -208,6 +212,9 @@ def recursive_link(
         norm_out: LayerNorm ``(weight, bias)`` of ``out_features`` over the sum, or None.
         eps: LayerNorm epsilon.
         activation: "gelu" (exact erf) or "gelu_tanh".
+        recompute: keep nothing but x for the backward pass, which then runs the forward kernel once more. Otherwise
+            the pre-activation and, with an output norm, the sum before it are kept: ``hidden_features +
+            out_features`` numbers per token in the compute dtype, and 16 bytes. The gradients are the same bits.
 
     Returns:
         ``[..., out_features]`` in x's dtype. Under autocast the arithmetic runs in autocast's dtype; weights of
@@ -232,7 +239,7 @@ def recursive_link(
     rows = x if direct and x.dim() == 2 else _rows(x)
     settings = (residual, _GELU[activation], eps, dtype)
     if torch.is_grad_enabled() and _any_requires_grad(tensors):
-        y = _Link.apply(rows, *tensors[1:], *settings, direct)
+        y = _Link.apply(rows, *tensors[1:], *settings, direct, recompute)
     else:
         y = ops.caller(ops.link_fwd, direct)(rows, *tensors[1:], *settings, True)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])

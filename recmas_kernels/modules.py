@@ -23,7 +23,13 @@ class FusedRecursiveLink(RecursiveLink):
 
     Only ``forward`` differs, so hooks on its inner ``nn.Linear``s do not run. Under autocast the arithmetic runs in
     autocast's dtype and the output keeps x's dtype. One-layer links (the ablation) run as plain torch.
+
+    Attributes:
+        recompute: set it to True to train with less memory: only x is kept for the backward pass, which runs the
+            forward kernel once more; see `recursive_link`. A choice of the moment, so no checkpoint holds it.
     """
+
+    recompute: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see `recursive_link`."""
@@ -51,6 +57,7 @@ class FusedRecursiveLink(RecursiveLink):
             norm_out=norm_out,
             eps=config.eps,
             activation=config.activation,
+            recompute=self.recompute,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecursiveLink:

@@ -26,7 +26,7 @@ _ELEVEN = ", ".join(["Tensor"] * 11)
 SCHEMAS = {
     "link_fwd": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}, bool may_pack) -> Tensor",
     "link_fwd_train": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "link_bwd": "(Tensor dy, Tensor x, Tensor pre, Tensor z, Tensor stats, "
+    "link_bwd": "(Tensor dy, Tensor x, Tensor? pre, Tensor? z, Tensor? stats, "
     f"{_PARAMETERS}, {_SETTINGS}, bool[11] needs) -> ({_ELEVEN})",
     "handoff_fwd": "(Tensor rows, Tensor embeds, Tensor slot_rows) -> Tensor",
     "handoff_": "(Tensor rows, Tensor(a!) embeds, Tensor slot_rows) -> ()",
@@ -55,7 +55,7 @@ def _fake_link_fwd_train(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any)
     )
 
 
-def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Tensor, z: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
     wanted, needs = (x, *rest[:10]), rest[14]
     return tuple(
         x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
@@ -114,6 +114,21 @@ def _launcher(op: str) -> Callable[..., Any]:
     return launch
 
 
+def _recomputing(link_fwd_train: Callable[..., Any], link_bwd: Callable[..., Any]) -> Callable[..., Any]:
+    """``link_bwd`` that makes what it was not given (pre, z, stats) from x, for calls that kept nothing else.
+
+    One op and not two: torch.compile would merge a second ``link_fwd_train`` with the first, and keep its results.
+    """
+
+    def launch(dy: Tensor, x: Tensor, pre: Tensor | None, z: Tensor | None, stats: Tensor | None, *rest: Any) -> Any:
+        if pre is None:
+            _, pre, z, stats = link_fwd_train(x, *rest[:-1])
+        return link_bwd(dy, x, pre, z, stats, *rest)
+
+    launch.__name__ = "link_bwd"
+    return launch
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "link_fwd": _fake_link_fwd,
     "link_fwd_train": _fake_link_fwd_train,
@@ -125,6 +140,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 _LAUNCHERS = {op: _launcher(op) for op in SCHEMAS}
+_LAUNCHERS["link_bwd"] = _recomputing(_LAUNCHERS["link_fwd_train"], _LAUNCHERS["link_bwd"])
 
 for _op, _schema in SCHEMAS.items():
     torch.library.define(f"recmas::{_op}", _schema)
