@@ -20,3 +20,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {request.param}: {reason}")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile as in a new process: it compiles one function, such as a module's forward, eight times at most."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

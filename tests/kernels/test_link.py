@@ -194,6 +194,7 @@ def test_weight_gradients_of_masters_are_not_rounded_to_the_compute_dtype(backen
 
 
 @pytest.mark.parametrize("kind", ["inner", "outer"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_as_one_graph_for_any_number_of_tokens(kind):
     link = make_link(CONFIGS[kind])
     compiled = torch.compile(link, fullgraph=True, dynamic=True)

@@ -124,6 +124,7 @@ def test_make_fx(link, tracing, pre_dispatch):
         torch.testing.assert_close(graph(x), link(x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_export(link):
     x = make_rows(3, 8)
     for strict in (False, True):
@@ -133,6 +134,7 @@ def test_export(link):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile(link, dynamic):
     compiled = torch.compile(link, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (3, 5):

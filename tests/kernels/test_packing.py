@@ -253,6 +253,7 @@ def test_the_full_comparison_sees_what_samples_miss(monkeypatch):
     assert packing.packed_bytes() > 0
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_callables_use_the_weights_of_the_moment():
     link = make_link(CONFIG)
     compiled = torch.compile(link, fullgraph=True, backend="eager")

@@ -93,8 +93,8 @@ def test_a_second_backward_pass(backend):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_links_keep_nothing_either(compiler):
-    torch._dynamo.reset()
     link = make_link(configs()["inner"])
     x = make_rows(TOKENS, link.config.in_features)
     expected, _ = gradients(link, x, recompute=False)
