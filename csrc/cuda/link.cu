@@ -65,12 +65,12 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
   }
 }
 
-// Whether the current device can start a kernel before the one ahead of it has ended.
+// Whether a kernel may start before the one ahead of it has ended. Asked of the code that the current device runs, not
+// of the device: kernels compiled for an older one do not wait.
 cudaError_t can_overlap(bool* answer) {
-  int device = 0, major = 0;
-  cudaError_t code = cudaGetDevice(&device);
-  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  *answer = major >= 9;
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&link_rows));
+  *answer = attributes.ptxVersion >= 90;
   return code;
 }
 

@@ -54,7 +54,7 @@ RECMAS_ANYWHERE void copy_weights(Thread& thread, Piece* slot, const Element* so
     if constexpr (sizeof(Element) == 2) {
       RECMAS_UNROLL
       for (int i = 0; i < kElements; ++i) {
-        if (i < left) piece.words[i / 2] |= static_cast<uint32_t>(thread.load_bits(source + i)) << (i % 2 * 16);
+        if (i < left) piece.words[i / 2] |= thread.load_bits(source + i) << (i % 2 * 16);
       }
     }
     *slot = piece;
@@ -139,30 +139,62 @@ struct Sums<float, kGroups> {
   }
 };
 
-template <class Thread>
-RECMAS_ANYWHERE void finish(Thread& thread, const Product& product, char* shared, int groups, int64_t tile) {
-  for (int i = thread.index(); i < kTileRows * product.tokens; i += kThreads) {
-    const int token = i / kTileRows;
-    const int64_t row = tile * kTileRows + i % kTileRows;
-    if (row >= product.target_columns) continue;
-    float value = 0.0f;
-    if (row < product.rows) {
-      for (int warp = 0; warp < kWarps; ++warp) value += *sum_of(shared, groups, warp, token, i % kTileRows);
-      for (const VectorView& bias : product.biases) {
-        if (bias.data != nullptr) value += thread.load(bias.data, bias.dtype, row);
-      }
-      const MatrixView& residual = product.residual;
-      if (residual.data != nullptr) {
-        value += round_to(product.compute, thread.load(residual.data, residual.dtype, token * residual.stride + row));
-      }
-      if (product.sum.data != nullptr) {
-        thread.store(product.sum.data, product.sum.dtype, token * product.rows + row, value);
-      }
-      if (product.activate) value = gelu(value, product.gelu);
+// A thread's outputs: one row of the tile, every 16th token. What they need beside the sums is read while the weights
+// are on their way.
+template <int kGroups>
+struct Outputs {
+  static constexpr int kTokenStep = kThreads / kTileRows;
+  static constexpr int kCount = (kGroups * kTokenGroup + kTokenStep - 1) / kTokenStep;
+
+  template <class Thread>
+  RECMAS_ANYWHERE Outputs(Thread& thread, const Product& product)
+      : row_in_tile(thread.index() % kTileRows),
+        first_token(thread.index() / kTileRows),
+        row(thread.block() * kTileRows + row_in_tile) {
+    for (const VectorView& vector : product.biases) {
+      if (vector.data != nullptr && row < product.rows) bias += thread.load(vector.data, vector.dtype, row);
     }
-    thread.store(product.target.data, product.target.dtype, token * product.target_stride + row, value);
   }
-}
+
+  template <class Thread>
+  RECMAS_ANYWHERE void read_residual(Thread& thread, const Product& product) {
+    const MatrixView& matrix = product.residual;
+    RECMAS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t token = first_token + i * kTokenStep;
+      residual[i] = 0.0f;
+      if (matrix.data != nullptr && row < product.rows && token < product.tokens) {
+        residual[i] = thread.load(matrix.data, matrix.dtype, token * matrix.stride + row);
+      }
+    }
+  }
+
+  template <class Thread>
+  RECMAS_ANYWHERE void finish(Thread& thread, const Product& product, char* shared) {
+    if (row >= product.target_columns) return;
+    RECMAS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int token = first_token + i * kTokenStep;
+      if (token >= product.tokens) continue;
+      float value = 0.0f;
+      if (row < product.rows) {
+        for (int warp = 0; warp < kWarps; ++warp) value += *sum_of(shared, kGroups, warp, token, row_in_tile);
+        value += bias;
+        value += round_to(product.compute, residual[i]);
+        if (product.sum.data != nullptr) {
+          thread.store(product.sum.data, product.sum.dtype, token * product.rows + row, value);
+        }
+        if (product.activate) value = gelu(value, product.gelu);
+      }
+      thread.store(product.target.data, product.target.dtype, token * product.target_stride + row, value);
+    }
+  }
+
+  int row_in_tile, first_token;
+  int64_t row;
+  float bias = 0.0f;
+  float residual[kCount];
+};
 
 template <class Element, int kGroups, class Thread>
 RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
@@ -211,6 +243,7 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
     if (!product.overlaps) request_tokens(stage, stage);
     thread.commit();
   }
+  Outputs<kGroups> outputs(thread, product);
   if (product.overlaps) {
     thread.wait_for_previous();
     for (int stage = 0; stage < kStages; ++stage) {
@@ -218,6 +251,7 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
       thread.commit();
     }
   }
+  outputs.read_residual(thread, product);
 
   Sums<Element, kGroups> sums{};
   int stage = 0;
@@ -235,7 +269,7 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
   thread.sync();
   sums.deposit(thread, shared, place);
   thread.sync();
-  finish(thread, product, shared, kGroups, tile);
+  outputs.finish(thread, product, shared);
 }
 
 }  // namespace recmas::cuda

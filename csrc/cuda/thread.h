@@ -44,8 +44,12 @@ class DeviceThread {
 
   __device__ float load(const void* data, Dtype dtype, int64_t index) const { return load_number(data, dtype, index); }
   template <class Element>
-  __device__ uint16_t load_bits(const Element* source) const {
-    return source->bits;
+  __device__ uint32_t load_bits(const Element* source) const {
+    if constexpr (sizeof(Element) == 4) {
+      return bits_as<uint32_t>(*source);
+    } else {
+      return static_cast<uint32_t>(source->bits);
+    }
   }
   __device__ void store(void* data, Dtype dtype, int64_t index, float value) const {
     store_number(data, dtype, index, value);

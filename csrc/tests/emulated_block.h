@@ -79,9 +79,13 @@ class EmulatedThread {
   float load(const void* data, Dtype dtype, int64_t index);
   void store(void* data, Dtype dtype, int64_t index, float value);
   template <class Element>
-  uint16_t load_bits(const Element* source) {
+  uint32_t load_bits(const Element* source) {
     observe_read(source, sizeof(Element));
-    return source->bits;
+    if constexpr (sizeof(Element) == 4) {
+      return bits_as<uint32_t>(*source);
+    } else {
+      return static_cast<uint32_t>(source->bits);
+    }
   }
   template <int kBytes>
   void copy_async(void* target, const void* source, bool inside) {
@@ -145,17 +149,21 @@ class EmulatedBlock {
       makecontext(&fiber->context, reinterpret_cast<void (*)()>(&start), 2, static_cast<unsigned>(address >> 32),
                   static_cast<unsigned>(address & 0xffffffffu));
     }
-    std::vector<Fiber*> waiting;
-    for (auto& fiber : fibers_) waiting.push_back(fiber.get());
-    while (!waiting.empty()) {
-      std::shuffle(waiting.begin(), waiting.end(), observer_.order);
+    // Some warps run ahead until they must wait for the others: what a missing barrier lets happen shows.
+    std::vector<size_t> awake, warps(warps_.size());
+    for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
+    bool all = false;
+    while (!finished()) {
+      std::shuffle(warps.begin(), warps.end(), observer_.order);
+      awake.assign(warps.begin(), all ? warps.end() : warps.begin() + static_cast<int64_t>((warps.size() + 1) / 2));
       const uint64_t before = progress_;
-      for (Fiber* fiber : waiting) enter(*fiber);
-      if (progress_ == before) emulation_failed("deadlock: threads wait for others that will not come");
-      waiting.clear();
-      for (auto& fiber : fibers_) {
-        if (!fiber->done) waiting.push_back(fiber.get());
-      }
+      do {
+        const uint64_t start = progress_;
+        for (const size_t warp : awake) run_warp(warp);
+        if (progress_ == start) break;
+      } while (true);
+      if (all && progress_ == before) emulation_failed("deadlock: threads wait for others that will not come");
+      all = progress_ == before;
     }
   }
 
@@ -180,6 +188,21 @@ class EmulatedBlock {
     float values[2][32];
     uint32_t rows[2][32][4], columns[2][32][2];
   };
+
+  bool finished() const {
+    return std::all_of(fibers_.begin(), fibers_.end(), [](const auto& fiber) { return fiber->done; });
+  }
+
+  // Every thread of the warp once, in a random order.
+  void run_warp(size_t warp) {
+    size_t lanes[32];
+    for (size_t i = 0; i < 32; ++i) lanes[i] = i;
+    std::shuffle(lanes, lanes + 32, observer_.order);
+    for (const size_t lane : lanes) {
+      Fiber& fiber = *fibers_[warp * 32 + lane];
+      if (!fiber.done) enter(fiber);
+    }
+  }
 
   static void start(unsigned high, unsigned low) {
     auto* fiber = reinterpret_cast<Fiber*>(static_cast<uintptr_t>(high) << 32 | low);

@@ -1,7 +1,8 @@
 """Which kernel serves which call: the whole dispatch, as one readable table.
 
 A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call)
--> reason | None`` (does it take this call?) and one function per op, named and shaped as the op. Both answers depend
+-> reason | None`` (does it take this call?), one function per op, named and shaped as the op, and perhaps
+``describe(call) -> facts`` for `explain`. Both answers depend
 on nothing that changes while a process runs, so choices are remembered. The reference takes everything. This package
 and its modules are the only readers of ``RECMAS_*`` variables at run time.
 """
@@ -152,6 +153,13 @@ def _serving(name: str, op: str, call: Call, order: tuple[str, ...]) -> ModuleTy
     raise AssertionError("the reference backend takes every call")
 
 
+def _how(name: str, call: Call) -> str:
+    """What a backend has to add about a call that it serves: `` (facts)`` of its ``describe``, where it has one."""
+    describe = getattr(load(name), "describe", None)
+    facts = describe(call) if describe is not None else ""
+    return f" ({facts})" if facts else ""
+
+
 def explain_call(call: Call) -> str:
     """One line per backend: whether it would serve ``call``, and if not, why not."""
     shape = f"{call.tokens} x {call.in_features} -> {call.hidden_features} -> {call.out_features}"
@@ -161,7 +169,7 @@ def explain_call(call: Call) -> str:
         reason = refusal(candidate, call)
         if reason is None and chosen is None and name in ("auto", candidate):
             chosen = candidate
-            lines.append(f"  {candidate}: serves this call")
+            lines.append(f"  {candidate}: serves this call{_how(candidate, call)}")
         elif reason is None:
             lines.append(f"  {candidate}: could serve it" + ("" if name == "auto" else f", but {name!r} was asked for"))
         else:

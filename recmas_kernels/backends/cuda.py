@@ -69,6 +69,24 @@ def declines(call: Call) -> str | None:
     return None
 
 
+def describe(call: Call) -> str:
+    """What decides a served call's speed, for `explain`: dtype, device, driver, and how wide weights are copied."""
+    major, minor = torch.cuda.get_device_capability()
+    driver = _version(_native().driver_version())
+    facts = f"{str(call.dtype).removeprefix('torch.')} on sm_{major}{minor}, driver for CUDA {driver}"
+    if call.op not in _LINK:
+        return facts
+    element = call.dtype.itemsize
+    widths = {"w1": call.in_features * element, "w2": call.hidden_features * element}
+    copies = (f"{name} by {_copied(row_bytes, element)} bytes" for name, row_bytes in widths.items())
+    return f"{facts}; {', '.join(copies)} if stored in that dtype from an aligned address"
+
+
+def _copied(row_bytes: int, element: int) -> int:
+    """Bytes that one copy of a weight moves, as ``copy_word`` in csrc/cuda/link_plan.h has it."""
+    return next((width for width in (16, 4) if row_bytes % width == 0), element)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """Rows that the kernels can read: fp32, bf16 or fp16, contiguous along the last dimension."""
     if tensor.dtype not in _DTYPES:

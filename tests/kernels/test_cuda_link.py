@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_declines_name_the_reason(change, reason):
     assert found is None if reason is None else reason in found
 
 
+def test_explain_tells_device_driver_and_alignment(monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(driver_version=lambda: 13010))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    text = backends.explain_call(CALL._replace(hidden_features=1543))
+    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1; w1 by 16 bytes, w2 by 2 bytes" in text
+    assert "w2 by 4 bytes" in backends.explain_call(CALL._replace(hidden_features=1542))
+    handoff = CALL._replace(op="handoff_fwd", hidden_features=0)
+    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1)" in backends.explain_call(handoff)
+
+
 @pytest.fixture
 def native():
     """The compiled module; tests that need it are counted as skipped where it was not built."""
@@ -89,7 +101,7 @@ def test_a_call_that_makes_no_sense_is_refused(native):
 
 
 # Registers that a thread may use: 128 let two blocks, of two kernels, share a processor.
-REGISTERS = {"link_product": 128, "link_rows": 40, "scatter_rows": 48, "take_rows": 48}
+REGISTERS = {"link_product": 128, "link_rows": 96, "scatter_rows": 48, "take_rows": 48}
 
 
 @pytest.mark.parametrize("target", ["80", "90a", "90"])
