@@ -47,7 +47,7 @@ format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(DEVELOPMENT) ## measure the full grid here (ten quiet minutes), store it and draw its tables and plots
+bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour), store it and draw its tables and plots
 	@mkdir -p build
 	@status=0; \
 	$(BIN)/python -m pytest benchmarks --grid full --benchmark-json=build/benchmarks.json || status=$$?; \

@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 PLAIN_PEERS = ("eager", "addmm")
 # Compiling takes from seconds to a minute per cell, so these peers run where the claims about them are made.
 COMPILE_TOKENS = (1, 8, 32, 128, 512)
-FROZEN_TOKENS = (8, 32)
+FROZEN_TOKENS = (4, 8, 16, 32)
 
 INNER = LinkConfig("inner", 2048, 2048, 2048, "identity")
 NARROW = LinkConfig("inner", 2048, 256, 2048, "identity")

@@ -15,11 +15,22 @@ inline int64_t alignment_workspace(const Alignment& call) {
   return (round_up(call.tokens, 16) + 2 * call.threads * alignment_line(call)) * 4;
 }
 
+inline int64_t target_row_of(const Alignment& call, int64_t t) {
+  return call.token_ids == nullptr ? t : call.token_ids[t];
+}
+
+// Gathered rows lie anywhere: the hardware's prefetcher sees a row coming only once it is being read.
+inline void prefetch_target(const Alignment& call, int64_t t) {
+  if (t >= call.tokens || (call.mask != nullptr && call.mask[t] == 0.0f)) return;
+  const int64_t bytes = dtype_bytes(call.target.dtype);
+  const char* row = static_cast<const char*>(call.target.data) + target_row_of(call, t) * call.target.stride * bytes;
+  for (int64_t byte = 0; byte < call.features * bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
 inline float alignment_row(const Alignment& call, int64_t t, float share, float* p, float* e) {
   const int64_t columns = call.features;
-  const int64_t target_row = call.token_ids == nullptr ? t : call.token_ids[t];
   load_line(call.pred.data, call.pred.dtype, t * call.pred.stride, columns, p);
-  load_line(call.target.data, call.target.dtype, target_row * call.target.stride, columns, e);
+  load_line(call.target.data, call.target.dtype, target_row_of(call, t) * call.target.stride, columns, e);
   const Vec scale = set1(call.embed_scale);
   Vec along = set1(0.0f), pred_squares = along, target_squares = along, squares = along;
   each_vector(columns, [&](int64_t c, auto lanes) {
@@ -59,6 +70,7 @@ inline void alignment(const Alignment& call, void* workspace) {
     float* lines = losses + round_up(call.tokens, 16) + 2 * team.rank * alignment_line(call);
     for (int64_t t = team.begin(call.tokens); t < team.end(call.tokens); ++t) {
       const float mask = call.mask == nullptr ? 1.0f : call.mask[t];
+      prefetch_target(call, t + 1);
       if (mask == 0.0f || per_row == 0.0f) {  // a row outside the mask contributes nothing, whatever it holds
         losses[t] = 0.0f;
         const int64_t row_bytes = call.features * dtype_bytes(call.grad.dtype);

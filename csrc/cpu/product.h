@@ -135,11 +135,14 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
               const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns);
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-  // Cut rows too where panels alone would leave threads idle; a panel packed here is then packed once per cut.
-  const int64_t cuts = larger(smaller(groups, (4 * team.size + panels - 1) / panels), 1);
+  // Cut rows too where panels alone would leave threads idle; a panel packed here is then packed once per cut. Few
+  // panels do not divide evenly, so with rows enough each thread takes rows of its own where nothing is packed here.
+  bool by_rows = panels < 4 * team.size && groups >= 4 * team.size;
+  for (const Term& term : terms) by_rows = by_rows && term.right.packed();
+  const int64_t cuts = by_rows ? team.size : larger(smaller(groups, (4 * team.size + panels - 1) / panels), 1);
   int64_t packed_panel = -1;
   for (int64_t item = team.begin(panels * cuts); item < team.end(panels * cuts); ++item) {
-    const int64_t panel = item / cuts, cut = item % cuts;
+    const int64_t panel = by_rows ? item % panels : item / cuts, cut = by_rows ? item / panels : item % cuts;
     const int64_t column = panel * kPanel, width = smaller(kPanel, columns - column);
     const char* panels_at[term_count];
     char* scratch_at = scratch;

@@ -1,13 +1,13 @@
 // Native checks of the CPU kernels, for every instruction set this processor has, against plain double precision.
-// Buffers have their exact size and start as NaN, so that AddressSanitizer sees every stray access and a value that
-// nothing wrote shows. Meant to be run plainly and under RECMAS_SANITIZE.
+// Outputs and workspaces start as NaN, so that a value nothing wrote shows, and lie between guard bands that no kernel
+// may touch. Under RECMAS_SANITIZE every buffer has its exact size instead, and AddressSanitizer sees stray reads, too.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -40,16 +40,40 @@ std::vector<float> random_values(size_t count, unsigned seed, float scale = 1.0f
   return values;
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kGuard = 0;
+#else
+constexpr size_t kGuard = 64;
+#endif
 
-Buffer workspace_of(int64_t bytes) {  // all ones is NaN in every floating type
-  void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-  std::memset(data, 0xff, static_cast<size_t>(bytes));
-  return Buffer(data);
-}
+// `bytes` of NaN (all ones, in every floating type), 64-byte aligned, between two bands checked at the end.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    base_ = static_cast<unsigned char*>(std::aligned_alloc(64, (bytes + 2 * kGuard + 63) / 64 * 64));
+    std::memset(base_, kBand, bytes + 2 * kGuard);
+    std::memset(base_ + kGuard, 0xff, bytes);
+  }
+  static Guarded floats(size_t count) { return Guarded(count * sizeof(float)); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() {
+    bool touched = false;
+    for (size_t i = 0; i < kGuard; ++i) touched |= base_[i] != kBand || base_[kGuard + bytes_ + i] != kBand;
+    CHECK(!touched, "a kernel wrote outside a buffer of %zu bytes", bytes_);
+    std::free(base_);
+  }
+  void* get() const { return base_ + kGuard; }
+  float* data() const { return reinterpret_cast<float*>(base_ + kGuard); }
+  std::vector<float> values() const { return std::vector<float>(data(), data() + bytes_ / sizeof(float)); }
+
+ private:
+  static constexpr unsigned char kBand = 0xaa;
+  size_t bytes_;
+  unsigned char* base_;
+};
+
+Guarded workspace_of(int64_t bytes) { return Guarded(static_cast<size_t>(bytes)); }
 
 const cpu::Kernels* kernels_of([[maybe_unused]] Isa isa) {
 #ifdef RECMAS_X86
@@ -188,27 +212,28 @@ struct Case {
 std::vector<float> run_forward(const Case& c, const cpu::LinkWeights& weights, Isa isa, int threads,
                                std::vector<float>* pre = nullptr, std::vector<float>* z = nullptr,
                                std::vector<float>* stats = nullptr) {
-  std::vector<float> y(static_cast<size_t>(c.s.tokens * c.s.out), kNan);
+  const size_t tokens = static_cast<size_t>(c.s.tokens), outs = tokens * static_cast<size_t>(c.s.out);
+  const Guarded y = Guarded::floats(outs);
+  const Guarded kept_pre = Guarded::floats(tokens * static_cast<size_t>(c.s.hidden));
+  const Guarded kept_z = Guarded::floats(outs), kept_stats = Guarded::floats(4 * tokens);
   cpu::LinkForward call{};
   call.config = c.config(isa, threads);
   call.weights = weights;
   call.x = {c.x.data(), c.s.in, Dtype::f32};
   call.y = {y.data(), Dtype::f32};
   if (pre != nullptr) {
-    pre->assign(static_cast<size_t>(c.s.tokens * c.s.hidden), kNan);
-    z->assign(static_cast<size_t>(c.s.tokens * c.s.out), kNan);
-    stats->assign(static_cast<size_t>(4 * c.s.tokens), kNan);
-    call.pre = {pre->data(), Dtype::f32};
-    call.z = {c.s.norms ? z->data() : nullptr, Dtype::f32};
-    call.stats = stats->data();
+    call.pre = {kept_pre.data(), Dtype::f32};
+    call.z = {c.s.norms ? kept_z.data() : nullptr, Dtype::f32};
+    call.stats = kept_stats.data();
   }
   const int64_t bytes = cpu::link_forward_workspace(call);
   CHECK(bytes > 0, "workspace %lld", static_cast<long long>(bytes));
-  const Buffer workspace = workspace_of(bytes);
+  const Guarded workspace = workspace_of(bytes);
   CHECK(cpu::link_forward(call, workspace.get(), bytes - 1) == Status::workspace_too_small, "short workspace taken");
   const Status status = cpu::link_forward(call, workspace.get(), bytes);
   CHECK(status == Status::ok, "link_forward status %d", static_cast<int>(status));
-  return y;
+  if (pre != nullptr) *pre = kept_pre.values(), *z = kept_z.values(), *stats = kept_stats.values();
+  return y.values();
 }
 
 double largest_error(const std::vector<float>& actual, const std::vector<double>& exact) {
@@ -242,9 +267,16 @@ Gradients run_backward(const Case& c, Isa isa, int threads) {
   call.pre = {pre.data(), c.s.hidden, Dtype::f32};
   call.z = {z.data(), c.s.out, Dtype::f32};
   call.stats = stats.data();
-  const auto want = [](std::vector<float>& v, size_t count, bool present) {
-    v.assign(count, kNan);
-    return Output{present ? v.data() : nullptr, Dtype::f32};
+  struct Wanted {
+    Wanted(std::vector<float>& to, size_t count) : result(&to), kept(count * sizeof(float)) {}
+    std::vector<float>* result;
+    Guarded kept;
+  };
+  std::deque<Wanted> wanted;
+  const auto want = [&](std::vector<float>& result, size_t count, bool present) {
+    if (!present) return Output{nullptr, Dtype::f32};
+    wanted.emplace_back(result, count);
+    return Output{wanted.back().kept.data(), Dtype::f32};
   };
   call.dx = want(g.dx, c.x.size(), true);
   call.dw1 = want(g.dw1, c.w1.size(), true);
@@ -258,9 +290,10 @@ Gradients run_backward(const Case& c, Isa isa, int threads) {
   call.dnorm_out_weight = want(g.dgo, c.go.size(), c.s.norms);
   call.dnorm_out_bias = want(g.dco, c.co.size(), c.s.norms && c.s.biases);
   const int64_t bytes = cpu::link_backward_workspace(call);
-  const Buffer workspace = workspace_of(bytes);
+  const Guarded workspace = workspace_of(bytes);
   const Status status = cpu::link_backward(call, workspace.get(), bytes);
   CHECK(status == Status::ok, "link_backward status %d", static_cast<int>(status));
+  for (const Wanted& w : wanted) *w.result = w.kept.values();
   return g;
 }
 
@@ -301,7 +334,7 @@ void test_link(Isa isa, const Shape& s) {
   const int64_t bytes1 = cpu::packed_bytes(s.hidden, s.in, Dtype::f32, isa);
   const int64_t bytes2 = cpu::packed_bytes(s.out, s.hidden, Dtype::f32, isa);
   const int64_t bytes3 = cpu::packed_bytes(s.out, s.in, Dtype::f32, isa);
-  const Buffer packed1 = workspace_of(bytes1), packed2 = workspace_of(bytes2), packed3 = workspace_of(bytes3);
+  const Guarded packed1 = workspace_of(bytes1), packed2 = workspace_of(bytes2), packed3 = workspace_of(bytes3);
   cpu::LinkWeights packed = c.weights(Form::packed);
   cpu::pack_weight({c.w1.data(), Dtype::f32}, s.hidden, s.in, packed1.get(), Dtype::f32, isa, 2);
   cpu::pack_weight({c.w2.data(), Dtype::f32}, s.out, s.hidden, packed2.get(), Dtype::f32, isa, 2);
@@ -333,14 +366,16 @@ void test_link(Isa isa, const Shape& s) {
 
 void test_handoff() {
   const std::vector<float> rows = random_values(2 * 5, 1), table = random_values(4 * 5, 2);
-  std::vector<float> out = table, taken(10, kNan);
+  const Guarded out = Guarded::floats(20), taken = Guarded::floats(10);
+  std::memcpy(out.get(), table.data(), 80);
   const int64_t slots[2] = {3, 0}, outside[2] = {3, 4};
   CHECK(cpu::handoff_scatter(rows.data(), 20, slots, 2, 20, out.data(), 20, 4) == Status::ok, "scatter failed");
   CHECK(std::memcmp(out.data() + 15, rows.data(), 20) == 0 && std::memcmp(out.data(), rows.data() + 5, 20) == 0 &&
             std::memcmp(out.data() + 5, table.data() + 5, 40) == 0,
         "scatter wrote wrong rows");
   CHECK(cpu::handoff_take(out.data(), 20, 4, slots, 2, 20, taken.data()) == Status::ok, "take failed");
-  CHECK(std::memcmp(taken.data(), rows.data(), 40) == 0 && out[0] == 0.0f && out[19] == 0.0f, "take read wrong rows");
+  CHECK(std::memcmp(taken.data(), rows.data(), 40) == 0 && out.data()[0] == 0.0f && out.data()[19] == 0.0f,
+        "take read wrong rows");
   CHECK(cpu::handoff_scatter(rows.data(), 20, outside, 2, 20, out.data(), 20, 4) == Status::row_out_of_range,
         "a row outside the table was written");
 }
@@ -351,7 +386,7 @@ void test_alignment(Isa isa) {
   const std::vector<float> table = random_values(static_cast<size_t>(table_rows * features), 2);
   const int64_t ids[7] = {4, 0, 1, 1, 2, 3, 4};
   const float mask[7] = {1, 0, 1, 0.5f, 1, 1, 0};
-  std::vector<float> grad(pred.size(), kNan);
+  const Guarded grad = Guarded::floats(pred.size());
   float loss = kNan;
   cpu::Alignment call{tokens,
                       features,
@@ -368,7 +403,7 @@ void test_alignment(Isa isa) {
                       isa,
                       2};
   const int64_t bytes = cpu::alignment_workspace(call);
-  const Buffer workspace = workspace_of(bytes);
+  const Guarded workspace = workspace_of(bytes);
   CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::ok, "alignment failed");
   const auto exact = [&](const std::vector<float>& rows) {
     double total = 0.0, weight = 0.0;
@@ -388,7 +423,7 @@ void test_alignment(Isa isa) {
     std::vector<float> up = pred, down = pred;
     up[i] += 1.0f / 256, down[i] -= 1.0f / 256;
     const double slope = (exact(up) - exact(down)) * 128.0;
-    CHECK(std::fabs(slope - grad[i]) <= 1e-4, "gradient %g, slope %g", grad[i], slope);
+    CHECK(std::fabs(slope - grad.data()[i]) <= 1e-4, "gradient %g, slope %g", grad.data()[i], slope);
   }
   const int64_t outside[7] = {4, 0, 1, 5, 2, 3, 4};
   call.token_ids = outside;

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recmas_kernels import LinkConfig, clear_packed, recursive_link, use_backend
+from recmas_kernels import LinkConfig, recursive_link, use_backend
 from recmas_kernels.backends import Call, cpu
+from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
 from tests.kernels.helpers import (
     LOW_PRECISION,
     check_budget,
@@ -29,59 +27,12 @@ from tests.kernels.helpers import (
 )
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-AVAILABLE = cpu.ISAS[: cpu._native().best_isa() + 1] if cpu.unavailable() is None else ()
-GUARD = 256  # bytes each side of a guarded buffer
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    with mock.patch.dict(os.environ, RECMAS_CPU_ISA=name):
-        cpu._isa.cache_clear()
-        try:
-            with use_backend("cpu"):
-                yield
-        finally:
-            clear_packed()
-    cpu._isa.cache_clear()
 
 
 @pytest.fixture(params=AVAILABLE)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with instruction_set(request.param):
         yield request.param
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def guarded_allocations() -> Iterator[None]:
-    """Every ``torch.empty`` starts as NaN between guard bands, which are checked at the end."""
-    allocate, guarded = torch.empty, []
-
-    def empty(*sizes: int | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-        shape = torch.Size(sizes[0] if isinstance(sizes[0], tuple) else sizes)
-        itemsize = torch.zeros((), dtype=dtype).element_size()
-        size = shape.numel() * itemsize
-        band = allocate(size + 2 * GUARD + 64, dtype=torch.uint8).fill_(0xAA)
-        start = GUARD + -(band.data_ptr() + GUARD) % 64
-        band[start : start + size] = 0xFF  # NaN in every floating dtype
-        guarded.append((band, start, start + size))
-        return band[start : start + size].view(dtype).view(shape)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
-    assert guarded
-    for band, start, end in guarded:
-        assert (band[:start] == 0xAA).all(), "a kernel wrote before its buffer"
-        assert (band[end:] == 0xAA).all(), "a kernel wrote past its buffer"
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
@@ -140,6 +91,25 @@ def test_same_bits_every_run(isa, dtype, count):
         assert torch.equal(first.y, second.y)
         for name, grad in first.grads.items():
             assert torch.equal(grad, second.grads[name]), name
+
+
+@pytest.mark.parametrize("tokens", [20, 129, 300])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_same_bits_at_every_thread_count(isa, dtype, tokens):
+    """Threads take panels, or rows where panels are few; streamed and packed weights alike."""
+    link = make_link(LinkConfig("outer", 96, 130, 96, "linear"), dtype)
+    x, dy = make_rows(tokens, 96, dtype=dtype), make_rows(tokens, 96, dtype=dtype, seed=2)
+    results, grads = [], []
+    for count in (1, 2, 3):
+        with threads(count):
+            grads.append(run(link, x, dy).grads)
+            with torch.no_grad():
+                results += [link(x) for _ in range(3)]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+        assert torch.equal(grad, grads[2][name]), name
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
@@ -238,18 +208,18 @@ SIZES = st.integers(1, 300)
     residual=st.sampled_from(["identity", "linear", "none"]),
     norm=st.booleans(),
     bias=st.booleans(),
-    offset=st.integers(0, 5),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
     isa=st.sampled_from(AVAILABLE or ("baseline",)),
 )
-def test_any_shape(tokens, in_features, hidden_features, out_features, dtype, residual, norm, bias, offset, isa):
+def test_any_shape(tokens, in_features, hidden_features, out_features, dtype, residual, norm, bias, layouts, isa):
     if norm:  # over one or two features a norm's gradient is nothing but rounding
         in_features, out_features = in_features + 7, out_features + 7
     out_features = in_features if residual == "identity" else out_features
     config = LinkConfig("outer", in_features, hidden_features, out_features, residual, norm=norm, bias=bias)
     link = make_link(config, dtype)
-    x = make_rows(tokens, in_features + offset, dtype=dtype)[:, offset:]
-    dy = make_rows(tokens, out_features, dtype=dtype, seed=2)
-    with instruction_set(isa):
+    x = laid_out(make_rows(tokens, in_features, dtype=dtype), layouts[0])
+    dy = laid_out(make_rows(tokens, out_features, dtype=dtype, seed=2), layouts[1])
+    with instruction_set(isa), guarded_allocations():
         fused = run(link, x, dy)
     exact_link = eager_twin(link, torch.float64)
     truth = run(exact_link, x.double(), dy.double())
