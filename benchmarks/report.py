@@ -87,12 +87,14 @@ def page(suites: dict[str, dict[str, Any]]) -> str:
             parts.append("![time against tokens](link.svg)")
         if name == "handoff":
             parts.append("![text against latent handoff](handoff.svg)")
-        parts += [
-            tables.full_table(suite["records"]),
-            "Every implementation, median:",
-            tables.peer_table(suite["records"]),
-        ]
+        parts += _tables(name, suite["records"])
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(name: str, records: Sequence[tables.Record]) -> list[str]:
+    if name == "complexity":
+        return [tables.fit_table(records), *(tables.whole_table(record) for record in records if "turns" in record)]
+    return [tables.full_table(records), "Every implementation, median:", tables.peer_table(records)]
 
 
 def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
@@ -111,6 +113,12 @@ def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
     rest = [record for name, suite in suites.items() if name != "link" for record in suite["records"]]
     if rest:
         parts.append(tables.headline_rest(rest))
+    if "complexity" in suites:
+        parts += [
+            "How text and latent turns grow (proposition 3.1):",
+            tables.fit_table(suites["complexity"]["records"]),
+        ]
+    parts.append(tables.goals(record for suite in suites.values() for record in suite["records"]))
     return "\n\n".join(parts)
 
 

@@ -138,10 +138,57 @@ def headline_link(records: Sequence[Record]) -> str:
     return table(header, rows)
 
 
+def fit_table(records: Sequence[Record]) -> str:
+    """How times grow, a row per term: sizes and times at both ends, exponent, and what it must be."""
+    rows = []
+    for record in records:
+        if "sizes" not in record:
+            continue
+        fit, (first, *_, last) = record["fit"], record["seconds"]
+        if fit is None:
+            wanted = "must grow: the negative control" if record["control"] else "must stay"
+            exponent, explained = "–", "–"
+        else:
+            wanted = f"{record['expected']} ± {record['goal']['within']}"
+            exponent = f"{fit['exponent']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
+            explained = f"{fit['r2']:.4f}"
+        sizes = f"{record['factor']} = {record['sizes'][0]} to {record['sizes'][-1]}"
+        times = f"{duration(first * 1e6)} to {duration(last * 1e6)} ({record['growth']:.2f}×)"
+        state = "**missed**" if record["missed"] else "met"
+        rows.append([record["op"], sizes, times, exponent, explained, f"{wanted}: {state}"])
+    return table(["what", "over", "time", "exponent", "R²", "goal"], rows)
+
+
+def whole_table(record: Record) -> str:
+    """The coefficients of the whole model, and text against latent turns at equal m."""
+    rows = []
+    for term in record["terms"]:
+        value, low, high = (number(term[key] * 1e9) for key in ("coefficient", "low", "high"))
+        rows.append([term["name"], value, f"{low} to {high}"])
+    terms = table(["term", "ns per unit", "95% interval"], rows)
+    turns = record["turns"]
+    ratios = [turn["text"] / turn["latent"] for turn in turns]
+    least, most = (turns[ratios.index(pick(ratios))] for pick in (min, max))
+
+    def said(turn: Mapping[str, Any]) -> str:
+        sizes = f"d={turn['features']}, |V|={turn['vocabulary']}, t={turn['prompt']}, m={turn['steps']}"
+        return f"{turn['text'] / turn['latent']:.2f}× ({sizes})"
+
+    parts = [
+        f"All terms at once, non-negative least squares over {2 * len(turns)} whole turns, R² {record['r2']:.4f}:",
+        terms,
+        f"The head takes {record['head_over_least']:.2f} times that of reading its weights at the measured rate. "
+        f"Removing it is worth, in whole turns at equal m, from {said(least)} to {said(most)}.",
+    ]
+    return "\n\n".join(parts)
+
+
 def headline_rest(records: Sequence[Record]) -> str:
     """One row per record of the smaller suites: what, how long, and against whom."""
     rows = []
     for record in records:
+        if "impls" not in record:
+            continue
         fused = record["impls"][FUSED]
         against = ", ".join(
             f"{ratio_cell(record, peer, interval=False)} {peer}" for peer in record["ratios"] if peer != PRODUCTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from recmas import RecursiveMAS
 from recmas.running import Answers
 from tests.kernels.helpers import relative_error
 
+NO_REUSE = "fused, no prefix reuse"
 REFERENCE = "reference algorithm"
 RELOADING = "reference algorithm, reloading"
 EQUAL = 1e-5  # of the largest entry, float32
@@ -33,29 +35,36 @@ class Pair:
     def __init__(self, case: Setting, folder: Path) -> None:
         self.case, self.folder, self.system = case, folder, case.system()
         self.system.save_pretrained(folder)
-        self.answers, self.reference = Answers(), Run()
+        self.answers: dict[str, Answers] = {}
+        self.reference = Run()
 
-    def run_ours(self) -> None:
+    def run_ours(self, name: str) -> None:
         rows = [{"question": question} for question in self.case.questions]
-        self.answers = self.system.answer(
-            rows, max_new_tokens=self.case.new_tokens, batch_size=self.case.batch, trace=True
+        self.answers[name] = self.system.answer(
+            rows,
+            max_new_tokens=self.case.new_tokens,
+            batch_size=self.case.batch,
+            trace=True,
+            prefix_reuse=name == FUSED,
         )
 
     def run_reference(self) -> None:
         case = self.case
         self.reference = reference_run(self.folder, PROMPTS, case.questions, case.rounds, case.steps, case.new_tokens)
 
-    def error(self) -> float:
-        """Largest relative error of a handoff; the texts are equal, too, as far as the logits decide between tokens."""
-        errors = []
-        for visit, truth in enumerate(self.reference.latents):
-            latents = [answer.handoffs[visit].latents for answer in self.answers]
-            assert all(isinstance(rows, Tensor) for rows in latents)
-            errors.append(relative_error(torch.stack(latents), truth.double()))
-        assert max(errors) <= EQUAL, f"handoffs of the two runs differ by {max(errors):.1e}"
-        for row, answer in enumerate(self.answers):
-            check_text(answer.tokens, self.reference.tokens[row].tolist(), self.reference.logits[row])
-        return max(errors)
+    def errors(self) -> dict[str, float]:
+        """Largest relative error of a handoff, by run; the texts are equal, too, as far as the logits decide."""
+        errors = {}
+        for name, answers in self.answers.items():
+            found = []
+            for visit, truth in enumerate(self.reference.latents):
+                latents = torch.stack([answer.handoffs[visit].latents for answer in answers])
+                found.append(relative_error(latents, truth.double()))
+            errors[name] = max(found)
+            assert errors[name] <= EQUAL, f"{name}: handoffs differ by {errors[name]:.1e}"
+            for row, answer in enumerate(answers):
+                check_text(answer.tokens, self.reference.tokens[row].tolist(), self.reference.logits[row])
+        return errors
 
 
 def check_text(tokens: list[int], expected: list[int], logits: Tensor) -> None:
@@ -91,21 +100,26 @@ def least_work(case: Setting, system: RecursiveMAS) -> floors.Work:
 
 def test_system(case: Setting, bench: Bench, tmp_path: Path) -> None:
     small = Pair(SMALL, tmp_path / "small")
-    small.run_ours()
     small.run_reference()
-    small.error()
+    for name in (FUSED, NO_REUSE):
+        small.run_ours(name)
+    small.errors()
 
     pair = Pair(case, tmp_path / "system")
     errors: dict[str, float] = {}
 
     def settle(samples: Samples) -> Samples:
         """The timed runs must agree; the reference's counts twice, with what it loads again and again and without."""
-        errors[FUSED] = pair.error()
+        errors.update(pair.errors())
         return {**samples, REFERENCE: [seconds - pair.reference.loading for seconds in samples[RELOADING]]}
 
     bench.run(
         Labels("system", "answer", case.shape, torch.float32, "forward", case.prompt),
-        {FUSED: pair.run_ours, RELOADING: pair.run_reference},
+        {
+            FUSED: partial(pair.run_ours, FUSED),
+            NO_REUSE: partial(pair.run_ours, NO_REUSE),
+            RELOADING: pair.run_reference,
+        },
         least_work(case, pair.system),
         errors,
         Goal(6.0, 15.0, peer=REFERENCE),

@@ -12,6 +12,9 @@ import torch
 from benchmarks import floors, report, tables
 from benchmarks.record import SCHEMA, Labels, make_record
 from benchmarks.shapes import INNER, Goal
+from benchmarks.test_bench_complexity import Case
+from benchmarks.test_bench_complexity import labels as complexity_labels
+from benchmarks.test_bench_complexity import record as fit_record
 
 SLUG = "cpu-test"
 
@@ -147,3 +150,37 @@ def test_files_that_are_no_run_give_one_line(tmp_path: Path, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert error.startswith(f"error: {run} is not a benchmark run")
     assert error.count("\n") == 1
+
+
+def test_fits_get_a_table_of_their_own_and_count_as_goals(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    grown = [[1.0 + size] * 3 for size in (1, 2, 4)]
+    linear = Case("text step", "|V|", 1, (1, 2, 4), ())
+    flat = Case("latent turn", "|V|", 0, (1, 4), ())
+    turn = {"features": 8, "vocabulary": 9, "prompt": 3, "steps": 2, "text": 3.0, "latent": 2.0}
+    turns = {
+        **complexity_labels("whole turns", "all"),
+        "terms": [{"name": "1", "coefficient": 2e-9, "low": 1e-9, "high": 3e-9}],
+        "head_over_least": 1.25,
+        "r2": 0.999,
+        "turns": [turn],
+        "goal": {"within": None, "r2": 0.995},
+        "missed": None,
+    }
+    records = [fit_record(linear, (1, 2, 4), grown), fit_record(flat, (1, 4), [[1.0] * 3, [2.0] * 3]), turns]
+    run = write_run(tmp_path / "run.json", [link_record(), *records])
+    assert report.main([str(run), "--results", str(results), "--readme", str(readme)]) == 0
+    page = (results / SLUG / "README.md").read_text()
+    assert (
+        r"| text step | \|V\| = 1 to 4 | 2000 ms to 5000 ms (2.50×) | 1.00 [1.00, 1.00] | 1.0000 | 1 ± 0.1: met |"
+        in page
+    )
+    assert "must stay: **missed**" in page
+    assert "| 1 | 2 | 1 to 3 |" in page
+    assert "from 1.50× (d=8, |V|=9, t=3, m=2)" in page
+    assert "- missed: latent turn over |V| float32 forward T=4 (warm): grows 2.00x, must at most 1.10x" in page
+    text = readme.read_text()
+    assert "3 of 4 goals met" in text
+    assert "must stay: **missed**" in text
