@@ -79,6 +79,11 @@ class Agent:
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"agent {name!r}: {source} needs code of its own to be run; if you trust it, allow that with "
+                    "--trust-remote-code (trust_remote_code=True)"
+                ) from error
             raise ValueError(f"agent {name!r}: cannot load {source}: {_first_line(error)}") from error
         return cls(model.to(device), tokenizer, name=name, source=source)
 

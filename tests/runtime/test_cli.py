@@ -11,10 +11,11 @@ from dataclasses import asdict
 
 import pytest
 
-from recmas import SEQUENTIAL, RecursiveMAS
+from recmas import SEQUENTIAL, RecursiveMAS, storage
 from recmas.cli import main
 from recmas.cli.init import read_pattern
 from recmas.spec import read_spec
+from recmas.training import alignment
 from tests.runtime.tiny import tiny_agent, tiny_link
 
 ROWS = [
@@ -288,6 +289,36 @@ def test_init_then_train_then_eval(made, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "warm" / "links" / "planner-critic" / "model.safetensors").read_bytes() != fresh
     assert main(["eval", "warm", "--data", rows, "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"][0]["questions"] == 2
+
+
+@pytest.mark.parametrize("failing", ["training", "saving"])
+def test_a_training_that_failed_halfway_goes_on_and_ends_as_if_it_had_not(made, tmp_path, monkeypatch, capsys, failing):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "inner", str(made / "system"), "--data", str(made / "rows.jsonl"), "--steps", "2"]
+    words += ["--batch-size", "2", "--json"]
+    assert main([*words, "--output", "whole"]) == 0
+    calls, owner = [], alignment if failing == "training" else storage
+    name = "train" if failing == "training" else "write_spec"
+    real = getattr(owner, name)
+
+    def second_fails(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, second_fails)
+        assert main([*words, "--output", "cut"]) == 2
+    fresh = (made / "system" / "links" / "planner" / "model.safetensors").read_bytes()
+    assert (tmp_path / "cut" / "links" / "planner" / "model.safetensors").read_bytes() == fresh
+    capsys.readouterr()
+    assert main([*words, "--output", "cut"]) == 2
+    assert "already holds a training run; go on with it (--resume" in capsys.readouterr().err
+    assert main([*words, "--output", "cut", "--resume"]) == 0
+    for role in SEQUENTIAL.roles:
+        path = f"links/{role}/model.safetensors"
+        assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes() != fresh
 
 
 def test_inspect(made, monkeypatch, capsys):

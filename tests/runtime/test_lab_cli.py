@@ -90,8 +90,14 @@ def test_the_grid_as_text() -> None:
     ("arguments", "message"),
     [
         (["eval", "nowhere"], "nowhere/system.json: no such file; nowhere is not a system"),
-        (["eval", SHIPPED, "--questions", "1"], "count: 1 is too few; latents are shuffled among 2 questions or more"),
-        (["eval", SHIPPED, "--questions", "0"], "count: 0 is too few; latents are shuffled among 2 questions or more"),
+        (
+            ["eval", SHIPPED, "--questions", "1"],
+            "--questions: 1 is too few; latents are shuffled among 2 questions or more",
+        ),
+        (
+            ["eval", SHIPPED, "--questions", "0"],
+            "--questions: 0 is too few; latents are shuffled among 2 questions or more",
+        ),
         (["questions", "q.jsonl", "--hops", "9"], "hops must be between 0 and 4, got 9"),
         (["questions", "q.jsonl", "--count", "0"], "--count: 0 is not positive"),
         (["build", "."], ".: exists and is not a system; nothing was built"),

@@ -77,3 +77,12 @@ def test_unknown_dtypes_are_told_before_anything_is_loaded(dtype):
     message = f"^dtype: '{dtype}' is not one of auto, float32, bfloat16, float16$"
     with pytest.raises(ValueError, match=message):
         RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, "/no/such/folder"), SEQUENTIAL, dtype=dtype)
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_allowed(tmp_path):
+    content = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    message = "needs code of its own to be run; if you trust it, allow that with --trust-remote-code"
+    with pytest.raises(ValueError, match=f"^agent 'x': [^\n]*{message}[^\n]*$"):
+        Agent.from_pretrained(tmp_path, name="x")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from recmas import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Pattern, RecursiveMAS
+from recmas.cli import main
 from recmas.spec import PromptSpec
 from tests.runtime.tiny import tiny_agent
 
@@ -137,6 +139,20 @@ def test_pattern_equals_the_loop_written_by_hand(name, mode):
             expected = loop(ByHand(mas, question, mode == "latent"), rounds)
             assert answer.tokens == expected
             assert answer.text == mas.agents[pattern.last].tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@torch.no_grad()
+def test_pattern_on_the_command_line_equals_the_loop_written_by_hand(name, tmp_path, monkeypatch, capsys):
+    pattern, loop = LOOPS[name]
+    mas = make(pattern)
+    mas.save_pretrained(tmp_path / "system")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in QUESTIONS))
+    monkeypatch.chdir(tmp_path)
+    options = ["--rounds", "3", "--max-new-tokens", str(NEW_TOKENS), "--batch-size", "2", "--json"]
+    assert main(["run", "system", "--questions", "rows.jsonl", *options]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [answer["tokens"] for answer in answers] == [loop(ByHand(mas, text, True), 3) for text in QUESTIONS]
 
 
 @torch.no_grad()

@@ -114,6 +114,8 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     from recmas.lab.threads import one_thread
 
     count = default if options.questions is None else options.questions
+    if count < 2:
+        raise ValueError(f"--questions: {count} is too few; latents are shuffled among 2 questions or more")
     hops, rounds, methods = (1, 2, 3), (1, 2, 3), (*MODES, *CONTROLS)
     total = len(hops) * len(runs(methods, rounds))
     with loaded(options) as mas, tqdm(total=total, desc="relay", leave=False, disable=None) as bar:
