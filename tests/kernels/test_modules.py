@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
-from tests.kernels.helpers import configs, make_link, make_rows
+from tests.kernels.helpers import check_budget, configs, eager_twin, make_link, make_rows
 
 INNER = {
     "proj1.weight": (8, 8),
@@ -50,8 +50,8 @@ def test_the_state_dict_round_trips_with_the_eager_module(backend, kind):
     eager.load_state_dict(fused.state_dict(), strict=True)
     again = FusedRecursiveLink(fused.config)
     again.load_state_dict(eager.state_dict(), strict=True)
-    x = make_rows(3, fused.config.in_features)
-    torch.testing.assert_close(again(x), eager(x), rtol=1e-5, atol=1e-5)
+    x = make_rows(64, fused.config.in_features)
+    check_budget("y", again(x), eager(x), eager_twin(eager, torch.float64)(x.double()), torch.float32)
     assert torch.equal(again(x), fused(x))
 
 
@@ -77,14 +77,17 @@ def test_copies_and_pickles_are_independent(backend):
 
 def test_conversions_take_effect(backend):
     link = make_link(configs()["inner"])
-    x = make_rows(3, 40)
+    x = make_rows(64, 40)
     with torch.no_grad():
         for _ in range(3):
             link(x)
         half = link.to(torch.bfloat16)(x.bfloat16())
         assert half.dtype == torch.bfloat16
         back = link.float()(x)
-    torch.testing.assert_close(back, half.float(), rtol=0.05, atol=0.05)
+        truth = eager_twin(link, torch.float64)(x.double())
+        check_budget("back in float32", back, eager_twin(link, torch.float32)(x), truth, torch.float32)
+        exact = eager_twin(link, torch.float64)(x.bfloat16().double())
+        check_budget("bfloat16", half, eager_twin(link, torch.bfloat16)(x.bfloat16()), exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
