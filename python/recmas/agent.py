@@ -15,8 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recmas.cache import Reader, positions_of, read
 from recmas.decoding import Reply, write
+from recmas.rollout import Rollouts
 from recmas.spec import DTYPES
-from recmas.splice import Latents, Prompt, run_link
+from recmas.splice import Latents, Prompt
 
 
 class Agent:
@@ -27,15 +28,22 @@ class Agent:
         tokenizer: its tokenizer.
         name: begins error messages (the role).
         source: hub id or folder the model came from; None if it was built in memory.
+        compile: run the latent rollout's step through `torch.compile`, where the model can run at fixed shapes.
+
+    Attributes:
+        rollouts: how rollouts are run, and why the latest was not captured (`recmas.rollout`).
 
     Raises:
         ValueError: a model whose logits this class cannot compute from hidden states.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, source: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, source: str | None = None, compile: bool = False
+    ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer, self.name, self.source = tokenizer, name, source
         self.decoder: PreTrainedModel = model.get_decoder()
+        self.rollouts = Rollouts(compiled=compile)
         self._config = model.config.get_text_config(decoder=True)
         self._logits_factor = _logits_factor(self._config, name)
         self._softcap: float | None = getattr(self._config, "final_logit_softcapping", None)
@@ -196,10 +204,7 @@ class Agent:
             return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
         self._check_context(prompt.mask, steps - 1)
         past, hidden = reader(self.decoder, prompt, steps - 1, None)
-        states = [run_link(link, hidden)]
-        for _ in range(steps - 1):
-            states.append(run_link(link, past.feed(states[-1][:, None].to(prompt.embeds.dtype))))
-        return Latents(torch.stack(states, dim=1))
+        return Latents(self.rollouts(past, hidden, steps, link))
 
     def write(
         self,

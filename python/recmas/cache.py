@@ -50,6 +50,11 @@ class Continuation:
         self._positions = positions_of(self._mask, self._last)
         self.length = length
 
+    @property
+    def mask(self) -> Tensor:
+        """int64 ``[B, length]`` of what was fed."""
+        return self._mask[:, : self.length]
+
     def feed(self, embeds: Tensor) -> Tensor:
         """Append ``[B, S, d]`` input embeddings; the final-norm hidden state ``[B, d]`` at the last one."""
         start, self.length = self.length, self.length + embeds.shape[1]
@@ -58,7 +63,7 @@ class Continuation:
             self._positions = positions_of(self._mask, self._last)
         output = self.decoder(
             inputs_embeds=embeds,
-            attention_mask=self._mask[:, : self.length],
+            attention_mask=self.mask,
             position_ids=self._positions[:, start : self.length],
             past_key_values=self.cache,
             use_cache=True,
