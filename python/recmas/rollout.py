@@ -44,12 +44,14 @@ class Rollouts:
         static: fixed shapes even where nothing is captured or compiled.
 
     Attributes:
+        off: why graphs are not wanted; empty if they are.
         reason: why the latest rollout was not captured; empty if it was.
         captures: graphs captured so far.
     """
 
     def __init__(self, *, compiled: bool = False, graphs: bool = True, static: bool = False) -> None:
-        self.compiled, self.graphs, self.static = compiled, graphs, static
+        self.compiled, self.static = compiled, static
+        self.off = "" if graphs else "graphs are off"
         self.reason = ""
         self.captures = 0
         self._moves, self._failed = 0, ""
@@ -75,8 +77,8 @@ class Rollouts:
     def _uncaptured(self, hidden: Tensor, steps: int, link: Link) -> str:
         if not hidden.is_cuda:
             return f"graphs are captured on CUDA; this is {hidden.device.type}"
-        if not self.graphs:
-            return "graphs are off"
+        if self.off:
+            return self.off
         if steps == 1:
             return "a single step feeds nothing back"
         if not isinstance(link, nn.Module):
@@ -133,17 +135,18 @@ class _Bucket:
     def _capture(self, past: Continuation, hidden: Tensor, steps: int, link: nn.Module) -> tuple[Any, Tensor, Tensor]:
         """The graph, the buffer it reads its first hidden states from, and the one it leaves its states in."""
         start = hidden.clone()
-        side = torch.cuda.Stream(hidden.device)
-        side.wait_stream(torch.cuda.current_stream(hidden.device))
-        with torch.cuda.stream(side):  # compiles, tunes and allocates what the capture must not
-            for _ in range(2):
-                self.static.load(past)
-                loop(self.static.step, start, steps, link)
-        torch.cuda.current_stream(hidden.device).wait_stream(side)
-        self.static.load(past)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            states = loop(self.static.step, start, steps, link)
+        with torch.cuda.device(hidden.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles, tunes and allocates what the capture must not
+                for _ in range(2):
+                    self.static.load(past)
+                    loop(self.static.step, start, steps, link)
+            torch.cuda.current_stream().wait_stream(side)
+            self.static.load(past)
+            with torch.cuda.graph(graph):
+                states = loop(self.static.step, start, steps, link)
         return graph, start, states
 
     def _rows(self, hidden: Tensor) -> Tensor:

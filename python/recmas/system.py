@@ -99,6 +99,7 @@ class RecursiveMAS:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         seed: int | None = None,
+        compile: bool = False,
     ) -> RecursiveMAS:
         """A system of given models with fresh links of the released shape, float32.
 
@@ -114,6 +115,7 @@ class RecursiveMAS:
             dtype: of the agents loaded here; "auto" is the checkpoint's.
             trust_remote_code: for transformers.
             seed: of the links; None draws from torch's global generator.
+            compile: as for `Agent`, of the agents loaded here.
         """
         if link_scale not in ("embedding", "none"):
             raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
@@ -125,6 +127,8 @@ class RecursiveMAS:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
         sources = {role: (os.fspath(model), dtype) for role, model in models.items() if not isinstance(model, Agent)}
         loaded = storage.load_agents(sources, place(device, pattern.roles), trust_remote_code)
+        for agent in loaded.values():
+            agent.rollouts.compiled = compile
         agents = {role: model if isinstance(model, Agent) else loaded[role] for role, model in models.items()}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -157,6 +161,7 @@ class RecursiveMAS:
         trust_remote_code: bool = False,
         *,
         offload: bool = False,
+        compile: bool = False,
     ) -> RecursiveMAS:
         """A system from its folder.
 
@@ -168,11 +173,15 @@ class RecursiveMAS:
             trust_remote_code: for transformers.
             offload: keep weights in host memory and bring each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
+            compile: as for `Agent`.
 
         Raises:
             ValueError: a file that is missing, damaged or does not fit; one line naming it.
         """
-        return storage.load(cls, Path(folder), device, dtype, trust_remote_code, offload)
+        mas = storage.load(cls, Path(folder), device, dtype, trust_remote_code, offload)
+        for agent in mas.agents.values():
+            agent.rollouts.compiled = compile
+        return mas
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the system into `folder`; nothing half-written ever replaces a good file.
@@ -416,6 +425,8 @@ class RecursiveMAS:
             parts[role].append(link)
         for (_, receiver), outer in self.outer_links.items():
             parts[receiver].append(outer)
+        for agent in self.agents.values():
+            agent.rollouts.off = "weights are on the device for visits only"
         return Lender(placement, parts)
 
     def _place_links(self, placement: Placement, dtype: torch.dtype | None) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts at fixed shapes, compiled, and captured: the numbers of the plain loop, on buffers that stay where they are."""
+"""Rollouts at fixed shapes, compiled and captured: the numbers of the plain loop, on buffers that stay in place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agent import Agent
 from recmas.prefix import Prefixes
 from recmas.prompts import Slot
@@ -113,8 +114,10 @@ def test_few_buckets_are_kept():
     link = tiny_link(agent)
     for length in (10, 70, 130, 190, 10, 240):
         agent.think(prompts(agent, (length,))[0], 4, link)
-    columns = [held.static.columns for held in agent.rollouts._buckets.values()]
-    assert columns == [192, 256, 64, 256][-BUCKETS:] or columns == [128, 192, 64, 256]
+    agent.think(prompts(agent, (10, 10))[0], 4, link)
+    kept = [(held.static.rows, held.static.columns) for held in agent.rollouts._buckets.values()]
+    assert kept == [(1, 192), (1, 64), (1, 256), (2, 64)]
+    assert len(kept) == BUCKETS
 
 
 def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
@@ -156,12 +159,27 @@ def test_one_step_is_compiled_for_all_steps_and_batches_of_a_bucket(family, monk
 
 @torch.no_grad()
 def test_the_compiled_step_gives_the_same_numbers():
+    """With torch's own compiler, on the CPU."""
     agent = Agent(tiny_model("llama"), tiny_tokenizer(), name="x", compile=True)
     link = tiny_link(agent)
     batch, rows = prompts(agent, (9, 3, 7))
     states = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
         assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+
+
+def test_a_system_compiles_the_agents_it_loads(tmp_path):
+    mas = RecursiveMAS.create({role: tiny_agent("llama") for role in SEQUENTIAL.roles}, SEQUENTIAL, rounds=1)
+    assert not mas.agents["planner"].rollouts.compiled
+    mas.save_pretrained(tmp_path / "s")
+    for compile in (False, True):
+        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", compile=compile)
+        assert {agent.rollouts.compiled for agent in loaded.agents.values()} == {compile}
+    models = {role: tmp_path / "s" / "agents" / role for role in SEQUENTIAL.roles if role != "critic"}
+    made = RecursiveMAS.create({**models, "critic": mas.agents["critic"]}, SEQUENTIAL, rounds=1, compile=True)
+    assert [made.agents[role].rollouts.compiled for role in SEQUENTIAL.roles] == [True, False, True]
+    lent = RecursiveMAS.from_pretrained(tmp_path / "s", offload=True)
+    assert lent.agents["planner"].rollouts.off == "weights are on the device for visits only"
 
 
 @pytest.fixture

@@ -100,6 +100,12 @@ def add_decoding(parser: CommandLineParser) -> None:
     parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="run the step of the latent rollout through torch.compile, which takes about a minute for each bucket of "
+        "batch sizes and lengths, and a C++ compiler on a CPU",
+    )
+    parser.add_argument(
         "--no-prefix-reuse",
         action="store_true",
         help="read every prompt from its beginning; by default what it has in common with an earlier one is read once",
@@ -163,7 +169,12 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):
         yield RecursiveMAS.from_pretrained(
-            options.system, options.device, dtype, options.trust_remote_code, offload=options.get("offload", False)
+            options.system,
+            options.device,
+            dtype,
+            options.trust_remote_code,
+            offload=options.get("offload", False),
+            compile=options.get("compile", False),
         )
 
 
