@@ -84,24 +84,23 @@ inline void clear_tile(int64_t rows, float* tile) {
 // A product that starts from nothing.
 inline bool start_fresh(int64_t, int64_t, int64_t, int64_t, float*) { return false; }
 
-// One group's share of what the next panel, which begins at `column`, will be read or laid out from.
+// What one group of rows prefetches for the next panel, which begins at `column`. Of a stored weight, its share of what
+// that panel will be laid out from. Of a packed one, a line per step, so that many groups run several panels ahead:
+// what the second-level cache cannot keep that long then waits in the third, no longer in memory.
 inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64_t group, int64_t groups) {
   const Right& right = term.right;
   const int64_t width = smaller(kPanel, right.columns - column);
   if (width <= 0) return {panel, 0, 1, 0};
-  const int64_t bytes = dtype_bytes(right.dtype);
-  Ahead whole{panel, panel_bytes(term.format(), right.k) / 64, 1, 64};
   if (right.packed()) {
-    whole.at += whole.rows * 64;
-  } else if (right.transposed) {
-    whole = {static_cast<const char*>(right.data) + column * right.stride * bytes, width, (right.k * bytes + 63) / 64,
-             right.stride * bytes};
-  } else {
-    whole = {static_cast<const char*>(right.data) + column * bytes, right.k, (width * bytes + 63) / 64,
-             right.stride * bytes};
+    const int64_t steps = panel_steps(term.format(), right.k);
+    return {panel + panel_bytes(term.format(), right.k) + group * steps * 64, steps, 1, 64};
   }
+  const int64_t bytes = dtype_bytes(right.dtype), stride = right.stride * bytes;
+  const char* data = static_cast<const char*>(right.data);
+  const Ahead whole = right.transposed ? Ahead{data + column * stride, width, (right.k * bytes + 63) / 64, stride}
+                                       : Ahead{data + column * bytes, right.k, (width * bytes + 63) / 64, stride};
   const int64_t begin = whole.rows * group / groups, end = whole.rows * (group + 1) / groups;
-  return {whole.at + begin * whole.stride, end - begin, whole.row_lines, whole.stride};
+  return {whole.at + begin * stride, end - begin, whole.row_lines, stride};
 }
 
 // One tile: the sum over the terms, on top of what start put there; fresh: it put nothing there.
