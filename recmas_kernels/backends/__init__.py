@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -160,8 +160,8 @@ def _how(name: str, call: Call) -> str:
     return f" ({facts})" if facts else ""
 
 
-def explain_call(call: Call) -> str:
-    """One line per backend: whether it would serve ``call``, and if not, why not."""
+def explain_call(call: Call, variants: Callable[[ModuleType], list[str]] = lambda module: []) -> str:
+    """One line per backend: whether it would serve ``call``, and if not, why not; ``variants`` of the one that does."""
     shape = f"{call.tokens} x {call.in_features} -> {call.hidden_features} -> {call.out_features}"
     lines = [f"{call.op} {call.device} {str(call.dtype).removeprefix('torch.')} {shape}:"]
     name, chosen = requested(), None
@@ -170,6 +170,7 @@ def explain_call(call: Call) -> str:
         if reason is None and chosen is None and name in ("auto", candidate):
             chosen = candidate
             lines.append(f"  {candidate}: serves this call{_how(candidate, call)}")
+            lines += [f"    {line}" for line in variants(load(candidate))]
         elif reason is None:
             lines.append(f"  {candidate}: could serve it" + ("" if name == "auto" else f", but {name!r} was asked for"))
         else:
@@ -217,4 +218,10 @@ def explain(link: Any, x: torch.Tensor) -> str:
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in link.parameters()))
     ops = ("link_fwd_train", "link_bwd") if training else ("link_fwd",)
     sizes = (tokens, config.in_features, config.hidden_features, config.out_features)
-    return "\n".join(explain_call(Call(op, x.device.type, dtype, *sizes, training)) for op in ops)
+    calls = [Call(op, x.device.type, dtype, *sizes, training) for op in ops]
+
+    def variants(call: Call, module: ModuleType) -> list[str]:
+        lines = getattr(module, "variants", None)  # only a backend with several ways to serve a link has them
+        return lines(call, config.residual, config.norm, x.device) if lines is not None else []
+
+    return "\n".join(explain_call(call, partial(variants, call)) for call in calls)

@@ -9,6 +9,7 @@ them together as ``plan`` says. Nothing is imported, compiled or tuned before th
 from __future__ import annotations
 
 import importlib
+import subprocess
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,15 @@ def unavailable() -> str | None:
         for device in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(device)
             if capability < OLDEST_CAPABILITY:
-                return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more"
+                return (
+                    f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more "
+                    "(CUDA_VISIBLE_DEVICES can hide it)"
+                )
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        # Triton builds its launcher on first use: a machine with a driver may still lack what that takes.
+        return f"triton cannot start its driver, which takes a C compiler and Python's headers ({error})"
     return None
 
 
@@ -73,3 +82,14 @@ def declines(call: Call) -> str | None:
     if min(call.in_features, call.out_features) == 0 or (call.op.startswith("link") and call.hidden_features == 0):
         return "a size is zero"
     return None
+
+
+_PLANNED = {"link_fwd": "infer", "link_fwd_train": "train", "link_bwd": "backward"}
+
+
+def variants(call: Call, residual: str, norm: bool, device: torch.device) -> list[str]:
+    """How a link's ``call`` that is not declined would be served on the device, a line for each variant."""
+    from recmas_kernels.backends.triton import plan
+
+    sizes = (call.tokens, call.in_features, call.hidden_features, call.out_features)
+    return plan.describe(plan.Link(_PLANNED[call.op], device, call.dtype, *sizes, residual, norm))

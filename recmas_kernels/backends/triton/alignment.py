@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton.device import guard
+from recmas_kernels.backends.triton.device import launching
 from recmas_kernels.backends.triton.rows import row_block
 from recmas_kernels.reference import COSINE_EPS
 
@@ -86,7 +86,7 @@ def alignment_fwd(
         return torch.zeros((), dtype=torch.float32, device=pred.device), grad
     losses = torch.empty(tokens, dtype=torch.float32, device=pred.device)
     block, warps = row_block(width)
-    with guard(pred):
+    with launching("alignment_fwd", pred):
         _align[(tokens,)](
             pred,
             target,

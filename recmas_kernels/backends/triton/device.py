@@ -1,12 +1,14 @@
-"""Device functions that several kernels share: GELU and its derivative, in float32; and the launch guard."""
+"""Device functions that several kernels share: GELU and its derivative, in float32; and what surrounds a launch."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 _HALF_SQRT_2 = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -16,9 +18,34 @@ _TANH_CUBIC = tl.constexpr(0.044715)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device current: Triton launches on the current one, whatever the tensors are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+class launching:
+    """Around every launch of an op: makes the tensor's device current and words what Triton reports of a failure.
+
+    Triton launches on the current device, whatever the tensors are on; and it names neither op nor sizes. A kernel
+    cannot be loaded while a CUDA graph is being recorded: the first call of its kind must come before that.
+    """
+
+    def __init__(self, op: str, tensor: torch.Tensor) -> None:
+        self.op = op
+        self.tensor = tensor
+        self.device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.device.__exit__(kind, error, trace)
+        launch = isinstance(error, OutOfResources) or str(error).startswith("Triton Error")
+        if error is None or not launch:
+            return
+        shape, dtype = " x ".join(map(str, self.tensor.shape)), str(self.tensor.dtype).removeprefix("torch.")
+        hint = ""
+        if "captur" in str(error):
+            hint = (
+                "; a kernel is compiled and loaded in its first call, which cannot be recorded in a CUDA graph: "
+                "make the same call once before recording"
+            )
+        raise RuntimeError(f"{self.op} on {self.tensor.device}, {shape} in {dtype}: {error}{hint}") from error
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton.device import guard
+from recmas_kernels.backends.triton.device import launching
 
 BLOCK = 1024
 
@@ -56,7 +56,7 @@ def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     if rows.numel() == 0:
         return
     width = embeds.shape[1]
-    with guard(embeds):
+    with launching("handoff_", embeds):
         _scatter[_grid(slot_rows, width)](
             rows, embeds, slot_rows.contiguous(), width, rows.stride(0), embeds.stride(0), BLOCK=BLOCK, num_warps=4
         )
@@ -75,6 +75,6 @@ def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
     drows = dy.new_empty(slot_rows.shape[0], dy.shape[1])
     if drows.numel() != 0:
         width = dy.shape[1]
-        with guard(dy):
+        with launching("handoff_bwd", dy):
             _take[_grid(slot_rows, width)](dembeds, drows, slot_rows.contiguous(), width, BLOCK=BLOCK, num_warps=4)
     return drows, dembeds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recmas_kernels.backends.triton import activation, gradients, library, matmul, plan, rows, small_hidden
-from recmas_kernels.backends.triton.device import guard
+from recmas_kernels.backends.triton.device import launching
 
 _WIDEST_STRIDE = 2**24  # elements between rows of x; a kernel indexes the 128 rows of a tile in 32 bits
 
@@ -58,14 +58,14 @@ def _given(x: Tensor, *rest: Any) -> _Given:
 def link_fwd(*arguments: Any) -> Tensor:
     """``y [T, out]`` in x's dtype; arguments and mathematics as `recmas_kernels.reference.link_fwd`."""
     given = _given(*arguments[:15])
-    with guard(given.x):
+    with launching("link_fwd", given.x):
         return _forward(given, keep=False)[0]
 
 
 def link_fwd_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, pre, z, stats)``; arguments and mathematics as `recmas_kernels.reference.link_fwd_train`."""
     given = _given(*arguments)
-    with guard(given.x):
+    with launching("link_fwd_train", given.x):
         y, pre, z, stats = _forward(given, keep=True)
     assert pre is not None
     return y, pre, z, stats
@@ -153,7 +153,7 @@ def link_bwd(dy: Tensor, x: Tensor, pre: Tensor, z: Tensor, stats: Tensor, *rest
     if x.shape[0] == 0:
         found = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs)
     else:
-        with guard(x):
+        with launching("link_bwd", x):
             saved = (dy, pre, z, stats)
 
             def attempt(variant: str) -> tuple[Tensor | None, ...]:

@@ -66,23 +66,62 @@ class Link(NamedTuple):
     norm: bool
 
 
-def can_be_small(link: Link) -> bool:
-    """Whether `small_hidden` computes this link: a W3 is a large product of its own and is better off elsewhere."""
-    return link.residual != "linear" and link.hidden_features <= WIDEST_SMALL
+def refusal(name: str, link: Link) -> str | None:
+    """Why variant ``name`` does not compute the link; None if it does."""
+    if name == LIBRARY:
+        return None
+    memory = _shared_memory(link.device)
+    if memory < LEAST_SHARED_MEMORY:
+        return f"a program has {memory // 1024} KB of shared memory, its tiles take {LEAST_SHARED_MEMORY // 1024}"
+    if name == SMALL and link.residual == "linear":
+        return "a W3 is a large product of its own"
+    if name == SMALL and link.hidden_features > WIDEST_SMALL:
+        return f"{link.hidden_features} hidden features do not stay on chip, up to {WIDEST_SMALL} do"
+    return None
+
+
+def reservation(name: str, link: Link) -> str | None:
+    """Why variant ``name``, though it computes the link, is not its default; None for the default and `LIBRARY`."""
+    if name == MATMUL:
+        return "never the default before it has been timed"
+    if name == SMALL:
+        if any(size % 16 for size in (link.in_features, link.hidden_features, link.out_features)):
+            return "masks of sizes that are no multiples of 16 spill registers"
+        if link.dtype == torch.float32:
+            return "exact float32 products do not use the tensor cores"
+        if link.hidden_features > SMALL_BY_DEFAULT:
+            return f"above {SMALL_BY_DEFAULT} hidden features it reads more out of L2 than it saves"
+        if link.tokens < SMALL_FROM_TOKENS:
+            return f"{link.tokens} tokens are few programs, {SMALL_FROM_TOKENS} are enough"
+    return None
 
 
 def candidates(link: Link) -> list[str]:
     """Every variant that computes the link, the default first."""
-    if _shared_memory(link.device) < LEAST_SHARED_MEMORY:
-        return [LIBRARY]
-    found = [LIBRARY, MATMUL]
-    if can_be_small(link):
-        sizes = (link.in_features, link.hidden_features, link.out_features)
-        # Masks of sizes that divide nothing spill registers; exact float32 products do not use the tensor cores.
-        easy = all(size % 16 == 0 for size in sizes) and link.dtype != torch.float32
-        wins = link.hidden_features <= SMALL_BY_DEFAULT and link.tokens >= SMALL_FROM_TOKENS
-        found.insert(0 if easy and wins else 2, SMALL)
-    return found
+    able = [name for name in (LIBRARY, MATMUL, SMALL) if refusal(name, link) is None]
+    default = SMALL if SMALL in able and reservation(SMALL, link) is None else LIBRARY
+    return sorted(able, key=lambda name: name != default)
+
+
+def describe(link: Link) -> list[str]:
+    """Which variant would serve the link and why not the others, a line each; nothing is timed."""
+    names = candidates(link)
+    tuned = tuning.recall("variant", variant_key(link), link.device)
+    chosen = tuned if tuned in names else names[0]
+    lines = [f"{chosen}: {'the fastest when tuned on this device' if tuned == chosen else 'the default'}"]
+    otherwise = "slower when tuned" if tuned == chosen else "could serve it"
+    for name in (LIBRARY, MATMUL, SMALL):
+        if name != chosen:
+            lines.append(f"{name}: {refusal(name, link) or reservation(name, link) or otherwise}")
+    if MATMUL in names:
+        lines.append(f"tensor descriptors: {no_copy_engine(link.device, link.dtype) or _uneven(link) or 'fit'}")
+    return lines
+
+
+def _uneven(link: Link) -> str | None:
+    sizes = (link.in_features, link.hidden_features, link.out_features)
+    rows = [size * link.dtype.itemsize for size in sizes if not even(size, link.dtype)]
+    return f"rows of {rows[0]} bytes are no multiple of {EVEN_BYTES}" if rows else None
 
 
 def variant(link: Link, attempt: Callable[[str], object]) -> str:

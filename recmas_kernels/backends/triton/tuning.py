@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -86,10 +87,14 @@ def _question(kind: str, key: Sequence[object]) -> str:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """The median time of ``run`` on the current device, caches flushed between runs."""
+    """The median time of ``run`` on the current device, caches flushed between runs; infinite if it does not fit."""
     import triton
+    from triton.runtime.errors import OutOfResources
 
-    return float(triton.testing.do_bench(run, return_mode="median"))
+    try:
+        return float(triton.testing.do_bench(run, return_mode="median"))
+    except OutOfResources:
+        return math.inf
 
 
 def choose(

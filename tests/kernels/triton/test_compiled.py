@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from recmas_kernels.backends.triton import alignment, handoff, link, plan, tuning  # noqa: E402
 
-SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that one program may use: 163 KB and 227 KB
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}  # bytes that one program may use: 163, 99 and 227 KB
 # Registers per thread. A product may use all 255 of a thread; the passes must leave room for several programs per SM.
 REGISTERS = {
     "_normalise": 64,
@@ -195,6 +195,32 @@ def test_default_variant_at_sizes_that_divide_nothing(compiled, monkeypatch):
     default = plan.candidates(plan.Link("train", torch.device("meta"), torch.bfloat16, *sizes, True))[0]
     call_link(monkeypatch, default, *sizes, norm=True)
     check(compiled, PASSES | GELU, vectors=False)
+
+
+@pytest.mark.parametrize("compiled", [90], ids=["sm_90"], indirect=True)
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+def test_sizes_of_one_compile(compiled, monkeypatch, variant):
+    """A launch turns every size and stride of 1 into a constant; the code must still have one type on every path."""
+    sizes = [(1, 1, 1, 1, "identity"), (16, 16, 1, 16, "identity"), (1, 17, 1, 1, "linear"), (2, 16, 16, 1, "linear")]
+    for tokens, in_features, hidden, out_features, residual in sizes:
+        if variant != plan.SMALL or residual != "linear":
+            call_link(monkeypatch, variant, tokens, in_features, hidden, out_features, residual, norm=True)
+    one, ids = meta(1, 1), meta(1, dtype=torch.int64)
+    alignment.alignment_fwd(one, one, ids, meta(1, dtype=torch.bool), 1.0, 0.1, 1.0)
+    handoff.handoff_bwd(handoff.handoff_fwd(one, one, ids), ids)
+    _, found = compiled
+    assert {"_align", "_scatter", "_take"} < {kernel.name for kernel in found.values()}
+
+
+@pytest.mark.parametrize("compiled", [86], ids=["sm_86"], indirect=True)
+@pytest.mark.parametrize(("variant", "hidden"), [(plan.SMALL, 256), (plan.SMALL, 512), (plan.MATMUL, 3072)])
+def test_the_smaller_tiles_fit_into_99_kilobytes(compiled, monkeypatch, variant, hidden):
+    call_link(monkeypatch, variant, 16384, 2048, hidden, 2048, "identity", norm=True)
+    _, found = compiled
+    assert found
+    for kernel in found.values():
+        assert kernel.shared <= SHARED_MEMORY[86], f"{kernel.name}: {kernel.shared} bytes of shared memory"
+        assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes per thread"
 
 
 def test_row_ops(compiled):

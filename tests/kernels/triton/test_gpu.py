@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from recmas_kernels.backends.triton import plan  # noqa: E402
+from recmas_kernels.backends.triton import plan, tuning  # noqa: E402
 
 CONFIGS = {
     **configs(),
@@ -69,6 +73,78 @@ def test_a_graph_replays_the_link(monkeypatch, variant):
         x.copy_(rows[1])
         graph.replay()
         assert torch.equal(y, link(x))
+
+
+def test_a_first_call_inside_a_graph_says_what_to_do():
+    """In a process of its own: there, no kernel has been loaded, and a spoiled recording spoils nothing else."""
+    program = """
+        import torch
+        from recmas_kernels import FusedRecursiveLink, use_backend
+        link, x = FusedRecursiveLink.inner(256, 128).cuda().bfloat16(), torch.randn(64, 256, device="cuda").bfloat16()
+        torch.zeros(1, device="cuda").matmul(torch.zeros(1, device="cuda"))
+        with torch.no_grad(), use_backend("triton"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            link(x)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0 or "make the same call once before recording" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs tensor descriptors (sm_90)"
+)
+@pytest.mark.parametrize("config", plan.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
+@pytest.mark.parametrize("kind", ["inner", "outer", "large"])
+@pytest.mark.parametrize("tokens", [1, 129, 20000])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_persistent_products(monkeypatch, config, kind, tokens, dtype):
+    """More tiles than SMs at 20000 tokens; sizes of eight that no tile divides otherwise."""
+    monkeypatch.setattr(plan, "variant", lambda *_: plan.MATMUL)
+    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
+    monkeypatch.setattr(tuning, "choose", lambda name, key, device, options, attempt: options[-1])
+    shape = {
+        "inner": LinkConfig("inner", 264, 200, 264, "identity"),
+        "outer": LinkConfig("outer", 136, 520, 72, "linear"),
+        "large": CONFIGS["large"],
+    }[kind]
+    with torch.device("cpu"):
+        link = make_link(shape, dtype)
+        x = make_rows(tokens, shape.in_features, dtype=dtype)
+        dy = make_rows(tokens, shape.out_features, dtype=dtype, seed=2)
+    first = check_link(link.cuda(), x.cuda(), dy.cuda())
+    again = run(link, x.cuda(), dy.cuda())
+    assert torch.equal(first.y, again.y)
+    assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+def test_tensors_of_a_device_that_is_not_current(monkeypatch, variant):
+    monkeypatch.setattr(plan, "variant", lambda *_: variant)
+    with torch.device("cpu"):
+        link = make_link(LinkConfig("inner", 256, 128, 256, "identity"), torch.bfloat16)
+        x = make_rows(64, 256, dtype=torch.bfloat16)
+    expected = run(link.cuda(0), x.cuda(0), x.cuda(0)).y
+    assert torch.equal(run(link.cuda(1), x.cuda(1), x.cuda(1)).y.cuda(0), expected)
+
+
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+def test_work_runs_on_the_current_stream(monkeypatch, variant):
+    """Behind a long wait on a stream of its own, with nothing that orders the default stream after it."""
+    monkeypatch.setattr(plan, "variant", lambda *_: variant)
+    with torch.device("cpu"):
+        link = make_link(LinkConfig("inner", 256, 128, 256, "identity"), torch.bfloat16)
+        x = make_rows(64, 256, dtype=torch.bfloat16)
+    link, x = link.cuda(), x.cuda()
+    with torch.no_grad():
+        expected, late = link(x), torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(x)
+            y = link(late)
+        stream.synchronize()
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 
 import pytest
@@ -9,10 +11,15 @@ import torch
 
 from recmas_kernels import backends
 from recmas_kernels.backends import triton as backend
+from tests.kernels.helpers import configs, make_link, make_rows
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from recmas_kernels.backends.triton import plan, tuning
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from recmas_kernels.backends.triton import plan, tuning  # noqa: E402
+from recmas_kernels.backends.triton.device import launching  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -37,6 +44,61 @@ def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16, tok
 def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, expected):
     assert plan.candidates(chosen) == expected
     assert plan.variant(chosen, lambda _: None) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "lines"),
+    [
+        (
+            link(),
+            [
+                "library: the default",
+                "matmul: never the default before it has been timed",
+                "small: 2048 hidden features do not stay on chip, up to 512 do",
+                "tensor descriptors: fit",
+            ],
+        ),
+        (
+            link(hidden=256),
+            [
+                "small: the default",
+                "library: could serve it",
+                "matmul: never the default before it has been timed",
+                "tensor descriptors: fit",
+            ],
+        ),
+        (link(residual="linear"), ["library: the default", "small: a W3 is a large product of its own"]),
+        (link(hidden=256, tokens=64), ["small: 64 tokens are few programs, 512 are enough"]),
+        (link(hidden=300), ["small: masks of sizes that are no multiples of 16 spill registers"]),
+        (link(hidden=300), ["tensor descriptors: rows of 600 bytes are no multiple of 16"]),
+        (link(dtype=torch.float32), ["tensor descriptors: exact float32 products have no use for tensor descriptors"]),
+    ],
+)
+def test_every_variant_comes_with_its_reason(chosen, lines):
+    found = plan.describe(chosen)
+    assert [line for line in found if line in lines] == lines, found
+
+
+def test_a_tuned_answer_is_named(monkeypatch):
+    monkeypatch.setattr(tuning, "recall", lambda *_: plan.MATMUL)
+    found = plan.describe(link(hidden=256))
+    assert found[0] == "matmul: the fastest when tuned on this device"
+    assert "small: slower when tuned" in found
+
+
+def test_explain_shows_the_variants_of_the_backend_that_serves(monkeypatch):
+    monkeypatch.setitem(backends.ORDER, "cpu", ("triton", "reference"))
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    outer = make_link(configs()["outer"])
+    text = backends.explain(outer, make_rows(3, 40))
+    assert text.splitlines()[:3] == [
+        "link_fwd_train cpu float32 3 x 40 -> 46 -> 23:",
+        "  triton: serves this call",
+        "    library: the default",
+    ]
+    assert "    small: a W3 is a large product of its own" in text
+    with backends.use_backend("reference"):
+        assert "library" not in backends.explain(outer, make_rows(3, 40))
 
 
 def test_wide_tiles_where_they_fill_the_device():
@@ -97,6 +159,40 @@ def test_declines_name_the_reason(change, reason):
     assert found is None if reason is None else reason in found
 
 
+def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
+    class Driver:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    backend.unavailable.cache_clear()
+    assert "takes a C compiler and Python's headers (Failed to find C compiler)" in backend.unavailable()
+    backend.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
+            "before recording",
+        ),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), "link_fwd on cpu, 3 x 40 in float32: Triton Error"),
+        (OutOfResources(300000, 232448, "shared memory"), "link_fwd on cpu, 3 x 40 in float32: out of resource"),
+    ],
+)
+def test_a_failed_launch_names_op_and_shape(error, words):
+    with pytest.raises(RuntimeError, match=re.escape(words)), launching("link_fwd", torch.empty(3, 40)):
+        raise error
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(torch.OutOfMemoryError, match="^full$"), launching("link_fwd", torch.empty(3, 40)):
+        raise torch.OutOfMemoryError("full")
+
+
 def test_without_triton_the_reason_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     backend.unavailable.cache_clear()
@@ -142,6 +238,14 @@ def test_nothing_is_timed_while_a_graph_records(device, monkeypatch):
     monkeypatch.setenv("RECMAS_TUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ask(device) == "default"
+
+
+def test_an_option_that_does_not_fit_the_device_is_the_slowest(monkeypatch):
+    def too_large(run, **_):
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", too_large)
+    assert tuning.milliseconds(lambda: None) == math.inf
 
 
 def test_a_damaged_file_is_named(device, tmp_path):
