@@ -1,10 +1,10 @@
 """Which kernel serves which call: the whole dispatch, as one readable table.
 
 A backend is a module with ``unavailable() -> reason | None`` (can it work on this machine at all?), ``declines(call)
--> reason | None`` (does it take this call?), one function per op, named and shaped as the op, and perhaps
-``describe(call) -> facts`` for `explain`. Both answers depend
-on nothing that changes while a process runs, so choices are remembered. The reference takes everything. This package
-and its modules are the only readers of ``RECMAS_*`` variables at run time.
+-> reason | None`` (does it take this call?) and one function per op, named and shaped as the op. Both answers depend
+on nothing that changes while a process runs, so choices are remembered. For `explain` it may add ``describe(call) ->
+facts`` and, with several ways to serve a link, ``variants(call, residual, norm, device) -> lines``. The reference takes
+everything. This package and its modules are the only readers of ``RECMAS_*`` variables at run time.
 """
 
 from __future__ import annotations
