@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Iterator
 
@@ -43,6 +44,8 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(native, "load", lambda label: self.module)
+        started = types.SimpleNamespace(get_current_target=lambda: None)
+        monkeypatch.setattr(importlib.import_module("triton.runtime").driver, "_active", started)
         self.capability(9, 0)
 
     def capability(self, major: int, minor: int) -> None:

@@ -58,10 +58,7 @@ def unavailable() -> str | None:
         for device in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(device)
             if capability < OLDEST_CAPABILITY:
-                return (
-                    f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more "
-                    "(CUDA_VISIBLE_DEVICES can hide it)"
-                )
+                return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more"
     try:
         triton.runtime.driver.active.get_current_target()
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
