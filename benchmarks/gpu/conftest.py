@@ -82,7 +82,7 @@ def gpu_bench(request: pytest.FixtureRequest) -> Iterator[GpuBench]:
     if refusal is not None:
         session.run.leave_out(request.node.callspec.id, refusal)
         pytest.skip(refusal)
-    device = torch.device("cpu" if session.facts is None else "cuda")
+    device = torch.device("cpu") if session.facts is None else cuda.device()
     with (
         torch._inductor.config.patch({"triton.enable_persistent_tma_matmul": True}),
         torch._functorch.config.patch(donated_buffer=False),  # a backward is recorded, and so runs more than once

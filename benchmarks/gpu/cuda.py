@@ -20,6 +20,11 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
+def device() -> torch.device:
+    """Where the measured tensors live."""
+    return torch.device("cuda")
+
+
 def facts() -> dict[str, Any]:
     """What the device is: name, compute capability, multiprocessors, L2 and memory bytes, driver, toolkit."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

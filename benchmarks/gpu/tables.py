@@ -63,6 +63,8 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
         for key, value in answer.items():
             if isinstance(value, int | float):
                 facts.append(f"{key} {number(value)}")
+            elif isinstance(value, str) and key not in ("question", "what"):
+                facts.append(f"{key}: {value}")
         facts += [f"{name} failed ({reason})" for name, reason in answer.get("failed", {}).items()]
         rows.append([answer["question"], answer["what"], "; ".join(facts)])
     return table(["question", "case", "medians"], rows)
@@ -120,6 +122,8 @@ def cells_table(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         fused = record["impls"][FUSED]
         against = "; ".join(f"{ratio_cell(record, peer, interval=False)} {peer}" for peer in record["ratios"])
+        if (tuned := record["impls"].get("tuned")) is not None:
+            against += f"; tuned, {number(tuned['gemm_ceiling_pct'])} % of library products"
         cell = f"{record['op']} {record['shape']}, {record['dtype']}, {record['pass']}, T={record['tokens']}"
         state = f"{record['cache']}, {'graph' if record['graph'] else 'bare'}"
         shares = [number(fused["sol_pct"]), number(fused["gemm_ceiling_pct"])]

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.baselines import PRODUCTS
 from benchmarks.floors import Work, product
 from benchmarks.gpu.bench import PRODUCTS_LT, GpuBench, under_lt
+from benchmarks.gpu.tuned import Tuned
 from benchmarks.record import FUSED, Labels
 from benchmarks.timing import Call
 from tests.kernels.helpers import check_budget, relative_error
@@ -30,16 +31,20 @@ Operands = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One product of the outer link IN -> HIDDEN -> OUT over ``tokens`` rows."""
+    """One product of the outer link IN -> HIDDEN -> OUT over ``tokens`` rows; ``tuned``: and as the tuner has it."""
 
     kind: str
     tokens: int
     rank: int
-    seconds: float = 6
+    tuned: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return 45 if self.tuned else 6
 
     @property
     def id(self) -> str:
-        return f"gpu-product-{self.kind.replace(' ', '-')}-T{self.tokens}"
+        return f"gpu-product-{self.kind.replace(' ', '-')}-T{self.tokens}" + ("-tuned" if self.tuned else "")
 
 
 def draw(tokens: int, device: torch.device, seed: int) -> Operands:
@@ -122,7 +127,9 @@ PAIRS: dict[str, Callable[[Operands], list[tuple[Tensor, Tensor]]]] = {
 def cases(full: bool) -> list[Case]:
     if not full:
         return [Case(kind, 8, 6) for kind in OURS]
-    return [Case(kind, tokens, rank) for tokens, rank in ((4096, 14), (16384, 20), (1536, 60)) for kind in OURS]
+    plain = [Case(kind, tokens, rank) for tokens, rank in ((4096, 14), (16384, 20), (1536, 60)) for kind in OURS]
+    ranks = ((4096, 70), (1536, 150), (16384, 151))
+    return plain + [Case(kind, tokens, rank, tuned=True) for tokens, rank in ranks for kind in OURS]
 
 
 def library(pairs: list[tuple[Tensor, Tensor]]) -> Call:
@@ -159,5 +166,11 @@ def test_product(case: Case, gpu_bench: GpuBench) -> None:
         PRODUCTS: lambda: [library(PAIRS[kind](o)) for o in sets],
         PRODUCTS_LT: lambda: [partial(under_lt, library(PAIRS[kind](o))) for o in sets],
     }
+    tuned = Tuned()
+    if case.tuned:
+        builders["tuned"] = lambda: [partial(tuned, partial(OURS[kind], o)) for o in sets]
     labels = Labels("products", kind, f"{IN}x{HIDDEN}x{OUT}", DTYPE, "product", case.tokens, cold=True, graph=True)
     gpu_bench.measure(labels, builders, work, errors)
+    if case.tuned:
+        chosen = "; ".join(f"{place[0]} {answer}" for place, answer in tuned.answers.items())
+        gpu_bench.run.answer("4: tiles that the tuner chose", f"{kind}, {case.tokens} tokens", chosen=chosen)

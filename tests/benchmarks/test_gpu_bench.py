@@ -123,24 +123,68 @@ def test_without_a_device_every_call_runs_and_nothing_is_kept() -> None:
         untimed.measure(LABELS, {"fused": lambda: [], "eager": unbuildable}, WORK, {})
 
 
+# A pytest plugin: the CPU plays a device on which a call takes ten microseconds.
 FAKE_DEVICE = """
+import pytest
+import torch
 from contextlib import nullcontext
-from benchmarks.gpu import cuda
+from benchmarks.gpu import bench, cuda, limits
+from tests.benchmarks.test_gpu_tables import FakeLimits
+
+
+class Graph:
+    def __init__(self, calls, count):
+        for call in calls:
+            call()
+        self.count = count
+
+    def seconds(self):
+        return 1e-5 * self.count
+
+
+class Limits(FakeLimits):
+    def __init__(self, l2_bytes):
+        pass
+
+    def measured(self):
+        return {{"stream_gbps": {{}}, "product_gflops": {{}}}}
+
+
 cuda.available = lambda: True
+cuda.device = lambda: torch.device("cpu")
 cuda.facts = lambda: {facts!r}
 cuda.settle = lambda seconds: None
-cuda.side_stream = nullcontext
+cuda.side_stream = cuda.blas = lambda *_: nullcontext()
+cuda.synchronize = cuda.release = lambda: None
+cuda.launches, cuda.peak_bytes = (lambda call: 1), (lambda call: 0)
+cuda.clock_and_temperature = lambda: (None, None)
+cuda.Graph, limits.GpuLimits = Graph, Limits
+bench.CELL_WARM_SECONDS = bench.ANSWER_WARM_SECONDS = bench.CELL_SECONDS = bench.ANSWER_SECONDS = 0
+bench.HOST_CALLS = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    cases = getattr(metafunc.module, "cases", None)
+    if {small!r} and cases is not None and not hasattr(cases, "small"):
+        metafunc.module.cases = lambda full: cases(False)
+        metafunc.module.cases.small = True
 """
 
 
-def session(tmp_path: Path, *arguments: str, device: bool) -> tuple[subprocess.CompletedProcess[str], Path]:
-    facts: dict[str, Any] = {key: value for key, value in HEAD["device"].items() if key not in ("kind", "slug")}  # type: ignore[attr-defined]
-    (tmp_path / "fake_device.py").write_text(FAKE_DEVICE.format(facts=facts) if device else "")
+def session(
+    tmp_path: Path, *arguments: str, device: bool, small: bool = False
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    facts: dict[str, Any] = dict(HEAD["device"])  # type: ignore[call-overload]
+    facts["l2_bytes"] = 4096 if small else facts["l2_bytes"]  # small operands would need thousands of copies
+    (tmp_path / "fake_device.py").write_text(FAKE_DEVICE.format(facts=facts, small=small) if device else "")
     records = tmp_path / "bench.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/gpu", "-q", "-p", "fake_device", "--records", str(records)]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
     return done, records
 
 
@@ -153,7 +197,7 @@ def test_a_session_whose_time_is_spent_says_what_it_left_out(tmp_path: Path) -> 
     assert len(left_out) > 100
     assert next(iter(left_out)) == "gpu-inner-2048x2048x2048-bfloat16-T1-forward-cold-graph-1"
     assert all(reason.startswith("not run: 0 s of 0 s are left") for reason in left_out.values())
-    assert content["recmas"]["device"]["slug"] == "gpu-fake-h100"
+    assert content["recmas"]["device"]["name"] == "Fake H100"
 
 
 def test_the_full_grid_without_a_device_is_skipped_with_its_reason(tmp_path: Path) -> None:
@@ -161,3 +205,28 @@ def test_the_full_grid_without_a_device_is_skipped_with_its_reason(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the full grid of the GPU suites needs a CUDA device" in done.stdout
     assert not records.exists()
+
+
+def test_a_whole_session_from_cells_to_its_page(tmp_path: Path) -> None:
+    """Every suite that runs without Triton, at small sizes: gate, variants, timing, record, answers, page."""
+    done, records = session(tmp_path, "--grid", "full", "-k", "not product and not every", device=True, small=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(records.read_text())
+    made = [entry["extra_info"]["record"] for entry in content["benchmarks"]]
+    assert {record["suite"] for record in made} == {"link", "host", "alignment", "latents", "rollout"}
+    for record in made:
+        assert record["failed_peers"] == {}, record["op"]
+        assert record["impls"]["fused"]["t_us"]["n"] >= 5
+        if record["graph"]:
+            assert record["impls"]["fused"]["t_us"]["p50"] == pytest.approx(10.0)
+    backward = next(record for record in made if record["pass"] == "backward")
+    assert backward["ratios"].keys() == {"eager", "addmm"}
+    assert backward["impls"]["products"]["gemm_ceiling_pct"] == pytest.approx(100.0)
+    asked = {answer["question"][0] for answer in content["recmas"]["answers"]}
+    assert asked == {"3", "4", "5"}
+    summary = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.tables", str(records)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert summary.returncode == 0, summary.stderr
+    assert "0 of 15 rows of the forecast measured" in summary.stdout
+    assert "| rollout | think 2 layers" in summary.stdout
