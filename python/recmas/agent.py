@@ -20,6 +20,14 @@ from recmas.spec import DTYPES
 from recmas.splice import Latents, Prompt
 
 
+class PromptTooLongError(ValueError):
+    """A prompt does not fit into the model's context; `row` is its place in the batch."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class Agent:
     """A frozen transformers causal language model with its tokenizer.
 
@@ -270,10 +278,12 @@ class Agent:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _check_context(self, mask: Tensor, room: int) -> None:
-        longest = int(mask.sum(dim=1).max()) if mask.numel() else 0
+        lengths = mask.sum(dim=1).tolist() if mask.numel() else [0]
+        longest = max(lengths)
         if self.context_length is not None and longest + room > self.context_length:
             used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
-            raise ValueError(f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}")
+            told = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
+            raise PromptTooLongError(told, lengths.index(longest))
 
 
 def _logits_factor(config: Any, name: str) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recmas import chats, spec
+from recmas.agent import PromptTooLongError
 from recmas.batching import batches
 from recmas.cache import Reader
 from recmas.decoding import Detokenizer, text_of
@@ -191,9 +192,12 @@ class _Batch:
     def run(self, in_pieces: bool) -> Iterator[tuple[int, str]]:
         """Fill in the answers; yields the number of a row and a piece of its text as it is written, if asked to."""
         self.started = time.perf_counter()
-        self.plan.mas.walk(self.rows, self.plan.rounds, self.speak)
-        assert self.last is not None
-        yield from self.conclude(*self.last, in_pieces)
+        try:
+            self.plan.mas.walk(self.rows, self.plan.rounds, self.speak)
+            assert self.last is not None
+            yield from self.conclude(*self.last, in_pieces)
+        except PromptTooLongError as error:
+            raise ValueError(f"row {self.numbers[error.row]}: {error}") from error
         self.account(*self.last)
 
     def speak(self, visit: Visit, prompt: Prompt) -> Message:

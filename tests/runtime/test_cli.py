@@ -104,6 +104,33 @@ def test_empty_file(broken):
     refused(broken, "rows.jsonl: holds no rows", *RUN)
 
 
+def test_a_prompt_beyond_the_context_names_its_row(broken):
+    row = {"question": "fox " * 300}
+    with (broken / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    message = "row 2: agent 'planner': a prompt of "
+    refused(broken, message, *RUN, "--output", "answers.jsonl")
+    assert not (broken / "answers.jsonl").exists()
+
+
+def test_a_slot_that_the_chat_template_drops(broken):
+    template = broken / "system" / "agents" / "critic" / "chat_template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content[:5] }}{% endfor %}")
+    refused(broken, "agent 'critic': slot {{from:planner}} occurs 0 times in the rendered prompt", *RUN)
+
+
+def test_a_tokenizer_without_chat_template(broken):
+    (broken / "system" / "agents" / "critic" / "chat_template.jinja").unlink()
+    refused(broken, "system: agent 'critic': the tokenizer has no chat template; set chat to false", *RUN)
+
+
+def test_a_peft_adapter_in_the_place_of_a_model(broken):
+    folder = broken / "system" / "agents" / "critic"
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(broken, "agent 'critic': system/agents/critic is a PEFT adapter; merge it into its base model first", *RUN)
+
+
 def test_negative_rounds(broken):
     refused(broken, "--rounds: must be at least 1, got -1", *RUN, "--rounds", "-1")
 

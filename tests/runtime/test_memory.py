@@ -222,7 +222,8 @@ def test_info_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert lines[5].startswith("cpu: weights ")
     assert lines[5].endswith(": fits")
     assert main(["info", "s", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["agents"][0]["role"] == "planner"
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["agents"][0]["role"], shown["devices"][0]["fits"]) == ("planner", True)
     shutil.rmtree(tmp_path / "s" / "links" / "planner")
     for arguments, message in (
         (["s"], "s/links/planner/model.safetensors: no such file"),

@@ -53,7 +53,7 @@ def execute(options: Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     if options.json:
-        dump(asdict(table))
+        dump({**asdict(table), "devices": [{**asdict(line), "fits": line.fits} for line in table.devices]})
     else:
         print(render(table))
     return 0
