@@ -119,7 +119,8 @@ class _Bucket:
     def replay(self, past: Continuation, hidden: Tensor, steps: int, link: nn.Module, rollouts: Rollouts) -> Tensor:
         key = (id(link), steps)
         modules = (link, past.decoder)
-        where = tuple((weight.data_ptr(), weight.dtype) for module in modules for weight in module.parameters())
+        tensors = [kept for module in modules for kept in (*module.parameters(), *module.buffers())]
+        where = tuple((kept.data_ptr(), kept.dtype) for kept in tensors)
         found = self._graphs.get(key)
         if found is None or found[0] != where:
             moved = self._graphs.pop(key, None) is not None

@@ -13,9 +13,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
 from recmas.cli import main
 from recmas.memory.free import free_bytes
+from recmas.memory.rows import Length, row_bytes
 from recmas.memory.shape import shape_of
 from recmas.memory.table import memory_table, size
 from recmas.memory.weights import weights_of
+from recmas.static import bucket
 from tests.runtime.tiny import tiny_agent, tiny_model
 
 CPU = torch.device("cpu")
@@ -144,6 +146,17 @@ def test_a_hub_id_is_looked_up_in_the_cache_of_this_machine(tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: pytest.fail("the network was asked"))
     critic = memory_table(tmp_path / "s").agents[1]
     assert (critic.model, critic.weights) == ("someone/critic", total([mas.agents["critic"].model]))
+
+
+def test_buffers_of_captured_rollouts_count_on_cuda_alone(agent):
+    shape = shape_of(agent.model.config, 4)
+    for batch, prompt in ((1, 1), (3, 107), (9, 65), (17, 300)):
+        cpu, cuda = (
+            row_bytes({"solver": shape}, {"solver": device}, {"solver": Length(prompt, 8)}, 1)[device]
+            for device in (CPU, torch.device("cuda:0"))
+        )
+        rows, columns = bucket(batch, prompt + 7)
+        assert batch * (cuda - cpu) >= rows * (columns * shape.cache_per_token + shape.state)
 
 
 def put(root, path, text):

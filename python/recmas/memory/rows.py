@@ -10,6 +10,10 @@ import torch
 from recmas.memory.shape import Shape
 from recmas.pattern import Pattern, Visit
 from recmas.placement import Placement
+from recmas.static import bucket
+
+BUCKET_ROWS = 2
+"""Buffers of captured rollouts have at most so many times the rows of the batch."""
 
 
 class Length(NamedTuple):
@@ -46,11 +50,16 @@ def longest(lengths: Iterable[Mapping[str, Length]]) -> dict[str, Length]:
 def row_bytes(
     shapes: Mapping[str, Shape], placement: Placement, lengths: Mapping[str, Length], rounds: int
 ) -> dict[torch.device, int]:
-    """Bytes per row on each device: the agent at work, and beginnings of prompts that later rounds will need."""
+    """Bytes per row on each device: the agent at work, and what every agent keeps.
+
+    Kept are beginnings of prompts that later rounds will need, and on CUDA the buffers of captured rollouts.
+    """
     taken: dict[torch.device, int] = {}
     for device in dict.fromkeys(placement.values()):
         here = [(shapes[role], length) for role, length in lengths.items() if placement[role] == device]
         work = (shape.cache(sum(length)) + shape.work(length.prompt) for shape, length in here)
         kept = sum(shape.snapshot(length.prompt) for shape, length in here) if rounds > 1 else 0
+        if device.type == "cuda":
+            kept += sum(BUCKET_ROWS * shape.snapshot(bucket(1, sum(length))[1]) for shape, length in here)
         taken[device] = max(work, default=0) + kept
     return taken
