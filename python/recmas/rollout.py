@@ -14,8 +14,8 @@ from recmas.splice import run_link
 from recmas.static import StaticContinuation, bucket, unfit
 
 Link = Callable[[Tensor], Tensor]
-BUCKETS = 4
-"""Buckets whose buffers an agent keeps; the one that was not used for longest goes first."""
+BUCKETS = 2
+"""Buckets whose buffers an agent keeps, each as large as a batch's cache; the one unused for longest goes first."""
 MOVES = 2
 """Times that weights may be found elsewhere before no more graphs are captured: they come and go with every visit."""
 

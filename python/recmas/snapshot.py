@@ -58,9 +58,7 @@ class Snapshot:
         if not any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             return cut
         wanted = {pad + len(row) for pad, row in zip(pads, ids, strict=True) if row}
-        if len(wanted) != 1 or (only := wanted.pop()) > cut:
-            return 0
-        return only if all(row or pad >= only for pad, row in zip(pads, ids, strict=True)) else 0
+        return wanted.pop() if len(wanted) == 1 and max(wanted) <= cut else 0
 
     def resume(self, mask: Tensor, cut: int, pads: Sequence[int], room: int, context: int | None) -> Continuation:
         """A continuation of prompts ``[B, T]`` that has read all before column `cut`, on copies.

@@ -88,6 +88,35 @@ def test_a_first_prompt_serves_the_later_one_as_far_as_they_agree(agent):
 
 
 @torch.no_grad()
+def test_rows_may_be_padded_otherwise_than_before(agent):
+    """The first prompts end in other columns than the later ones, so what is reused moves, each row by its own way."""
+    link, prefixes = tiny_link(agent), Prefixes()
+    heads = rows_of((12, 5, 9), 1)
+    first = [[head + tail] for head, tail in zip(heads, rows_of((1, 9, 4), 2), strict=True)]
+    prompt = splice(agent.embed, first, {}, {}, pad_id=agent.pad_id, device="cpu")
+    agent.think(prompt, STEPS, link, reader=prefixes.reader("a", lambda: heads))
+    later = spliced(agent, [[head, SLOT, [7] * more] for head, more in zip(heads, (2, 1, 3), strict=True)], seed=1)
+    found = agent.think(later, STEPS, link, reader=prefixes.reader("a", None)).states
+    for row in range(3):
+        assert relative_error(found[row], alone(agent, later, row, link, STEPS)) < 1e-5
+    reused = prefixes.last.positions - prefixes.last.computed
+    assert reused == (0 if agent.decoder.config.model_type == "qwen3_5_text" else 11 + 3 + 9)
+
+
+@torch.no_grad()
+def test_a_single_column_with_padding_is_not_fed_to_a_recurrent_model():
+    agent = tiny_agent("qwen3_5_text")
+    link, prefixes, heads = tiny_link(agent), Prefixes(), rows_of((1, 3), 1)
+    for round in range(2):
+        prompt = spliced(agent, [[heads[0], SLOT, [7] * 9], [heads[1], SLOT, [8] * 2]], seed=round)
+        prompt.embeds = torch.where(prompt.mask[..., None] == 1, prompt.embeds, 7.0)
+        found = agent.think(prompt, STEPS, link, reader=prefixes.reader("a", lambda: heads)).states
+        for row in range(2):
+            assert relative_error(found[row], alone(agent, prompt, row, link, STEPS)) < 1e-5
+        assert prefixes.last.computed == prefixes.last.positions
+
+
+@torch.no_grad()
 def test_what_all_rows_begin_with_is_read_once(agent):
     link, prefixes = tiny_link(agent), Prefixes()
     system = rows_of((70,), 3)[0]
@@ -265,6 +294,20 @@ def test_snapshots_are_copies():
     past.feed(prompt.embeds)
     snapshot.resume(prompt.mask, 3, [0], 4, None).feed(prompt.embeds)
     assert all(torch.equal(a, b) for a, b in zip(kept, (s for layer in snapshot.layers for s in layer), strict=True))
+
+
+@torch.no_grad()
+def test_where_a_recurrent_snapshot_can_be_continued():
+    agent = tiny_agent("qwen3_5_text")
+    prompt = splice(agent.embed, [[[5, 6, 7]], [[8]]], {}, {}, pad_id=0, device="cpu")
+    past = Continuation(agent.decoder, prompt.mask, 4)
+    past.feed(prompt.embeds[:, :2])
+    snapshot = Snapshot.of(past, [[5, 6], []], [0, 2])
+    assert snapshot.cut([[5, 6, 7], [8]], [0, 2], 9) == 2
+    assert snapshot.cut([[5, 6, 7], [8]], [3, 5], 9) == 5
+    assert snapshot.cut([[5, 6, 7], [8, 9]], [0, 1], 9) == 0  # the second row has a token before the cut
+    assert snapshot.cut([[5, 9, 7], [8]], [0, 2], 9) == 0
+    assert snapshot.cut([[5, 6, 7], [8]], [0, 2], 1) == 0
 
 
 def test_common_columns():

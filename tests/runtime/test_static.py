@@ -112,11 +112,10 @@ def test_buckets_are_a_little_larger():
 def test_few_buckets_are_kept():
     agent = fixed(tiny_agent("llama"))
     link = tiny_link(agent)
-    for length in (10, 70, 130, 190, 10, 240):
-        agent.think(prompts(agent, (length,))[0], 4, link)
-    agent.think(prompts(agent, (10, 10))[0], 4, link)
+    for lengths in ((10,), (70,), (130,), (20, 10), (110,), (140,)):
+        agent.think(prompts(agent, lengths)[0], 4, link)
     kept = [(held.static.rows, held.static.columns) for held in agent.rollouts._buckets.values()]
-    assert kept == [(1, 192), (1, 64), (1, 256), (2, 64)]
+    assert kept == [(1, 128), (1, 192)]
     assert len(kept) == BUCKETS
 
 
