@@ -43,15 +43,11 @@ class _Link(torch.autograd.Function):
         ci: Tensor | None,
         go: Tensor | None,
         co: Tensor | None,
-        residual: str,
-        gelu: str,
-        eps: float,
-        dtype: torch.dtype,
+        settings: tuple[str, str, float, torch.dtype],  # residual, gelu, eps, compute dtype
         direct: bool,
         recompute: bool,
     ) -> Tensor:
         tensors = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-        settings = (residual, gelu, eps, dtype)
         y, *intermediates = ops.caller(ops.link_fwd_train, direct)(*tensors, *settings)
         if recompute:
             intermediates.clear()
@@ -69,7 +65,7 @@ class _Link(torch.autograd.Function):
             dy.contiguous(), x, *intermediates, *parameters, *ctx.settings, list(needs)
         )
         wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*wanted, *[None] * 6)
+        return (*wanted, None, None, None)
 
 
 class _Handoff(torch.autograd.Function):
@@ -242,7 +238,7 @@ def recursive_link(
     rows = x if direct and x.dim() == 2 else _rows(x)
     settings = (residual, _GELU[activation], eps, dtype)
     if torch.is_grad_enabled() and _any_requires_grad(tensors):
-        y = _Link.apply(rows, *tensors[1:], *settings, direct, recompute)
+        y = _Link.apply(rows, *tensors[1:], settings, direct, recompute)
     else:
         y = ops.caller(ops.link_fwd, direct)(rows, *tensors[1:], *settings, True)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])

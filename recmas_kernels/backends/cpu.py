@@ -240,7 +240,7 @@ def link_bwd(
     # The kernels write fp32, bf16 and fp16; a gradient of another dtype leaves through fp32.
     outputs = [
         torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32)
-        if need and tensor is not None and tensor.numel()
+        if need and tensor is not None
         else None
         for need, tensor in zip(needs, inputs, strict=True)
     ]
@@ -255,8 +255,12 @@ def link_bwd(
             if not _native().link_backward(*settings, *rows, *parameters, *outputs):
                 raise AssertionError("converted tensors are readable")
     return tuple(
-        x.new_empty(tensor.shape if need and tensor is not None else 0) if grad is None else grad.to(tensor.dtype)  # type: ignore[union-attr]
-        for grad, need, tensor in zip(outputs, needs, inputs, strict=True)
+        x.new_empty(0)
+        if grad is None or tensor is None
+        else grad
+        if grad.dtype is tensor.dtype
+        else grad.to(tensor.dtype)
+        for grad, tensor in zip(outputs, inputs, strict=True)
     )
 
 
