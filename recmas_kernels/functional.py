@@ -60,7 +60,7 @@ class _Link(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:11]
         (x, *parameters), intermediates = saved[:11], saved[11:] or (None, None, None)
-        direct = ctx.direct and type(dy) is Tensor and not observed()
+        direct = ctx.direct and type(dy) is Tensor and not dy.is_neg() and not observed()
         grads = ops.caller(ops.link_bwd, direct)(
             dy.contiguous(), x, *intermediates, *parameters, *ctx.settings, list(needs)
         )
