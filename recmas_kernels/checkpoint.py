@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from recmas_kernels.files import replace_file
 from recmas_kernels.link import NORM_NAMES, LinkConfig
 
 if TYPE_CHECKING:
@@ -53,21 +53,6 @@ _ALIASES = {
     "2layer_res": "res_adapter",
     "2layer_ln_res": "ln_res_adapter",
 }
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` whole: a temporary file beside it, fsync, rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_link(directory: _Path, config: LinkConfig, state: Mapping[str, Tensor]) -> None:

@@ -103,7 +103,7 @@ def _demo(options: Namespace) -> None:
     if options.json:
         dump({"grid": [asdict(cell) for cell in cells], "links": [asdict(row) for row in times]})
     else:
-        print(f"\nlinks, no gradients, fp32, medians by turns\n{time_table(times)}")
+        print(f"\nlinks, no gradients, fp32, medians [p20, p80] by turns\n{time_table(times)}")
 
 
 def _measured(options: Namespace, default: int) -> list[Any]:

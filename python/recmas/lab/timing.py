@@ -18,12 +18,14 @@ WIDTH = 2048
 
 @dataclass(frozen=True)
 class LinkTime:
-    """Medians in microseconds of one call without gradients."""
+    """Medians in microseconds of one call without gradients, and the 20th and 80th percentile beside them."""
 
     name: str
     tokens: int
     fused: float
     eager: float
+    fused_spread: tuple[float, float]
+    eager_spread: tuple[float, float]
 
 
 def link_times() -> list[LinkTime]:
@@ -50,7 +52,13 @@ def link_time(name: str, link: RecursiveLink, tokens: int, seconds: float = 1.0)
         for call, taken in zip(calls, times, strict=True):
             taken.append(_timed(call, x))
     fused_time, eager_time = (statistics.median(taken) * 1e6 for taken in times)
-    return LinkTime(name, tokens, fused_time, eager_time)
+    return LinkTime(name, tokens, fused_time, eager_time, _spread(times[0]), _spread(times[1]))
+
+
+def _spread(seconds: list[float]) -> tuple[float, float]:
+    """20th and 80th percentile, in microseconds."""
+    first, *_, last = statistics.quantiles(seconds, n=5, method="inclusive")
+    return first * 1e6, last * 1e6
 
 
 def _timed(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -60,10 +68,13 @@ def _timed(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def time_table(times: Iterable[LinkTime]) -> str:
-    """The times as text, a line each."""
-    lines = ["{:<26} {:>6} {:>10} {:>10} {:>8}".format("link", "tokens", "fused us", "eager us", "speedup")]
+    """The times as text, a line each: medians, p20 to p80 in brackets."""
+    lines = ["{:<20} {:>6} {:>24} {:>24} {:>8}".format("link", "tokens", "fused us", "eager us", "speedup")]
     for row in times:
-        lines.append(
-            f"{row.name:<26} {row.tokens:>6} {row.fused:>10.1f} {row.eager:>10.1f} {row.eager / row.fused:>7.2f}x"
-        )
+        fused, eager = _told(row.fused, row.fused_spread), _told(row.eager, row.eager_spread)
+        lines.append(f"{row.name:<20} {row.tokens:>6} {fused:>24} {eager:>24} {row.eager / row.fused:>7.2f}x")
     return "\n".join(lines)
+
+
+def _told(median: float, spread: tuple[float, float]) -> str:
+    return f"{median:.1f} [{spread[0]:.0f}, {spread[1]:.0f}]"

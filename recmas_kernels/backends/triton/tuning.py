@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from recmas_kernels.files import replace_file
 
 Option = TypeVar("Option")
 
@@ -122,9 +123,4 @@ def choose(
 
 def _write(where: Path, answers: dict[str, str]) -> None:
     where.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=where.name)
-    with os.fdopen(handle, "w") as file:
-        json.dump(answers, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, where)
+    replace_file(where, json.dumps(answers, indent=1, sort_keys=True).encode())
