@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any, Protocol
 
 from recmas.chats import Messages, earlier
 
+PIECES = 4096  # texts between slots whose token ids an agent remembers
 _MARK = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _FIELD = re.compile(r"[A-Za-z_][\w.-]*")
 _FROM = re.compile(r"from:([\w-]+(?:,[\w-]+)*)")
@@ -136,7 +138,8 @@ class PromptRenderer:
     """Turns a template and a row into token ids and slots, in the way one agent wants its prompts.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer; must not change any more, since ids of recent pieces are kept: every round
+            and every epoch says them again.
         chat: wrap the prompt as one user message in the tokenizer's chat template, with the generation prompt; False
             takes the template as it is, special tokens only where written.
         system: system message (chat only); joined into the user message where the chat template has no such role.
@@ -153,6 +156,10 @@ class PromptRenderer:
             raise ValueError(f"{name}: system is set but chat is false; write it into the template")
         self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
         self._system_role: bool | None = None
+        self._ids = lru_cache(PIECES)(self._tokenised)
+
+    def _tokenised(self, piece: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
 
     def segments(
         self, template: Template, row: Mapping[str, object], texts: Mapping[str, str] | None = None
@@ -182,7 +189,7 @@ class PromptRenderer:
         for piece in pieces:
             if isinstance(piece, Slot):
                 segments.append(piece)
-            elif ids := self.tokenizer(piece, add_special_tokens=False)["input_ids"]:
+            elif ids := self._ids(piece):
                 segments.append(list(ids))
         if not segments:
             raise ValueError(f"{self.name}: template {_short(template.text)} renders to an empty prompt")

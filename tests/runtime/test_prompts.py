@@ -157,3 +157,22 @@ def test_refused():
         PromptRenderer(tiny_tokenizer(), chat=False, system="Be brief.")
     with pytest.raises(ValueError, match="renders to an empty prompt"):
         PromptRenderer(tiny_tokenizer(), chat=False).segments(Template("{{question}}"), {"question": ""})
+
+
+def test_a_piece_is_tokenised_once_and_handed_out_as_a_copy():
+    class Counting:
+        chat_template, calls = None, 0
+
+        def __call__(self, text, **options):
+            self.calls += 1
+            return tiny(text, **options)
+
+    tiny, counting = tiny_tokenizer(), Counting()
+    renderer = PromptRenderer(counting, chat=False)
+    first = renderer.segments(QUESTION, {"question": "the fox"})
+    expected = [list(first[0])]
+    first[0].append(7)
+    assert renderer.segments(QUESTION, {"question": "the fox"}) == expected
+    assert counting.calls == 1
+    renderer.segments(QUESTION, {"question": "the dog"})
+    assert counting.calls == 2
