@@ -7,15 +7,16 @@ contiguous last one; incoming gradients are made contiguous; nothing that was gi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recmas_kernels import backends, ops
+from recmas_kernels import backends, ops, reference
 from recmas_kernels.backends import packing
-from recmas_kernels.observed import observed
+from recmas_kernels.observed import is_ordinary, observed, transformed
 
 Norm = tuple[Tensor, Tensor | None]
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -24,6 +25,8 @@ _PARAMETER_NAMES = (
     *("w1", "b1", "w2", "b2", "w3", "b3"),
     *("norm_in weight", "norm_in bias", "norm_out weight", "norm_out bias"),
 )
+
+_TRANSFORMS = "torch.func transforms and forward-mode AD"
 
 forget_packed = packing.forget
 
@@ -60,7 +63,7 @@ class _Link(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:11]
         (x, *parameters), intermediates = saved[:11], saved[11:] or (None, None, None)
-        direct = ctx.direct and type(dy) is Tensor and not dy.is_neg() and not observed()
+        direct = ctx.direct and not observed() and is_ordinary(dy)
         grads = ops.caller(ops.link_bwd, direct)(
             dy.contiguous(), x, *intermediates, *parameters, *ctx.settings, list(needs)
         )
@@ -215,6 +218,8 @@ def recursive_link(
             the pre-activation and, with an output norm, the sum before it are kept: ``hidden_features +
             out_features`` numbers per token in the compute dtype, and 16 bytes. The gradients are the same bits.
 
+    ``torch.func`` transforms and forward-mode AD are served by plain torch, whatever the device.
+
     Returns:
         ``[..., out_features]`` in x's dtype. Under autocast the arithmetic runs in autocast's dtype; weights of
         another dtype are cast inside, and weight gradients leave in the weight's own dtype, accumulated in float32.
@@ -232,12 +237,18 @@ def recursive_link(
     tensors: tuple[Tensor | None, ...] = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
     autocast = backends.autocast_enabled(x.device.type)
     dtype = backends.compute_dtype(x) if autocast else x.dtype
-    direct = not observed() and backends.is_plain_link(residual, autocast, *tensors)
+    direct = not (observed() or x.is_neg() or x._is_zerotensor()) and backends.is_plain_link(
+        residual, autocast, *tensors
+    )
     if not direct:
         tensors = _checked_link(residual, norm_in, norm_out, tensors)
     rows = x if direct and x.dim() == 2 else _rows(x)
     settings = (residual, _GELU[activation], eps, dtype)
-    if torch.is_grad_enabled() and _any_requires_grad(tensors):
+    if not direct and transformed():
+        backends.expect_reference(_TRANSFORMS)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            y = reference.link_fwd(rows, *tensors[1:], *settings, False)  # type: ignore[arg-type, call-arg]
+    elif torch.is_grad_enabled() and _any_requires_grad(tensors):
         y = _Link.apply(rows, *tensors[1:], settings, direct, recompute)
     else:
         y = ops.caller(ops.link_fwd, direct)(rows, *tensors[1:], *settings, True)
@@ -296,8 +307,8 @@ def latent_handoff(
     mapped = _rows(mapped.to(embeds.dtype))
     differentiable = torch.is_grad_enabled() and (mapped.requires_grad or embeds.requires_grad)
     if inplace:
-        if differentiable:
-            raise ValueError("inplace=True is only for inference: run under torch.no_grad()")
+        if differentiable or transformed():
+            raise ValueError("inplace=True is only for inference: run under torch.no_grad(), outside of transforms")
         if not embeds.is_contiguous():
             raise ValueError("inplace=True needs contiguous embeds")
         if mapped.untyped_storage().data_ptr() == embeds.untyped_storage().data_ptr():
@@ -305,6 +316,9 @@ def latent_handoff(
         ops.handoff_(mapped, _rows(embeds), slot_rows)
         return embeds
     flat = _rows(embeds).contiguous()
+    if transformed():
+        backends.expect_reference(_TRANSFORMS)
+        return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
     out = _Handoff.apply(mapped, flat, slot_rows) if differentiable else ops.handoff_fwd(mapped, flat, slot_rows)
     return out.view(embeds.shape)
 

@@ -98,10 +98,10 @@ def link_fwd_train(
     output norm.
     """
     raw = x.to(dtype)
-    stats = torch.zeros(4, x.shape[0], dtype=accumulator(dtype), device=x.device)
-    u = raw
+    absent = torch.zeros(x.shape[0], dtype=accumulator(dtype), device=x.device)
+    u, mean_in, rstd_in, mean_out, rstd_out = raw, absent, absent, absent, absent
     if gi is not None:
-        u, stats[0], stats[1] = _layer_norm(raw, gi, ci, eps, dtype)
+        u, mean_in, rstd_in = _layer_norm(raw, gi, ci, eps, dtype)
     pre = F.linear(u, w1.to(dtype), _cast(b1, dtype))
     z = F.linear(F.gelu(pre, approximate=gelu), w2.to(dtype), _cast(b2, dtype))
     if residual == "identity":
@@ -109,10 +109,11 @@ def link_fwd_train(
     elif residual == "linear":
         assert w3 is not None
         z = z + F.linear(raw, w3.to(dtype), _cast(b3, dtype))
-    if go is None:
-        return z.to(x.dtype), pre, z.new_empty(0), stats
-    y, stats[2], stats[3] = _layer_norm(z, go, co, eps, dtype)
-    return y.to(x.dtype), pre, z, stats
+    y, kept = z, z.new_empty(0)
+    if go is not None:
+        kept = z
+        y, mean_out, rstd_out = _layer_norm(z, go, co, eps, dtype)
+    return y.to(x.dtype), pre, kept, torch.stack((mean_in, rstd_in, mean_out, rstd_out))
 
 
 def link_fwd(

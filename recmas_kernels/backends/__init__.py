@@ -132,6 +132,13 @@ def check_slot_rows(slot_rows: torch.Tensor, table_rows: int) -> None:
         raise ValueError(f"slot_rows names rows outside [0, {table_rows})")
 
 
+def expect_reference(what: str) -> None:
+    """Raise BackendUnavailableError if kernels were asked for by name where only plain torch can serve ``what``."""
+    name = requested()
+    if name not in ("auto", "reference"):
+        raise BackendUnavailableError(f"backend {name!r} cannot serve {what}: plain torch does, by use_backend('auto')")
+
+
 def choose(op: str, call: Call) -> ModuleType:
     """The backend module that serves ``call``, by the table and the user's request."""
     return _serving(requested(), op, call, ORDER.get(call.device, ELSEWHERE))

@@ -154,13 +154,6 @@ def test_jit_trace(link):
     torch.testing.assert_close(traced(x), link(x))
 
 
-def test_vmap_and_jvp_of_links_that_learn_nothing(link):
-    link.requires_grad_(False)
-    x = make_rows(6, 8).view(2, 3, 8)
-    torch.testing.assert_close(torch.func.vmap(link)(x), link(x))
-    torch.testing.assert_close(torch.func.jvp(link, (x,), (x,))[0], link(x))
-
-
 def test_profilers(link):
     with profile() as profiler:
         train(link)
@@ -207,6 +200,32 @@ def test_negated_views(width):
     w1, w2, b1 = make_rows(5, width), make_rows(width, 5, seed=2), torch.complex(*[make_rows(1, 5)[0]] * 2).conj().imag
     expected = recursive_link(rows.clone().resolve_neg(), w1, w2, b1.clone().resolve_neg())
     assert torch.equal(recursive_link(rows, w1, w2, b1), expected)
+
+
+def test_negated_views_with_any_stride(link):
+    rows = make_rows(3, 8)
+    assert torch.equal(link(torch._neg_view(rows)), link(-rows))
+
+
+@pytest.mark.parametrize("kind", ["zero", "negated", "expanded"])
+def test_gradients_that_are_not_the_memory_they_seem_to_be(link, kind):
+    inputs, rows = tuple(link.parameters()), make_rows(3, 8, seed=2)
+    dy, plain = {
+        "zero": (torch._efficientzerotensor((3, 8)), torch.zeros(3, 8)),
+        "negated": (torch._neg_view(rows), -rows),
+        "expanded": (rows[:1].expand(3, 8), rows[:1].repeat(3, 1)),
+    }[kind]
+    found, expected = (torch.autograd.grad(link(make_rows(3, 8)), inputs, grad) for grad in (dy, plain))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_batches_of_gradients(link):
+    inputs, dys = tuple(link.parameters()), make_rows(6, 8, seed=2).view(2, 3, 8)
+    y = link(make_rows(3, 8))
+    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+    for index, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        assert all(torch.equal(one[index], other) for one, other in zip(batched, alone, strict=True))
 
 
 def test_tensors_without_memory_are_left_to_the_reference():
