@@ -109,6 +109,7 @@ class Agent:
         self.tokenizer.save_pretrained(folder)
 
     def to(self, *args: Any, **kwargs: Any) -> Agent:
+        self.rollouts.forget()
         self.model.to(*args, **kwargs)
         return self
 
@@ -173,7 +174,7 @@ class Agent:
         length = targets.shape[1]
         mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
         embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
-        self._check_context(mask, 0)
+        self.check_context(mask.sum(dim=1).tolist())
         held = 0 if begun is None else begun.get_seq_length()
         output = self.decoder(
             inputs_embeds=embeds[:, held:],
@@ -210,7 +211,7 @@ class Agent:
         """
         if steps == 0:
             return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
-        self._check_context(prompt.mask, steps - 1)
+        self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = reader(self.decoder, prompt, steps - 1, None)
         return Latents(self.rollouts(past, hidden, steps, link))
 
@@ -245,7 +246,7 @@ class Agent:
         Raises:
             ValueError: a prompt beyond the model's context, at once.
         """
-        self._check_context(prompt.mask, 0)
+        self.check_context(prompt.mask.sum(dim=1).tolist())
         seeds = [seed] if isinstance(seed, int) else seed
         numbers = range(prompt.embeds.shape[0]) if rows is None else rows
         return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply, reader)
@@ -277,9 +278,14 @@ class Agent:
         """Token ids of a text in which nothing is a special token, whatever it spells."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _check_context(self, mask: Tensor, room: int) -> None:
-        lengths = mask.sum(dim=1).tolist() if mask.numel() else [0]
-        longest = max(lengths)
+    def check_context(self, lengths: Sequence[int], room: int = 0) -> None:
+        """Raise PromptTooLongError for the longest of prompts of so many positions if it does not fit.
+
+        Args:
+            lengths: of a batch.
+            room: latent steps that are fed back after them.
+        """
+        longest = max(lengths, default=0)
         if self.context_length is not None and longest + room > self.context_length:
             used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
             told = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"

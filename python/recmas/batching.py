@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from recmas import chats
+from recmas.lengths import lengths_of
 from recmas.memory import SAFETY
 from recmas.memory.free import free_bytes
-from recmas.memory.rows import Length, added, longest, row_bytes, slot_positions
+from recmas.memory.rows import Length, longest, row_bytes
 from recmas.memory.shape import shape_of
-from recmas.prompts import Slot
 
 if TYPE_CHECKING:
     from recmas.running import Plan
@@ -94,7 +94,7 @@ def batches(plan: Plan, rows: Sequence[Fields], batch_size: int | str | None) ->
 
 def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
     mas = plan.mas
-    lengths = [_lengths(plan, row) for row in rows]
+    lengths = [lengths_of(plan, row) for row in rows]
     shapes = {
         role: shape_of(agent.model.config, torch.empty(0, dtype=agent.dtype).element_size())
         for role, agent in mas.agents.items()
@@ -117,15 +117,3 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
 
     order = sorted(range(len(rows)), key=lambda index: max(length.prompt for length in lengths[index].values()))
     return Batches(order, LARGEST, fitting)
-
-
-def _lengths(plan: Plan, row: Fields) -> dict[str, Length]:
-    """By role, the positions of a row's prompts and of what is added to them."""
-    mas, tokens = plan.mas, {role: how.max_new_tokens for role, how in plan.decoding.items()}
-    lengths = []
-    for visit in mas.pattern.visits(min(plan.rounds, 2)):
-        segments = mas.segments(visit, row)
-        text = sum(len(segment) for segment in segments if not isinstance(segment, Slot))
-        slots = slot_positions(visit, mas.pattern, plan.mode, plan.latent_steps, tokens)
-        lengths.append({visit.role: Length(text + slots, added(visit, plan.mode, plan.latent_steps, tokens))})
-    return longest(lengths)

@@ -112,7 +112,8 @@ class Prefixes:
             self.last = Reading(positions, computed, reason)
             return past, past.feed(prompt.embeds)
 
-        held = [snapshot for snapshot in self._held.values() if snapshot.decoder is decoder]
+        mine = [snapshot for snapshot in self._held.values() if snapshot.decoder is decoder]
+        held = [snapshot for snapshot in mine if snapshot.device == prompt.embeds.device]
         cut, source = 0, None
         for snapshot in held:
             if (found := snapshot.cut(prefix, pads, width - 1)) > cut:

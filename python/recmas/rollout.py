@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from recmas.static import StaticContinuation, bucket, unfit
 Link = Callable[[Tensor], Tensor]
 BUCKETS = 2
 """Buckets whose buffers an agent keeps, each as large as a batch's cache; the one unused for longest goes first."""
+_BUFFERS = threading.Lock()
+"""Held from filling a bucket's buffers to copying its states out of them: threads may share an agent."""
 MOVES = 2
 """Times that weights may be found elsewhere before no more graphs are captured: they come and go with every visit."""
 
@@ -64,13 +67,15 @@ class Rollouts:
         if not self.reason:
             assert isinstance(link, nn.Module)
             try:
-                return self._bucket(past, steps).replay(past, hidden, steps, link, self)
+                with _BUFFERS:
+                    return self._bucket(past, steps).replay(past, hidden, steps, link, self)
             except RuntimeError as error:  # whatever a model does that cannot be captured, and memory that is short
                 self._buckets.clear()
                 self._failed = self.reason = f"no graph could be captured: {str(error).strip().splitlines()[:1]}"
                 warnings.warn(f"the latent rollout goes on without CUDA graphs: {self.reason}", stacklevel=2)
         if steps > 1 and (self.static or self.compiled) and not unfitting:
-            return self._bucket(past, steps).run(past, hidden, steps, link)
+            with _BUFFERS:
+                return self._bucket(past, steps).run(past, hidden, steps, link)
         dtype = past.decoder.get_input_embeddings().weight.dtype
         return loop(lambda state: past.feed(state[:, None].to(dtype)), hidden, steps, link)
 
@@ -99,6 +104,10 @@ class Rollouts:
         self._buckets[key] = held
         return held
 
+    def forget(self) -> None:
+        """Drop all buffers and graphs, as before the agent is moved or cast."""
+        self._buckets.clear()
+
     def captured(self, moved: bool) -> None:
         """Count one more graph; `moved`: it replaces one whose weights are elsewhere now."""
         self.captures += 1
@@ -110,14 +119,14 @@ class _Bucket:
 
     def __init__(self, static: StaticContinuation) -> None:
         self.static = static
-        self._graphs: dict[tuple[int, int], tuple[object, Any, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[nn.Module, int], tuple[object, Any, Tensor, Tensor]] = {}
 
     def run(self, past: Continuation, hidden: Tensor, steps: int, link: Link) -> Tensor:
         self.static.load(past)
         return loop(self.static.step, self._rows(hidden), steps, link)[: hidden.shape[0]]
 
     def replay(self, past: Continuation, hidden: Tensor, steps: int, link: nn.Module, rollouts: Rollouts) -> Tensor:
-        key = (id(link), steps)
+        key = (link, steps)
         modules = (link, past.decoder)
         tensors = [kept for module in modules for kept in (*module.parameters(), *module.buffers())]
         where = tuple((kept.data_ptr(), kept.dtype) for kept in tensors)

@@ -16,6 +16,7 @@ from recmas.agent import PromptTooLongError
 from recmas.batching import batches
 from recmas.cache import Reader
 from recmas.decoding import Detokenizer, text_of
+from recmas.lengths import check_lengths
 from recmas.pattern import Visit
 from recmas.prefix import Prefixes, Reading
 from recmas.spec import Decoding
@@ -133,6 +134,7 @@ def answer(plan: Plan, rows: Iterable[Row], batch_size: int | str | None) -> Ans
         raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
     fields = [chats.read_row(row, index) for index, row in enumerate(rows)]
     plan.mas.check_rows(fields, plan.rounds)
+    check_lengths(plan, fields)
     answers, queue = Answers(Answer() for _ in fields), batches(plan, fields, batch_size)
     try:
         for numbers in queue:
@@ -159,6 +161,7 @@ def stream(plan: Plan, row: Row) -> Generator[str, None, Answer]:
     """Run `plan` on one row; see `RecursiveMAS.stream`. Everything is checked before the first piece is asked for."""
     fields = [chats.read_row(row, 0)]
     plan.mas.check_rows(fields, plan.rounds)
+    check_lengths(plan, fields)
 
     def pieces() -> Generator[str, None, Answer]:
         answers = Answers([Answer()])
@@ -257,6 +260,7 @@ class _Batch:
                 self.answers[row].text_tokens[visit.role] += 1
                 if in_pieces and (piece := texts[row].add(tokens)):
                     yield self.numbers[row], piece
+                    self.plan.mas.bring(visit.role)  # whoever got the piece may have asked the system something else
         for row, result in enumerate(self.answers):
             result.text = text_of(result.tokens, agent.text)
             if caller is not None:

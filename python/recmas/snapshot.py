@@ -25,6 +25,7 @@ class Snapshot:
 
     Attributes:
         decoder: whose cache it was.
+        device: where the decoder was then; an offloaded one may visit another later.
         ids: tokens that each row had read; a single row stands for all rows.
         pads: columns of padding before them.
         layers: per layer, keys and values ``[rows, heads, columns, d]``, a recurrent layer, or None for one that holds
@@ -32,6 +33,7 @@ class Snapshot:
     """
 
     decoder: PreTrainedModel
+    device: torch.device
     ids: Ids
     pads: list[int]
     layers: list[tuple[Tensor, Tensor] | LinearAttentionLayer | None]
@@ -43,7 +45,8 @@ class Snapshot:
         A recurrent layer must have read no more.
         """
         columns = max(pad + len(row) for pad, row in zip(pads, ids, strict=True))
-        return cls(past.decoder, ids, list(pads), [_copy(layer, columns) for layer in past.cache.layers])
+        layers = [_copy(layer, columns) for layer in past.cache.layers]
+        return cls(past.decoder, past.mask.device, ids, list(pads), layers)
 
     def cut(self, prefix: Ids, pads: Sequence[int], last: int) -> int:
         """The column before which a left-padded prompt can be continued from here; 0: nowhere.

@@ -141,4 +141,5 @@ def _fill(layer: Any, held: Any, rows: Tensor, length: int) -> None:
                     own[number].copy_(state[rows])
     elif not isinstance(held, DummyLayer):
         for buffer, states in ((layer.keys, held.keys), (layer.values, held.values)):
+            buffer.zero_()  # masked or not, a NaN that an earlier batch left would spread
             buffer[:, :, length - states.shape[2] : length] = states[rows]

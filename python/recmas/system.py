@@ -233,6 +233,11 @@ class RecursiveMAS:
         """What brings agents to their devices; None where they are there for good."""
         return self._lender
 
+    def bring(self, role: str) -> None:
+        """Weights that `role` works with are on its device, if they are not there for good."""
+        if self._lender is not None:
+            self._lender.bring(role)
+
     def rest(self) -> None:
         """Weights that are lent to a device go home; nothing where none are."""
         if self._lender is not None:
@@ -281,7 +286,8 @@ class RecursiveMAS:
             progress: called with the number of rows after each visit of an agent (less than 0 takes some back).
 
         Raises:
-            ValueError: wrong arguments, a field that a row lacks, or missing links; before any model runs.
+            ValueError: wrong arguments, a field that a row lacks, missing links, or a prompt that is too long for an
+                agent whatever texts it hears; before any model runs.
         """
         plan = running.Plan(
             self,
@@ -330,8 +336,7 @@ class RecursiveMAS:
         spoken: Message = []
         for visit in self.pattern.visits(rounds):
             heard = {sender: messages[sender, when] for sender, when in zip(visit.senders, visit.heard, strict=True)}
-            if self._lender is not None:
-                self._lender.bring(visit.role)
+            self.bring(visit.role)
             spoken = messages[visit.role, visit.round] = speak(visit, self.prompt(visit, rows, heard))
         return spoken
 

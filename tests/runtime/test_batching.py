@@ -92,12 +92,13 @@ def test_the_estimate_covers_what_a_batch_really_takes(mas):
     """Bytes of tensors alive at once while a batch is answered, counted by torch's own profiler."""
     from torch.profiler import ProfilerActivity, profile
 
+    from recmas.lengths import lengths_of
     from recmas.memory.rows import row_bytes
     from recmas.memory.shape import shape_of
 
     row = "the lazy dog " * 12
     plan = Plan(mas, max_new_tokens=8)
-    lengths = batching._lengths(plan, {"question": row})
+    lengths = lengths_of(plan, {"question": row})
     shapes = {role: shape_of(agent.model.config, 4) for role, agent in mas.agents.items()}
     mas.answer([row], max_new_tokens=8)  # what is made once is there
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

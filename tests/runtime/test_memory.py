@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -211,6 +212,29 @@ def test_sharded_checkpoints_and_broken_files(tmp_path):
         ValueError, match="model.safetensors: no such file; memory is told from safetensors files alone"
     ):
         weights_of(tmp_path)
+
+
+def test_quantised_weights_stay_as_they_are_stored(tmp_path):
+    stored = {
+        "packed": torch.zeros(8, 4, dtype=torch.int32),
+        "scales": torch.zeros(8, 2, dtype=torch.float16),
+        "norm": torch.zeros(6),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    weights = weights_of(tmp_path)
+    assert (weights.parameters, weights.stored) == (32 + 16 + 6, 128 + 32 + 24)
+    assert {dtype: weights.bytes_in(dtype) for dtype in ("auto", "bfloat16", "float32")} == {
+        "auto": 128 + 32 + 24,
+        "bfloat16": 128 + 2 * 22,
+        "float32": 128 + 4 * 22,
+    }
+
+
+def test_beginnings_count_where_roles_may_share_a_model(agent):
+    shape, length = shape_of(agent.model.config, 4), Length(50, 8)
+    shapes, lengths = dict.fromkeys("ab", shape), dict.fromkeys("ab", length)
+    alone = row_bytes({"a": shape}, {"a": CPU}, {"a": length}, 1)[CPU]
+    assert row_bytes(shapes, dict.fromkeys("ab", CPU), lengths, 1)[CPU] == alone + 2 * shape.snapshot(50)
 
 
 def test_info_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -138,6 +138,30 @@ def test_roles_that_share_a_model_keep_it_there_between_them(seen):
     assert devices.crossed.count((table, "cpu", "meta:0")) == 2  # embeddings and head, once each
 
 
+def test_roles_that_share_a_model_may_take_it_to_two_devices():
+    """What the model read on one device is of no use on the other."""
+    one = tiny_agent("llama", "one")
+    mas = RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, one), SEQUENTIAL, rounds=2, latent_steps=2, seed=0)
+    expected = mas.answer(QUESTIONS, **OPTIONS)
+    with FakeDevices():
+        devices = {"planner": "meta:0", "critic": "meta:1", "solver": "meta:1"}
+        answers = visiting(mas, devices).answer(QUESTIONS, **OPTIONS)
+    same(answers, expected)
+    assert sum(how.positions - how.computed for how in answers.reading.values()) > 0
+
+
+def test_a_system_may_be_asked_while_an_answer_is_written(mas):
+    alone, other = (mas.answer([question], max_new_tokens=12)[0].text for question in QUESTIONS[:2])
+    with FakeDevices():
+        offloaded, pieces = visiting(mas, "meta:0"), []
+        for piece in offloaded.stream(QUESTIONS[0], max_new_tokens=12):
+            pieces.append(piece)
+            assert offloaded.answer([QUESTIONS[1]], max_new_tokens=12)[0].text == other
+        assert away(mas) == set()
+    assert "".join(pieces) == alone
+    assert len(pieces) > 2
+
+
 def test_agents_go_home_after_an_exception(mas, monkeypatch):
     def fail(visit, message):
         if visit.role == "critic":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agent import Agent
+from recmas.spec import PromptSpec
 from recmas.splice import Prompt
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link
 
@@ -155,3 +157,21 @@ def test_unknown_logit_scaling_is_refused():
     agent.model.config.model_type = "martian"
     with pytest.raises(ValueError, match="how a martian model scales its logits"):
         Agent(agent.model, agent.tokenizer, name="x")
+
+
+def test_a_prompt_that_a_later_agent_cannot_read_is_told_before_any_model_runs(monkeypatch):
+    agents = {role: tiny_agent("llama", role) for role in SEQUENTIAL.roles}
+    mas = RecursiveMAS.create(agents, SEQUENTIAL, rounds=2, latent_steps=4, seed=0)
+    mas.settings["solver"].prompt = PromptSpec(None, "{{note}}{{from:critic}}")
+    mas = RecursiveMAS(agents, mas.inner_links, mas.outer_links, SEQUENTIAL, settings=mas.settings)
+    monkeypatch.setattr(Agent, "think", lambda *_, **__: pytest.fail("a model ran"))
+    monkeypatch.setattr(Agent, "write", lambda *_, **__: pytest.fail("a model ran"))
+    short, long = ({"question": "fox", "note": "fox " * count} for count in (1, 100))
+    told = "agent 'solver': a prompt of [0-9]+ positions( and 3 latent steps)? exceeds its context of 256$"
+    for options in ({"rounds": 2}, {"rounds": 1}, {"rounds": 1, "mode": "text"}):
+        with pytest.raises(ValueError, match=f"^row 1: {told}"):
+            mas.answer([short, long], latent_steps=4, **options)
+        with pytest.raises(ValueError, match=f"^row 0: {told}"):
+            mas.stream(long, latent_steps=4, **options)
+        with pytest.raises(pytest.fail.Exception, match="a model ran"):
+            mas.answer([short], latent_steps=4, **options)

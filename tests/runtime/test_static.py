@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,6 +57,48 @@ def test_batches_of_one_bucket_share_its_buffers_and_nothing_else(agent):
         (held,) = agent.rollouts._buckets.values()
         addresses.append([buffer.data_ptr() for buffer in buffers(held.static)])
     assert all(found == addresses[0] for found in addresses)
+
+
+@torch.no_grad()
+def test_nothing_of_a_broken_batch_stays(agent):
+    link, agent = tiny_link(agent), fixed(agent)
+    expected = agent.think(prompts(agent, (9, 3))[0], STEPS, link).states
+    broken, _ = prompts(agent, (50, 50))
+    broken.embeds.fill_(torch.nan)
+    assert agent.think(broken, STEPS, link).states.isnan().all()
+    assert len(agent.rollouts._buckets) == 1
+    assert torch.equal(agent.think(prompts(agent, (9, 3))[0], STEPS, link).states, expected)
+
+
+@torch.no_grad()
+def test_threads_that_share_an_agent_wait_for_its_buffers():
+    agent = fixed(tiny_agent("llama"))
+    link = tiny_link(agent)
+
+    class Slow(torch.nn.Module):
+        def forward(self, hidden):
+            time.sleep(0.005)  # lets the other thread in
+            return link(hidden)
+
+    batches = [prompts(agent, (9, 3), seed)[0] for seed in range(2)]
+    expected = [agent.think(batch, STEPS, link).states for batch in batches]
+    slow = Slow()
+
+    def think(batch: Prompt) -> torch.Tensor:
+        with torch.no_grad():
+            return agent.think(batch, STEPS, slow).states
+
+    with ThreadPoolExecutor(2) as pool:
+        for states, alone in zip(pool.map(think, batches), expected, strict=True):
+            assert torch.equal(states, alone)
+
+
+@torch.no_grad()
+def test_an_agent_that_moves_leaves_no_buffers_behind():
+    agent = fixed(tiny_agent("llama"))
+    agent.think(prompts(agent, (9, 3))[0], STEPS, tiny_link(agent))
+    agent.to(dtype=torch.float64)
+    assert not agent.rollouts._buckets
 
 
 def buffers(static: StaticContinuation) -> list[torch.Tensor]:

@@ -52,13 +52,15 @@ def row_bytes(
 ) -> dict[torch.device, int]:
     """Bytes per row on each device: the agent at work, and what every agent keeps.
 
-    Kept are beginnings of prompts that later rounds will need, and on CUDA the buffers of captured rollouts.
+    Kept are beginnings of prompts that later rounds, or other roles of the same model, will need, and on CUDA the
+    buffers of captured rollouts.
     """
     taken: dict[torch.device, int] = {}
     for device in dict.fromkeys(placement.values()):
         here = [(shapes[role], length) for role, length in lengths.items() if placement[role] == device]
         work = (shape.cache(sum(length)) + shape.work(length.prompt) for shape, length in here)
-        kept = sum(shape.snapshot(length.prompt) for shape, length in here) if rounds > 1 else 0
+        shared = len({shape for shape, _ in here}) < len(here)  # perhaps: models of one shape may be two
+        kept = sum(shape.snapshot(length.prompt) for shape, length in here) if rounds > 1 or shared else 0
         if device.type == "cuda":
             kept += sum(BUCKET_ROWS * shape.snapshot(bucket(1, sum(length))[1]) for shape, length in here)
         taken[device] = max(work, default=0) + kept

@@ -15,16 +15,26 @@ DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a checkpoint: number of parameters, their bytes as stored, and the dtype of most of them."""
+    """Of a checkpoint.
+
+    Attributes:
+        parameters: their number.
+        floating: those of them that loading casts.
+        packed: bytes of the others, as quantised weights are stored and stay.
+        stored: bytes of all, as stored.
+        dtype: of most.
+    """
 
     parameters: int
+    floating: int
+    packed: int
     stored: int
     dtype: str
 
     def bytes_in(self, dtype: str) -> int:
         """Bytes once loaded in `dtype`, or as stored for "auto"."""
         width = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}.get(dtype)
-        return self.stored if width is None or dtype == self.dtype else self.parameters * width
+        return self.stored if width is None else self.floating * width + self.packed
 
 
 def weights_of(folder: Path) -> Weights:
@@ -53,8 +63,10 @@ def weights_of(folder: Path) -> Weights:
 def summed(counts: dict[str, int]) -> Weights:
     """The weights of so many parameters by safetensors' name of their dtype."""
     most = max(counts, key=lambda kind: counts[kind], default="F32")
-    stored = sum(count * BYTES.get(kind, 1) for kind, count in counts.items())
-    return Weights(sum(counts.values()), stored, DTYPES.get(most, most))
+    floating = sum(count for kind, count in counts.items() if kind in DTYPES)
+    stored = {kind: count * BYTES.get(kind, 1) for kind, count in counts.items()}
+    packed = sum(size for kind, size in stored.items() if kind not in DTYPES)
+    return Weights(sum(counts.values()), floating, packed, sum(stored.values()), DTYPES.get(most, most))
 
 
 def _header(file: Path) -> dict[str, Any]:
