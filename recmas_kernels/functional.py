@@ -369,12 +369,11 @@ def alignment_loss(
         _expect("mask", mask, *leading)
         mask = mask.reshape(-1).contiguous()
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
-    return _Alignment.apply(
-        _rows(pred),
-        _rows(target.detach()),
-        ids,
-        mask,
-        float(cosine_weight),
-        float(mse_weight),
-        float(embed_scale),
-    )
+    rows, table = _rows(pred), _rows(target.detach())
+    weights = float(cosine_weight), float(mse_weight), float(embed_scale)
+    if transformed():
+        backends.expect_reference(_TRANSFORMS)
+        if mask is not None:  # what a row outside of it holds must not reach a derivative
+            rows = torch.where(mask[:, None] != 0, rows, 0)
+        return reference.alignment_fwd(rows, table, ids, mask, *weights)[0]
+    return _Alignment.apply(rows, table, ids, mask, *weights)

@@ -59,7 +59,7 @@ else:
     @cache
     def _ordinary_keys(device_type: str) -> int:
         with torch.inference_mode(False):
-            return _dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+            return _dispatch_keys(torch.zeros(0, device=device_type)).raw_repr()
 
     def is_ordinary(tensor: Tensor) -> bool:
         """Whether a tensor, no subclass, holds its numbers as they are: not negated, no implied zeros, no batch."""

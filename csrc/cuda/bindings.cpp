@@ -76,6 +76,14 @@ void link_forward(Sizes sizes, int compute, int residual, int gelu, float eps, u
   raise_if_failed(code, "link_forward " + size(0) + " x " + size(1) + " -> " + size(2) + " -> " + size(3), device);
 }
 
+void raise_if_handoff_failed(int32_t code, const std::string& op, int64_t count, int64_t row_bytes, int64_t table_rows,
+                             int device) {
+  if (code == cudaSuccess) return;
+  const std::string shape = std::to_string(count) + " x " + std::to_string(row_bytes) + " bytes, table of " +
+                            std::to_string(table_rows) + " rows,";
+  raise_if_failed(code, op + " " + shape, device);
+}
+
 void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, int64_t count, int64_t row_bytes,
                      uintptr_t table, int64_t table_stride, int64_t table_rows, int device, uintptr_t stream) {
   int32_t code = 0;
@@ -85,7 +93,7 @@ void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, i
                                          reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
                                          reinterpret_cast<void*>(table), table_stride, table_rows, stream);
   }
-  raise_if_failed(code, "handoff_scatter", device);
+  raise_if_handoff_failed(code, "handoff_scatter", count, row_bytes, table_rows, device);
 }
 
 void handoff_take(uintptr_t table, int64_t table_stride, int64_t table_rows, uintptr_t slot_rows, int64_t count,
@@ -97,7 +105,7 @@ void handoff_take(uintptr_t table, int64_t table_stride, int64_t table_rows, uin
                                       reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
                                       reinterpret_cast<void*>(rows), stream);
   }
-  raise_if_failed(code, "handoff_take", device);
+  raise_if_handoff_failed(code, "handoff_take", count, row_bytes, table_rows, device);
 }
 
 int driver_version() {

@@ -30,11 +30,12 @@ def serving():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a device the calls succeed")
-def test_without_a_device_a_call_names_op_device_and_error(native):
-    with pytest.raises(RuntimeError, match=r"handoff_scatter on cuda:0: CUDA error \d+ \(cudaError\w+\): \w+"):
-        native.handoff_scatter(0, 16, 0, 1, 16, 0, 16, 1, 0, 0)
-    with pytest.raises(RuntimeError, match=r"handoff_take on cuda:0: CUDA error \d+"):
-        native.handoff_take(0, 16, 1, 0, 1, 16, 0, 0, 0)
+def test_without_a_device_a_call_names_op_shape_device_and_error(native):
+    where = r"2 x 16 bytes, table of 9 rows, on cuda:0: CUDA error \d+ \(cudaError\w+\): \w+"
+    with pytest.raises(RuntimeError, match=f"handoff_scatter {where}"):
+        native.handoff_scatter(0, 16, 0, 2, 16, 0, 16, 9, 0, 0)
+    with pytest.raises(RuntimeError, match=f"handoff_take {where}"):
+        native.handoff_take(0, 16, 9, 0, 2, 16, 0, 0, 0)
 
 
 def test_empty_calls_launch_nothing(native):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from recmas_kernels import FusedRecursiveLink, latent_handoff, use_backend
+from recmas_kernels import FusedRecursiveLink, alignment_loss, latent_handoff, use_backend
 from recmas_kernels.backends import BackendUnavailableError
 from tests.kernels.helpers import configs, eager_twin, make_link, make_rows
 
@@ -84,6 +84,25 @@ def test_handoffs() -> None:
         torch.func.jvp(
             lambda hidden: latent_handoff(hidden, link, embeds, slot_rows=slots, inplace=True), (rows,), (tangents,)
         )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss(masked: bool) -> None:
+    pred, table, v = (make_rows(5, 8, dtype=torch.float64, seed=seed) for seed in (1, 2, 3))
+    ids, mask = torch.tensor([0, 4, 2, 2, 1]), torch.tensor([True, False, True, True, False]) if masked else None
+    if masked:
+        pred[1] = float("nan")
+
+    def loss(rows: Tensor) -> Tensor:
+        return alignment_loss(rows, table, token_ids=ids, mask=mask, mse_weight=0.3, embed_scale=1.5)
+
+    learning = pred.clone().requires_grad_()
+    value = loss(learning)
+    (expected,) = torch.autograd.grad(value, learning)
+    torch.testing.assert_close(torch.func.grad(loss)(pred), expected)
+    found, slope = torch.func.jvp(loss, (pred,), (v,))[:2]
+    torch.testing.assert_close(found, value.detach())
+    torch.testing.assert_close(slope, (expected * v).sum())
 
 
 def test_a_backend_asked_for_by_name_does_not_fall_back() -> None:
