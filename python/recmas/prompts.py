@@ -7,6 +7,7 @@ agent's message). Rendering is a single pass: inserted values are never scanned 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,8 +159,8 @@ class PromptRenderer:
         self._system_role: bool | None = None
         self._ids = lru_cache(PIECES)(self._tokenised)
 
-    def _tokenised(self, piece: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+    def _tokenised(self, piece: str) -> array[int]:
+        return array("i", self.tokenizer(piece, add_special_tokens=False)["input_ids"])  # a ninth of a tuple's memory
 
     def segments(
         self, template: Template, row: Mapping[str, object], texts: Mapping[str, str] | None = None

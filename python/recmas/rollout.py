@@ -18,7 +18,7 @@ Link = Callable[[Tensor], Tensor]
 BUCKETS = 2
 """Buckets whose buffers an agent keeps, each as large as a batch's cache; the one unused for longest goes first."""
 _BUFFERS = threading.Lock()
-"""Held from filling a bucket's buffers to copying its states out of them: threads may share an agent."""
+"""Held from filling a bucket's buffers to copying its states out: threads, on one stream, may share an agent."""
 MOVES = 2
 """Times that weights may be found elsewhere before no more graphs are captured: they come and go with every visit."""
 
@@ -71,7 +71,8 @@ class Rollouts:
                     return self._bucket(past, steps).replay(past, hidden, steps, link, self)
             except RuntimeError as error:  # whatever a model does that cannot be captured, and memory that is short
                 self._buckets.clear()
-                self._failed = self.reason = f"no graph could be captured: {str(error).strip().splitlines()[:1]}"
+                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self._failed = self.reason = f"no graph could be captured: {told}"
                 warnings.warn(f"the latent rollout goes on without CUDA graphs: {self.reason}", stacklevel=2)
         if steps > 1 and (self.static or self.compiled) and not unfitting:
             with _BUFFERS:

@@ -8,6 +8,7 @@ moves on, so that no step differs from another in anything but the contents of t
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from recmas.cache import Continuation, RoomySlidingLayer
 from recmas.snapshot import unsupported
 
 _KINDS = {False: "full_attention", True: "sliding_attention"}
+_ALONE: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+"""Else torch counts all buckets of all agents as one function, and runs those after the eighth without compiling."""
 
 
 class StaticContinuation:
@@ -50,7 +55,7 @@ class StaticContinuation:
         self._sliding = torch.empty_like(self._full)
         masks = {"full_attention": self._full, "sliding_attention": self._sliding}
         self._masks: Any = masks if len(kinds) > 1 else masks[kinds.pop()]
-        self._run = torch.compile(self._body, dynamic=False) if compiled else self._body
+        self._run: Any = torch.compile(self._body, dynamic=False, **_ALONE) if compiled else self._body
 
     def load(self, past: Continuation) -> None:
         """Take over a batch ``[B]`` that has read T columns; B and T plus the steps to come must fit."""

@@ -150,7 +150,7 @@ def test_one_model_on_two_devices_or_in_two_dtypes_is_loaded_twice(tmp_path, loa
     (tmp_path / "s" / "system.json").write_text(content.replace('"dtype": "auto"', '"dtype": "bfloat16"', 1))
     loads.clear()
     RecursiveMAS.from_pretrained(tmp_path / "s")
-    assert [dtype for _, dtype, _ in loads] == ["bfloat16", "auto", "auto"][: len(loads)]
+    assert [dtype for _, dtype, _ in loads] == ["bfloat16", "auto", "auto"]
 
 
 def test_one_model_under_two_tokenizers_keeps_both(tmp_path):

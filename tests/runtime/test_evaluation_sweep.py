@@ -309,6 +309,7 @@ def test_bad_input_is_refused_before_anything_is_answered(real, tmp_path):
         ("row 1: no field 'answer' with the answer", {"rows": [ROWS[0], {"says": "?"}]}),
         ("row 0: no field 'gold'", {"answer_field": "gold"}),
         ("row 0: no field 'question', which agent", {"rows": [{"says": "?", "answer": ""}]}),
+        ("row 1: agent 'expert': a prompt of ", {"rows": [ROWS[0], {**ROWS[1], "question": "fox " * 300}]}),
         ("batch_size must be at least 1, got 0", {"batch_size": 0}),
         ("samples must be at least 1, got 0", {"samples": 0}),
         ("samples: 2 greedy answers are one and the same", {"samples": 2}),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
@@ -69,6 +70,22 @@ def test_latent_attention_takes_no_more_than_its_expanded_form():
     with torch.no_grad():
         cache = AutoModelForCausalLM.from_config(config)(torch.ones(1, 3, dtype=torch.long)).past_key_values
     assert 0 < held(cache) <= 3 * shape_of(config, 4).cache_per_token
+
+
+def test_the_width_of_the_feed_forward_part_has_many_names():
+    gpt2 = CONFIG_MAPPING["gpt2"](n_embd=32, n_head=4, n_layer=2)
+    assert gpt2.n_inner is None  # four times the width
+    expected = shape_of(gpt2, 4).activations_per_token
+    gpt2.n_inner = 128
+    assert shape_of(gpt2, 4).activations_per_token == expected
+    gpt2.n_inner = 256
+    assert shape_of(gpt2, 4).activations_per_token == expected + 3 * 128 * 4
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    narrow, wide = (
+        shape_of(CONFIG_MAPPING["gemma3n_text"](intermediate_size=sizes, **layers), 4)
+        for sizes in ([9000, 9000], [9000, 10000])
+    )
+    assert wide.activations_per_token == narrow.activations_per_token + 3 * 1000 * 4
 
 
 def system(tmp_path, **options):
@@ -147,6 +164,24 @@ def test_a_hub_id_is_looked_up_in_the_cache_of_this_machine(tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: pytest.fail("the network was asked"))
     critic = memory_table(tmp_path / "s").agents[1]
     assert (critic.model, critic.weights) == ("someone/critic", total([mas.agents["critic"].model]))
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_looked_up_on_the_hub(tmp_path, monkeypatch):
+    mas = system(tmp_path)
+    content = json.loads((tmp_path / "s" / "system.json").read_text())
+    content["agents"]["critic"]["model"] = "someone/critic"
+    (tmp_path / "s" / "system.json").write_text(json.dumps(content))
+    model, load = mas.agents["critic"].model, AutoConfig.from_pretrained
+
+    def config(source, **options):
+        return model.config if source == "someone/critic" else load(source, **options)
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: None)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", config)
+    told = SimpleNamespace(parameter_count={"F32": total([model]) // 4})
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", {"someone/critic": told}.__getitem__)
+    critic = memory_table(tmp_path / "s").agents[1]
+    assert (critic.model, critic.weights) == ("someone/critic", total([model]))
 
 
 def test_buffers_of_captured_rollouts_count_on_cuda_alone(agent):

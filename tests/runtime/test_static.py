@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -198,6 +199,22 @@ def test_one_step_is_compiled_for_all_steps_and_batches_of_a_bucket(family, monk
     assert counters["stats"]["unique_graphs"] == 1
     agent.think(prompts(agent, (80,))[0], STEPS, link)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="needs a newer torch"
+)
+@torch.no_grad()
+def test_buckets_do_not_count_against_each_other(monkeypatch):
+    """Torch gives up on a function that it has compiled too often."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    agent = fixed(tiny_agent("llama"), compiled=True)
+    link = tiny_link(agent)
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            agent.think(prompts(agent, (9,) * 2**number)[0], STEPS, link)
+            assert counters["stats"]["unique_graphs"] == number + 1
 
 
 @torch.no_grad()

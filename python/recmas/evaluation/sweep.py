@@ -26,6 +26,7 @@ from recmas.evaluation import records as record_file
 from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
+from recmas.lengths import check_lengths
 from recmas.running import Plan, steps_by_role
 from recmas.spec import edge_name
 from recmas.system import RecursiveMAS, Row
@@ -87,7 +88,8 @@ def sweep(
 
     Raises:
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
-            without an answer or a field, several samples of greedy answers, or an output file of another run.
+            without an answer or a field or too long for an agent, several samples of greedy answers, or an output file
+            of another run.
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
@@ -105,6 +107,7 @@ def sweep(
     for cell, (answerer, mode) in zip(cells, answerers, strict=True):
         plan = Plan(answerer, mode=mode, rounds=cell.rounds, latent_steps=cell.steps, **decoding)
         answerer.check_rows(rows, plan.rounds)
+        check_lengths(plan, rows)
         if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
     called = [*sorted(toolbox.tools), toolbox.max_calls, toolbox.max_output] if toolbox.tools else []

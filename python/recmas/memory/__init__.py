@@ -1,8 +1,9 @@
 """How much memory a system takes, before it is loaded and while it answers.
 
 `free.free_bytes` asks a device, `shape.shape_of` reads a model's configuration, `weights.weights_of` the headers of its
-files; `table.memory_table` adds them up, and `batches.Planner` chooses batches by them. Estimates are upper bounds of
-what the runtime itself holds; allocators and libraries take some more, which `SAFETY` leaves room for.
+files; `rows.row_bytes` adds up a row, for `table.memory_table` and for `recmas.batching`, which chooses batches by it.
+Estimates are upper bounds of what the runtime itself holds; allocators and libraries take some more, which `SAFETY`
+leaves room for.
 """
 
 from __future__ import annotations

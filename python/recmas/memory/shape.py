@@ -12,6 +12,8 @@ GROWTH = 1.5
 """Caches grow in place within buffers that are at most so much larger than what they hold (`recmas.cache`)."""
 ROOM = 64
 """Positions that a fresh cache has beyond the prompt, at least."""
+FEED_FORWARD = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+"""What configurations call the width of the feed-forward part; where none is given it is four times the model's."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def shape_of(config: Any, width: int) -> Shape:
     attention = sum(isinstance(layer, DynamicLayer) for layer in layers)
     state = sum(not isinstance(layer, DynamicLayer) for layer in layers) * _state(config, width)
     hidden, experts = config.hidden_size, getattr(config, "num_experts_per_tok", None) or 0
-    feed = max(config.intermediate_size, experts * (getattr(config, "moe_intermediate_size", None) or 0))
+    feed = max(_feed_forward(config), experts * (getattr(config, "moe_intermediate_size", None) or 0))
     heads_out = heads * (key + value) + shared * (key + value)
     return Shape(
         cache_per_token=attention * shared * (key + value) * width,
@@ -73,6 +75,13 @@ def shape_of(config: Any, width: int) -> Shape:
         mask_per_pair=width,
         logits=config.vocab_size * (width + 3 * 4),  # and float32 copies of what is sampled from
     )
+
+
+def _feed_forward(config: Any) -> int:
+    """Width of the feed-forward part; the widest layer's where they differ."""
+    given = (getattr(config, name, None) for name in FEED_FORWARD)
+    width = next((value for value in given if value), 4 * config.hidden_size)
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def _state(config: Any, width: int) -> int:

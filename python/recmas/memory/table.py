@@ -191,7 +191,7 @@ def _model(role: str, source: str, dtype: str, trust_remote_code: bool) -> tuple
         config: Any = AutoConfig.from_pretrained(
             str(folder) if folder.is_dir() else source, trust_remote_code=trust_remote_code
         )
-        if here or folder == Path(source):
+        if here or Path(source).is_dir():
             weights = weights_of(folder)
         else:
             counts: Any = get_safetensors_metadata(source).parameter_count

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from recmas.cache import positions_of
+from recmas.cache import length_dependent, positions_of
 
 if TYPE_CHECKING:
     from recmas.agent import Agent
@@ -37,7 +37,7 @@ class Beginnings:
         """A cache that holds the prompts' first columns, up to where some row's first slot may begin.
 
         None where there is nothing to spare: no gradient arrives at the prompt, it begins with a slot, or the model
-        keeps more of its past than keys and values.
+        keeps more of its past than keys and values, or reads a beginning otherwise than the whole.
         """
         if not (torch.is_grad_enabled() and prompt.embeds.requires_grad) or prompt.prefix is None:
             return None
@@ -49,7 +49,8 @@ class Beginnings:
         known = [ids[:length] for ids in known]
         if role not in self._held or self._held[role][0] != known:
             cache = DynamicCache(config=agent.decoder.config)
-            if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+            kinds = {type(layer) for layer in cache.layers}
+            if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or length_dependent(agent.decoder.config):
                 return None
             mask = prompt.mask[:, :length]
             with torch.no_grad():
