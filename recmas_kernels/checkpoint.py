@@ -120,7 +120,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable state dict: {str(error).splitlines()[0]}") from None
+        # torch's advice, to load the file unsafely, stands before the reason
+        told = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        raise ValueError(f"{path} is not a readable state dict: {told}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors")
     return state

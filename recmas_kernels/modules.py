@@ -84,8 +84,11 @@ def fuse(module: Module) -> Module:
         ``module``, changed in place; the fused link itself when ``module`` is a link.
 
     Raises:
+        TypeError: no module.
         ValueError: a link's type cannot be told from its attributes and parameters, or its results differ.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module")
     replaced: dict[nn.Module, nn.Module] = {}
     for name, child in list(module.named_modules()):
         fused = _fused(child, name or type(child).__name__)

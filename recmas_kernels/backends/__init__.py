@@ -216,8 +216,20 @@ def explain(link: Any, x: torch.Tensor) -> str:
 
     ``link`` is a `RecursiveLink` (or anything with its ``config``); ``x`` is ``[..., in_features]``. Under grad the
     backward op is explained as well.
+
+    Raises:
+        TypeError: no link, no tensor, or one of integers.
+        ValueError: x does not fit the link.
     """
-    config = link.config
+    config: Any = getattr(link, "config", None)
+    if not hasattr(config, "in_features"):
+        raise TypeError(f"link is a {type(link).__name__}, expected a RecursiveLink")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}, expected a floating-point dtype")
+    if x.shape[-1:] != (config.in_features,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {config.in_features}]")
     if config.layers == 1:
         return "a one-layer link runs as plain torch; no kernel is involved"
     dtype = compute_dtype(x)

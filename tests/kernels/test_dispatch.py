@@ -56,6 +56,20 @@ def test_explain_names_the_backend_that_runs():
     assert "link_bwd" not in inference
 
 
+def test_explain_refuses_what_the_call_refuses():
+    link, x = make_link(configs()["inner"]), make_rows(2, 40)
+    for wrong, error, message in [
+        (x[:, 1:], ValueError, r"x has shape \(2, 39\), expected \[\.\.\., 40\]"),
+        (x.long(), TypeError, "x has dtype torch.int64, expected a floating-point dtype"),
+        (x.tolist(), TypeError, "x is a list, expected a tensor"),
+    ]:
+        for refusing in (explain, type(link).__call__):
+            with pytest.raises(error, match=message):
+                refusing(link, wrong)
+    with pytest.raises(TypeError, match="link is a Linear, expected a RecursiveLink"):
+        explain(torch.nn.Linear(40, 40), x)
+
+
 def test_explain_and_the_call_agree_on_the_dtype():
     link = make_link(configs()["inner"], torch.float64)
     x = make_rows(2, 40, dtype=torch.float64)

@@ -42,6 +42,11 @@ class Model(nn.Module):
         return self.ours(self.links["inner"](self.foreign(self.body(x))))
 
 
+def test_only_modules_are_fused():
+    with pytest.raises(TypeError, match=r"module is a list, expected a torch.nn.Module"):
+        fuse([RecursiveLink.inner(8)])
+
+
 def test_links_are_replaced_and_share_their_parameters():
     torch.manual_seed(0)
     model = Model()
