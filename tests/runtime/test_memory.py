@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -240,8 +241,13 @@ def test_sharded_checkpoints_and_broken_files(tmp_path):
     model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     assert weights_of(tmp_path / "m").stored == total([model])
+    shard = next((tmp_path / "m").glob("*.safetensors"))
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(ValueError, match=f"is truncated or no safetensors file: {size - 1} of {size} bytes are there$"):
+        weights_of(tmp_path / "m")
     next((tmp_path / "m").glob("*.safetensors")).write_bytes(b"\x05")
-    with pytest.raises(ValueError, match="^[^\n]*is not a safetensors file: [^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*is truncated or no safetensors file: [^\n]*$"):
         weights_of(tmp_path / "m")
     with pytest.raises(
         ValueError, match="model.safetensors: no such file; memory is told from safetensors files alone"

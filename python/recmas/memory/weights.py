@@ -41,7 +41,8 @@ def weights_of(folder: Path) -> Weights:
     """The weights of a model or link in `folder`.
 
     Raises:
-        ValueError: no safetensors files there, a shard of the index missing, or a file without a readable header.
+        ValueError: no safetensors files there, a shard of the index missing, or a file that is cut short or has no
+            readable header.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -77,8 +78,11 @@ def _header(file: Path) -> dict[str, Any]:
                 raise ValueError("no header")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        whole = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if (size := file.stat().st_size) < whole:
+            raise ValueError(f"{size} of {whole} bytes are there")
         return dict(header)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; memory is told from safetensors files alone") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: is not a safetensors file: {error}") from None
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: is truncated or no safetensors file: {error}") from None
