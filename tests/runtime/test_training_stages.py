@@ -534,6 +534,25 @@ def test_settings_are_checked(config, field, value):
         config(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("train", "config"),
+    [(train_inner, InnerConfig), (train_warmup, WarmupConfig), (train_outer, OuterConfig)],
+)
+def test_all_rows_are_looked_at_before_the_first_step(exact, tmp_path, train, config):
+    lacking = dict(ROWS[1], targets=dict(ROWS[1]["targets"], critic=["dog"]))
+    rows = [ROWS[0]] * 20 + [lacking]
+    with pytest.raises(ValueError, match="row 20: targets of 'critic' cover 1 rounds, round 2 is needed"):
+        train(exact, rows, config(steps=1, batch_size=1, rounds=(1, 2)), output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_texts_that_are_forced_are_asked_for():
+    system = build()
+    rows = [dict(row, targets={"solver": row["targets"]["solver"][:2]}) for row in ROWS]
+    config = OuterConfig(steps=1, batch_size=1, rounds=2, latents="rollout")
+    assert train_outer(system, rows, config, progress=False).steps == 1
+
+
 def test_rows_without_what_a_stage_needs_are_named(exact):
     rows = [ROWS[0], dict(ROWS[1], targets={"planner": "1", "solver": ["0"]})]
     with pytest.raises(ValueError, match="row 1: targets has no text for agent 'critic'"):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recmas.pattern import Edge, Pattern, Visit
-from recmas.training.config import AlignmentConfig
+from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
@@ -28,6 +28,12 @@ def visit_of(pattern: Pattern, role: str, round: int) -> Visit:
         if visit.role == role and visit.round == round:
             return visit
     raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+
+
+def gold_messages(pattern: Pattern, role: str, round: int) -> list[tuple[str, int]]:
+    """(role, round) of the gold messages that `forced_with_gold` takes: the agent's own and its senders'."""
+    visit = visit_of(pattern, role, round)
+    return [(role, round), *zip(visit.senders, visit.heard, strict=True)]
 
 
 def forced_with_gold(
@@ -63,6 +69,9 @@ def train_apart(
     ``loss`` is called as ``inner_loss`` and ``warmup_loss`` are: system, key, rows, round, and the config's weights.
     """
     source = DataSource(rows, config.batch_size, config.seed)
+    for key in links:
+        for round in each_round_count(config.rounds):
+            source.check_targets(gold_messages(system.pattern, key if isinstance(key, str) else key[0], round))
     results: dict[Key, TrainingResult] = {}
     for key in links:
         name = "-".join([stage, key] if isinstance(key, str) else [stage, *key])

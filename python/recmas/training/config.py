@@ -139,8 +139,13 @@ class OuterConfig(LoopConfig):
         return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
 
 
+def each_round_count(rounds: int | Sequence[int]) -> list[int]:
+    """All that a step may draw from."""
+    return [rounds] if isinstance(rounds, int) else list(rounds)
+
+
 def check_rounds(rounds: int | Sequence[int]) -> None:
     """Raise ValueError unless ``rounds`` is a positive integer or a sequence of at least one."""
-    several = [rounds] if isinstance(rounds, int) else list(rounds)
+    several = each_round_count(rounds)
     if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
         raise ValueError(f"rounds must be one or more positive integers, got {rounds!r}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -38,16 +38,29 @@ class DataSource:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._make: Callable[[int], Sequence[Row]]
+        self._rows: Sequence[Row] = ()
         if callable(rows):
             self._make = rows
             return
-        self._rows: Sequence[Row] = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
+        self._rows = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
         if not self._rows:
             raise ValueError("rows: expected at least one row, got an empty sequence")
         self._batch_size = batch_size
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
         self._make = self._shuffled
+
+    def check_targets(self, needed: Iterable[tuple[str, int]]) -> None:
+        """Look at all rows, so that one without a text ends no run halfway; those of a callable are not known yet.
+
+        Args:
+            needed: (role, round) of the texts that every row must have.
+
+        Raises:
+            ValueError: a row lacks one, as `target_texts` says it; its number counts from 0 over all rows.
+        """
+        for role, round in needed:
+            target_texts(self._rows, role, round)
 
     def batch(self, index: int) -> list[Row]:
         """The rows of batch ``index`` (from 0)."""

@@ -22,7 +22,7 @@ from recmas.pattern import Edge, Visit
 from recmas.running import Message, steps_by_role
 from recmas.spec import edge_name
 from recmas.splice import Latents, Prompt, run_link
-from recmas.training.config import SAFE_RATE, OuterConfig, Source
+from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
@@ -126,7 +126,7 @@ def train_outer(
     """
     config = config or OuterConfig()
     system.check_run(config.most_rounds)
-    steps_by_role(system, config.latent_steps)
+    steps = steps_by_role(system, config.latent_steps)
     needed = system.pattern.edges(config.most_rounds)
     chosen = [edge for edge in system.outer_links if edge in needed] if edges is None else [(a, b) for a, b in edges]
     for edge in chosen:
@@ -140,6 +140,9 @@ def train_outer(
             stacklevel=2,
         )
     source = DataSource(rows, config.batch_size, config.seed)
+    visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
+    forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
+    source.check_targets(dict.fromkeys((visit.role, visit.round) for visit in forced))
 
     def loss(index: int, step: int) -> torch.Tensor:
         rounds = pick(config.seed, step, config.rounds)
