@@ -100,7 +100,8 @@ class Agent:
                     f"agent {name!r}: {source} needs code of its own to be run; if you trust it, allow that with "
                     "--trust-remote-code (trust_remote_code=True)"
                 ) from error
-            raise ValueError(f"agent {name!r}: cannot load {source}: {_first_line(error)}") from error
+            where = source if folder.is_dir() else f"{source} (no such folder, so a model on the hub)"
+            raise ValueError(f"agent {name!r}: cannot load {where}: {_first_line(error)}") from error
         return cls(model.to(device), tokenizer, name=name, source=source)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

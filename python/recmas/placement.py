@@ -41,6 +41,6 @@ def _usable(device: Device) -> torch.device:
     """The device with its number, after a tensor has been there."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last from a torch built without CUDA
         told = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"device: {str(device)!r} cannot be used here: {told}") from None

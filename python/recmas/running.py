@@ -130,7 +130,7 @@ def steps_by_role(mas: RecursiveMAS, asked: int | Mapping[str, int] | None) -> d
 
 def answer(plan: Plan, rows: Iterable[Row], batch_size: int | str | None) -> Answers:
     """Run `plan` over `rows` in batches of rows of similar length; see `RecursiveMAS.answer`."""
-    if isinstance(rows, str | Mapping):
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
     fields = [chats.read_row(row, index) for index, row in enumerate(rows)]
     plan.mas.check_rows(fields, plan.rounds)

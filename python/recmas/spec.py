@@ -116,6 +116,8 @@ def read_spec(folder: str | os.PathLike[str]) -> SystemSpec:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {Path(folder)} is not a system") from None
+    except NotADirectoryError:
+        raise ValueError(f"{Path(folder)}: is a file, expected the folder of a system") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     return _Reader(path).system(content)

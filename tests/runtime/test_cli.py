@@ -193,6 +193,11 @@ def test_missing_model_folder(broken):
         ),
         (["run", "system", "--questions", "system"], "error: system: is a folder; expected a JSONL file"),
         (["eval", "system", "--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file; expected a JSONL file"),
+        (["run", "rows.jsonl", "--question", "x"], "rows.jsonl: is a file, expected the folder of a system"),
+        (["run", "system", "--config", "system/links/planner/model.safetensors"], "--config: not UTF-8 text"),
+        ([*RUN, "--output", "system"], "--output: system is a folder, expected the name of a JSONL file"),
+        (["eval", "system", "--data", "rows.jsonl", "--output", "system"], "--output: system is a folder"),
+        ([*RUN, "--output", "rows.jsonl/new/x"], "rows.jsonl is a file, expected a folder to write x into"),
         (["init", "new", "--models", "planner"], "ROLE=VALUE"),
         (["init", "new", "--models", "poet=x"], "unknown role 'poet'; the pattern has planner, critic, solver"),
         (["init", "new", "--models", "planner=x", "--pattern", "circle"], "'circle' is neither one of sequential"),
@@ -211,6 +216,15 @@ def test_other_mistakes_are_one_line(made, monkeypatch, capsys, arguments, messa
     assert err.startswith("recmas: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_an_interrupt_is_told_in_one_line_however_early(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recmas.cli.CommandLineParser", interrupted)
+    assert main(RUN) == 130
+    assert capsys.readouterr().err == "recmas: interrupted\n"
 
 
 def test_traceback_on_request(capsys):

@@ -90,6 +90,8 @@ def test_a_placement_is_one_device_or_one_by_role():
         place({"poet": "cpu"}, roles)
     with pytest.raises(ValueError, match="^device: 'tpu' cannot be used here: [^\n]+$"):
         place({"critic": "tpu"}, roles)
+    with pytest.raises(ValueError, match="^device: \"\\['cpu'\\]\" cannot be used here: [^\n]+$"):
+        place(["cpu"], roles)
 
 
 def test_a_bad_placement_is_told_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -286,6 +286,7 @@ def test_dtype_on_loading(mas, tmp_path):
         ({"temperature": float("nan")}, "temperature: nan is not a finite number"),
         ({"top_p": 0.0}, "top_p: 0.0 is not in"),
         ({"rows": "fox"}, "rows: a single str, expected a list of questions"),
+        ({"rows": None}, "rows: a single NoneType, expected a list of questions"),
         ({"rows": ["fox", 3]}, "row 1: int, expected a string, a list of messages or a mapping"),
         ({"rows": ["fox", {"q": 1}]}, "row 1: no field 'question', which agent 'solver' reads; it has q"),
     ],

@@ -29,6 +29,28 @@ command; every option can also stand in a YAML file given with --config."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 after a one-line error, 1 after one of recmas itself, 130 after an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("recmas: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        traced = "--traceback" in words
+        if traced:
+            traceback.print_exc()
+        if _is_expected(error):
+            print(f"recmas: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        kind = type(error).__name__
+        advice = "" if traced else "; recmas --traceback COMMAND shows where it arose"
+        print(f"recmas: internal error: {kind}: {one_line(error)}{advice}", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str]) -> int:
     parser = CommandLineParser(prog="recmas", description=DESCRIPTION)
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     chosen = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
@@ -39,25 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importlib.import_module(f"recmas.cli.{name}").add_options(command)
     try:
         parsed = parser.parse_args(words)
-        result = importlib.import_module(f"recmas.cli.{parsed.command}").execute(parsed[parsed.command])
-        sys.stdout.flush()
-        return int(result)
-    except KeyboardInterrupt:
-        print("recmas: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if parsed.traceback:
-            traceback.print_exc()
-        if _is_expected(error):
-            print(f"recmas: error: {one_line(error)}", file=sys.stderr)
-            return 2
-        kind = type(error).__name__
-        advice = "" if parsed.traceback else "; recmas --traceback COMMAND shows where it arose"
-        print(f"recmas: internal error: {kind}: {one_line(error)}{advice}", file=sys.stderr)
-        return 1
+    except UnicodeDecodeError as error:  # of the one file that is read here
+        raise ValueError(f"--config: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    result = importlib.import_module(f"recmas.cli.{parsed.command}").execute(parsed[parsed.command])
+    sys.stdout.flush()
+    return int(result)
 
 
 def _is_expected(error: Exception) -> bool:

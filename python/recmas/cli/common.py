@@ -183,6 +183,17 @@ def dump(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def check_output(path: str | None) -> None:
+    """Refuse an --output that cannot become a file, before any work is done for it."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"--output: {path} is a folder, expected the name of a JSONL file")
+    above = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"--output: {above} is a file, expected a folder to write {Path(path).name} into")
+
+
 def write_lines(path: str, records: list[dict[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all."""
     from recmas.files import write_atomically

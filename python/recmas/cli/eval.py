@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_decoding, add_offload, add_system, add_tools, decoding, dump, loaded, toolbox
+from recmas.cli.common import (
+    add_decoding,
+    add_offload,
+    add_system,
+    add_tools,
+    check_output,
+    decoding,
+    dump,
+    loaded,
+    toolbox,
+)
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs
 from recmas.evaluation import METRICS, MODES
 
@@ -72,6 +82,7 @@ def add_options(parser: CommandLineParser) -> None:
 def execute(options: Namespace) -> int:
     from recmas.evaluation.data import read_data
 
+    check_output(options.output)
     rows = read_data(
         options.data,
         split=options.split,

@@ -12,6 +12,7 @@ from recmas.cli.common import (
     add_system,
     add_tools,
     answering,
+    check_output,
     dump,
     loaded,
     read_questions,
@@ -48,6 +49,7 @@ def execute(options: Namespace) -> int:
     rows = read_questions(options)
     if options.stream and options.json:
         raise ValueError("--stream prints text as it is written; it cannot be had with --json")
+    check_output(options.output)
     arguments = answering(options)
     printer = _Printer()
     if options.stream:
@@ -78,7 +80,8 @@ def execute(options: Namespace) -> int:
         seconds = sum(answers.seconds.values())
         reused = sum(how.positions - how.computed for how in answers.reading.values())
         read = f"{sum(how.positions for how in answers.reading.values())} prompt positions ({reused} reused)"
-        print(f"{len(answers)} answers, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s")
+        answered = "1 answer" if len(answers) == 1 else f"{len(answers)} answers"
+        print(f"{answered}, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s")
     return 0
 
 
