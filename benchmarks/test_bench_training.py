@@ -17,6 +17,7 @@ from tests.kernels.helpers import eager_twin, relative_error
 
 REFERENCE = "reference algorithm"
 FUSED_KEEPING = "fused, keeping activations"
+FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; `accumulation` in a training run
 REFERENCE_KEEPING = "reference algorithm, keeping activations"
 EQUAL = 1e-5  # of the largest entry of a link's gradients, float32
 ROUNDS = 3  # one step takes seconds
@@ -46,15 +47,20 @@ class Step:
         for link in self.inner.values():
             link.requires_grad_(False)
 
-    def run_ours(self, recompute: bool) -> None:
+    def run_ours(self, recompute: bool, parts: int = 1) -> None:
         for link in self.links.values():
             link.zero_grad()
         trained = {f"{name}.{key}": p for name, link in self.links.items() for key, p in link.named_parameters()}
         with only_trainable(self.system, trained):
-            loss = outer_loss(
-                self.system, self.rows, self.case.rounds, latent_steps=self.case.steps, recompute=recompute
-            )
-            loss.backward()
+            for part in range(parts):
+                loss = outer_loss(
+                    self.system,
+                    self.rows[part::parts],
+                    self.case.rounds,
+                    latent_steps=self.case.steps,
+                    recompute=recompute,
+                )
+                (loss / parts).backward()
 
     def run_reference(self, recompute: bool) -> None:
         for link in self.twins.values():
@@ -106,12 +112,13 @@ def test_training(case: Setting, bench: Bench) -> None:
     variants = {
         FUSED: partial(step.run_ours, recompute=True),
         FUSED_KEEPING: partial(step.run_ours, recompute=False),
+        FUSED_BY_ROW: partial(step.run_ours, recompute=True, parts=case.batch),
         REFERENCE: partial(step.run_reference, recompute=True),
         REFERENCE_KEEPING: partial(step.run_reference, recompute=False),
     }
     variants[REFERENCE]()
     errors = {}
-    for name in (FUSED_KEEPING, FUSED):
+    for name in (FUSED_KEEPING, FUSED_BY_ROW, FUSED):
         variants[name]()
         errors[name] = step.error()
         assert errors[name] <= EQUAL, f"{name}: gradients differ from the reference algorithm's by {errors[name]:.1e}"
