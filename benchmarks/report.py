@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, tables
-from benchmarks.files import write
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.record import SCHEMA
+from recmas.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -51,7 +51,7 @@ def store(run: Path, results: Path) -> None:
     for suite, members in suites.items():
         head = json.dumps(meta, indent=1)[1:-2].strip()
         lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in members)
-        write(folder / f"{suite}.json", "{" + head + ',\n "records": [\n' + lines + "\n]}\n")
+        write_atomically(folder / f"{suite}.json", "{" + head + ',\n "records": [\n' + lines + "\n]}\n")
 
 
 def _is_gpu(head: dict[str, Any]) -> bool:
@@ -130,7 +130,7 @@ def draw(results: Path, readme: Path) -> None:
         if not suites:
             continue
         if GPU in suites:
-            write(folder / "README.md", gpu_tables.summary(suites[GPU]))
+            write_atomically(folder / "README.md", gpu_tables.summary(suites[GPU]))
             headlines.append(gpu_tables.headline(suites[GPU], folder.name))
             continue
         device = next(iter(suites.values()))["device"]
@@ -139,13 +139,13 @@ def draw(results: Path, readme: Path) -> None:
             plots.link_plot(suites["link"]["records"], folder / "link.svg", title)
         if "handoff" in suites:
             plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", title)
-        write(folder / "README.md", page(suites))
+        write_atomically(folder / "README.md", page(suites))
         headlines.append(headline(suites, folder.name))
     text = readme.read_text(encoding="utf-8")
     if headlines and BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)
         after = rest.partition(END)[2]
-        write(readme, before + BEGIN + "\n\n" + "\n\n".join(headlines) + "\n\n" + END + after)
+        write_atomically(readme, before + BEGIN + "\n\n" + "\n\n".join(headlines) + "\n\n" + END + after)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -106,8 +106,8 @@ class _Alignment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        # On a CPU asking costs nothing, and a second tensor of this size is most of the time of the loss.
-        if dloss.device.type == "cpu" and not torch.compiler.is_compiling() and dloss == 1:
+        # Where asking is free: a second tensor of this size is most of the time of the loss.
+        if backends.reads_at_once(dloss) and not torch.compiler.is_compiling() and dloss == 1:
             return grad, None, None, None, None, None, None
         return (grad * dloss).to(grad.dtype), None, None, None, None, None, None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import write
+from recmas.files import write_atomically
 
 _CELL = ("suite", "op", "shape", "dtype", "pass", "tokens", "cache", "graph")
 
@@ -51,7 +51,7 @@ class Run:
             return
         head = self._head() | {"answers": self.answers, "not_run": self.not_run}
         benchmarks = [{"extra_info": {"record": record}} for record in self.records]
-        write(self._path, json.dumps({"recmas": head, "benchmarks": benchmarks}) + "\n")
+        write_atomically(self._path, json.dumps({"recmas": head, "benchmarks": benchmarks}) + "\n")
 
 
 def _cell(record: Mapping[str, Any]) -> tuple[Any, ...]:

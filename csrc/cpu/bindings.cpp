@@ -267,7 +267,8 @@ PyObject* link_backward(PyObject* const* values, Py_ssize_t count) {
 // other and need no conversion. `mixed`: parameters may have another floating-point type than x. False says nothing
 // but that the caller has to look closely.
 //
-// The strides of a negated or conjugated view are multiples of two, so an innermost stride of 1 excludes those.
+// A conjugated tensor is complex, hence no link's; the caller asks whether x is a negated view. Parameters are not
+// asked.
 bool is_plain(PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 13, "link_is_plain");
   PyObject* const residual = arguments.object();

@@ -12,23 +12,12 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "check.h"
 
 namespace {
 
 using namespace recmas;
 using cpu::Form;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                     \
-  do {                                            \
-    if (!(condition)) {                           \
-      std::printf("%s:%d: ", __FILE__, __LINE__); \
-      std::printf(__VA_ARGS__);                   \
-      std::printf("\n");                          \
-      ++failures;                                 \
-    }                                             \
-  } while (false)
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 

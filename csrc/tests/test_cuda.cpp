@@ -7,24 +7,13 @@
 
 #include "../cuda/link_product.h"
 #include "../cuda/link_rows.h"
+#include "check.h"
 #include "emulated_block.h"
 
 namespace {
 
 using namespace recmas;
 using namespace recmas::cuda;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                     \
-  do {                                            \
-    if (!(condition)) {                           \
-      std::printf("%s:%d: ", __FILE__, __LINE__); \
-      std::printf(__VA_ARGS__);                   \
-      std::printf("\n");                          \
-      ++failures;                                 \
-    }                                             \
-  } while (false)
 
 struct Free {
   void operator()(char* data) const { std::free(data); }

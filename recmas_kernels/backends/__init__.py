@@ -203,6 +203,11 @@ def autocast_enabled(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def reads_at_once(tensor: torch.Tensor) -> bool:
+    """Whether the host can look at a value without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a link computes in: autocast's where it is on (it leaves float64 alone), else x's."""
     device_type = x.device.type

@@ -75,15 +75,19 @@ def test_a_graph_replays_the_link(monkeypatch, variant):
         assert torch.equal(y, link(x))
 
 
-def test_a_first_call_inside_a_graph_says_what_to_do():
+def test_a_first_call_inside_a_graph_is_recorded_or_says_what_to_do():
     """In a process of its own: there, no kernel has been loaded, and a spoiled recording spoils nothing else."""
     program = """
         import torch
         from recmas_kernels import FusedRecursiveLink, use_backend
         link, x = FusedRecursiveLink.inner(256, 128).cuda().bfloat16(), torch.randn(64, 256, device="cuda").bfloat16()
         torch.zeros(1, device="cuda").matmul(torch.zeros(1, device="cuda"))
-        with torch.no_grad(), use_backend("triton"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            link(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), use_backend("triton"):
+            with torch.cuda.graph(graph):
+                y = link(x)
+            graph.replay()
+            assert torch.equal(y, link(x)), "recorded, but wrongly"
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert done.returncode == 0 or "make the same call once before recording" in done.stderr, done.stderr
