@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recmas import SEQUENTIAL, RecursiveMAS
-from recmas.agent import Agent
-from recmas.spec import PromptSpec
+from recmas.agents.agent import Agent
+from recmas.config.system_json import PromptSpec
 
 HEAD_FEATURES = 64
 # The order of question and slot in the released prompts: it decides what of a prompt is the same in every round.

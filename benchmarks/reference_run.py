@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.reference_rollout import reference_rollout
-from recmas.spec import PromptSpec
+from recmas.config.system_json import PromptSpec
 from recmas_kernels import RecursiveLink
 
 SLOT = re.compile(r"\{\{from:\w+\}\}")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.reference_run import SLOT
 from recmas import RecursiveMAS
-from recmas.agent import Agent
-from recmas.spec import PromptSpec
+from recmas.agents.agent import Agent
+from recmas.config.system_json import PromptSpec
 
 IGNORED = -100
 

@@ -22,8 +22,8 @@ from benchmarks.record import Bench
 from benchmarks.reference_rollout import reference_rollout
 from benchmarks.scaling import Power, whole
 from benchmarks.test_bench_handoff import links
-from recmas.agent import Agent
-from recmas.splice import Prompt
+from recmas.agents.agent import Agent
+from recmas.engine.messages import Prompt
 from recmas_kernels import FusedRecursiveLink, latent_handoff
 from tests.kernels.helpers import make_rows
 

@@ -22,8 +22,8 @@ from benchmarks.models import random_agent
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.reference_rollout import reference_rollout
 from benchmarks.shapes import Goal
-from recmas.agent import Agent
-from recmas.splice import Prompt
+from recmas.agents.agent import Agent
+from recmas.engine.messages import Prompt
 from recmas_kernels import FusedRecursiveLink, LinkConfig, latent_handoff
 from tests.kernels.helpers import check_budget, eager_twin, make_link, make_rows, relative_error
 

@@ -11,7 +11,7 @@ from benchmarks.models import body_parameters, random_agent
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.reference_rollout import reference_rollout
 from benchmarks.shapes import Goal
-from recmas.splice import Prompt
+from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig
 from tests.kernels.helpers import eager_twin, make_link, relative_error
 

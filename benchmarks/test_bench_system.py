@@ -14,7 +14,7 @@ from benchmarks.record import FUSED, Bench, Labels, Samples
 from benchmarks.reference_run import Run, reference_run
 from benchmarks.shapes import Goal
 from recmas import RecursiveMAS
-from recmas.running import Answers
+from recmas.answering.answers import Answers
 from tests.kernels.helpers import relative_error
 
 NO_REUSE = "fused, no prefix reuse"

@@ -12,7 +12,7 @@ from benchmarks.models import random_agent
 from benchmarks.record import FUSED, Labels
 from benchmarks.reference_rollout import reference_rollout
 from benchmarks.test_bench_rollout import REFERENCE
-from recmas.splice import Prompt
+from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig
 from tests.kernels.helpers import check_budget, eager_twin, make_link, relative_error
 

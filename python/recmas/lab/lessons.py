@@ -22,7 +22,8 @@ from torch import Tensor
 from recmas.lab.agents import PROMPTS, SENDER
 from recmas.lab.vocabulary import tokenizer_for
 from recmas.lab.world import MAX_HOPS, World, draw_world
-from recmas.prompts import PromptRenderer, Slot, Template
+from recmas.prompts.renderer import PromptRenderer
+from recmas.prompts.template import Slot, Template
 from recmas.training.warmup import aligned_tokens
 
 PASSED_ON = 0.25

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from recmas.decoding import Detokenizer
+from recmas.agents.detokenizer import Detokenizer
 from recmas.tools.python import PythonTool
 
 __all__ = ["SHIPPED", "PythonTool", "Tool", "ToolCall", "Toolbox"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from recmas.config.pattern import Edge
+from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.files import replacing, write_atomically
-from recmas.pattern import Edge
-from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.upstream.convert import Folder, new_folder, read_link
 from recmas.upstream.styles import FAMILIES, OUTER, Family
 from recmas.upstream.weights import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recmas.pattern import Edge
+from recmas.config.pattern import Edge
 from recmas.upstream.styles import HUB_ORGANISATION, OUTER, Family, Style
 
 INNER_WEIGHTS, INNER_CONFIG, INNER_MANIFEST = "adapter.pt", "adapter_config.json", "innerlink_config.json"
