@@ -132,8 +132,8 @@ class FrozenModel:
         longest = max(lengths, default=0)
         if self.context_length is not None and longest + room > self.context_length:
             used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
-            told = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
-            raise PromptTooLongError(told, lengths.index(longest))
+            problem = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
+            raise PromptTooLongError(problem, lengths.index(longest))
 
 
 def _logits_factor(config: Any, name: str) -> float:

@@ -18,15 +18,15 @@ class AnswerOptions:
 
     Attributes:
         mode: "latent", or "text": the recursive text system, same agents, templates and rounds, text in the slots.
-        rounds: rounds of the recursion; None is the system's default.
+        rounds: rounds of the recursion; None is the system's own.
         latent_steps: latent thoughts per message, for all agents or by role; None is the system's own.
-        max_new_tokens: most tokens per text; None (here and in the next two) is each agent's own setting.
-        temperature: of sampling; 0 is greedy.
-        top_p: nucleus of sampling, in (0, 1].
-        seed: of sampling; a row's result depends on it, on its number and on nothing else.
-        batch_size: rows at once, of similar length; None is the default. "auto" takes as many as an estimate says that
-            the free memory of the devices holds (`recmas.sizing`), and fewer if that runs out all the same: it begins
-            that batch again, so `on_message` and `tools` may be called twice for a row.
+        max_new_tokens: most tokens per text; None is each agent's own setting.
+        temperature: of sampling, 0 is greedy; None is each agent's own setting.
+        top_p: nucleus of sampling, in (0, 1]; None is each agent's own setting.
+        seed: seed of sampling; a row's result depends on it and on the row's number, not on other rows.
+        batch_size: rows at once, of similar length. "auto" takes as many as an estimate says that the free memory of
+            the devices holds (`recmas.sizing`), and fewer if that runs out all the same: it begins that batch again, so
+            `on_message` and `tools` may be called twice for a row.
         trace: keep every handoff in `Answer.handoffs`.
         prefix_reuse: resume from a cached prefix and run only the tokens that differ, where a prompt begins as an
             earlier one of the same batch and agent (`recmas.engine.prefix_reuse`); the same answers but for rounding.
@@ -54,7 +54,7 @@ class AnswerOptions:
             raise ValueError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not an integer")
-        if self.batch_size is None:
+        if self.batch_size is None:  # as calls may say that they have no wish
             object.__setattr__(self, "batch_size", BATCH_SIZE)
         size = self.batch_size
         if isinstance(size, str) and size != "auto":

@@ -57,7 +57,7 @@ def _explained(owner: type) -> dict[str, str]:
         section = (base.__doc__ or "").partition("Attributes:\n")[2]
         for names, text in re.findall(r"^ {8}([\w, ]+): (.+(?:\n {12}.+)*)", section, re.MULTILINE):
             line = re.sub(r"\s+", " ", text).rstrip(".").replace("%", "%%").replace("`", "")
-            line = re.sub(r"; None (?:\(here and in the next two\) )?is ([^;.]+)", r" (default: \1)", line)
+            line = re.sub(r"; None is ([^;.]+)", r" (default: \1)", line)
             for name in names.split(","):
                 texts[name.strip()] = line
     return texts

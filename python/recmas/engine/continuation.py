@@ -90,7 +90,7 @@ def positions_of(mask: Tensor, last: int | None = None) -> Tensor:
 
 
 def length_dependent(config: Any) -> bool:
-    """Whether rotary frequencies change with the length of the input, so that what stands first depends on the rest."""
+    """Whether rotary frequencies change with the length of the input, so that a prefix depends on what follows."""
     found = getattr(config, "rope_parameters", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
     return any(str(kind.get("rope_type", "default")) in ("dynamic", "longrope") for kind in kinds)

@@ -74,8 +74,8 @@ class Rollouts:
                     return self._bucket(past, steps).replay(past, hidden, steps, link, self)
             except RuntimeError as error:  # whatever a model does that cannot be captured, and memory that is short
                 self._buckets.clear()
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                self._failed = self.reason = f"no graph could be captured: {told}"
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self._failed = self.reason = f"no graph could be captured: {reason}"
                 warnings.warn(f"the latent rollout goes on without CUDA graphs: {self.reason}", stacklevel=2)
         if steps > 1 and (self.fixed_shapes or self.compiled) and not unfitting:
             with _BUFFERS:
@@ -93,7 +93,7 @@ class Rollouts:
         if steps == 1:
             return "a single step feeds nothing back"
         if not isinstance(link, nn.Module):
-            return "the link is not a module, so nothing tells whether it changed"
+            return "the link is not a module, so a change of its weights cannot be noticed"
         if self._moves > MOVES:
             return "weights move between rollouts"
         return self._failed

@@ -2,8 +2,8 @@
 
 With an output file each batch's records are appended as JSON lines as soon as they exist. Calling again with the same
 arguments answers only what is missing, and a larger sweep only what is new; records of another system, other settings
-or other rows are refused. Of an agent's weights only a sample of each tensor is compared: fine-tuned weights are told
-apart, weights in which a few single elements differ may not be.
+or other rows are refused. Of an agent's weights only a sample of each tensor is compared: fine-tuned weights are
+distinguished, weights in which a few single elements differ may not be.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sweep(
         metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
         answer_field: field of the row that holds the answer.
         modes: "latent", "text", "single" or "loop"; `recmas.evaluation.baselines` says what each runs. Cells that a
-            mode cannot tell apart (rounds of a single agent, latent steps of texts or of a loop of one round) are run
+            mode cannot distinguish (rounds of a single agent, latent steps of texts or of a loop of one round) are run
             once.
         rounds: None is the system's own.
         latent_steps: for all agents, or by role; None is the system's own.

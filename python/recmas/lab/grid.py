@@ -28,7 +28,7 @@ class Measurement:
     """One way of answering questions of ``hops`` hops in ``rounds`` rounds.
 
     ``accuracy`` and ``chance`` are shares; ``text_tokens`` (decoded by all agents), ``latent_steps`` and ``seconds``
-    are per question. The solver alone is measured once per number of hops, as zero rounds: it hears nobody.
+    are per question. The solver alone is measured once per number of hops, as zero rounds: it reads no messages.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""Rows of questions from JSON lines. No torch here, so that a broken file is told of at once."""
+"""Rows of questions from JSON lines. No torch here, so that a broken file is an error at once."""
 
 from __future__ import annotations
 

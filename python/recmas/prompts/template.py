@@ -85,9 +85,9 @@ class Template:
         """
         for role in self.senders:
             if role not in senders:
-                heard = ", ".join(senders) or "nobody"
+                readable = ", ".join(senders) or "nobody"
                 raise ValueError(
-                    f"{where}: template {shortened(self.text)} has a slot for {role!r}, but hears from {heard}"
+                    f"{where}: template {shortened(self.text)} has a slot for {role!r}, but reads from {readable}"
                 )
         for slot in [Slot(tuple(senders))] if joint and senders else [Slot((role,)) for role in senders]:
             if not any(set(slot.senders) == set(found.senders) for found in self.slots):

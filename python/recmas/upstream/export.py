@@ -35,7 +35,7 @@ def link_to_safetensors(source: Folder, folder: Folder, *, adapter_type: str | N
     Args:
         source: state dict file, or folder with ``adapter.pt`` and ``adapter_config.json``.
         folder: link folder to make.
-        adapter_type: its type; None reads ``adapter_config.json`` beside the file, else what the parameters tell.
+        adapter_type: its type; None reads ``adapter_config.json`` beside the file, else what the parameters imply.
 
     Returns:
         The link's shape.

@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
-from recmas import SEQUENTIAL, RecursiveMAS
+from recmas import SEQUENTIAL, AnswerOptions, RecursiveMAS
 from recmas.cli import main
 from recmas.cli.init import read_pattern
 from recmas.config.system_json import read_spec
@@ -390,3 +390,26 @@ def test_init_writes_what_was_asked_for(made, tmp_path, monkeypatch):
     assert spec.pattern.combine == "weighted"
     assert set(spec.outer_links) == {("a", "c"), ("b", "c")}
     assert spec.defaults.rounds == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["init", "run", "eval", "train inner", "train outer", "lab eval", "inspect", "info"]
+)
+def test_help_names_a_default_once_and_none_where_there_is_none(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    options = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    assert len(options) > 3
+    for option in options:
+        assert option.count("(default: ") + option.count(", default: ") <= 1, option
+        assert "default: null" not in option
+        assert "default: False" not in option
+
+
+def test_every_answer_option_is_an_option_of_run(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    page = capsys.readouterr().out
+    for field in fields(AnswerOptions):
+        if field.name != "trace":  # recmas inspect traces
+            assert re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", page), field.name

@@ -257,9 +257,7 @@ def test_offloaded_systems_move_and_are_saved(mas, tmp_path):
     expected = mas.answer(QUESTIONS, **OPTIONS)
     same(again.answer(QUESTIONS, **OPTIONS), expected)
     rows = [{"question": "fox", "targets": dict.fromkeys(SEQUENTIAL.roles, "dog")}]
-    with pytest.raises(
-        ValueError, match="^offload: a system whose weights .* for visits only cannot be trained"
-    ):
+    with pytest.raises(ValueError, match="^offload: a system whose weights .* for visits only cannot be trained"):
         train_inner(again, rows, InnerConfig(steps=1, batch_size=1), progress=False)
 
 

@@ -305,7 +305,7 @@ def test_what_is_not_captured_says_why_on_a_gpu(on_gpu):
     agent, link = on_gpu
     prompt = cuda_prompts(agent, (9, 3, 7))
     agent.think(prompt, STEPS, lambda hidden: link(hidden))
-    assert agent.rollouts.reason == "the link is not a module, so nothing tells whether it changed"
+    assert agent.rollouts.reason == "the link is not a module, so a change of its weights cannot be noticed"
     agent.think(prompt, 1, link)
     assert agent.rollouts.reason == "a single step feeds nothing back"
     assert agent.rollouts.captures == 0

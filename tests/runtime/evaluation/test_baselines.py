@@ -37,7 +37,7 @@ def test_another_agent_and_prompt(mas):
 def test_refused(mas):
     with pytest.raises(ValueError, match="unknown role 'poet'; the pattern has planner, critic, solver"):
         single_agent(mas, "poet")
-    with pytest.raises(ValueError, match="has a slot for 'critic', but hears from nobody"):
+    with pytest.raises(ValueError, match="has a slot for 'critic', but reads from nobody"):
         single_agent(mas, "solver", "{{from:critic}}")
     with pytest.raises(ValueError, match="unknown role 'poet'"):
         looped_model(mas, "poet")

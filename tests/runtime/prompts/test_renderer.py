@@ -58,7 +58,7 @@ def test_unknown_names_are_told_with_the_template():
         ValueError, match="template 'Question: {{question}}': no field 'question' in the row, which has a, b"
     ):
         QUESTION.render({"b": 1, "a": 2})
-    with pytest.raises(ValueError, match="agent 'x': template .* has a slot for 'planner', but hears from nobody"):
+    with pytest.raises(ValueError, match="agent 'x': template .* has a slot for 'planner', but reads from nobody"):
         PLAN.check_senders((), False, "agent 'x'")
     with pytest.raises(ValueError, match="has no slot {{from:critic}}"):
         PLAN.check_senders(("planner", "critic"), False, "agent 'x'")

@@ -321,7 +321,7 @@ def test_parts_that_do_not_fit_are_refused():
         RecursiveMAS(parts, {}, {("planner", "critic"): wrong}, SEQUENTIAL)
     settings = {role: AgentSpec("", PromptSpec("{{question}} {{from:solver}}")) for role in SEQUENTIAL.roles}
     with pytest.raises(
-        ValueError, match="agent 'planner', round 1: template .* has a slot for 'solver', but hears from"
+        ValueError, match="agent 'planner', round 1: template .* has a slot for 'solver', but reads from"
     ):
         RecursiveMAS(parts, {}, {}, SEQUENTIAL, settings=settings)
     with pytest.raises(ValueError, match="link_scale: 'big' is neither"):
