@@ -13,7 +13,9 @@ from transformers import DynamicCache, PreTrainedModel
 from recmas.agents.body import OwnLogits, body_of
 from recmas.agents.required import required
 from recmas.engine.continuation import positions_of
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Prompt
+from recmas.engine.prefill import forward_groups
 
 
 class PromptTooLongError(ValueError):
@@ -110,20 +112,18 @@ class FrozenModel:
         Returns:
             ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
         """
+        if begun is None and (groups := forward_groups(self.decoder, prompt.mask, target_mask)):
+            parts = [self.hidden(_rows(prompt, rows), targets[rows], target_mask[rows]) for rows in groups]
+            order = torch.cat(groups).argsort()
+            return torch.cat(parts)[order]
         length = targets.shape[1]
         mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
         embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
         self.check_context(mask.sum(dim=1).tolist())
         held = 0 if begun is None else begun.get_seq_length()
-        output = self.decoder(
-            inputs_embeds=embeds[:, held:],
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, held:],
-            past_key_values=begun,
-            use_cache=begun is not None,
-        )
+        states = DecoderCall(self.decoder)(embeds[:, held:], mask, positions_of(mask)[:, held:], begun)
         first = prompt.mask.shape[1] - 1 - held
-        return output.last_hidden_state[:, first : first + length]
+        return states[:, first : first + length]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of final-norm hidden states ``[..., d]``, by the model's own forward."""
@@ -150,3 +150,10 @@ class FrozenModel:
             kind = self.decoder.config.model_type
             raise ValueError(f"agent {self.name!r}: a {kind} model is refused: {found.refusal}")
         return OwnLogits(self.model, found.path, found.kind)
+
+
+def _rows(prompt: Prompt, rows: Tensor) -> Prompt:
+    """Some rows of a batch, without the padding that none of them needs."""
+    mask = prompt.mask[rows]
+    first = mask.shape[1] - int(mask.sum(dim=1).max())
+    return Prompt(prompt.embeds[rows, first:], mask[:, first:])

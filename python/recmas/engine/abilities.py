@@ -61,7 +61,15 @@ def proves(*features: str) -> Callable[[Prover], Prover]:
     """Decorates what proves these features, all of them at once."""
 
     def register(prover: Prover) -> Prover:
-        _PROVERS.update(dict.fromkeys(features, prover))
+        def guarded(decoder: PreTrainedModel) -> dict[str, Proof]:
+            try:
+                return prover(decoder)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model raises that cannot be used so
+                return dict.fromkeys(features, Proof.raised(error))
+
+        _PROVERS.update(dict.fromkeys(features, guarded))
         return prover
 
     return register

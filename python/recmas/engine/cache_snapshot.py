@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
-from recmas.engine.continuation import Continuation, frequency_switch
+from recmas.engine.continuation import Continuation, length_dependent
 from recmas.engine.growing_cache import GrowingLayer, GrowingSlidingLayer, new_cache
 
 Ids = Sequence[Sequence[int]]
@@ -92,7 +92,7 @@ def unsupported(decoder: PreTrainedModel, cache: DynamicCache) -> str:
     """Why nothing can be kept of this model's cache; empty if it can."""
     if torch.is_grad_enabled():
         return "gradients are kept"
-    if frequency_switch(decoder.config) is not None:
+    if length_dependent(decoder.config):
         return "the model's position encoding depends on the length of its input"
     for layer in cache.layers:
         if type(layer) not in (GrowingLayer, GrowingSlidingLayer, DummyLayer, LinearAttentionLayer):

@@ -110,3 +110,8 @@ def frequency_switch(config: Any) -> int | None:
         int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"
     ]
     return min(switches, default=None)
+
+
+def length_dependent(config: Any) -> bool:
+    """Whether rotary frequencies change with the length of the input, so that a prefix depends on what follows."""
+    return frequency_switch(config) is not None

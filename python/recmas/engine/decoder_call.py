@@ -22,11 +22,19 @@ class DecoderCall:
         decoder: body of a transformers model.
         mask: pass masks; None where the decoder has proved that a mask of ones says nothing.
         positions: pass positions; None likewise.
+        copies: pass a copy of the embeddings; None where the decoder has not proved that it leaves them alone.
     """
 
-    def __init__(self, decoder: PreTrainedModel, mask: bool | None = None, positions: bool | None = None) -> None:
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        mask: bool | None = None,
+        positions: bool | None = None,
+        copies: bool | None = None,
+    ) -> None:
         takes = accepted(type(decoder))
         self.decoder = decoder
+        self._copies = bool(missing(decoder, "intact inputs")) if copies is None else copies
         self._mask = "attention_mask" in takes and (not missing(decoder, "masks") if mask is None else mask)
         self._positions = "position_ids" in takes and (
             not missing(decoder, "positions") if positions is None else positions
@@ -56,6 +64,8 @@ class DecoderCall:
             given[self._cache] = cache
             if self._mask and isinstance(mask, Tensor) and not any(hasattr(layer, "keys") for layer in cache.layers):
                 given["attention_mask"] = mask[:, -embeds.shape[1] :]  # nothing attends: the mask is of what is fed
+        if self._copies:
+            embeds = embeds.clone()
         states: Tensor = self.decoder(inputs_embeds=embeds, **given).last_hidden_state
         return states
 

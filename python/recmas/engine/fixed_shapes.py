@@ -94,7 +94,7 @@ def unfit(past: Past) -> str:
     """Why this model cannot be continued at fixed shapes; empty if it can."""
     decoder = past.decoder
     if not isinstance(past, Continuation):
-        return missing(decoder, "cache") or missing(decoder, "padding")
+        return "the batch does not grow on one cache"
     if reason := unsupported(decoder, past.cache):
         return reason
     if decoder.config._attn_implementation not in ("sdpa", "eager"):

@@ -42,6 +42,25 @@ def missing_padding(decoder: PreTrainedModel, mask: Tensor) -> str:
     return missing(decoder, "padding") if bool((mask == 0).any()) else ""
 
 
+def forward_groups(decoder: PreTrainedModel, mask: Tensor, after: Tensor) -> list[Tensor]:
+    """The rows that may run in one forward, int64 each, of left-padded prompts that right-padded tokens follow.
+
+    Empty where all may: rows of other lengths do not belong together where padding is not proved, nor do rows on two
+    sides of a `frequency_switch`.
+
+    Args:
+        decoder: body of a transformers model.
+        mask: ``[B, T]`` of the prompts.
+        after: ``[B, L]`` of what follows.
+    """
+    lengths, switch = mask.sum(dim=1), frequency_switch(decoder.config)
+    apart = lengths if missing_padding(decoder, mask) else torch.zeros_like(lengths)
+    side = torch.zeros_like(lengths) if switch is None else (lengths + after.sum(dim=1) - 1 > switch).to(lengths.dtype)
+    kinds = 2 * apart + side
+    found = [torch.nonzero(kinds == kind)[:, 0] for kind in kinds.unique()]
+    return found if len(found) > 1 else []
+
+
 def uncached(decoder: PreTrainedModel) -> str:
     """Why nothing goes on from a cache of this decoder; empty if it does."""
     return missing(decoder, "cache") or (missing(decoder, "cached gradients") if torch.is_grad_enabled() else "")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recmas.engine.abilities import stand_in
-from recmas.engine.twin import twin
+from recmas.engine.twin import twins
 
 TOKENS = 12
 COMMON = 8
@@ -35,7 +35,7 @@ class Probe:
         decoder: body of a transformers model.
 
     Attributes:
-        decoder: its `recmas.engine.twin.twin`, which proofs use in its place.
+        decoder: one of its `recmas.engine.twin.twins`, which proofs use in its place.
         ids: int64 ``[2, 12]``; both rows begin with the same 8.
         embeds: ``[2, 12, d]``.
         states: ``[2, 12, d]``, the truth.
@@ -43,16 +43,26 @@ class Probe:
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
-        self.decoder = twin(decoder)
-        if self.decoder is not decoder:
-            stand_in(self.decoder, decoder)
         self.ids = probe_ids(decoder)
         with torch.no_grad():
             embeds: Tensor = decoder.get_input_embeddings()(self.ids)
+        for self.decoder in twins(decoder):
             self.embeds = embeds if self.decoder is decoder else embeds.float()
-            states: Tensor = self.decoder(inputs_embeds=torch.cat([self.embeds, moved(self.embeds[:1])])).last_hidden_state
+            try:
+                states = self._read(torch.cat([self.embeds, moved(self.embeds[:1])]))
+                break
+            except Exception:
+                if self.decoder is decoder:  # then it is no fault of a twin
+                    raise
+        if self.decoder is not decoder:
+            stand_in(self.decoder, decoder)
         self.states = states[:2]
         self.bound = slack(self.decoder) * noise(states[2], states[0])
+
+    @torch.no_grad()
+    def _read(self, embeds: Tensor) -> Tensor:
+        states: Tensor = self.decoder(inputs_embeds=embeds).last_hidden_state
+        return states
 
 
 def probe_ids(decoder: PreTrainedModel) -> Tensor:

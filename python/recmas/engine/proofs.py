@@ -15,16 +15,18 @@ from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket
 from recmas.engine.messages import Prompt
 from recmas.engine.prefix_reuse import PrefixReuse
-from recmas.engine.probe import COMMON, TOKENS, Probe, distance
+from recmas.engine.probe import COMMON, TOKENS, Probe, distance, moved, noise, slack
 
 FEATURES = {
     "causality": "states before and after a later token was changed",
+    "intact inputs": "input embeddings before and after a forward",
     "masks": "states under a mask of ones and under none",
     "positions": "states at given positions and at the model's own",
     "cache": "a cache continued by single positions and one forward",
     "several positions": "a cache continued by several positions at once and one forward",
     "padding": "a left-padded row and the row alone",
     "prefix reuse": "a prompt continued from a kept prefix and one forward",
+    "cached gradients": "gradients through a continued cache and through one forward",
     "fixed shapes": "steps at fixed shapes and one forward",
 }
 """What each proof compares; the states of both differ, or do not."""
@@ -34,18 +36,23 @@ ROWS = (0, 1, 0)
 """Rows of the probe in a batch of three."""
 
 
-@proves("causality", "masks", "positions")
+@proves("causality", "intact inputs", "masks", "positions")
 @torch.no_grad()
 def _calling(decoder: PreTrainedModel) -> dict[str, Proof]:
     """What every way of running a decoder needs to know of it."""
     probe = Probe(decoder)
-    mask = torch.ones_like(probe.ids)
+    mask, given = torch.ones_like(probe.ids), probe.embeds.clone()
 
     def states(**passed: bool) -> tuple[Tensor, Tensor]:
-        return DecoderCall(probe.decoder, **passed)(probe.embeds, mask, positions_of(mask)), probe.states
+        return DecoderCall(probe.decoder, copies=True, **passed)(probe.embeds, mask, positions_of(mask)), probe.states
+
+    def inputs() -> tuple[Tensor, Tensor]:
+        DecoderCall(probe.decoder, copies=False, mask=False, positions=False)(given, mask, mask)
+        return given, probe.embeds
 
     return {
         "causality": _compare(probe, "causality", lambda: (probe.states[1, :COMMON], probe.states[0, :COMMON])),
+        "intact inputs": _compare(probe, "intact inputs", inputs),
         "masks": _compare(probe, "masks", partial(states, mask=True, positions=False)),
         "positions": _compare(probe, "positions", partial(states, mask=False, positions=True)),
     }
@@ -70,6 +77,35 @@ def _continuing(decoder: PreTrainedModel) -> dict[str, Proof]:
     return {"cache": cache, "several positions": several, "padding": padding}
 
 
+@proves("cached gradients")
+def _differentiating(decoder: PreTrainedModel) -> dict[str, Proof]:
+    """The gradient of a state that arrives at the embeddings before it, as rollouts in training need it."""
+    probe = Probe(decoder)
+    read = torch.cat([probe.embeds, moved(probe.embeds[:1])])
+    weight = torch.randn(read.shape[-1], generator=torch.Generator().manual_seed(1)).to(read)
+    plain = _gradient(probe, read, weight, grown=False)
+    bound = slack(probe.decoder) * noise(plain[2:], plain[:1])
+
+    def compute() -> tuple[Tensor, Tensor]:
+        return _gradient(probe, read, weight, grown=True)[:2], plain[:2]
+
+    return {"cached gradients": _compare(probe, "cached gradients", compute, bound)}
+
+
+def _gradient(probe: Probe, read: Tensor, weight: Tensor, *, grown: bool) -> Tensor:
+    """``[B, T, d]``, of the last state of rows ``[B, T, d]``, two positions of which are grown or not."""
+    embeds, mask = read.detach().requires_grad_(), read.new_ones(read.shape[:2], dtype=torch.int64)
+    with torch.enable_grad():
+        if grown:
+            past = SingleSteps(probe.decoder, mask[:, :-2], 2)
+            past.feed(embeds[:, :-2])
+            state = past.feed(embeds[:, -2:])
+        else:
+            state = DecoderCall(probe.decoder)(embeds, mask, positions_of(mask))[:, -1]
+        (gradient,) = torch.autograd.grad((state * weight).sum(), embeds)
+    return gradient
+
+
 @proves("prefix reuse")
 @torch.no_grad()
 def _reusing(decoder: PreTrainedModel) -> dict[str, Proof]:
@@ -82,15 +118,17 @@ def _fixing(decoder: PreTrainedModel) -> dict[str, Proof]:
     return {"fixed shapes": _compare(probe := Probe(decoder), "fixed shapes", partial(_fixed, probe))}
 
 
-def _compare(probe: Probe, feature: str, compute: Callable[[], tuple[Tensor, Tensor]]) -> Proof:
-    """The proof of `compute`, which returns states ``[..., d]`` and the true ones."""
+def _compare(
+    probe: Probe, feature: str, compute: Callable[[], tuple[Tensor, Tensor]], bound: float | None = None
+) -> Proof:
+    """The proof of `compute`, which returns vectors ``[..., d]`` and the true ones; None is the probe's own bound."""
     try:
         found, expected = compute()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises where it cannot be used so
         return Proof.raised(error)
-    return Proof.of(distance(found, expected), probe.bound, FEATURES[feature])
+    return Proof.of(distance(found, expected), probe.bound if bound is None else bound, FEATURES[feature])
 
 
 def _grown(probe: Probe, kind: type[Continuation], *, padded: bool, width: int) -> tuple[Tensor, Tensor]:

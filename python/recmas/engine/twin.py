@@ -7,6 +7,7 @@ cost a fraction of the time, and share no tensor with a model that may be at wor
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,26 +18,27 @@ LARGEST = 1_000_000_000
 """Parameters of the largest twin: 4 GB for as long as a proof runs."""
 
 
-def twin(decoder: PreTrainedModel) -> PreTrainedModel:
-    """A float32 copy of the decoder's first layers, at least one of each kind, and of all that is not a layer.
+def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """What proofs may run on, the best first: the first layers in float32, all layers in float32, the decoder itself.
 
-    The decoder itself where it cannot be cut so: layers that are no list, quantised or scattered weights, layers of one
-    kind only at the end, or layers too large to copy. Proofs then run on all of it, in its own dtype.
+    The first layers are at least one of each kind. A model that computes with fewer layers than its configuration says,
+    or whose layers share what others keep, raises, and the next twin serves. None is made of quantised weights, nor one
+    of more parameters than `LARGEST`.
     """
     try:
-        return _cut(decoder) or decoder
-    except Exception:  # a decoder that resists copying is proved as it is
-        return decoder
+        count = int(decoder.config.num_hidden_layers)
+        lists = [path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+        if lists and not getattr(decoder.config, "num_kv_shared_layers", 0):
+            yield from _copied(decoder, lists, count, min(_first_of_each(decoder.config, count), count))
+        yield from _copied(decoder, [], count, count)
+    except (TypeError, AttributeError, NotImplementedError):  # a configuration of another kind, weights without a copy
+        pass
+    yield decoder
 
 
-def _cut(decoder: PreTrainedModel) -> PreTrainedModel | None:
-    count = int(decoder.config.num_hidden_layers)
-    kept = min(_first_of_each(decoder.config, count), count)
-    lists = [(name, part) for name, part in decoder.named_children() if _is_layers(part, count)]
-    if not lists or getattr(decoder.config, "num_kv_shared_layers", 0):
-        return None
+def _copied(decoder: PreTrainedModel, lists: Sequence[str], count: int, kept: int) -> Iterator[PreTrainedModel]:
+    dropped = [layer for path in lists for layer in list(decoder.get_submodule(path).children())[kept:]]
     table = decoder.get_input_embeddings()
-    dropped = [layer for _, part in lists for layer in list(part)[kept:]]
     shared = {id(weight) for weight in table.parameters()}
     weights = {
         id(weight): weight
@@ -47,17 +49,18 @@ def _cut(decoder: PreTrainedModel) -> PreTrainedModel | None:
     gone = {id(weight) for layer in dropped for weight in layer.parameters()}
     left = [weight for key, weight in weights.items() if key not in gone]
     if sum(weight.numel() for weight in left) > LARGEST or any(_unusual(weight) for weight in left):
-        return None
+        return
     config = _shorter(decoder.config, count, kept)
-    memo: dict[int, Any] = {id(table): table, id(decoder.config): config}
+    blank = nn.Embedding(1, table.weight.shape[1], dtype=torch.float32, device=table.weight.device)
+    memo: dict[int, Any] = {id(table): blank, id(decoder.config): config}
     memo.update((id(layer), None) for layer in dropped)
     copied: PreTrainedModel = copy.deepcopy(decoder, memo)
-    for name, part in lists:
-        setattr(copied, name, nn.ModuleList(list(getattr(copied, name))[:kept]))
+    for path in lists:
+        above, _, name = path.rpartition(".")
+        setattr(copied.get_submodule(above), name, nn.ModuleList(list(copied.get_submodule(path).children())[:kept]))
     for part in copied.modules():
-        if part is not table:
-            _to_float32(part)
-    return copied
+        _to_float32(part)
+    yield copied.requires_grad_(False)
 
 
 def _to_float32(part: nn.Module) -> None:
@@ -70,10 +73,6 @@ def _to_float32(part: nn.Module) -> None:
 def _cast(tensor: torch.Tensor) -> torch.Tensor:
     cast = tensor.detach().float()
     return nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-
-
-def _is_layers(part: nn.Module, count: int) -> bool:
-    return isinstance(part, nn.ModuleList) and len(part) == count
 
 
 def _unusual(weight: torch.Tensor) -> bool:
@@ -93,6 +92,8 @@ def _first_of_each(config: PreTrainedConfig, count: int) -> int:
 def _shorter(config: PreTrainedConfig, count: int, kept: int) -> PreTrainedConfig:
     """The configuration of the first layers."""
     shorter = copy.deepcopy(config)
+    if kept == count:
+        return shorter
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(shorter, name, value[:kept])

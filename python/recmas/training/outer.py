@@ -27,6 +27,7 @@ from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_co
 from recmas.training.data import DataSource, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+from recmas.training.proofs import proved
 from recmas.training.unroll import SharedPrefixes, recomputing
 
 LOGITS = 1 << 25  # 128 MiB of float32
@@ -60,8 +61,8 @@ def outer_loss(
             turn.message = agent.think(prompt, count, system.inner_links[visit.role])
             continue
         texts = target_texts(rows, visit.role, visit.round)
-        begun = prefixes.of(visit.role, agent, prompt)
-        with recomputing(agent.decoder, enabled=recompute):
+        begun = prefixes.of(visit.role, agent, prompt) if proved(agent.decoder, "begun prefixes", prompt) else None
+        with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
             speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
         if visit.final:
             return answer_loss(agent, speech)
