@@ -55,11 +55,13 @@ class Agent(FrozenModel):
     ) -> Agent:
         """Load a model and its tokenizer from a folder, or from the hub where no such folder exists.
 
-        A RecursiveLink may stand beside the model, as in the reference implementation's releases: it is left alone.
+        ``FILE.gguf``, and ``FOLDER-OR-ID:FILE.gguf``, are read through transformers, which makes plain weights of it.
+        Of a model of text and images, the text part is the agent. A RecursiveLink may stand beside the model, as in the
+        reference implementation's releases: it is left alone.
 
         Raises:
-            ValueError: an unknown dtype, a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id;
-                one line.
+            ValueError: an unknown dtype, a folder that is a PEFT adapter or cannot be loaded, an unknown hub id, an
+                encoder with a decoder, or a model that does not prove what an agent needs; one line.
         """
         source = os.fspath(path_or_id)
         name = name or Path(source).name

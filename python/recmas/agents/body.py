@@ -20,9 +20,9 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: no part of the model takes input embeddings.
     """
     for part in _parts(model):
-        if part is not model and isinstance(part, PreTrainedModel) and "inputs_embeds" in accepted(type(part)):
+        if part is not model and isinstance(part, PreTrainedModel) and "inputs_embeds" in accepted(type(part).forward):
             deeper = _headless(part)
-            if deeper is not None:
+            if deeper is not None and _has_embeddings(deeper) and _has_embeddings(model):
                 return deeper
     raise ValueError(f"no part of {type(model).__name__} turns input embeddings into hidden states")
 
@@ -31,6 +31,13 @@ def _parts(model: PreTrainedModel) -> Iterator[nn.Module]:
     yield model.get_decoder()
     yield model.base_model
     yield from model.modules()
+
+
+def _has_embeddings(part: PreTrainedModel) -> bool:
+    try:
+        return part.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _headless(part: PreTrainedModel) -> PreTrainedModel | None:
@@ -65,7 +72,7 @@ class OwnLogits:
 
 
 class _HandsOn(nn.Module):
-    """Stands where a part of a model was; what else the model asks of it, multipliers or a tied table, is the part's."""
+    """Stands where a part was; what else the model asks of it, multipliers or a tied table, is the part's own."""
 
     def __init__(self, part: nn.Module, kind: type) -> None:
         super().__init__()

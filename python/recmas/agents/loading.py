@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from a folder or from the hub."""
+"""Loading a causal language model and its tokenizer from a folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from recmas.dtypes import DTYPES
 
@@ -15,31 +16,72 @@ def load_model(
     source: str, dtype: str | torch.dtype, device: str | torch.device, trust_remote_code: bool, name: str
 ) -> tuple[Any, Any]:
     """Model on `device` and tokenizer; see `Agent.from_pretrained`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+    from transformers.utils import is_gguf_available
 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    folder = Path(source)
+    where, gguf = gguf_parts(source)
+    folder = Path(where)
+    if gguf and folder.is_dir() and not (folder / gguf).is_file():
+        raise ValueError(f"agent {name!r}: no such file: {folder / gguf}")
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ValueError(f"agent {name!r}: {source} is a PEFT adapter; merge it into its base model first")
-    elif folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise ValueError(f"agent {name!r}: no such folder: {source}")
+    elif folder.is_absolute() or where.startswith(".") or where.count("/") > 1:
+        raise ValueError(f"agent {name!r}: no such folder: {where}")
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, trust_remote_code=trust_remote_code, **_past_links(source)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = _of_any_class(where, dtype=wanted, **options, **_past_links(where))
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
                 f"agent {name!r}: {source} needs code of its own to be run; if you trust it, allow that with "
                 "--trust-remote-code (trust_remote_code=True)"
             ) from error
-        where = source if folder.is_dir() else f"{source} (no such folder, so a model on the hub)"
-        raise ValueError(f"agent {name!r}: cannot load {where}: {_first_line(error)}") from error
+        if gguf and not is_gguf_available():
+            raise ValueError(
+                f"agent {name!r}: {source}: GGUF files are read by the gguf package: pip install 'recmas-kernels[gguf]'"
+            ) from error
+        shown = source if folder.is_dir() else f"{source} (no such folder, so a model on the hub)"
+        raise ValueError(f"agent {name!r}: cannot load {shown}: {_first_line(error)}") from error
     return model.to(device), tokenizer
+
+
+def gguf_parts(source: str) -> tuple[str, str]:
+    """Folder or hub id, and file, of ``FILE.gguf`` or ``FOLDER-OR-ID:FILE.gguf``; no file for any other source."""
+    if not source.endswith(".gguf"):
+        return source, ""
+    where, colon, file = source.rpartition(":")
+    return (where, file) if colon else (str(Path(source).parent), Path(source).name)
+
+
+def _of_any_class(where: str, **options: Any) -> Any:
+    """The model that a checkpoint holds: a causal one, or one of text and images whose text part is causal.
+
+    Raises:
+        ValueError: neither, or an encoder and a decoder, which answer nothing without each other.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = {name: options[name] for name in ("trust_remote_code", "gguf_file") if name in options}
+    config = AutoConfig.from_pretrained(where, **known)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} models are an encoder and a decoder; an agent is a decoder alone")
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText.from_pretrained(where, **options)
+    for name in config.architectures or ():  # a text part that was saved by itself has no entry of its own
+        kind = getattr(transformers, name, None)
+        if kind is not None and kind.config_class is type(config) and hasattr(kind, "generate"):
+            return kind.from_pretrained(where, **{key: options[key] for key in options if key != "trust_remote_code"})
+    raise ValueError(f"transformers knows no causal language model of type {config.model_type}")
 
 
 def _past_links(source: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class FrozenModel:
             raise ValueError(f"agent {name!r}: a {model.config.model_type} model is refused: {error}") from None
         self._config = model.config.get_text_config(decoder=True)
         self._own_logits: OwnLogits | None = None
-        if not self.device.type == "meta":
+        if self.device.type != "meta":
             self._own_logits = self._proved()
 
     @property

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from recmas.agents.body import OwnLogits, Recorded
 from recmas.engine.abilities import Proof, fingerprint, proof
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.probe import distance, probe_ids, slack
 from recmas.engine.proofs import FEATURES
 
@@ -59,7 +59,10 @@ def _prove(model: PreTrainedModel, body: PreTrainedModel) -> Required:
     ids = probe_ids(body)
     try:
         recorded = Recorded(model, body, ids)
-        states: Tensor = body(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state
+        embeds = model.get_input_embeddings()(ids)
+        states = DecoderCall.plain(body)(embeds)
+        if states.shape != embeds.shape:  # latents could not be fed back
+            raise ValueError(f"hidden states of {states.shape[-1]} features for embeddings of {embeds.shape[-1]}")
         causality = proof(body, "causality")
     except torch.OutOfMemoryError:
         raise
@@ -69,7 +72,9 @@ def _prove(model: PreTrainedModel, body: PreTrainedModel) -> Required:
     bound = slack(body) * torch.finfo(states.dtype).eps / 2
     embeddings = Proof.of(distance(states, recorded.states), bound, REQUIRED["embeddings"])
     found = Required({"embeddings": embeddings, "causality": causality})
-    found.proofs["logits"] = Proof(False, float("inf"), 0.0, f"{type(model).__name__} has no LM head on its body's states")
+    found.proofs["logits"] = Proof(
+        False, float("inf"), 0.0, f"{type(model).__name__} has no LM head on its body's states"
+    )
     for path, output in recorded.outputs.items():
         logits = _logits(model, path, output, recorded, bound)
         if logits.holds or not found.path:

@@ -21,5 +21,5 @@ def model_source(folder: Path, role: str, model: str) -> str:
 
 
 def model_key(source: str) -> str:
-    """What distinguishes models: the folder that a path leads to, or a hub id."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+    """What distinguishes models: the folder or file that a path leads to, or a hub id."""
+    return str(Path(source).resolve()) if Path(source).exists() else source

@@ -106,9 +106,7 @@ def frequency_switch(config: Any) -> int | None:
     """
     found = getattr(config, "rope_parameters", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
-    switches = [
-        int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"
-    ]
+    switches = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
     return min(switches, default=None)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from recmas.engine.abilities import missing
+from recmas.engine.per_layer_inputs import PerLayerInputs
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What forwards call the cache; one that has neither takes none."""
@@ -32,7 +34,7 @@ class DecoderCall:
         positions: bool | None = None,
         copies: bool | None = None,
     ) -> None:
-        takes = accepted(type(decoder))
+        takes = accepted(type(decoder).forward)
         self.decoder = decoder
         self._copies = bool(missing(decoder, "intact inputs")) if copies is None else copies
         self._mask = "attention_mask" in takes and (not missing(decoder, "masks") if mask is None else mask)
@@ -40,9 +42,23 @@ class DecoderCall:
             not missing(decoder, "positions") if positions is None else positions
         )
         self._use_cache = "use_cache" in takes
+        self.per_layer_inputs = PerLayerInputs.of(decoder)
         self._cache = next((name for name in CACHE_NAMES if name in takes), None)
 
-    def __call__(self, embeds: Tensor, mask: Any, positions: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    @classmethod
+    def plain(cls, decoder: PreTrainedModel) -> DecoderCall:
+        """A call that passes embeddings alone: what everything else is compared with."""
+        return cls(decoder, mask=False, positions=False, copies=True)
+
+    def __call__(
+        self,
+        embeds: Tensor,
+        mask: Any = None,
+        positions: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        *,
+        tokens_of: Tensor | None = None,
+    ) -> Tensor:
         """Final-norm hidden states ``[B, S, d]`` of input embeddings ``[B, S, d]``.
 
         Args:
@@ -50,8 +66,11 @@ class DecoderCall:
             mask: int64 ``[B, T]``, T columns in all, or what else the model takes for it.
             positions: int64 ``[B, S]``.
             cache: read and appended to; None computes everything anew.
+            tokens_of: embeddings whose tokens these are, where they are not exactly those of any.
         """
         given: dict[str, Any] = {}
+        if self.per_layer_inputs is not None:
+            given["per_layer_inputs"] = self.per_layer_inputs(embeds if tokens_of is None else tokens_of)
         if self._mask:
             given["attention_mask"] = mask
         if self._positions:
@@ -71,7 +90,7 @@ class DecoderCall:
 
 
 @functools.cache
-def accepted(kind: type[PreTrainedModel]) -> frozenset[str]:
-    """Names of the arguments that a decoder's forward takes; what vanishes in ``**kwargs`` is not among them."""
-    named = inspect.signature(kind.forward).parameters.values()
+def accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments that a forward takes; what vanishes in ``**kwargs`` is not among them."""
+    named = inspect.signature(forward).parameters.values()
     return frozenset(parameter.name for parameter in named if parameter.kind != parameter.VAR_KEYWORD)

@@ -58,9 +58,7 @@ class Rollouts:
         self._moves, self._failed = 0, ""
         self._buckets: dict[tuple[object, ...], _Bucket] = {}
 
-    def __call__(
-        self, past: Past, hidden: Tensor, steps: int, link: Link, *, weights_stay: bool = True
-    ) -> Tensor:
+    def __call__(self, past: Past, hidden: Tensor, steps: int, link: Link, *, weights_stay: bool = True) -> Tensor:
         """The rollout ``[B, m, d]`` of a batch whose prompt `past` has read; `steps` at least 1.
 
         A graph captured over weights that do not stay (offload) would hold addresses of memory that is freed.
@@ -71,7 +69,8 @@ class Rollouts:
             unfitting = unfit(past)
             self.reason, fixed = self.reason or unfitting, fixed and not unfitting
         if not self.reason:
-            assert isinstance(link, nn.Module) and isinstance(past, Continuation)
+            assert isinstance(link, nn.Module)
+            assert isinstance(past, Continuation)
             try:
                 with _BUFFERS:
                     return self._bucket(past, steps).replay(past, hidden, steps, link, self)

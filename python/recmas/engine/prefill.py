@@ -1,4 +1,4 @@
-"""How a batch of prompts is read: on one cache, or by whatever way its decoder has proved (`recmas.engine.abilities`)."""
+"""How a batch of prompts is read: on one cache, or as its decoder has proved it can (`recmas.engine.abilities`)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ Prefill = Callable[[PreTrainedModel, Prompt, int, int | None], tuple[Past, Tenso
 ``[B, d]`` at its last position; the other arguments are those of `Continuation`."""
 
 
-def prefill_all(
-    decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None = None
-) -> tuple[Past, Tensor]:
+def prefill_all(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None = None) -> tuple[Past, Tensor]:
     """The plain `Prefill`: the whole prompt at once, into an empty cache."""
     past = begin(decoder, prompt.mask, room, context)
     return past, past.feed(prompt.embeds)

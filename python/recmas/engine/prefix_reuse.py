@@ -81,9 +81,7 @@ class PrefixReuse:
         """
         self.last = Reading()
 
-        def prefill(
-            decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None
-        ) -> tuple[Past, Tensor]:
+        def prefill(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None) -> tuple[Past, Tensor]:
             if not self._off:
                 try:
                     return self._prefill(role, upcoming, decoder, prompt, room, context)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recmas.engine.abilities import stand_in
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.twin import twins
 
 TOKENS = 12
@@ -49,7 +50,7 @@ class Probe:
         for self.decoder in twins(decoder):
             self.embeds = embeds if self.decoder is decoder else embeds.float()
             try:
-                states = self._read(torch.cat([self.embeds, moved(self.embeds[:1])]))
+                states = self._read()
                 break
             except Exception:
                 if self.decoder is decoder:  # then it is no fault of a twin
@@ -60,9 +61,10 @@ class Probe:
         self.bound = slack(self.decoder) * noise(states[2], states[0])
 
     @torch.no_grad()
-    def _read(self, embeds: Tensor) -> Tensor:
-        states: Tensor = self.decoder(inputs_embeds=embeds).last_hidden_state
-        return states
+    def _read(self) -> Tensor:
+        """``[3, 12, d]``, of the rows and of the first one moved."""
+        read = torch.cat([self.embeds, moved(self.embeds[:1])])
+        return DecoderCall.plain(self.decoder)(read, tokens_of=torch.cat([self.embeds, self.embeds[:1]]))
 
 
 def probe_ids(decoder: PreTrainedModel) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a decoder is asked to prove before the engine uses it: each proof compares with the plain forward of a `Probe`."""
+"""What a decoder is asked to prove before the engine uses it, each time against the plain forward of a `Probe`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -30,10 +30,10 @@ FEATURES = {
     "fixed shapes": "steps at fixed shapes and one forward",
 }
 """What each proof compares; the states of both differ, or do not."""
-SHORT = 5
-"""Tokens of the padded row, beside one of COMMON."""
 ROWS = (0, 1, 0)
-"""Rows of the probe in a batch of three."""
+"""Rows of the probe in a batch of three ..."""
+RAGGED = (COMMON, 5, 1)
+"""... and tokens that they begin with."""
 
 
 @proves("causality", "intact inputs", "masks", "positions")
@@ -61,19 +61,27 @@ def _calling(decoder: PreTrainedModel) -> dict[str, Proof]:
 @proves("cache", "several positions", "padding")
 @torch.no_grad()
 def _continuing(decoder: PreTrainedModel) -> dict[str, Proof]:
-    """All three at once, which is how they are used; one by one only where that fails."""
+    """All three at once, which is how they are used; one by one only where that fails.
+
+    Rows begin with eight tokens, with five and with a single one, from which convolutions go on otherwise.
+    """
     probe = Probe(decoder)
     features = ("cache", "several positions", "padding")
-    together = _compare(probe, "cache", partial(_grown, probe, Continuation, padded=True, width=2))
+    together = _compare(probe, "cache", partial(_grown, probe, Continuation, RAGGED, width=2))
     if together.holds:
         return {feature: Proof(True, together.error, together.bound, FEATURES[feature]) for feature in features}
-    cache = _compare(probe, "cache", partial(_grown, probe, SingleSteps, padded=False, width=1))
-    several = _compare(probe, "several positions", partial(_grown, probe, Continuation, padded=False, width=2))
+    cache = _worst(
+        _compare(probe, "cache", partial(_grown, probe, SingleSteps, [begun] * 3, width=1)) for begun in RAGGED
+    )
+    several = _worst(
+        _compare(probe, "several positions", partial(_grown, probe, Continuation, [begun] * 3, width=2))
+        for begun in RAGGED
+    )
     if not cache.holds:
         padding = _compare(probe, "padding", partial(_padded, probe))
     else:
         kind = Continuation if several.holds else SingleSteps
-        padding = _compare(probe, "padding", partial(_grown, probe, kind, padded=True, width=2))
+        padding = _compare(probe, "padding", partial(_grown, probe, kind, RAGGED, width=2))
     return {"cache": cache, "several positions": several, "padding": padding}
 
 
@@ -101,7 +109,8 @@ def _gradient(probe: Probe, read: Tensor, weight: Tensor, *, grown: bool) -> Ten
             past.feed(embeds[:, :-2])
             state = past.feed(embeds[:, -2:])
         else:
-            state = DecoderCall(probe.decoder)(embeds, mask, positions_of(mask))[:, -1]
+            tokens_of = torch.cat([probe.embeds, probe.embeds[:1]])
+            state = DecoderCall(probe.decoder)(embeds, mask, positions_of(mask), tokens_of=tokens_of)[:, -1]
         (gradient,) = torch.autograd.grad((state * weight).sum(), embeds)
     return gradient
 
@@ -131,14 +140,18 @@ def _compare(
     return Proof.of(distance(found, expected), probe.bound if bound is None else bound, FEATURES[feature])
 
 
-def _grown(probe: Probe, kind: type[Continuation], *, padded: bool, width: int) -> tuple[Tensor, Tensor]:
-    """Both rows read, then grown by `width` positions and by two single ones."""
-    lengths = [COMMON, SHORT] if padded else [COMMON, COMMON]
+def _worst(proofs: Iterable[Proof]) -> Proof:
+    return max(proofs, key=lambda proof: (not proof.holds, proof.error))
+
+
+def _grown(probe: Probe, kind: type[Continuation], begun: Sequence[int], *, width: int) -> tuple[Tensor, Tensor]:
+    """Rows that begin with so many tokens, grown by `width` positions and by two single ones."""
+    lengths = list(begun)
     embeds, mask = _left_padded(probe, lengths)
     past: Past = kind(probe.decoder, mask, TOKENS)
     found, expected = [past.feed(embeds)], [_at(probe, lengths)]
     for more in (width, 1, 1):
-        fed = [probe.embeds[row, length : length + more] for row, length in enumerate(lengths)]
+        fed = [probe.embeds[row, length : length + more] for row, length in zip(ROWS, lengths, strict=True)]
         lengths = [length + more for length in lengths]
         found.append(past.feed(torch.stack(fed)))
         expected.append(_at(probe, lengths))
@@ -146,10 +159,9 @@ def _grown(probe: Probe, kind: type[Continuation], *, padded: bool, width: int) 
 
 
 def _padded(probe: Probe) -> tuple[Tensor, Tensor]:
-    """Both rows in one forward, without a cache."""
-    lengths = [COMMON, SHORT]
-    embeds, mask = _left_padded(probe, lengths)
-    return DecoderCall(probe.decoder)(embeds, mask, positions_of(mask))[:, -1], _at(probe, lengths)
+    """The rows in one forward, without a cache."""
+    embeds, mask = _left_padded(probe, RAGGED)
+    return DecoderCall(probe.decoder)(embeds, mask, positions_of(mask))[:, -1], _at(probe, RAGGED)
 
 
 def _resumed(probe: Probe) -> tuple[Tensor, Tensor]:
@@ -162,18 +174,18 @@ def _resumed(probe: Probe) -> tuple[Tensor, Tensor]:
     for visits in (((10, 6, 2), (10, 7, 2)), ((10, 6, 2), (10, 6, 2))):
         reuse = PrefixReuse(proved=True)
         for lengths, upcoming in zip(visits, (lambda: known, None), strict=True):
-            prompt = Prompt(*_left_padded(probe, lengths, ROWS), known)
+            prompt = Prompt(*_left_padded(probe, lengths), known)
             past, hidden = reuse.prefill("probe", upcoming)(probe.decoder, prompt, 2, None)
         if reuse.last.computed < reuse.last.positions:
             step = torch.stack([probe.embeds[row, [length]] for row, length in zip(ROWS, lengths, strict=True)])
             after = [length + 1 for length in lengths]
-            return torch.stack([hidden, past.feed(step)]), torch.stack([_at(probe, lengths, ROWS), _at(probe, after, ROWS)])
+            return torch.stack([hidden, past.feed(step)]), torch.stack([_at(probe, lengths), _at(probe, after)])
     raise ValueError(reuse.last.reason)
 
 
 def _fixed(probe: Probe) -> tuple[Tensor, Tensor]:
-    """Both rows read into a growing cache, then two steps in a bucket."""
-    lengths = [COMMON, SHORT]
+    """The rows read into a growing cache, then two steps in a bucket."""
+    lengths = list(RAGGED)
     embeds, mask = _left_padded(probe, lengths)
     past = Continuation(probe.decoder, mask, 2)
     past.feed(embeds)
@@ -181,23 +193,25 @@ def _fixed(probe: Probe) -> tuple[Tensor, Tensor]:
     fixed.load(past)
     found, expected = [], []
     for _ in range(2):
-        found.append(fixed.step(torch.stack([probe.embeds[row, length] for row, length in enumerate(lengths)])))
+        step = [probe.embeds[row, length] for row, length in zip(ROWS, lengths, strict=True)]
+        step += step[-1:] * (fixed.rows - len(step))  # rows that no sequence needs
+        found.append(fixed.step(torch.stack(step))[: len(lengths)])
         lengths = [length + 1 for length in lengths]
         expected.append(_at(probe, lengths))
     return torch.stack(found), torch.stack(expected)
 
 
-def _left_padded(probe: Probe, lengths: Sequence[int], rows: Sequence[int] = (0, 1)) -> tuple[Tensor, Tensor]:
+def _left_padded(probe: Probe, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Embeddings and mask of so many first tokens of each row; other tokens, twice as large, stand in the padding."""
     width = max(lengths)
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths], device=probe.ids.device)
     padded = [
         torch.cat([2 * probe.embeds[row, TOKENS - (width - length) :], probe.embeds[row, :length]])
-        for row, length in zip(rows, lengths, strict=True)
+        for row, length in zip(ROWS, lengths, strict=True)
     ]
     return torch.stack(padded), mask
 
 
-def _at(probe: Probe, lengths: Sequence[int], rows: Sequence[int] = (0, 1)) -> Tensor:
+def _at(probe: Probe, lengths: Sequence[int]) -> Tensor:
     """The true states ``[B, d]`` after so many tokens of each row."""
-    return torch.stack([probe.states[row, length - 1] for row, length in zip(rows, lengths, strict=True)])
+    return torch.stack([probe.states[row, length - 1] for row, length in zip(ROWS, lengths, strict=True)])

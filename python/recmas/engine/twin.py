@@ -26,8 +26,12 @@ def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
     of more parameters than `LARGEST`.
     """
     try:
+        if getattr(decoder.config, "hidden_size_per_layer_input", 0):  # its tokens are known by the table of all of it
+            raise NotImplementedError
         count = int(decoder.config.num_hidden_layers)
-        lists = [path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+        lists = [
+            path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
+        ]
         if lists and not getattr(decoder.config, "num_kv_shared_layers", 0):
             yield from _copied(decoder, lists, count, min(_first_of_each(decoder.config, count), count))
         yield from _copied(decoder, [], count, count)
@@ -64,15 +68,13 @@ def _copied(decoder: PreTrainedModel, lists: Sequence[str], count: int, kept: in
 
 
 def _to_float32(part: nn.Module) -> None:
-    for held in (part._parameters, part._buffers):
-        for name, tensor in held.items():
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
-                held[name] = _cast(tensor)
-
-
-def _cast(tensor: torch.Tensor) -> torch.Tensor:
-    cast = tensor.detach().float()
-    return nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
+    """Cast what a module holds itself; `float()` would refuse the whole model for one weight of another kind."""
+    for name, weight in part._parameters.items():
+        if weight is not None and weight.is_floating_point():
+            part._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
+    for name, buffer in part._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            part._buffers[name] = buffer.float()
 
 
 def _unusual(weight: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from recmas.engine.growing_cache import most_capacity
 
@@ -53,17 +53,18 @@ def model_bytes(config: Any, width: int) -> ModelBytes:
         width: bytes of an element of the model's dtype.
     """
     config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = _field(config, "num_attention_heads")
+    shared = _field(config, "num_key_value_heads") or heads
+    head = _field(config, "head_dim") or (config.hidden_size // heads if heads else 0)
     key, value = head, head
-    if getattr(config, "qk_nope_head_dim", None):  # latent attention, expanded for every head: the most
-        shared, key, value = heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    if _field(config, "qk_nope_head_dim"):  # latent attention, expanded for every head: the most
+        shared, key = heads, _field(config, "qk_nope_head_dim") + _field(config, "qk_rope_head_dim")
+        value = _field(config, "v_head_dim")
     layers = DynamicCache(config=config).layers
     attention = sum(isinstance(layer, DynamicLayer) for layer in layers)
-    state = sum(not isinstance(layer, DynamicLayer) for layer in layers) * _state(config, width)
-    hidden, experts = config.hidden_size, getattr(config, "num_experts_per_tok", None) or 0
-    feed = max(_feed_forward(config), experts * (getattr(config, "moe_intermediate_size", None) or 0))
+    state = sum(isinstance(layer, LinearAttentionLayer) for layer in layers) * _state(config, width)
+    hidden, experts = config.hidden_size, _field(config, "num_experts_per_tok")
+    feed = max(_feed_forward(config), experts * _field(config, "moe_intermediate_size"))
     heads_out = heads * (key + value) + shared * (key + value)
     return ModelBytes(
         cache_per_token=attention * shared * (key + value) * width,
@@ -75,18 +76,36 @@ def model_bytes(config: Any, width: int) -> ModelBytes:
     )
 
 
+def _field(config: Any, *names: str) -> int:
+    """The first of these fields that is given, 0 if none is; the largest where layers differ."""
+    for name in names:
+        try:
+            found = getattr(config, name, None)
+        except RuntimeError:  # transformers' answer where the layers of one model differ
+            layers = (config.per_layer_config[layer] for layer in range(config.num_hidden_layers))
+            found = [getattr(layer, name, None) for layer in layers]
+        listed = found if isinstance(found, list | tuple) else [found]
+        if numbers := [number for number in listed if isinstance(number, int)]:
+            return max(numbers)
+    return 0
+
+
 def _feed_forward(config: Any) -> int:
     """Width of the feed-forward part; the widest layer's where they differ."""
-    given = (getattr(config, name, None) for name in FEED_FORWARD)
-    width = next((value for value in given if value), 4 * config.hidden_size)
-    return max(width) if isinstance(width, list | tuple) else width
+    return _field(config, *FEED_FORWARD) or 4 * int(config.hidden_size)
 
 
 def _state(config: Any, width: int) -> int:
-    """Convolution and recurrent state (float32) of a gated linear attention layer, per row."""
-    if getattr(config, "linear_num_value_heads", None) is None:
+    """Convolution and recurrent state (float32) of a recurrent layer, per row: gated linear attention, or Mamba's."""
+    if _field(config, "linear_num_value_heads"):
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        channels = (2 * keys + values) * config.linear_conv_kernel_dim
+        return channels * width + 4 * values * config.linear_key_head_dim
+    entries = _field(config, "mamba_d_state", "state_size", "ssm_state_size")
+    if not entries:
         return 0
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    channels = (2 * keys + values) * config.linear_conv_kernel_dim
-    return channels * width + 4 * values * config.linear_key_head_dim
+    inner = _field(config, "mamba_d_ssm") or _field(config, "mamba_expand", "expand") * config.hidden_size
+    groups = _field(config, "mamba_n_groups", "n_groups", "mamba_ngroups") or 1
+    convolved = (inner + 2 * groups * entries) * _field(config, "mamba_d_conv", "conv_kernel")
+    return convolved * width + 4 * inner * entries

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from recmas.agents.loading import gguf_parts
 from recmas.config.model_source import model_key, model_source
 from recmas.config.system_json import SystemSpec, read_spec, steps_by_role
 from recmas.devices.placement import Devices, Placement, place
@@ -182,6 +183,8 @@ def _model(role: str, source: str, dtype: str, trust_remote_code: bool) -> tuple
     from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
     from transformers import AutoConfig
 
+    if gguf_parts(source)[1]:
+        raise ValueError(f"agent {role!r}: the memory of {source} is not known before it is loaded: it is a GGUF file")
     folder = Path(source)
     cached = None if folder.is_dir() else try_to_load_from_cache(source, "config.json")
     if isinstance(cached, str):

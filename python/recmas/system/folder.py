@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recmas.agents.agent import Agent
+from recmas.agents.loading import gguf_parts
 from recmas.config.model_source import model_key, model_source
 from recmas.config.pattern import Edge
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
@@ -213,4 +214,4 @@ def _load_edge_scores(folder: Path, edges: Mapping[Edge, nn.Module], placement: 
 
 
 def _is_local(agent: Agent) -> bool:
-    return agent.source is None or Path(agent.source).is_dir()
+    return agent.source is None or Path(gguf_parts(agent.source)[0]).is_dir()

@@ -26,8 +26,8 @@ from recmas.system.system import System
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
-from recmas.training.teacher import Speech, force, named_parameters, only_trainable
 from recmas.training.proofs import proved
+from recmas.training.teacher import Speech, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
 LOGITS = 1 << 25  # 128 MiB of float32

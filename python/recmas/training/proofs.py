@@ -51,13 +51,17 @@ class _Step:
     def __init__(self, probe: Probe) -> None:
         self.decoder, self.call = probe.decoder, DecoderCall(probe.decoder)
         self.embeds = torch.cat([probe.embeds, moved(probe.embeds[:1])])
+        self.tokens_of = torch.cat([probe.embeds, probe.embeds[:1]])
         self.mask = torch.ones(self.embeds.shape[:2], dtype=torch.int64, device=self.embeds.device)
         self.positions = positions_of(self.mask)
         generator = torch.Generator().manual_seed(1)
         self.weight = torch.randn(self.embeds.shape, generator=generator).to(self.embeds)[:1]
 
     def plain(self) -> Tensor:
-        return self._with_gradient(lambda embeds: self.call(embeds, self.mask, self.positions)[:, COMMON:])
+        def states(embeds: Tensor) -> Tensor:
+            return self.call(embeds, self.mask, self.positions, tokens_of=self.tokens_of)[:, COMMON:]
+
+        return self._with_gradient(states)
 
     def again(self) -> Tensor:
         with recomputing(self.decoder, enabled=True):

@@ -29,6 +29,7 @@ from recmas.agents.agent import Agent
 from recmas.agents.checking import proofs_of, switched_off
 from recmas.config.system_json import PromptSpec
 from recmas.engine import abilities
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefix_reuse import PrefixReuse
@@ -183,8 +184,7 @@ def rows_of(agent: Agent, lengths: tuple[int, ...], seed: int = 0) -> list[list[
 
 def plain_state(agent: Agent, embeds: Tensor) -> Tensor:
     """The last state of one row ``[1, T, d]``."""
-    state: Tensor = agent.decoder(inputs_embeds=embeds.clone()).last_hidden_state[:, -1]
-    return state
+    return DecoderCall.plain(agent.decoder)(embeds)[:, -1]
 
 
 @torch.no_grad()
@@ -225,7 +225,7 @@ def decoding(agent: Agent, tested: Agent, reply: tuple[int, ...] = ()) -> float:
             written[row] += tokens
     worst = 0.0
     for number, (row, tokens) in enumerate(zip(rows, written, strict=True)):
-        logits = agent.model(input_ids=torch.tensor([row + tokens])).logits[0]
+        logits = agent.model(input_ids=torch.tensor([row + tokens]), use_cache=False).logits[0]
         place = 0
         while place < len(tokens):
             here = logits[len(row) + place - 1]
@@ -271,7 +271,7 @@ def teacher_forcing(agent: Agent, tested: Agent) -> float:
     for number, row in enumerate(rows):
         count = int(mask[number].sum())
         alone = agent.embed(torch.tensor([row + said[number][: count - 1]])).detach().requires_grad_()
-        states = agent.decoder(inputs_embeds=1.0 * alone).last_hidden_state[0, -count:]
+        states = DecoderCall.plain(agent.decoder)(alone)[0, -count:]
         (expected,) = torch.autograd.grad((states * weight).sum(), alone)
         worst = max(
             worst,
