@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
-from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket
+from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket, unfit
 from recmas.engine.latent_rollout import BUCKETS, MOVES, Rollouts
 from recmas.engine.messages import Latents, Prompt
+from recmas.engine.prefill import begin
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
@@ -166,16 +167,17 @@ def test_few_buckets_are_kept():
 
 
 def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
-    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
-    absolute = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
-    absolute.rollouts = Rollouts(fixed_shapes=True)
+    config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    distances = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    distances.rollouts = Rollouts(fixed_shapes=True)
     llama = fixed(tiny_agent("llama"))
     batch, _ = prompts(llama, (4, 2))
     with torch.no_grad():
-        link = tiny_link(absolute)
-        states = absolute.think(prompts(absolute, (4, 2))[0], 3, link).states
+        link = tiny_link(distances)
+        states = distances.think(prompts(distances, (4, 2))[0], 3, link).states
         assert states.shape == (2, 3, 32)
-        assert not absolute.rollouts._buckets
+        assert not distances.rollouts._buckets
+        assert "bloom model without fixed shapes: " in unfit(begin(distances.decoder, batch.mask, 3, None))
         llama.think(batch, 3, tiny_link(llama))
         assert llama.rollouts.reason == "graphs are captured on CUDA; this is cpu"
         assert len(llama.rollouts._buckets) == 1

@@ -152,13 +152,6 @@ def test_context_overflow_is_told_before_the_model_runs():
         agent.think(batch, 10, tiny_link(agent))
 
 
-def test_unknown_logit_scaling_is_refused():
-    agent = tiny_agent("granite")
-    agent.model.config.model_type = "martian"
-    with pytest.raises(ValueError, match="how a martian model scales its logits"):
-        Agent(agent.model, agent.tokenizer, name="x")
-
-
 def test_a_prompt_that_a_later_agent_cannot_read_is_told_before_any_model_runs(monkeypatch):
     agents = {role: tiny_agent("llama", role) for role in SEQUENTIAL.roles}
     mas = RecursiveMAS.create(agents, SEQUENTIAL, rounds=2, latent_steps=4, seed=0)

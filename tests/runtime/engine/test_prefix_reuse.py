@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recmas import SEQUENTIAL, Pattern, RecursiveMAS
+from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.engine.cache_snapshot import Snapshot, common_columns
 from recmas.engine.continuation import Continuation
@@ -14,7 +15,8 @@ from recmas.engine.prefix_reuse import SHARED_POSITIONS, PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from tests.runtime.engine.test_latent_rollout import relative_error, uncached
-from tests.runtime.tiny import VOCABULARY, tiny_agent, tiny_link
+from tests.runtime.families.matrix import tiny
+from tests.runtime.tiny import VOCABULARY, tiny_agent, tiny_link, tiny_tokenizer
 
 STEPS = 5
 SLOT = Slot(("other",))
@@ -253,19 +255,17 @@ def reason(agent, prompt: Prompt) -> str:
     return prefixes.last.reason
 
 
-def test_what_cannot_be_reused_says_why(monkeypatch):
+def test_what_cannot_be_reused_says_why():
     agent = tiny_agent("llama")
     prompt = assemble(agent.embed, [[[5, 6, 7]]], {}, {}, pad_id=0, device="cpu")
     assert reason(agent, prompt) == "gradients are kept"
     with torch.no_grad():
         assert reason(agent, Prompt(prompt.embeds, prompt.mask)) == "the prompt's tokens are not known"
         assert reason(agent, prompt) == "no earlier prompt is held"
-        monkeypatch.setattr("recmas.engine.cache_snapshot.RECURRENT", ())
-        hybrid = tiny_agent("qwen3_5_text")
-        prompt = assemble(hybrid.embed, [[[5, 6, 7]]], {}, {}, pad_id=0, device="cpu")
-        assert "recurrent states by single positions only" in reason(hybrid, prompt)
-        agent.decoder.config.rope_parameters["rope_type"] = "dynamic"
+        agent.decoder.config.rope_parameters.update(rope_type="longrope", original_max_position_embeddings=128)
         assert "depends on the length" in reason(agent, prompt)
+        broken = Agent(tiny("jamba"), tiny_tokenizer(), name="x")
+        assert "jamba model without several positions: " in reason(broken, prompt)
 
 
 @torch.no_grad()

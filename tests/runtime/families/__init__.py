@@ -1,1 +1,1 @@
-"""One tiny random model per model type that transformers can load as a causal language model, and what holds of each."""
+"""One tiny random model of every type that transformers loads as a causal language model, and what holds of it."""
