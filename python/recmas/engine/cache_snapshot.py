@@ -115,7 +115,7 @@ def _agreeing(row: Sequence[int], other: Sequence[int]) -> int:
 def _copy(layer: Any, columns: int) -> tuple[Tensor, Tensor] | LinearAttentionLayer | None:
     if isinstance(layer, LinearAttentionLayer):
         return copy.deepcopy(layer)
-    if isinstance(layer, DummyLayer):
+    if layer.keys is None:  # nothing is kept here, or nothing has come
         return None
     return layer.keys[:, :, :columns].clone(), layer.values[:, :, :columns].clone()
 

@@ -126,12 +126,12 @@ class _FixedLayer(StaticLayer):
 
 
 def _like(layer: Any, rows: int, columns: int, column: Tensor) -> Any:
-    if isinstance(layer, DummyLayer):
-        return DummyLayer()
     if isinstance(layer, LinearAttentionLayer):
         twin = copy.deepcopy(layer)
         twin.reorder_cache(torch.zeros(rows, dtype=torch.int64, device=column.device))
         return twin
+    if layer.keys is None:  # nothing is kept here, or nothing has come
+        return DummyLayer()
     return _FixedLayer(layer.keys, layer.values, rows, columns, column)
 
 
@@ -142,7 +142,7 @@ def _fill(layer: Any, held: Any, rows: Tensor, length: int) -> None:
             for number, state in states.items():
                 if state is not None:
                     own[number].copy_(state[rows])
-    elif not isinstance(held, DummyLayer):
+    elif held.keys is not None:
         for buffer, states in ((layer.keys, held.keys), (layer.values, held.values)):
             buffer.zero_()  # masked or not, a NaN that an earlier batch left would spread
             buffer[:, :, length - states.shape[2] : length] = states[rows]

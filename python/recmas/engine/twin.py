@@ -21,7 +21,8 @@ LARGEST = 1_000_000_000
 def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """What proofs may run on, the best first: the first layers in float32, all layers in float32, the decoder itself.
 
-    The first layers are at least one of each kind. A model that computes with fewer layers than its configuration says,
+    The first layers are one of each kind at least: made of other parts or keeping another cache; where these are too
+    large, keeping another cache. A model that computes with fewer layers than its configuration says,
     or whose layers share what others keep, raises, and the next twin serves. None is made of quantised weights, nor one
     of more parameters than `LARGEST`.
     """
@@ -33,7 +34,10 @@ def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
             path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
         ]
         if lists and not getattr(decoder.config, "num_kv_shared_layers", 0):
-            yield from _copied(decoder, lists, count, min(_first_of_each(decoder.config, count), count))
+            kinds = _kinds(decoder.config, count)
+            parts = [(_parts_of(decoder, lists, at), kind) for at, kind in enumerate(kinds)]
+            for kept in dict.fromkeys([_first_of_each(parts), _first_of_each(kinds)]):
+                yield from _copied(decoder, lists, count, kept)
         yield from _copied(decoder, [], count, count)
     except (TypeError, AttributeError, NotImplementedError):  # a configuration of another kind, weights without a copy
         pass
@@ -81,14 +85,22 @@ def _unusual(weight: torch.Tensor) -> bool:
     return weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _first_of_each(config: PreTrainedConfig, count: int) -> int:
+def _first_of_each(kinds: Sequence[object]) -> int:
     """Layers up to the first one of the last kind, two at least."""
-    needed = 2
-    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list | tuple) and len(kinds) == count:
-            needed = max(needed, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
-    return needed
+    return min(max(2, *(kinds.index(kind) + 1 for kind in set(kinds))), len(kinds))
+
+
+def _parts_of(decoder: PreTrainedModel, lists: Sequence[str], at: int) -> frozenset[type]:
+    """Classes of all that one layer is made of."""
+    layers = (decoder.get_submodule(f"{path}.{at}") for path in lists)
+    return frozenset(type(part) for layer in layers for part in layer.modules())
+
+
+def _kinds(config: PreTrainedConfig, count: int) -> list[object]:
+    """What the configuration calls each layer."""
+    named = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
+    found = next((kinds for kinds in named if isinstance(kinds, list | tuple) and len(kinds) == count), [0] * count)
+    return list(found)
 
 
 def _shorter(config: PreTrainedConfig, count: int, kept: int) -> PreTrainedConfig:

@@ -127,8 +127,9 @@ def examine(model_type: str) -> Result:
         result.faults.append(f"loading: {type(error).__name__}: {error}")
         return result
     result.off = list(switched_off(proofs_of(agent.model, tuple(TRAINING))))
-    bound = STEPS * Probe(agent.decoder).bound  # every step rounds once more
-    for name, check in CHECKS.items():
+    each = Probe(agent.decoder).bound
+    for name, (forwards, check) in CHECKS.items():
+        bound = forwards * each  # each of them rounds once more
         try:
             error = check(agent, agent)
             explained = bound if error <= bound else max(bound, sensitivity(agent, check))
@@ -354,17 +355,20 @@ def memory(agent: Agent, _: Agent) -> float:
     return 0.0 if found.cache(64) > 0 or found.state > 0 else float("inf")
 
 
-CHECKS: dict[str, Check] = {
-    "rollout of a ragged batch": rollout,
-    "rollout of one length": partial(rollout, lengths=(8, 8)),
-    "rollout of single tokens": partial(rollout, lengths=(1, 2)),
-    "rollout at fixed shapes": partial(rollout, fixed_shapes=True),
-    "decoding": decoding,
-    "decoding with tool replies": partial(decoding, reply=(20, 21, 22)),
-    "prefix reuse": prefix_reuse,
-    "teacher forcing": teacher_forcing,
-    "a whole system": whole_system,
-    "outer training, forced": partial(training_step, latents="forced"),
-    "outer training, rollouts": partial(training_step, latents="rollout"),
-    "memory table": memory,
+CHAIN = 4 * 4
+"""Forwards, one after the other, in two rounds of two agents of four latent steps."""
+CHECKS: dict[str, tuple[int, Check]] = {
+    "rollout of a ragged batch": (STEPS, rollout),
+    "rollout of one length": (STEPS, partial(rollout, lengths=(8, 8))),
+    "rollout of single tokens": (STEPS, partial(rollout, lengths=(1, 2))),
+    "rollout at fixed shapes": (STEPS, partial(rollout, fixed_shapes=True)),
+    "decoding": (1, decoding),
+    "decoding with tool replies": (1, partial(decoding, reply=(20, 21, 22))),
+    "prefix reuse": (STEPS, prefix_reuse),
+    "teacher forcing": (1, teacher_forcing),
+    "a whole system": (CHAIN, whole_system),
+    "outer training, forced": (CHAIN, partial(training_step, latents="forced")),
+    "outer training, rollouts": (CHAIN, partial(training_step, latents="rollout")),
+    "memory table": (1, memory),
 }
+"""Checks, and the number of forwards whose rounding adds up in each."""
