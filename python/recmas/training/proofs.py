@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,10 +37,10 @@ def _unrolling(decoder: PreTrainedModel) -> dict[str, Proof]:
     plain = step.plain()
     found = {
         "begun prefixes": step.proof("begun prefixes", plain, step.begun),
-        "recompute": step.proof("recompute", plain, step.again),
+        "recompute": step.proof("recompute", plain, partial(step.plain, again=True)),
     }
     if all(proof.holds for proof in found.values()):
-        both = step.proof("begun prefixes", plain, lambda: step.begun(again=True))
+        both = step.proof("begun prefixes", plain, partial(step.begun, again=True))
         if not both.holds:
             found["begun prefixes"] = both
     return found
@@ -57,15 +58,11 @@ class _Step:
         generator = torch.Generator().manual_seed(1)
         self.weight = torch.randn(self.embeds.shape, generator=generator).to(self.embeds)[:1]
 
-    def plain(self) -> Tensor:
+    def plain(self, again: bool = False) -> Tensor:
         def states(embeds: Tensor) -> Tensor:
             return self.call(embeds, self.mask, self.positions, tokens_of=self.tokens_of)[:, COMMON:]
 
-        return self._with_gradient(states)
-
-    def again(self) -> Tensor:
-        with recomputing(self.decoder, enabled=True):
-            return self.plain()
+        return self._with_gradient(states, again)
 
     def begun(self, again: bool = False) -> Tensor:
         cache = DynamicCache(config=self.decoder.config)
@@ -77,8 +74,7 @@ class _Step:
         def rest(embeds: Tensor) -> Tensor:
             return self.call(embeds[:, COMMON:], self.mask, self.positions[:, COMMON:], fork(cache))
 
-        with recomputing(self.decoder, enabled=again):
-            return self._with_gradient(rest)
+        return self._with_gradient(rest, again)
 
     def proof(self, feature: str, plain: Tensor, compute: Callable[[], Tensor]) -> Proof:
         bound = slack(self.decoder) * noise(plain[:, 2], plain[:, 0])
@@ -90,10 +86,10 @@ class _Step:
             return Proof.raised(error)
         return Proof.of(distance(found[:, :2], plain[:, :2]), bound, TRAINING[feature])
 
-    def _with_gradient(self, states_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """``[2, B, 4, d]``: states and gradients of the last tokens."""
+    def _with_gradient(self, states_of: Callable[[Tensor], Tensor], again: bool) -> Tensor:
+        """``[2, B, 4, d]``: states and gradients of the last tokens; the backward comes later, as in training."""
         embeds = self.embeds.detach().requires_grad_()
-        with torch.enable_grad():
-            states = states_of(embeds)
-            (gradient,) = torch.autograd.grad((states * self.weight[:, COMMON:]).sum(), embeds)
+        with torch.enable_grad(), recomputing(self.decoder, enabled=again):
+            loss = (states := states_of(embeds)).mul(self.weight[:, COMMON:]).sum()
+        (gradient,) = torch.autograd.grad(loss, embeds)
         return torch.stack([states.detach(), gradient[:, COMMON:]])
