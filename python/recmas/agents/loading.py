@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from recmas.agents.body import body_of
 from recmas.dtypes import DTYPES
 
 
@@ -33,7 +35,8 @@ def load_model(
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
     try:
-        model = _of_any_class(where, dtype=wanted, **options, **_past_links(where))
+        model, info = _of_any_class(where, dtype=wanted, output_loading_info=True, **options, **_past_links(where))
+        _check_complete(model, info["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
         if not trust_remote_code and "trust_remote_code" in str(error):
@@ -58,8 +61,21 @@ def gguf_parts(source: str) -> tuple[str, str]:
     return (where, file) if colon else (str(Path(source).parent), Path(source).name)
 
 
-def _of_any_class(where: str, **options: Any) -> Any:
-    """The model that a checkpoint holds: a causal one, or one of text and images whose text part is causal.
+def _check_complete(model: Any, missing: Collection[str]) -> None:
+    """Raise ValueError if the checkpoint lacks weights of the body or the head, which transformers makes up then."""
+    paths = {part: path for path, part in model.named_modules()}
+    used = [path for part, path in paths.items() if part in (body_of(model), model.get_output_embeddings())]
+    lacking = sorted(name for name in missing if any(name.startswith(f"{path}.") for path in used))
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} weights of {type(model).__name__} are not in the checkpoint, {lacking[0]} among them"
+        )
+
+
+def _of_any_class(where: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model that a checkpoint holds, and transformers' report on loading it.
+
+    It is a causal one, or one of text and images, whose text part may be causal.
 
     Raises:
         ValueError: neither, or an encoder and a decoder, which answer nothing without each other.

@@ -1,23 +1,40 @@
-"""``python -m tests.runtime.families [TYPE ...]``: examine types and print what holds; all of them by default."""
+"""``python -m tests.runtime.families [--write] [TYPE ...]``: examine types, all of them by default; --write draws the page.
+
+Processes share the work: a type takes a second or two.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
-from tests.runtime.families.matrix import TYPES, examine
+import torch
+
+from tests.runtime.families.matrix import TYPES, Result, examine
+from tests.runtime.families.page import PAGE, draw
 
 
-def main(types: list[str]) -> int:
-    verdicts: Counter[str] = Counter()
-    for model_type in types or TYPES:
-        result = examine(model_type)
-        verdicts[result.verdict] += 1
-        detail = result.faults or result.refused or result.not_built or ", ".join(result.off)
-        print(f"{model_type:26} {result.verdict:20} {detail}", flush=True)
-    print(dict(verdicts))
-    return 1 if verdicts["wrong"] else 0
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.runtime.families")
+    parser.add_argument("types", nargs="*", default=TYPES)
+    parser.add_argument("--write", action="store_true", help=f"draw {PAGE.name} (needs all types)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if options.write and tuple(options.types) != TYPES:
+        parser.error("--write: the page is drawn from all types")
+    results: dict[str, Result] = {}
+    with ProcessPoolExecutor(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for result in pool.map(examine, options.types):
+            results[result.model_type] = result
+            print(f"{result.model_type:26} {result.row}", flush=True)
+    print(dict(Counter(result.verdict for result in results.values())))
+    if options.write:
+        PAGE.write_text(draw(results), encoding="utf-8")
+    return 1 if any(result.faults for result in results.values()) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
