@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
 from recmas.agents.body import body_of
+from recmas.agents.loading import load_model
 from recmas.agents.required import REQUIRED, required
 from recmas.engine.abilities import Proof, proof
 from recmas.engine.proofs import FEATURES
@@ -20,6 +23,10 @@ WITHOUT = {
     "recompute": "outer training keeps all activations",
 }
 """What is done without a feature. The other proofs decide only how a model is called."""
+
+
+SMALL = 1 << 28
+"""Bytes of a checkpoint that is loaded only to say what is off for it."""
 
 
 def proofs_of(model: PreTrainedModel, others: tuple[str, ...] = ()) -> dict[str, Proof]:
@@ -45,3 +52,21 @@ def refusal(proofs: dict[str, Proof]) -> str:
 def switched_off(proofs: dict[str, Proof]) -> dict[str, str]:
     """What is done without each feature that a model has not proved, by its name."""
     return {name: text for name, text in WITHOUT.items() if name in proofs and not proofs[name].holds}
+
+
+def off_of_checkpoint(source: str, dtype: str, trust_remote_code: bool, name: str, others: tuple[str, ...] = ()) -> str:
+    """What is off for a model on disk, in a line: proved now where it is small, else how to have it proved.
+
+    Args:
+        source: folder or hub id.
+        dtype, trust_remote_code, name: as `load_model` takes them.
+        others: as for `proofs_of`.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or sum(file.stat().st_size for file in folder.glob("*.safetensors")) > SMALL:
+        return f"recmas check {source} proves what it can do"
+    model, _ = load_model(source, dtype, "cpu", trust_remote_code, name)
+    proofs = proofs_of(model.requires_grad_(False).eval(), others)
+    if refused := refusal(proofs):
+        return f"refused: {refused}: {proofs[refused]}"
+    return "; ".join(f"without {feature}: {text}" for feature, text in switched_off(proofs).items()) or "nothing is off"

@@ -1,8 +1,9 @@
-"""``recmas info``: the kernel package's own page; with a system, the memory that it will take."""
+"""``recmas info``: the kernel package's own page; with a system, the memory it will take and what is off for it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
@@ -21,7 +22,8 @@ def add_options(parser: CommandLineParser) -> None:
         type=str,
         nargs="?",
         default=None,
-        help="folder of a system: show the memory that it will take, without loading it (default: show the kernels)",
+        help="folder of a system: show the memory that it will take, without loading it, and what is off for its "
+        "models, small ones of which are loaded for that alone (default: show the kernels)",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
@@ -52,8 +54,32 @@ def execute(options: Namespace) -> int:
         batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
     )
+    off = _off(options)
     if options.json:
-        dump({**asdict(table), "devices": [{**asdict(line), "fits": line.fits} for line in table.devices]})
+        devices = [{**asdict(line), "fits": line.fits} for line in table.devices]
+        dump({**asdict(table), "devices": devices, "off": off})
     else:
         print(render(table))
+        for line in dict.fromkeys(off.values()):
+            print(f"{', '.join(role for role, own in off.items() if own == line)}: {line}")
     return 0
+
+
+def _off(options: Namespace) -> dict[str, str]:
+    """By role, what is off for the role's model."""
+    import transformers
+
+    from recmas.agents.checking import off_of_checkpoint
+    from recmas.config.model_source import model_source
+    from recmas.config.system_json import read_spec
+    from recmas.training.proofs import TRAINING
+
+    transformers.utils.logging.disable_progress_bar()
+    folder, found = Path(options.system), {}
+    told: dict[tuple[str, str], str] = {}
+    for role, agent in read_spec(folder).agents.items():
+        model = model_source(folder, role, agent.model), agent.dtype if options.dtype == "auto" else options.dtype
+        if model not in told:
+            told[model] = off_of_checkpoint(*model, options.trust_remote_code, role, tuple(TRAINING))
+        found[role] = told[model]
+    return found

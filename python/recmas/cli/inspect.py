@@ -49,7 +49,9 @@ def execute(options: Namespace) -> int:
 
 def parts(mas: RecursiveMAS) -> dict[str, Any]:
     """Pattern, agents and links, as JSON."""
+    from recmas.agents.checking import proofs_of, switched_off
     from recmas.config.system_json import edge_name
+    from recmas.training.proofs import TRAINING
 
     agents = {
         role: {
@@ -59,6 +61,7 @@ def parts(mas: RecursiveMAS) -> dict[str, Any]:
             "dtype": str(agent.dtype).removeprefix("torch."),
             "context": agent.context_length,
             "embedding_rms": agent.embedding_rms(),
+            "off": switched_off(proofs_of(agent.model, tuple(TRAINING))),
         }
         for role, agent in mas.agents.items()
     }
@@ -110,6 +113,7 @@ def render(shown: dict[str, Any]) -> str:
             f"agent {role}: {agent['architecture']}, {agent['parameters']:,} parameters, width {agent['width']}, "
             f"{agent['dtype']}, context {agent['context']}, embedding rms {agent['embedding_rms']:.4f}"
         )
+        lines += [f"  without {feature}: {text}" for feature, text in agent["off"].items()]
     for name, link in shown["links"].items():
         gain = "" if link["gain"] is None else f", gain rms {link['gain']:.4f}"
         sizes = " > ".join(map(str, link["features"]))

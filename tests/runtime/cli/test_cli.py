@@ -167,7 +167,7 @@ def test_missing_model_folder(broken):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND, one of init, run, eval, train, lab, convert, inspect, info"),
+        ([], "required: COMMAND, one of init, run, eval, train, lab, convert, inspect, check, info"),
         (["train"], "required: STAGE, one of inner, warmup, outer"),
         (["fly"], "invalid choice: 'fly'"),
         (["run"], "required: SYSTEM"),
@@ -267,11 +267,13 @@ def test_help_of_a_command_is_quick(tmp_path, command):
 
 def test_help_is_quick_and_lists_every_command(tmp_path):
     done = help_without_torch(tmp_path)
-    for command in ("init", "run", "eval", "train", "inspect", "info"):
+    for command in ("init", "run", "eval", "train", "inspect", "check", "info"):
         assert f"\n    {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["init", "run", "eval", "inspect", "train inner", "train warmup", "train outer"])
+@pytest.mark.parametrize(
+    "command", ["init", "run", "eval", "inspect", "check", "train inner", "train warmup", "train outer"]
+)
 def test_help_explains_every_option(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -393,7 +395,7 @@ def test_init_writes_what_was_asked_for(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["init", "run", "eval", "train inner", "train outer", "lab eval", "inspect", "info"]
+    "command", ["init", "run", "eval", "train inner", "train outer", "lab eval", "inspect", "check", "info"]
 )
 def test_help_names_a_default_once_and_none_where_there_is_none(command, capsys):
     with pytest.raises(SystemExit, match="0"):

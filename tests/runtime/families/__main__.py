@@ -1,4 +1,4 @@
-"""``python -m tests.runtime.families [--write] [TYPE ...]``: examine types, all of them by default; --write draws the page.
+"""``python -m tests.runtime.families [TYPE ...]``: examine types, all of them by default; ``--write`` draws the page.
 
 Processes share the work: a type takes a second or two.
 """

@@ -17,8 +17,8 @@ _ROW = re.compile(r"^\| `(?P<type>[\w.-]+)` \| (?P<row>.+) \|$", re.MULTILINE)
 
 _TEXT = """# Models
 
-Drawn by `python -m tests.runtime.families --write` under transformers {version}; the test suite compares it with what it
-examines.
+Drawn by `python -m tests.runtime.families --write` under transformers {version}; the test suite compares it with what
+it examines.
 
 Any causal language model of transformers can be an agent if it proves that it works as one. No list of names decides.
 When an agent is made, a dozen tokens run through its model; a model that fails one of these proofs is refused, in one
@@ -45,8 +45,8 @@ Some types need a word:
 
 - LongRoPE changes its frequencies where a row passes a length. Rows on different sides run apart, and a row that passes
   is read again, so that each has the frequencies of its own length.
-- Gemma 3n and Gemma 4 look up an embedding per layer for every token. Tokens are known by their embeddings; a latent has
-  none and gets the padding token's, as the soft tokens of these models' images do.
+- Gemma 3n and Gemma 4 look up an embedding per layer for every token. Tokens are known by their embeddings; a latent
+  has none and gets the padding token's, as the soft tokens of these models' images do.
 - A checkpoint of text and images is an agent through its text part.
 - A checkpoint of an encoder and a decoder is refused when it is loaded; the rows of such types below are of their
   decoders alone.
@@ -55,8 +55,8 @@ Some types need a word:
 ## What holds for which type
 
 One tiny random model of every type was saved, loaded, and compared with its own plain forward, row by row: rollouts of
-ragged batches, decoding with and without tool replies, prefix reuse, fixed shapes, teacher forcing, a whole system, outer
-training in both modes, and the memory table. {counts}
+ragged batches, decoding with and without tool replies, prefix reuse, fixed shapes, teacher forcing, a whole system,
+outer training in both modes, and the memory table. {counts}
 
 | type | what holds |
 |---|---|

@@ -299,6 +299,7 @@ def test_info_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert lines[4] == "rows: 512 prompt tokens and the messages, 2 round(s), 4 at once"
     assert lines[5].startswith("cpu: weights ")
     assert lines[5].endswith(": fits")
+    assert lines[6:] == ["planner, critic, solver: nothing is off"]
     assert main(["info", "s", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["agents"][0]["role"], shown["devices"][0]["fits"]) == ("planner", True)
