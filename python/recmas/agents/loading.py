@@ -33,10 +33,19 @@ def load_model(
     elif folder.is_absolute() or where.startswith(".") or where.count("/") > 1:
         raise ValueError(f"agent {name!r}: no such folder: {where}")
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    plain: dict[str, Any] = {}
+    if gguf:
+        options["gguf_file"] = gguf
+        if hasattr(transformers, "GgufConfig"):  # newer versions would keep the file's blocks
+            plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, info = _of_any_class(where, dtype=wanted, output_loading_info=True, **options, **_past_links(where))
+        model, info = _of_any_class(
+            where, dtype=wanted, output_loading_info=True, **options, **plain, **_past_links(where)
+        )
         _check_complete(model, info["missing_keys"])
+        if gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+            quantizer.remove_quantization_config(model)  # its weights are plain, and can be saved
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
         if not trust_remote_code and "trust_remote_code" in str(error):
