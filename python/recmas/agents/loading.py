@@ -72,8 +72,11 @@ def gguf_parts(source: str) -> tuple[str, str]:
 
 def _check_complete(model: Any, missing: Collection[str]) -> None:
     """Raise ValueError if the checkpoint lacks weights of the body or the head, which transformers makes up then."""
-    paths = {part: path for path, part in model.named_modules()}
-    used = [path for part, path in paths.items() if part in (body_of(model), model.get_output_embeddings())]
+    try:
+        parts = (body_of(model), model.get_output_embeddings())
+    except (ValueError, NotImplementedError):  # which refuses the model by itself
+        return
+    used = [path for path, part in model.named_modules() if part in parts]
     lacking = sorted(name for name in missing if any(name.startswith(f"{path}.") for path in used))
     if lacking:
         raise ValueError(

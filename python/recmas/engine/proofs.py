@@ -33,6 +33,7 @@ FEATURES = {
 ROWS = (0, 1, 0)
 """Rows of the probe in a batch of three ..."""
 RAGGED = (COMMON, 5, 1)
+SINGLE = (1, 1, 1)
 """... and tokens that they begin with."""
 
 
@@ -63,25 +64,29 @@ def _calling(decoder: PreTrainedModel) -> dict[str, Proof]:
 def _continuing(decoder: PreTrainedModel) -> dict[str, Proof]:
     """All three at once, which is how they are used; one by one only where that fails.
 
-    Rows begin with eight tokens, with five and with a single one, from which convolutions go on otherwise.
+    Rows begin with eight tokens, with five and with a single one, from which convolutions go on otherwise; and they
+    grow past the window of the twin.
     """
     probe = Probe(decoder)
     features = ("cache", "several positions", "padding")
-    together = _compare(probe, "cache", partial(_grown, probe, Continuation, RAGGED, width=2))
+    ragged = _compare(probe, "cache", partial(_grown, probe, Continuation, RAGGED, (2, 1, 1)))
+    together = _worst([ragged, _compare(probe, "cache", partial(_grown, probe, Continuation, SINGLE, (3, 1, 3, 1, 3)))])
     if together.holds:
         return {feature: Proof(True, together.error, together.bound, FEATURES[feature]) for feature in features}
+    starts = [(begun,) * len(ROWS) for begun in RAGGED]
     cache = _worst(
-        _compare(probe, "cache", partial(_grown, probe, SingleSteps, [begun] * 3, width=1)) for begun in RAGGED
+        _compare(probe, "cache", partial(_grown, probe, SingleSteps, begun, (1,) * (TOKENS - begun[0])))
+        for begun in starts
     )
     several = _worst(
-        _compare(probe, "several positions", partial(_grown, probe, Continuation, [begun] * 3, width=2))
-        for begun in RAGGED
+        _compare(probe, "several positions", partial(_grown, probe, Continuation, begun, widths))
+        for begun, widths in zip(starts, ((2, 1, 1), (3, 1, 3), (3, 1, 3, 1, 3)), strict=True)
     )
     if not cache.holds:
         padding = _compare(probe, "padding", partial(_padded, probe))
     else:
         kind = Continuation if several.holds else SingleSteps
-        padding = _compare(probe, "padding", partial(_grown, probe, kind, RAGGED, width=2))
+        padding = _compare(probe, "padding", partial(_grown, probe, kind, RAGGED, (2, 1, 1)))
     return {"cache": cache, "several positions": several, "padding": padding}
 
 
@@ -144,13 +149,15 @@ def _worst(proofs: Iterable[Proof]) -> Proof:
     return max(proofs, key=lambda proof: (not proof.holds, proof.error))
 
 
-def _grown(probe: Probe, kind: type[Continuation], begun: Sequence[int], *, width: int) -> tuple[Tensor, Tensor]:
-    """Rows that begin with so many tokens, grown by `width` positions and by two single ones."""
+def _grown(
+    probe: Probe, kind: type[Continuation], begun: Sequence[int], widths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Rows that begin with so many tokens, grown by so many positions at a time."""
     lengths = list(begun)
     embeds, mask = _left_padded(probe, lengths)
     past: Past = kind(probe.decoder, mask, TOKENS)
     found, expected = [past.feed(embeds)], [_at(probe, lengths)]
-    for more in (width, 1, 1):
+    for more in widths:
         fed = [probe.embeds[row, length : length + more] for row, length in zip(ROWS, lengths, strict=True)]
         lengths = [length + more for length in lengths]
         found.append(past.feed(torch.stack(fed)))

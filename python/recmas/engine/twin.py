@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 LARGEST = 1_000_000_000
 """Parameters of the largest twin: 4 GB for as long as a proof runs."""
+WINDOW = 4
+"""Positions that a sliding window of a twin sees at most, so that a dozen tokens pass it."""
 
 
 def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -68,6 +70,8 @@ def _copied(decoder: PreTrainedModel, lists: Sequence[str], count: int, kept: in
         setattr(copied.get_submodule(above), name, nn.ModuleList(list(copied.get_submodule(path).children())[:kept]))
     for part in copied.modules():
         _to_float32(part)
+        if isinstance(vars(part).get("sliding_window"), int):
+            part.sliding_window = min(WINDOW, int(part.sliding_window))
     yield copied.requires_grad_(False)
 
 
@@ -106,6 +110,8 @@ def _kinds(config: PreTrainedConfig, count: int) -> list[object]:
 def _shorter(config: PreTrainedConfig, count: int, kept: int) -> PreTrainedConfig:
     """The configuration of the first layers."""
     shorter = copy.deepcopy(config)
+    if isinstance(getattr(config, "sliding_window", None), int):
+        shorter.sliding_window = min(WINDOW, config.sliding_window)
     if kept == count:
         return shorter
     for name, value in vars(config).items():

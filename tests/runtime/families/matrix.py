@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -61,7 +62,11 @@ SLOT = Slot(("other",))
 
 
 class NotBuiltError(Exception):
-    """Transformers cannot make a model of this type here."""
+    """Transformers cannot make a model of this type here, or none that is small (`size`: its parameters)."""
+
+    def __init__(self, message: str, size: int = 0) -> None:
+        super().__init__(message)
+        self.size = size
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Result:
         if self.not_built:
             return f"not examined: {self.not_built}"
         if self.refused:
-            reason = self.refused.partition(" is refused: ")[2]
+            reason = self.refused.partition(" is refused: ")[2] or self.refused.partition(" cannot load FOLDER: ")[2]
             proof = reason.partition(":")[0]
             return f"refused: {proof if proof in REQUIRED else reason}"
         return f"without {', '.join(self.off)}" if self.off else "everything"
@@ -114,7 +119,7 @@ def tiny(model_type: str) -> Any:
         with torch.device("meta"):
             size = sum(weight.numel() for weight in kind.from_config(config).parameters())
         if size > LARGEST:
-            raise NotBuiltError(f"the smallest model has {size:,} parameters")
+            raise NotBuiltError(f"the smallest model has {size:,} parameters", size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = kind.from_config(config).float()
@@ -124,7 +129,7 @@ def tiny(model_type: str) -> Any:
     except NotBuiltError:
         raise
     except Exception as error:  # transformers' own, of any kind
-        raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from error
+        raise NotBuiltError(" ".join(str(error).split()).partition(" but it ")[0]) from error
     return model
 
 
@@ -133,14 +138,20 @@ def examine(model_type: str) -> Result:
     result = Result(model_type)
     quiet()
     try:
-        model = tiny(model_type)
-    except NotBuiltError as error:
-        result.not_built = str(error)
+        config = tiny_config(model_type)
+    except Exception as error:  # transformers' own, of any kind
+        result.not_built = f"no tiny configuration: {type(error).__name__}"
         return result
     try:
-        agent = saved_and_loaded(model)
+        agent = saved_and_loaded(tiny(model_type))
+    except NotBuiltError as error:
+        if error.size or isinstance(error.__cause__, ImportError):
+            result.not_built = str(error)
+        else:  # what loading such a checkpoint says
+            refuse_checkpoint(config, result)
+        return result
     except ValueError as error:
-        result.refused = str(error)
+        result.refused = re.sub(r"cannot load \S+:", "cannot load FOLDER:", str(error))
         if len(result.refused.splitlines()) != 1:
             result.faults.append(f"refused in several lines: {result.refused!r}")
         return result
@@ -170,6 +181,19 @@ def sensitivity(agent: Agent, check: Check) -> float:
     table.data.copy_(moved(table.data))
     with everything_off():
         return slack(agent.decoder) * check(agent, disturbed)
+
+
+def refuse_checkpoint(config: PreTrainedConfig, result: Result) -> None:
+    """Put what loading a checkpoint of this configuration says into `result`; it has no weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tiny_tokenizer(None).save_pretrained(folder)
+        try:
+            Agent.from_pretrained(folder, name="tiny")
+        except ValueError as error:
+            result.refused = str(error).replace(folder, "FOLDER")
+        except Exception as error:
+            result.faults.append(f"loading: {type(error).__name__}: {error}")
 
 
 def quiet() -> None:

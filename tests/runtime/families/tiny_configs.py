@@ -95,8 +95,19 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **{"swa_v_head_dim": HEAD, "swa_head_dim": 2 * HEAD},
         **{"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS},
     },
-    "dots3_note_vision": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
-    "dots3_note_audio": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16},
+    "dots3_note_vision_encoder": {
+        "mlp_layer_types": ["dense"] * LAYERS,
+        "adapter_in_dim": HIDDEN,
+        "adapter_out_dim": HIDDEN,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": LAYERS,
+        }
+    },
     "gemma4_unified_vision": {"mm_embed_dim": HIDDEN, "mm_posemb_size": 8, "output_proj_dims": HIDDEN},
     "gemma4_unified_audio": {"audio_embed_dim": HIDDEN},
     "mamba2": {"num_heads": 8},
@@ -146,4 +157,6 @@ def small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
         inner = CONFIG_MAPPING[named] if named in CONFIG_MAPPING else getattr(part, "config_class", part)
         if dataclasses.is_dataclass(inner):
             chosen[name] = {"model_type": inner.model_type, **small(inner)}
-    return chosen | SPECIAL.get(kind.model_type, {})
+    for name, value in SPECIAL.get(kind.model_type, {}).items():
+        chosen[name] = {**chosen[name], **value} if name in (kind.sub_configs_defaults or {}) else value
+    return chosen
