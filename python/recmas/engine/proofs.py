@@ -70,7 +70,7 @@ def _continuing(decoder: PreTrainedModel) -> dict[str, Proof]:
     probe = Probe(decoder)
     features = ("cache", "several positions", "padding")
     ragged = _compare(probe, "cache", partial(_grown, probe, Continuation, RAGGED, (2, 1, 1)))
-    together = _worst([ragged, _compare(probe, "cache", partial(_grown, probe, Continuation, SINGLE, (3, 1, 3, 1, 3)))])
+    together = _worst([ragged, _compare(probe, "cache", partial(_grown, probe, Continuation, SINGLE, (3, 1, 3)))])
     if together.holds:
         return {feature: Proof(True, together.error, together.bound, FEATURES[feature]) for feature in features}
     starts = [(begun,) * len(ROWS) for begun in RAGGED]
@@ -80,7 +80,7 @@ def _continuing(decoder: PreTrainedModel) -> dict[str, Proof]:
     )
     several = _worst(
         _compare(probe, "several positions", partial(_grown, probe, Continuation, begun, widths))
-        for begun, widths in zip(starts, ((2, 1, 1), (3, 1, 3), (3, 1, 3, 1, 3)), strict=True)
+        for begun, widths in zip(starts, ((2, 1, 1), (3, 1, 3), (3, 1, 3)), strict=True)
     )
     if not cache.holds:
         padding = _compare(probe, "padding", partial(_padded, probe))

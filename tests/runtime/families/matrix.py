@@ -62,11 +62,7 @@ SLOT = Slot(("other",))
 
 
 class NotBuiltError(Exception):
-    """Transformers cannot make a model of this type here, or none that is small (`size`: its parameters)."""
-
-    def __init__(self, message: str, size: int = 0) -> None:
-        super().__init__(message)
-        self.size = size
+    """Transformers cannot make a model of this type here, or none that is small."""
 
 
 @dataclass
@@ -119,7 +115,7 @@ def tiny(model_type: str) -> Any:
         with torch.device("meta"):
             size = sum(weight.numel() for weight in kind.from_config(config).parameters())
         if size > LARGEST:
-            raise NotBuiltError(f"the smallest model has {size:,} parameters", size)
+            raise NotBuiltError(f"the smallest model has {size:,} parameters")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = kind.from_config(config).float()
@@ -145,10 +141,9 @@ def examine(model_type: str) -> Result:
     try:
         agent = saved_and_loaded(tiny(model_type))
     except NotBuiltError as error:
-        if error.size or isinstance(error.__cause__, ImportError):
-            result.not_built = str(error)
-        else:  # what loading such a checkpoint says
-            refuse_checkpoint(config, result)
+        refuse_checkpoint(config, result)
+        if "no file named" in result.refused:  # nothing else stands against it than that there is no model to try
+            result.refused, result.not_built = "", str(error)
         return result
     except ValueError as error:
         result.refused = re.sub(r"cannot load \S+:", "cannot load FOLDER:", str(error))
