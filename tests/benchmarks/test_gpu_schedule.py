@@ -7,10 +7,11 @@ import math
 
 import pytest
 
-from benchmarks.gpu import schedule
-from benchmarks.gpu.forecast import ROWS
-from benchmarks.gpu.shapes import AUTOTUNED_RANK, INNER, LinkCase, link_cases
-from benchmarks.timing import AGAIN, MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.harness.gpu import schedule
+from benchmarks.harness.gpu.forecast import ROWS
+from benchmarks.harness.names import AGAIN
+from benchmarks.harness.timing import MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.suites.gpu.link_grid import AUTOTUNED_RANK, INNER, LinkCase, link_cases
 
 L2 = 50 * 2**20
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.shapes import Goal
-from benchmarks.timing import AGAIN, WARMUP_ROUNDS, Quantiles, Ratio, measure
+from benchmarks.harness.goals import Goal
+from benchmarks.harness.names import AGAIN
+from benchmarks.harness.timing import WARMUP_ROUNDS, Quantiles, Ratio, measure
 
 
 class FakeBenchmark:
