@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels import RecursiveLink
-from recmas_kernels.link import NORM_NAMES
-from tests.kernels.helpers import eager_twin
+from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.testing import eager_twin
 
 Forward = Callable[[Tensor], Tensor]
 PRODUCTS = "products"

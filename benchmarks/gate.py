@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.baselines import Forward, LinkPeer
 from benchmarks.record import FUSED
 from recmas_kernels import FusedRecursiveLink
-from tests.kernels.helpers import (
+from recmas_kernels.testing import (
     check_budget,
     eager_twin,
     make_rows,

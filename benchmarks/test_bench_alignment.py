@@ -14,7 +14,7 @@ from benchmarks.baselines import compiled
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.shapes import DTYPES, Goal
 from recmas_kernels import alignment_loss
-from tests.kernels.helpers import check_budget, make_rows, poisoned_allocations, relative_error
+from recmas_kernels.testing import check_budget, make_rows, poisoned_allocations, relative_error
 
 MSE_WEIGHT = 0.1
 

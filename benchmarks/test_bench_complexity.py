@@ -25,7 +25,7 @@ from benchmarks.test_bench_handoff import links
 from recmas.agent import Agent
 from recmas.splice import Prompt
 from recmas_kernels import FusedRecursiveLink, latent_handoff
-from tests.kernels.helpers import make_rows
+from recmas_kernels.testing import make_rows
 
 Call = Callable[[], object]
 BATCH = 4

@@ -25,7 +25,7 @@ from benchmarks.shapes import Goal
 from recmas.agent import Agent
 from recmas.splice import Prompt
 from recmas_kernels import FusedRecursiveLink, LinkConfig, latent_handoff
-from tests.kernels.helpers import check_budget, eager_twin, make_link, make_rows, relative_error
+from recmas_kernels.testing import check_budget, eager_twin, make_link, make_rows, relative_error
 
 TEXT = "text"
 

@@ -12,7 +12,7 @@ from benchmarks.gate import inference_errors, step, training_errors
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.shapes import LinkCase, link_cases
 from benchmarks.timing import Call
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.testing import make_link, make_rows
 
 cases = link_cases
 

@@ -14,8 +14,8 @@ from benchmarks.gate import inference_errors, step, training_errors
 from benchmarks.record import FUSED, Bench, Labels
 from benchmarks.shapes import Goal
 from recmas_kernels import FusedRecursiveLink, LinkConfig
-from recmas_kernels.link import NORM_NAMES
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.testing import make_link, make_rows
 
 CONFIG = LinkConfig("inner", 8, 8, 8, "identity")
 CALLS = 200  # per sample: one alone is shorter than the clock is good for

@@ -13,7 +13,7 @@ from benchmarks.reference_rollout import reference_rollout
 from benchmarks.shapes import Goal
 from recmas.splice import Prompt
 from recmas_kernels import LinkConfig
-from tests.kernels.helpers import eager_twin, make_link, relative_error
+from recmas_kernels.testing import eager_twin, make_link, relative_error
 
 REFERENCE = "reference algorithm"
 EQUAL = 1e-5  # of the largest entry, float32

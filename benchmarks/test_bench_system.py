@@ -15,7 +15,7 @@ from benchmarks.reference_run import Run, reference_run
 from benchmarks.shapes import Goal
 from recmas import RecursiveMAS
 from recmas.running import Answers
-from tests.kernels.helpers import relative_error
+from recmas_kernels.testing import relative_error
 
 NO_REUSE = "fused, no prefix reuse"
 REFERENCE = "reference algorithm"

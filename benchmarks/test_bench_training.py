@@ -13,7 +13,7 @@ from benchmarks.reference_training import recomputing, reference_step
 from benchmarks.shapes import Goal
 from recmas.training import outer_loss
 from recmas.training.teacher import only_trainable
-from tests.kernels.helpers import eager_twin, relative_error
+from recmas_kernels.testing import eager_twin, relative_error
 
 REFERENCE = "reference algorithm"
 FUSED_KEEPING = "fused, keeping activations"

@@ -21,7 +21,7 @@ from benchmarks.gpu.forecast import COMPILE, COMPILE_MAX
 from benchmarks.record import FUSED
 from benchmarks.timing import Call
 from recmas_kernels import FusedRecursiveLink
-from tests.kernels.helpers import eager_twin
+from recmas_kernels.testing import eager_twin
 
 FORWARD, BACKWARD = "forward", "backward"
 REDUCE_OVERHEAD = "reduce-overhead"

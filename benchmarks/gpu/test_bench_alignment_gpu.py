@@ -17,7 +17,7 @@ from benchmarks.gpu.shapes import AUTOTUNED_RANK, AUTOTUNED_SECONDS, PLAIN_SECON
 from benchmarks.record import FUSED, Labels
 from benchmarks.test_bench_alignment import eager_loss, fused_loss
 from benchmarks.timing import Call
-from tests.kernels.helpers import check_budget, relative_error
+from recmas_kernels.testing import check_budget, relative_error
 
 DTYPE = torch.bfloat16
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.forecast import ROWS, Forecast
 from benchmarks.record import FUSED, Labels
 from benchmarks.timing import Call
 from recmas_kernels import LinkConfig, RecursiveLink, latent_handoff
-from tests.kernels.helpers import check_budget, eager_twin, make_link, relative_error
+from recmas_kernels.testing import check_budget, eager_twin, make_link, relative_error
 
 DTYPE = torch.bfloat16
 RELEASED = "as released"

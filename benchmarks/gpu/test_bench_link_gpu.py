@@ -15,7 +15,7 @@ from benchmarks.gpu.peers import BACKWARD, FORWARD, link_calls, link_peers, prod
 from benchmarks.gpu.shapes import LinkCase, link_cases
 from benchmarks.record import FUSED, Labels
 from benchmarks.timing import Call
-from tests.kernels.helpers import make_link
+from recmas_kernels.testing import make_link
 
 cases = link_cases
 GATED = ("eager", "addmm")

@@ -22,7 +22,7 @@ from benchmarks.gpu.bench import PRODUCTS_LT, GpuBench, under_lt
 from benchmarks.gpu.tuned import Tuned
 from benchmarks.record import FUSED, Labels
 from benchmarks.timing import Call
-from tests.kernels.helpers import check_budget, relative_error
+from recmas_kernels.testing import check_budget, relative_error
 
 IN, HIDDEN, OUT = 2048, 1536, 1536
 DTYPE = torch.bfloat16

@@ -23,7 +23,7 @@ from benchmarks.gpu.shapes import AUTOTUNED_RANK, INNER, MORE_RANK, OUTER, SMALL
 from benchmarks.record import FUSED
 from benchmarks.timing import Call
 from recmas_kernels import LinkConfig, use_backend
-from tests.kernels.helpers import make_link
+from recmas_kernels.testing import make_link
 
 DTYPE = torch.bfloat16
 CHAIN = 200  # short kernels in a row, the gap between two of which is wanted

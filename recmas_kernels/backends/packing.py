@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from recmas_kernels.backends import setting
+from recmas_kernels.backends import settings
 
 SAMPLED_WORDS = 64  # as csrc/link.h says
 
@@ -43,12 +43,8 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 
 
-def _is_checked() -> bool:
-    return setting("RECMAS_CHECK") == "1"
-
-
 def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
-    if _is_checked():  # an entry from before it was asked for holds no whole copy, and is made anew
+    if settings.checks():  # an entry from before it was asked for holds no whole copy, and is made anew
         return entry.whole is not None and torch.equal(weight.detach().view(torch.uint8), entry.whole)
     return native.words_match(weight, weight.nbytes, entry.samples)
 
@@ -82,7 +78,7 @@ def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Ten
     samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
     native.sample_words(weight, samples)
     entry.samples = samples
-    if _is_checked():
+    if settings.checks():
         entry.whole = weight.detach().view(torch.uint8).clone()
     entry.packed = pack(weight, entry.stamp[3])
 

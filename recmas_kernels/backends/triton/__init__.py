@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recmas_kernels.backends import Call
+from recmas_kernels.backends.call import Call
 
 OLDEST_TRITON = (3, 5)
 OLDEST_CAPABILITY = (8, 0)
