@@ -9,9 +9,9 @@ from recmas.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Patt
 if TYPE_CHECKING:
     from recmas.agent import Agent
     from recmas.system import RecursiveMAS
+    from recmas_kernels import __version__
 
-__version__ = "0.1.0"
-__all__ = ["DELIBERATION", "DISTILLATION", "MIXTURE", "SEQUENTIAL", "Agent", "Pattern", "RecursiveMAS"]
+__all__ = ["DELIBERATION", "DISTILLATION", "MIXTURE", "SEQUENTIAL", "Agent", "Pattern", "RecursiveMAS", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from recmas.system import RecursiveMAS
 
         return RecursiveMAS
+    if name == "__version__":
+        from recmas_kernels import __version__
+
+        return __version__
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
