@@ -38,7 +38,7 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """``[..., n]`` as ``[T, n]`` with a contiguous last dimension; the row stride stays whatever it is."""
+    """``[..., n]`` as ``[T, n]`` with a contiguous last dimension; the row stride is kept."""
     rows = _flattened(tensor)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -95,7 +95,7 @@ def recursive_link(
             the pre-activation and, with an output norm, the sum before it are kept: ``hidden_features +
             out_features`` numbers per token in the compute dtype, and 16 bytes. The gradients are the same bits.
 
-    ``torch.func`` transforms and forward-mode AD are served by plain torch, whatever the device.
+    ``torch.func`` transforms and forward-mode AD are served by plain torch on every device.
 
     Returns:
         ``[..., out_features]`` in x's dtype. Under autocast the arithmetic runs in autocast's dtype; weights of

@@ -6,8 +6,8 @@ hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator cost
 
 A link's ops exist in two forms. The op takes eleven tensors and four settings, as its schema says. The functions
 `link_fwd`, `link_fwd_train` and `link_bwd` take `LinkArguments` and call the op; or, ``direct``, do what the op does
-without the dispatcher, which takes 4 us for so many arguments. Direct calls need plain tensors and nobody who observes
-ops, see ``observed.py``.
+without the dispatcher, which takes 4 us for so many arguments. Direct calls need plain tensors, and nothing may observe
+ops; see ``observed.py``.
 """
 
 from __future__ import annotations

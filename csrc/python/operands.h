@@ -11,7 +11,7 @@
 
 namespace recmas::python {
 
-// Reads tensors for a kernel. One that the kernel cannot read as it lies (another element type, a stride) only clears
+// Reads tensors for a kernel. One that the kernel cannot read as it is (another element type, a stride) only clears
 // `readable`: the caller converts it and calls again. A wrong shape is an error.
 struct Operands {
   bool readable = true;

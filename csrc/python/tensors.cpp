@@ -86,7 +86,7 @@ View Reader::read_attributes(PyObject* object) const {
   const py::object device = tensor.attr("device"), dtype = tensor.attr("dtype");
   View view{};
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  // Numbers that differ where devices differ are enough: only equality is asked.
+  // Devices are only compared, so any number that differs where they differ will do.
   view.device_type = static_cast<int32_t>(py::hash(device.attr("type")));
   view.device_index = device.attr("index").is_none() ? -1 : device.attr("index").cast<int32_t>();
   view.dtype = dtype_of(dtype.ptr());

@@ -15,7 +15,7 @@ from recmas_kernels.reference import LinkArguments
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
-_LEAST_PACKED = 4096  # elements: smaller weights lie in the first-level cache, packed or not
+_LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 
@@ -26,7 +26,7 @@ def _native() -> ModuleType:
 
 @cache
 def unavailable() -> str | None:
-    """Why no CPU tensor can be served; None if it can. Asked once, then remembered."""
+    """Why no CPU tensor can be served; None if it can. Found out once, then remembered."""
     try:
         _native()
     except ImportError as error:
@@ -96,7 +96,7 @@ def _readable(arguments: LinkArguments) -> LinkArguments:
 
 
 def _form(weight: Tensor | None, compute: torch.dtype, isa: int) -> Tensor | bool:
-    """How a weight matrix that may be packed is read: its panels; or, until it has them, whether in their order."""
+    """How the kernel reads a weight matrix: its packed panels; or, as it is stored, summed in panel order or not."""
     if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not packing.packable(weight):
         return False
     panels = packing.lookup(_native(), weight, (compute, isa), _pack)
@@ -216,7 +216,7 @@ def alignment_fwd(
     mse_weight: float,
     embed_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; the formula stands in ``reference.alignment_fwd``."""
+    """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; see the formula in ``reference.alignment_fwd``."""
     tokens, features = pred.shape
     loss = torch.zeros((), dtype=torch.float32)
     grad = torch.empty(tokens, features, dtype=pred.dtype)

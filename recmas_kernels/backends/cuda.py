@@ -32,7 +32,7 @@ def _native() -> ModuleType:
 
 @cache
 def unavailable() -> str | None:
-    """Why no CUDA tensor can be served on this machine; None if it can. Asked once, then remembered."""
+    """Why no CUDA tensor can be served on this machine; None if it can. Found out once, then remembered."""
     try:
         module = _native()
     except ImportError as error:
@@ -150,7 +150,7 @@ def _forward(arguments: LinkArguments, pre: Tensor | None, z: Tensor | None, sta
 
 
 def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
-    """y ``[T, out]`` in x's dtype; weights are streamed as they lie, so there is nothing to pack."""
+    """y ``[T, out]`` in x's dtype; weights are read as they are stored, so there is nothing to pack."""
     return _forward(arguments, None, None, None)
 
 

@@ -15,9 +15,9 @@ def load(label: str) -> ModuleType:
     """``recmas_kernels._<label>``, ready to read torch's tensors if it is one that does.
 
     Raises:
-        ImportError: it was never built, does not load, or was compiled from other sources than ``csrc`` holds now: a
-            call by today's conventions into yesterday's code could return anything. Installed copies have no ``csrc``
-            beside them, and a module that came with them.
+        ImportError: it was never built, does not load, or was compiled from other sources than ``csrc`` holds now: code
+            of another version may read its arguments differently and return anything. An installed package has no
+            ``csrc`` beside it, and contains the modules that were built with it.
     """
     module = importlib.import_module(f"recmas_kernels._{label}")
     expected, built_from = sources.digest(label), getattr(module, "sources", None)

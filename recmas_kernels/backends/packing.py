@@ -1,7 +1,7 @@
 """Packed CPU weights: a weight's copy in the layout the kernels stream, kept as long as the weight stays what it was.
 
-Rollouts call the same link thousands of times, so its weights are laid out once, on the second sighting. A stale copy
-would be a silent wrong answer, so an entry holds only while all of this does:
+Rollouts call the same link thousands of times, so its weights are packed once, at their second use. A stale copy would
+give wrong results silently, so an entry holds only while all of this does:
 
 - the Parameter object is alive (a weakref's callback deletes the entry with it),
 - its ``_version``, address, shape and layout are those of packing time; the entry holds ``weight.detach()``, so that
@@ -44,7 +44,7 @@ _entries: dict[int, _Entry] = {}
 
 
 def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
-    if settings.checks():  # an entry from before it was asked for holds no whole copy, and is made anew
+    if settings.checks():  # an entry from before the variable was set holds no whole copy, and is made again
         return entry.whole is not None and torch.equal(weight.detach().view(torch.uint8), entry.whole)
     return native.words_match(weight, weight.nbytes, entry.samples)
 
@@ -57,7 +57,7 @@ def packable(weight: Tensor) -> bool:
 def lookup(
     native: ModuleType, weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]
 ) -> Tensor | None:
-    """The packed form of a `packable` CPU weight in ``layout``, or None on its first sighting.
+    """The packed form of a `packable` CPU weight in ``layout``, or None at its first use.
 
     ``pack(weight, layout)`` makes it; ``native`` is the compiled module, which samples and compares memory.
     """

@@ -21,6 +21,7 @@ VALID = {"x": (2, 8), "w1": (6, 8), "w2": (8, 6)}
         ({"norm_in": (torch.zeros(6), None)}, "norm_in weight has shape"),
         ({"norm_out": (torch.zeros(8), torch.zeros(6))}, "norm_out bias has shape"),
         ({"norm_in": (None, torch.zeros(8))}, "norm_in has no weight"),
+        ({"norm_out": (None, None)}, "norm_out has no weight"),
         ({"residual": "gated"}, "residual is 'gated', expected one of identity, linear, none"),
         ({"residual": "linear"}, "w3 is missing with residual='linear'"),
         ({"w3": torch.zeros(8, 8)}, "w3 is given with residual='identity'"),

@@ -31,13 +31,13 @@ def _question(op: str, arguments: LinkArguments) -> plan.Link:
 
 
 def _narrow(arguments: LinkArguments) -> LinkArguments:
-    """The same call with rows of x that lie close enough for the kernels' indices."""
+    """The same call, with x copied if its rows are too far apart for the kernels' 32-bit indices."""
     x = arguments.x
     return arguments if x.stride(0) < _WIDEST_STRIDE else arguments._replace(x=x.contiguous())
 
 
 def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
-    """``y [T, out]`` in x's dtype; weights are read as they lie. See `recmas_kernels.reference.link_fwd`."""
+    """``y [T, out]`` in x's dtype; weights are read as they are stored. See `recmas_kernels.reference.link_fwd`."""
     with launching("link_fwd", arguments.x):
         return _forward(_narrow(arguments), keep=False)[0]
 

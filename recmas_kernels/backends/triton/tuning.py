@@ -1,4 +1,4 @@
-"""Answers of the tuner: kept in memory and, per device name and source fingerprint, in a file.
+"""The tuner's results: kept in memory and, per device name and source fingerprint, in a file.
 
 Nothing is ever timed unless RECMAS_TUNE=1; without it the tables of `plan` hold, and a file written by an earlier
 tuned run on the same kind of device, from the same sources, is followed.
