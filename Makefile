@@ -36,10 +36,11 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 test: $(DEVELOPMENT) ## every test that this machine can run
 	$(BIN)/python -m pytest
 
-lint: $(DEVELOPMENT) ## ruff, mypy, clang-format
+lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
@@ -71,6 +72,6 @@ gpu: ## everything that needs a CUDA device, in nine minutes, with the active Py
 	PYTHON="$(PYTHON)" benchmarks/run_gpu.sh $(if $(DIR),"$(DIR)")
 
 clean: ## remove everything that building and testing made, .venv too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	rm -f recmas_kernels/*.so recmas_kernels/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,13 @@
-"""Every op: its schema, its fake and its registration, on one page.
+"""Every op: its schema, its fake, its registration, and the way from its call to a backend.
 
-An op is functional, knows no autograd (``functional.py`` holds the Functions) and does not know which kernel runs:
-``backends.choose`` decides inside the op, where tracing cannot see it, so nothing here breaks a graph. Schemas are
-written by hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much
-per call.
+An op is functional, knows no autograd (``autograd.py`` holds the Functions) and does not know which kernel runs:
+``choose`` decides inside the op, where tracing does not see it, so nothing here breaks a graph. Schemas are written by
+hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much per call.
+
+A link's ops exist in two forms. The op takes eleven tensors and four settings, as its schema says. The functions
+`link_fwd`, `link_fwd_train` and `link_bwd` take `LinkArguments` and call the op; or, ``direct``, do what the op does
+without the dispatcher, which takes 4 us for so many arguments. Direct calls need plain tensors, and nothing may observe
+ops; see ``observed.py``.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels import backends
+from recmas_kernels.backends import settings
+from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.choice import choose
+from recmas_kernels.devices import autocast_enabled
+from recmas_kernels.reference import LinkArguments, accumulator
 
 _PARAMETERS = (
     "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w3, Tensor? b3, "
-    "Tensor? gi, Tensor? ci, Tensor? go, Tensor? co"
+    "Tensor? norm_in_weight, Tensor? norm_in_bias, Tensor? norm_out_weight, Tensor? norm_out_bias"
 )
 _SETTINGS = "str residual, str gelu, float eps, ScalarType dtype"
 _ELEVEN = ", ".join(["Tensor"] * 11)
@@ -36,30 +44,118 @@ SCHEMAS = {
 }
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _serve(call: Call, *arguments: Any) -> Any:
+    """The op of ``call``, run by the backend that serves it."""
+    run = getattr(choose(call), call.op)
+    if autocast_enabled(call.device):
+        # The dtype was settled outside; autocast would cast the float32 accumulations of the reference again.
+        with torch.autocast(call.device, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
 
 
-def _fake_link_fwd(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], w2.shape[0])
+def _link_call(op: str, arguments: LinkArguments, training: bool) -> Call:
+    x = arguments.x
+    tokens, in_features = x.shape
+    hidden_features, out_features = arguments.w1.shape[0], arguments.w2.shape[0]
+    return Call(op, x.device.type, arguments.dtype, tokens, in_features, hidden_features, out_features, training)
 
 
-def _fake_link_fwd_train(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    go, dtype = rest[5], rest[10]
-    tokens, out = x.shape[0], w2.shape[0]
+def _row_call(op: str, rows: Tensor, training: bool = False) -> Call:
+    tokens, width = rows.shape
+    return Call(op, rows.device.type, rows.dtype, tokens, width, 0, width, training)
+
+
+def serve_link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
+    """What `link_fwd` does, without the dispatcher."""
+    return _serve(_link_call("link_fwd", arguments, False), arguments, may_pack)
+
+
+def serve_link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, ...]:
+    """What `link_fwd_train` does, without the dispatcher."""
+    return _serve(_link_call("link_fwd_train", arguments, True), arguments)
+
+
+def serve_link_bwd(
+    arguments: LinkArguments,
+    dy: Tensor,
+    pre: Tensor | None,
+    z: Tensor | None,
+    stats: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """What `link_bwd` does, without the dispatcher."""
+    if pre is None:
+        _, pre, z, stats = serve_link_fwd_train(arguments)
+    return _serve(_link_call("link_bwd", arguments, True), arguments, dy, pre, z, stats, needs)
+
+
+def _op_link_fwd(*values: Any) -> Tensor:
+    return serve_link_fwd(LinkArguments._make(values[:-1]), values[-1])
+
+
+def _op_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
+    return serve_link_fwd_train(LinkArguments._make(values))
+
+
+def _op_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
+    return serve_link_bwd(LinkArguments(x, *rest[:-1]), dy, pre, z, stats, rest[-1])
+
+
+def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    _check_slot_rows(slot_rows, embeds.shape[0])
+    return _serve(_row_call("handoff_fwd", rows), rows, embeds, slot_rows)
+
+
+def _op_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    _check_slot_rows(slot_rows, embeds.shape[0])
+    _serve(_row_call("handoff_", rows), rows, embeds, slot_rows)
+
+
+def _op_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    _check_slot_rows(slot_rows, dy.shape[0])
+    return _serve(_row_call("handoff_bwd", dy, training=True), dy, slot_rows)
+
+
+def _op_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _serve(_row_call("alignment_fwd", pred), pred, *rest)
+
+
+def _check_slot_rows(slot_rows: Tensor, table_rows: int) -> None:
+    """Under ``RECMAS_CHECK=1``: raise ValueError unless the rows are unique and inside ``[0, table_rows)``.
+
+    Not otherwise, since on an accelerator it waits for the device.
+    """
+    if not settings.checks() or slot_rows.numel() == 0:
+        return
+    if slot_rows.unique().numel() != slot_rows.numel():
+        raise ValueError("slot_rows names a row more than once")
+    if slot_rows.min() < 0 or slot_rows.max() >= table_rows:
+        raise ValueError(f"slot_rows names rows outside [0, {table_rows})")
+
+
+def _fake_link_fwd(*values: Any) -> Tensor:
+    arguments = LinkArguments._make(values[:-1])
+    return arguments.x.new_empty(arguments.x.shape[0], arguments.w2.shape[0])
+
+
+def _fake_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
+    arguments = LinkArguments._make(values)
+    x, dtype = arguments.x, arguments.dtype
+    tokens, out_features = x.shape[0], arguments.w2.shape[0]
     return (
-        x.new_empty(tokens, out),
-        x.new_empty(tokens, w1.shape[0], dtype=dtype),
-        x.new_empty(0, dtype=dtype) if go is None else x.new_empty(tokens, out, dtype=dtype),
-        x.new_empty(4, tokens, dtype=_statistics_dtype(dtype)),
+        x.new_empty(tokens, out_features),
+        x.new_empty(tokens, arguments.w1.shape[0], dtype=dtype),
+        x.new_empty((0,) if arguments.norm_out_weight is None else (tokens, out_features), dtype=dtype),
+        x.new_empty(4, tokens, dtype=accumulator(dtype)),
     )
 
 
 def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
-    wanted, needs = (x, *rest[:10]), rest[14]
+    arguments, needs = LinkArguments(x, *rest[:-1]), rest[-1]
     return tuple(
         x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(wanted, needs, strict=True)
+        for tensor, need in zip(arguments.tensors, needs, strict=True)
     )
 
 
@@ -76,92 +172,58 @@ def _fake_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return pred.new_empty((), dtype=_statistics_dtype(pred.dtype)), pred.new_empty(pred.shape)
+    return pred.new_empty((), dtype=accumulator(pred.dtype)), pred.new_empty(pred.shape)
 
 
-def _link_call(op: str, args: tuple[Any, ...]) -> backends.Call:
-    if op == "link_bwd":
-        x, w1, w2, dtype = args[1], args[5], args[7], args[18]
-    else:
-        x, w1, w2, dtype = args[0], args[1], args[3], args[14]
-    tokens, in_features = x.shape
-    return backends.Call(
-        op, x.device.type, dtype, tokens, in_features, w1.shape[0], w2.shape[0], training=op != "link_fwd"
-    )
-
-
-def _row_call(op: str, args: tuple[Any, ...]) -> backends.Call:
-    rows = args[0]
-    tokens, width = rows.shape
-    return backends.Call(op, rows.device.type, rows.dtype, tokens, width, 0, width, training=op.endswith("bwd"))
-
-
-def _launcher(op: str) -> Callable[..., Any]:
-    describe = _link_call if op.startswith("link") else _row_call
-
-    def launch(*args: Any) -> Any:
-        call = describe(op, args)
-        if op.startswith("handoff"):
-            backends.check_slot_rows(args[-1], args[-2].shape[0])
-        run = getattr(backends.choose(op, call), op)
-        if backends.autocast_enabled(call.device):
-            # The dtype was settled outside; autocast would cast the float32 accumulations of the reference again.
-            with torch.autocast(call.device, enabled=False):
-                return run(*args)
-        return run(*args)
-
-    launch.__name__ = op
-    return launch
-
-
-def _recomputing(link_fwd_train: Callable[..., Any], link_bwd: Callable[..., Any]) -> Callable[..., Any]:
-    """``link_bwd`` that makes what it was not given (pre, z, stats) from x, for calls that kept nothing else.
-
-    One op and not two: torch.compile would merge a second ``link_fwd_train`` with the first, and keep its results.
-    """
-
-    def launch(dy: Tensor, x: Tensor, pre: Tensor | None, z: Tensor | None, stats: Tensor | None, *rest: Any) -> Any:
-        if pre is None:
-            _, pre, z, stats = link_fwd_train(x, *rest[:-1])
-        return link_bwd(dy, x, pre, z, stats, *rest)
-
-    launch.__name__ = "link_bwd"
-    return launch
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "link_fwd": _fake_link_fwd,
-    "link_fwd_train": _fake_link_fwd_train,
-    "link_bwd": _fake_link_bwd,
-    "handoff_fwd": _fake_handoff_fwd,
-    "handoff_": _fake_handoff_,
-    "handoff_bwd": _fake_handoff_bwd,
-    "alignment_fwd": _fake_alignment_fwd,
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # op: (what it does, its fake)
+    "link_fwd": (_op_link_fwd, _fake_link_fwd),
+    "link_fwd_train": (_op_link_fwd_train, _fake_link_fwd_train),
+    "link_bwd": (_op_link_bwd, _fake_link_bwd),
+    "handoff_fwd": (_op_handoff_fwd, _fake_handoff_fwd),
+    "handoff_": (_op_handoff_, _fake_handoff_),
+    "handoff_bwd": (_op_handoff_bwd, _fake_handoff_bwd),
+    "alignment_fwd": (_op_alignment_fwd, _fake_alignment_fwd),
 }
 
-_LAUNCHERS = {op: _launcher(op) for op in SCHEMAS}
-_LAUNCHERS["link_bwd"] = _recomputing(_LAUNCHERS["link_fwd_train"], _LAUNCHERS["link_bwd"])
-
 for _op, _schema in SCHEMAS.items():
+    _run, _fake = _IMPLEMENTATIONS[_op]
     torch.library.define(f"recmas::{_op}", _schema)
-    torch.library.impl(f"recmas::{_op}", "CompositeExplicitAutograd", _LAUNCHERS[_op])
-    torch.library.register_fake(f"recmas::{_op}", _FAKES[_op])
+    torch.library.impl(f"recmas::{_op}", "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(f"recmas::{_op}", _fake)
 
-link_fwd = torch.ops.recmas.link_fwd.default
-link_fwd_train = torch.ops.recmas.link_fwd_train.default
-link_bwd = torch.ops.recmas.link_bwd.default
+_link_fwd = torch.ops.recmas.link_fwd.default
+_link_fwd_train = torch.ops.recmas.link_fwd_train.default
+_link_bwd = torch.ops.recmas.link_bwd.default
 handoff_fwd = torch.ops.recmas.handoff_fwd.default
 handoff_ = torch.ops.recmas.handoff_.default
 handoff_bwd = torch.ops.recmas.handoff_bwd.default
 alignment_fwd = torch.ops.recmas.alignment_fwd.default
 
 
-def caller(op: Any, direct: bool) -> Callable[..., Any]:
-    """``op`` itself; or, ``direct``, what it does without its way through the dispatcher.
+def link_fwd(arguments: LinkArguments, may_pack: bool, direct: bool) -> Tensor:
+    """y ``[T, out]`` in x's dtype. ``may_pack`` permits a backend to keep packed copies of the weights."""
+    return serve_link_fwd(arguments, may_pack) if direct else _link_fwd(*arguments, may_pack)
 
-    Direct calls need plain tensors that nothing observes; see `observed.py`.
+
+def link_fwd_train(arguments: LinkArguments, direct: bool) -> tuple[Tensor, ...]:
+    """``(y, pre, z, stats)``, see `reference.link_fwd_train`."""
+    return serve_link_fwd_train(arguments) if direct else _link_fwd_train(*arguments)
+
+
+def link_bwd(
+    arguments: LinkArguments,
+    dy: Tensor,
+    pre: Tensor | None,
+    z: Tensor | None,
+    stats: Tensor | None,
+    needs: list[bool],
+    direct: bool,
+) -> tuple[Tensor, ...]:
+    """Eleven gradients, see `reference.link_bwd`. Without ``pre``, ``z`` and ``stats`` they are made again from x.
+
+    One op and not two: torch.compile would merge a second ``link_fwd_train`` with the first, and keep its results.
     """
-    return _DIRECT[op] if direct else op
-
-
-_DIRECT = {getattr(torch.ops.recmas, op).default: launch for op, launch in _LAUNCHERS.items()}
+    if direct:
+        return serve_link_bwd(arguments, dy, pre, z, stats, needs)
+    x, *rest = arguments
+    return _link_bwd(dy, x, pre, z, stats, *rest, needs)

@@ -18,7 +18,7 @@ from benchmarks.harness.names import FUSED
 from benchmarks.harness.time_bound import TimeBound
 from benchmarks.harness.wide_products import WideProducts
 from recmas_kernels import FusedRecursiveLink
-from tests.kernels.helpers import (
+from recmas_kernels.testing import (
     check_budget,
     eager_twin,
     make_rows,

@@ -15,7 +15,7 @@ from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas_kernels import FusedRecursiveLink, LinkConfig
-from tests.kernels.helpers import make_link
+from recmas_kernels.testing import make_link
 
 HEAD_FEATURES = 64
 # The order of question and slot in the released prompts: it decides what of a prompt is the same in every round.

@@ -20,8 +20,8 @@ from benchmarks.harness.link_peer import Forward, LinkPeer
 from benchmarks.harness.machine import Device
 from benchmarks.harness.names import COMPILED, EAGER_FLOAT32, PRODUCTS, ZENTORCH
 from recmas_kernels import RecursiveLink
-from recmas_kernels.link import NORM_NAMES
-from tests.kernels.helpers import eager_twin
+from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.testing import eager_twin
 
 PEERS = ("eager", EAGER_FLOAT32, "addmm", *COMPILED, PRODUCTS)
 

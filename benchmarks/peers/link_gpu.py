@@ -22,7 +22,7 @@ from benchmarks.harness.names import FUSED, PRODUCTS
 from benchmarks.harness.timing import Call
 from benchmarks.peers.link import best_eager
 from recmas_kernels import FusedRecursiveLink
-from tests.kernels.helpers import eager_twin
+from recmas_kernels.testing import eager_twin
 
 FORWARD, BACKWARD = "forward", "backward"
 REDUCE_OVERHEAD = "reduce-overhead"

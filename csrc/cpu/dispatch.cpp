@@ -1,4 +1,4 @@
-// link.h's CPU entries: argument checks, then the kernels of the instruction set asked for. Built for the oldest
+// link.h's CPU entries: argument checks, then the kernels of the requested instruction set. Built for the oldest
 // processor, like everything outside kernels.cpp.
 #include <cstring>
 

@@ -38,7 +38,7 @@ void run_team(int64_t threads, const Body& body) {
   body(Team{0, 1});
 }
 
-// Below about 4 microseconds of arithmetic a second thread costs more than it brings.
+// Below about 4 microseconds of arithmetic a second thread costs more than it gains.
 inline int64_t useful_threads(int64_t threads, double flops) {
   const double most = flops / 400000.0;
   return most < static_cast<double>(threads) ? larger(static_cast<int64_t>(most), 1) : threads;

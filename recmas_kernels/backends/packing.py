@@ -1,7 +1,7 @@
 """Packed CPU weights: a weight's copy in the layout the kernels stream, kept as long as the weight stays what it was.
 
-Rollouts call the same link thousands of times, so its weights are laid out once, on the second sighting. A stale copy
-would be a silent wrong answer, so an entry holds only while all of this does:
+Rollouts call the same link thousands of times, so its weights are packed once, at their second use. A stale copy would
+give wrong results silently, so an entry holds only while all of this does:
 
 - the Parameter object is alive (a weakref's callback deletes the entry with it),
 - its ``_version``, address, shape and layout are those of packing time; the entry holds ``weight.detach()``, so that
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from recmas_kernels.backends import setting
+from recmas_kernels.backends import settings
 
 SAMPLED_WORDS = 64  # as csrc/link.h says
 
@@ -43,12 +43,8 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 
 
-def _is_checked() -> bool:
-    return setting("RECMAS_CHECK") == "1"
-
-
 def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
-    if _is_checked():  # an entry from before it was asked for holds no whole copy, and is made anew
+    if settings.checks():  # an entry from before the variable was set holds no whole copy, and is made again
         return entry.whole is not None and torch.equal(weight.detach().view(torch.uint8), entry.whole)
     return native.words_match(weight, weight.nbytes, entry.samples)
 
@@ -61,7 +57,7 @@ def packable(weight: Tensor) -> bool:
 def lookup(
     native: ModuleType, weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]
 ) -> Tensor | None:
-    """The packed form of a `packable` CPU weight in ``layout``, or None on its first sighting.
+    """The packed form of a `packable` CPU weight in ``layout``, or None at its first use.
 
     ``pack(weight, layout)`` makes it; ``native`` is the compiled module, which samples and compares memory.
     """
@@ -82,7 +78,7 @@ def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Ten
     samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
     native.sample_words(weight, samples)
     entry.samples = samples
-    if _is_checked():
+    if settings.checks():
         entry.whole = weight.detach().view(torch.uint8).clone()
     entry.packed = pack(weight, entry.stamp[3])
 

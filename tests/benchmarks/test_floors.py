@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import floors
 from benchmarks.harness.floors import Work
 from recmas_kernels import LinkConfig
-from tests.kernels.helpers import configs, eager_twin, make_link, make_rows
+from recmas_kernels.testing import configs, eager_twin, make_link, make_rows
 
 BF16 = 2
 

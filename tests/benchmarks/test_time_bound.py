@@ -26,10 +26,10 @@ from benchmarks.report import tables
 from benchmarks.suites.cpu import test_bench_link as suite
 from benchmarks.suites.cpu.link_grid import SMALL_INNER, LinkCase
 from recmas_kernels import RecursiveLink
+from recmas_kernels.testing import eager_twin, make_link, make_rows, relative_error
 from tests.benchmarks.fake_clock import FakeClock
 from tests.benchmarks.test_report import FakeLimits
 from tests.benchmarks.test_timing import FakeBenchmark
-from tests.kernels.helpers import eager_twin, make_link, make_rows, relative_error
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from recmas_kernels import FusedRecursiveLink, RecursiveLink
-from tests.kernels.helpers import check_budget, configs, eager_twin, make_link, make_rows
+from recmas_kernels.testing import check_budget, configs, eager_twin, make_link, make_rows
 
 
 @pytest.mark.parametrize("kind", configs())
@@ -142,7 +142,7 @@ def test_released_forms_need_no_type(tmp_path):
 
 def test_a_residual_that_does_not_show_must_be_named():
     state = RecursiveLink.inner(8, norm=False).state_dict()
-    with pytest.raises(ValueError, match="do not tell whether the link has a residual: pass adapter_type"):
+    with pytest.raises(ValueError, match="do not say whether the link has a residual: pass adapter_type"):
         FusedRecursiveLink.from_upstream(state)
 
 

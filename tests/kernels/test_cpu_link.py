@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recmas_kernels import LinkConfig, recursive_link, use_backend
-from recmas_kernels.backends import Call, cpu
-from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
-from tests.kernels.helpers import (
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.call import Call
+from recmas_kernels.reference import LinkArguments
+from recmas_kernels.testing import (
     LOW_PRECISION,
     check_budget,
     check_link,
@@ -25,6 +26,7 @@ from tests.kernels.helpers import (
     relative_error,
     run,
 )
+from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -146,9 +148,8 @@ def test_rounding_to_16_bits_is_torchs(isa):
     zero = torch.zeros(32, 32)
     for dtype in (torch.bfloat16, torch.float16):
         # z leaves in the compute dtype; with zero weights it is x rounded once.
-        z = cpu.link_fwd_train(
-            x, zero, None, zero, None, None, None, None, None, torch.ones(32), None, "identity", "none", 1e-5, dtype
-        )[2]
+        tensors = (x, zero, None, zero, None, None, None, None, None, torch.ones(32), None)
+        z = cpu.link_fwd_train(LinkArguments(*tensors, "identity", "none", 1e-5, dtype))[2]
         flushed = x.abs() < torch.finfo(torch.float32).tiny  # bf16 hardware takes subnormal fp32 as 0
         assert torch.equal(z[~flushed], x.to(dtype)[~flushed])
 

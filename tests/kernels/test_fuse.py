@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recmas_kernels import FusedRecursiveLink, RecursiveLink, fuse
-from tests.kernels.helpers import check_budget, make_rows
+from recmas_kernels.testing import check_budget, make_rows
 
 
 class ForeignInner(nn.Module):
@@ -106,7 +106,7 @@ def test_what_is_no_link_is_left_alone():
 
 
 def test_an_ambiguous_link_is_an_error():
-    with pytest.raises(ValueError, match="no adapter_type, which tells its residual"):
+    with pytest.raises(ValueError, match="no adapter_type, which names its residual"):
         fuse(nn.Sequential(ForeignInner(8, adapter_type=None)))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from recmas_kernels import FusedRecursiveLink, clear_packed, use_backend
 from recmas_kernels.backends import cpu, packing
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.testing import make_link, make_rows
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 WIDTH = 96  # 9216 elements: large enough to be packed

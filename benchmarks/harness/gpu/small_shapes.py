@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from recmas_kernels import BackendUnavailableError, LinkConfig, alignment_loss, use_backend
-from tests.kernels.helpers import check_budget, check_link, eager_twin, make_link, make_rows
+from recmas_kernels.testing import check_budget, check_link, eager_twin, make_link, make_rows
 
 CONFIGS = {
     "inner": LinkConfig("inner", 40, 40, 40, "identity"),

@@ -16,7 +16,7 @@ from benchmarks.harness.record import Labels
 from benchmarks.harness.shapes import DTYPES
 from benchmarks.peers.alignment import eager_loss, fused_loss
 from benchmarks.peers.link import compiled
-from tests.kernels.helpers import check_budget, make_rows, poisoned_allocations, relative_error
+from recmas_kernels.testing import check_budget, make_rows, poisoned_allocations, relative_error
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.agents.agent import Agent
 from recmas.engine.messages import Prompt
 from recmas_kernels import FusedRecursiveLink, latent_handoff
-from tests.kernels.helpers import make_rows
+from recmas_kernels.testing import make_rows
 
 Call = Callable[[], object]
 LAYERS = 2

@@ -27,7 +27,7 @@ from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.agents.agent import Agent
 from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig, latent_handoff
-from tests.kernels.helpers import check_budget, eager_twin, make_rows, relative_error
+from recmas_kernels.testing import check_budget, eager_twin, make_rows, relative_error
 
 TEXT = "text"
 

@@ -17,8 +17,8 @@ from benchmarks.harness.names import FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.peers.link import link_peer
 from recmas_kernels import FusedRecursiveLink, LinkConfig
-from recmas_kernels.link import NORM_NAMES
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.testing import make_link, make_rows
 
 CONFIG = LinkConfig("inner", 8, 8, 8, "identity")
 CALLS = 200  # per sample: one alone is shorter than the clock is good for

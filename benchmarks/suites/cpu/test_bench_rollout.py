@@ -16,7 +16,7 @@ from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig
-from tests.kernels.helpers import eager_twin, make_link, relative_error
+from recmas_kernels.testing import eager_twin, make_link, relative_error
 
 EQUAL = 1e-5  # of the largest entry, float32
 ROUNDS = 3  # one of the reference algorithm takes many seconds

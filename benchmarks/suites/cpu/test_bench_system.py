@@ -17,7 +17,7 @@ from benchmarks.harness.record import Labels, Samples
 from benchmarks.peers.reference_run import ReferenceRun, reference_run
 from recmas import RecursiveMAS
 from recmas.answering.answers import Answers
-from tests.kernels.helpers import relative_error
+from recmas_kernels.testing import relative_error
 
 NO_REUSE = "fused, no prefix reuse"
 RELOADING = "reference algorithm, reloading"

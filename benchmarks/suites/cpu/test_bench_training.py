@@ -16,7 +16,7 @@ from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_training import recomputing, reference_step
 from recmas.training import outer_loss
 from recmas.training.teacher import only_trainable
-from tests.kernels.helpers import eager_twin, relative_error
+from recmas_kernels.testing import eager_twin, relative_error
 
 FUSED_KEEPING = "fused, keeping activations"
 FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; `accumulation` in a training run

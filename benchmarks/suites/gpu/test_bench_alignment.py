@@ -18,7 +18,7 @@ from benchmarks.harness.timing import Call
 from benchmarks.peers.alignment import eager_loss, fused_loss
 from benchmarks.peers.link_gpu import compiled
 from benchmarks.suites.gpu.link_grid import AUTOTUNED_RANK, AUTOTUNED_SECONDS, PLAIN_SECONDS
-from tests.kernels.helpers import check_budget, relative_error
+from recmas_kernels.testing import check_budget, relative_error
 
 DTYPE = torch.bfloat16
 

@@ -17,7 +17,7 @@ from benchmarks.harness.names import FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.harness.timing import Call
 from recmas_kernels import LinkConfig, RecursiveLink, latent_handoff
-from tests.kernels.helpers import check_budget, eager_twin, make_link, relative_error
+from recmas_kernels.testing import check_budget, eager_twin, make_link, relative_error
 
 DTYPE = torch.bfloat16
 RELEASED = "as released"

@@ -15,7 +15,7 @@ from benchmarks.harness.record import Labels
 from benchmarks.harness.timing import Call
 from benchmarks.peers.link_gpu import BACKWARD, FORWARD, link_calls, link_peers, product_calls
 from benchmarks.suites.gpu.link_grid import LinkCase, link_cases
-from tests.kernels.helpers import make_link
+from recmas_kernels.testing import make_link
 
 cases = link_cases
 GATED = ("eager", "addmm")

@@ -22,7 +22,7 @@ from benchmarks.harness.gpu.tuned import Tuned
 from benchmarks.harness.names import FUSED, PRODUCTS
 from benchmarks.harness.record import Labels
 from benchmarks.harness.timing import Call
-from tests.kernels.helpers import check_budget, relative_error
+from recmas_kernels.testing import check_budget, relative_error
 
 IN, HIDDEN, OUT = 2048, 1536, 1536
 DTYPE = torch.bfloat16

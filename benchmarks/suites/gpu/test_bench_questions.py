@@ -23,7 +23,7 @@ from benchmarks.harness.timing import Call
 from benchmarks.peers.link_gpu import FORWARD, compiled, link_calls, link_peers
 from benchmarks.suites.gpu.link_grid import AUTOTUNED_RANK, INNER, MORE_RANK, OUTER, SMALL_INNER, SMALL_OUTER, narrow
 from recmas_kernels import LinkConfig, use_backend
-from tests.kernels.helpers import make_link
+from recmas_kernels.testing import make_link
 
 DTYPE = torch.bfloat16
 CHAIN = 200  # short kernels in a row, the gap between two of which is wanted

@@ -14,7 +14,7 @@ from benchmarks.harness.record import Labels
 from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig
-from tests.kernels.helpers import check_budget, eager_twin, make_link, relative_error
+from recmas_kernels.testing import check_budget, eager_twin, make_link, relative_error
 
 DTYPE = torch.bfloat16
 ROUNDS = 5  # one of the reference algorithm takes a second

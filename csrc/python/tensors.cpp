@@ -86,13 +86,10 @@ View Reader::read_attributes(PyObject* object) const {
   const py::object device = tensor.attr("device"), dtype = tensor.attr("dtype");
   View view{};
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  // Numbers that differ where devices differ are enough: only equality is asked.
+  // Devices are only compared, so any number that differs where they differ will do.
   view.device_type = static_cast<int32_t>(py::hash(device.attr("type")));
   view.device_index = device.attr("index").is_none() ? -1 : device.attr("index").cast<int32_t>();
-  view.dtype = View::kOther;
-  for (int32_t number = 0; number < 3; ++number) {
-    if (dtype.is(kernel_dtypes_[number])) view.dtype = number;
-  }
+  view.dtype = dtype_of(dtype.ptr());
   const py::tuple sizes = tensor.attr("shape"), strides = tensor.attr("stride")();
   view.dimensions = static_cast<int32_t>(sizes.size());
   int64_t last_sizes[2] = {1, 1}, last_strides[2] = {1, 1};
@@ -108,6 +105,18 @@ View Reader::read_attributes(PyObject* object) const {
   return view;
 }
 
+int32_t Reader::dtype_of(PyObject* dtype) const {
+  for (int32_t number = 0; number < 3; ++number) {
+    if (dtype == kernel_dtypes_[number].ptr()) return number;
+  }
+  return View::kOther;
+}
+
 py::object Reader::allocate(int64_t bytes) const { return torch_.attr("empty")(bytes, py::arg("dtype") = byte_); }
+
+Reader& reader() {
+  static Reader* const kept = new Reader;  // never destroyed: the interpreter may end before static objects do
+  return *kept;
+}
 
 }  // namespace recmas::python

@@ -1,73 +1,21 @@
-"""`FusedRecursiveLink`, the drop-in module, and `fuse`, which swaps it in for the eager links inside a model."""
+"""`fuse`: replace the eager links inside a model by fused ones that share their parameters."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import checkpoint
-from recmas_kernels.functional import Norm, forget_packed, recursive_link
-from recmas_kernels.link import NORM_NAMES, RecursiveLink
+from recmas_kernels.adapter_types import infer_config, with_eps_of
+from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.fused_link import FusedRecursiveLink
+from recmas_kernels.link import RecursiveLink
 
 Module = TypeVar("Module", bound=nn.Module)
 _CHECK_ROWS = 16
-_LINK_CHILDREN = {"proj1", "proj2", "residual_proj", "pre_ln", "post_ln", "ln_source", "ln_target"}
-
-
-class FusedRecursiveLink(RecursiveLink):
-    """A `RecursiveLink` that runs as fused kernels: same parameters, same state dict, same results within rounding.
-
-    Only ``forward`` differs, so hooks on its inner ``nn.Linear``s do not run. Under autocast the arithmetic runs in
-    autocast's dtype and the output keeps x's dtype. One-layer links (the ablation) run as plain torch.
-
-    Attributes:
-        recompute: set it to True to train with less memory: only x is kept for the backward pass, which runs the
-            forward kernel once more; see `recursive_link`. A choice of the moment, so no checkpoint holds it.
-    """
-
-    recompute: bool = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features]`` in x's dtype; see `recursive_link`."""
-        config = self.config
-        if config.layers == 1:
-            return super().forward(x)
-        modules = self._modules  # nn.Module.__getattr__ costs about 0.3 us for each of up to eleven tensors
-        w1, b1 = _weight_and_bias(modules["proj1"])
-        w2, b2 = _weight_and_bias(modules["proj2"])
-        w3, b3 = _weight_and_bias(modules["residual_proj"]) if config.residual == "linear" else (None, None)
-        norm_in = norm_out = None
-        if config.norm:
-            name_in, name_out = NORM_NAMES[config.kind]
-            norm_in, norm_out = _weight_and_bias(modules[name_in]), _weight_and_bias(modules[name_out])
-        return recursive_link(
-            x,
-            w1,
-            w2,
-            b1,
-            b2,
-            w3=w3,
-            b3=b3,
-            residual=config.residual,
-            norm_in=norm_in,
-            norm_out=norm_out,
-            eps=config.eps,
-            activation=config.activation,
-            recompute=self.recompute,
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecursiveLink:
-        forget_packed(self.parameters())
-        return super()._apply(fn, recurse)
-
-
-def _weight_and_bias(module: Any) -> Norm:
-    parameters = module._parameters
-    return parameters["weight"], parameters["bias"]
+_LINK_CHILDREN = {"proj1", "proj2", "residual_proj", *NORM_NAMES["inner"], *NORM_NAMES["outer"]}
 
 
 def fuse(module: Module) -> Module:
@@ -85,7 +33,7 @@ def fuse(module: Module) -> Module:
 
     Raises:
         TypeError: no module.
-        ValueError: a link's type cannot be told from its attributes and parameters, or its results differ.
+        ValueError: a link's attributes and parameters do not determine its type, or its results differ.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module")
@@ -112,7 +60,7 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
             return None
         if not isinstance(adapter_type, str):
             raise ValueError(
-                f"{name} has the parameters of a RecursiveLink but no adapter_type, which tells its residual"
+                f"{name} has the parameters of a RecursiveLink but no adapter_type, which names its residual"
             )
     wrapped = _wrapped(module, children)
     if wrapped is not None:
@@ -122,14 +70,14 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
         config = (
             module.config
             if isinstance(module, RecursiveLink)
-            else checkpoint.infer_config(dict(module.named_parameters()), adapter_type)
+            else infer_config(dict(module.named_parameters()), adapter_type)
         )
-        config = checkpoint.with_eps_of(module, config)
+        config = with_eps_of(module, config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     fused = FusedRecursiveLink(config, device="meta")
     fused._modules.clear()
-    for child_name, child in children.items():  # in their own order, which an optimiser's state goes by
+    for child_name, child in children.items():  # in their own order: an optimiser's state is stored in it
         fused.add_module(child_name, child)
     fused.train(module.training)
     _compare(module, fused, name)
@@ -173,6 +121,6 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
 
     budget = 2 * error(plain(weight.dtype)(rows)) + torch.finfo(weight.dtype).eps * scale
     if error(eager(rows)) > budget:
-        raise ValueError(f"{name} does not compute what its type and parameters say; it is not a RecursiveLink we know")
+        raise ValueError(f"{name} does not compute what its type and parameters say; it is no known RecursiveLink")
     if error(fused(rows)) > budget:
         raise ValueError(f"the fused kernels differ from {name} by more than rounding on this machine")

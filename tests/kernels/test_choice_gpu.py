@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recmas_kernels import BackendUnavailableError, backends, info, latent_handoff, use_backend
-from recmas_kernels.backends import cuda, native
+from recmas_kernels import BackendUnavailableError, latent_handoff, use_backend
+from recmas_kernels.backends import choice, cuda, native
 from recmas_kernels.backends import triton as triton_backend
-from tests.kernels.helpers import configs, make_link, make_rows
+from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.explain import explain_call
+from recmas_kernels.testing import configs, make_link, make_rows
 
-CALL = backends.Call("link_fwd", "cuda", torch.bfloat16, 4, 2048, 2048, 2048, training=False)
+CALL = Call("link_fwd", "cuda", torch.bfloat16, 4, 2048, 2048, 2048, training=False)
 WAY_OUT = r"; use_backend\('auto'\) chooses one that can$"
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -26,7 +28,7 @@ def prefix(name: str, op: str = "link_fwd", device: str = "cuda", dtype: str = "
 @pytest.fixture(autouse=True)
 def asked_again() -> Iterator[None]:
     """What a backend remembers about the machine is forgotten before and after, since the machine changes here."""
-    caches = (backends._serving, cuda.unavailable, cuda._native, triton_backend.unavailable)
+    caches = (choice._serving, cuda.unavailable, cuda._native, triton_backend.unavailable)
     for remembered in caches:
         remembered.cache_clear()
     yield
@@ -74,8 +76,8 @@ def test_the_machine_made_up_here_is_served(gpu: FakeGpu) -> None:
     """Else the tests below would pass for want of it."""
     for name in GPU_BACKENDS:
         with use_backend(name):
-            assert backends.choose("link_fwd", CALL) is backends.load(name)
-    assert backends.choose("link_fwd", CALL) is cuda
+            assert choice.choose(CALL) is choice.load(name)
+    assert choice.choose(CALL) is cuda
 
 
 @pytest.mark.parametrize("name", GPU_BACKENDS)
@@ -99,8 +101,8 @@ def test_an_old_gpu(gpu: FakeGpu, name: str) -> None:
     gpu.capability(7, 5)
     message = prefix(name) + "cuda:0 has compute capability 7.5, expected 8.0 or more" + WAY_OUT
     with use_backend(name), pytest.raises(BackendUnavailableError, match=message):
-        backends.choose("link_fwd", CALL)
-    assert backends.choose("link_fwd", CALL) is backends.load("reference")
+        choice.choose(CALL)
+    assert choice.choose(CALL) is choice.load("reference")
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_an_old_gpu(gpu: FakeGpu, name: str) -> None:
 )
 def test_an_unsupported_dtype(gpu: FakeGpu, name: str, reason: str) -> None:
     with use_backend(name), pytest.raises(BackendUnavailableError, match=prefix(name, dtype="torch.float64") + reason):
-        backends.choose("link_fwd", CALL._replace(dtype=torch.float64))
-    assert backends.choose("link_fwd", CALL._replace(dtype=torch.float64)) is backends.load("reference")
+        choice.choose(CALL._replace(dtype=torch.float64))
+    assert choice.choose(CALL._replace(dtype=torch.float64)) is choice.load("reference")
 
 
 @pytest.mark.parametrize("name", GPU_BACKENDS)
@@ -121,42 +123,30 @@ def test_a_missing_driver(gpu: FakeGpu, name: str) -> None:
     gpu.without_driver()
     message = prefix(name) + "torch sees no CUDA device" + WAY_OUT
     with use_backend(name), pytest.raises(BackendUnavailableError, match=message):
-        backends.choose("link_fwd", CALL)
+        choice.choose(CALL)
 
 
 def test_a_driver_older_than_the_module(gpu: FakeGpu) -> None:
     gpu.driver(12080)
     message = prefix("cuda") + r"the driver serves CUDA 12\.8, the module was built with CUDA 13\.0" + WAY_OUT
     with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=message):
-        backends.choose("link_fwd", CALL)
-    assert backends.choose("link_fwd", CALL) is triton_backend, "Triton compiles for the driver that is there"
+        choice.choose(CALL)
+    assert choice.choose(CALL) is triton_backend, "Triton compiles for the driver that is there"
 
 
 def test_a_failed_build(gpu: FakeGpu) -> None:
     gpu.without_module("No module named 'recmas_kernels._cuda'")
     message = prefix("cuda") + r"No module named .*_cuda' \(python -m recmas_kernels.info says why\)" + WAY_OUT
     with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=message):
-        backends.choose("link_fwd", CALL)
-    assert backends.choose("link_fwd", CALL) is triton_backend
-
-
-def test_info_says_why_a_build_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    log = ["ptxas fatal: unsupported architecture"]
-    record = {"cuda": {"status": "failed", "reason": "compilation failed: ptxas", "log": log}}
-    monkeypatch.setattr(info, "_build_record", lambda: record)
-    monkeypatch.setattr(info, "_loaded", lambda name: {"loads": False, "load_error": "no module"})
-    assert info.main([]) == 0
-    page = capsys.readouterr().out
-    assert "_cuda: failed, does not load" in page
-    assert "compilation failed: ptxas" in page
-    assert "| ptxas fatal: unsupported architecture" in page
+        choice.choose(CALL)
+    assert choice.choose(CALL) is triton_backend
 
 
 def test_every_backend_refused_by_name_is_explained(gpu: FakeGpu) -> None:
     gpu.capability(6, 1)
-    text = backends.explain_call(CALL)
+    text = explain_call(CALL)
     assert "cuda: cuda:0 has compute capability 6.1" in text
     assert "triton: cuda:0 has compute capability 6.1" in text
     assert "reference: serves this call" in text
     with use_backend("cuda"):
-        assert "error: 'cuda' was asked for and does not serve it" in backends.explain_call(CALL)
+        assert "error: 'cuda' was asked for and does not serve it" in explain_call(CALL)

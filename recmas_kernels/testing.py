@@ -1,4 +1,8 @@
-"""Inputs, the float64 oracle and the error budget that all kernel tests share."""
+"""For tests and benchmarks of links: reproducible inputs, the float64 oracle and the error budget.
+
+A result is within the budget if its largest error, relative to the largest element of the float64 result, is at most
+twice that of eager torch in the same dtype, plus one eps of the dtype. Whatever exceeds it raises AssertionError.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
+from recmas_kernels.config import LinkConfig
+from recmas_kernels.fused_link import FusedRecursiveLink
+from recmas_kernels.link import RecursiveLink
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -32,7 +39,7 @@ def configs() -> dict[str, LinkConfig]:
 
 
 def make_link(config: LinkConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> FusedRecursiveLink:
-    """A link with every parameter random, norm gains and biases included."""
+    """A fused link on the CPU with every parameter random, norm gains (around 1) and biases included."""
     generator = torch.Generator().manual_seed(seed)
     link = FusedRecursiveLink(config, dtype=dtype)
     for name, parameter in link.named_parameters():
@@ -44,18 +51,20 @@ def make_link(config: LinkConfig, dtype: torch.dtype = torch.float32, seed: int 
 
 
 def make_rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    """Standard normal numbers ``[*shape]`` on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @dataclass
 class Results:
-    """``y`` and the gradient of every input, by name ("x" and the parameters' names)."""
+    """What `run` returns: ``y`` and the gradient of every input, by name ("x" and the parameters' names)."""
 
     y: Tensor
     grads: dict[str, Tensor]
 
 
 def run(link: RecursiveLink, x: Tensor, dy: Tensor) -> Results:
+    """``link(x)`` and all gradients for the incoming gradient ``dy``, which is shaped as ``y``."""
     x = x.detach().requires_grad_()
     names, parameters = zip(*link.named_parameters(), strict=True)
     y = link(x)
@@ -71,6 +80,7 @@ def eager_twin(link: RecursiveLink, dtype: torch.dtype) -> RecursiveLink:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """``max|actual - truth| / max|truth|``; 0 for no elements."""
     if truth.numel() == 0:
         return 0.0
     scale = truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -78,28 +88,32 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def check_budget(what: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """``max|out - ref64| / max|ref64|`` is at most twice eager torch's in ``dtype``, plus one eps of it."""
-    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    """AssertionError naming ``what`` unless ``actual`` is finite and within the budget of ``eager`` in ``dtype``."""
+    if actual.shape != truth.shape:
+        raise AssertionError(f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    if not torch.isfinite(actual).all():
+        raise AssertionError(f"{what}: not finite")
     error, budget = relative_error(actual, truth), 2 * relative_error(eager, truth) + torch.finfo(dtype).eps
-    assert error <= budget, f"{what}: error {error:.3e} exceeds the budget {budget:.3e}"
+    if error > budget:
+        raise AssertionError(f"{what}: error {error:.3e} exceeds the budget {budget:.3e}")
 
 
 def check_link(link: FusedRecursiveLink, x: Tensor, dy: Tensor) -> Results:
-    """Run the fused link with all gradients and hold every one to the budget. Returns the fused results."""
+    """Run the fused link and check y and every gradient against the budget. Returns the fused results."""
     dtype = x.dtype
     truth = run(eager_twin(link, torch.float64), x.double(), dy.double())
     eager, fused = run(eager_twin(link, dtype), x, dy), run(link, x, dy)
     check_budget("y", fused.y, eager.y, truth.y, dtype)
     for name, grad in truth.grads.items():
         check_budget(f"gradient of {name}", fused.grads[name], eager.grads[name], grad, dtype)
-        assert fused.grads[name].dtype == dtype
+        if fused.grads[name].dtype != dtype:
+            raise AssertionError(f"gradient of {name}: dtype {fused.grads[name].dtype}, expected {dtype}")
     return fused
 
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fill every ``torch.empty`` and ``new_empty`` with NaN, workspaces too: an element nothing wrote shows."""
+    """Fill every ``torch.empty`` and ``new_empty`` with NaN, workspaces too, so that an unwritten element shows."""
     empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
 
     def poison(tensor: Tensor) -> Tensor:

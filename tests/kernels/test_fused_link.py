@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
-from tests.kernels.helpers import check_budget, configs, eager_twin, make_link, make_rows
+from recmas_kernels import FusedRecursiveLink, RecursiveLink
+from recmas_kernels.testing import check_budget, configs, eager_twin, make_link, make_rows
 
 INNER = {
     "proj1.weight": (8, 8),
@@ -64,6 +64,13 @@ def test_one_layer_links_run_as_plain_torch(residual):
     assert set(link.state_dict()) == {"proj1.weight", "proj1.bias"}
 
 
+def test_a_norm_without_parameters_is_an_error():
+    link = FusedRecursiveLink.inner(8)
+    link.pre_ln = torch.nn.LayerNorm(8, elementwise_affine=False)
+    with pytest.raises(ValueError, match="norm_in has no weight"):
+        link(make_rows(3, 8))
+
+
 def test_copies_and_pickles_are_independent(backend):
     link = make_link(configs()["inner"])
     x = make_rows(3, 40)
@@ -88,24 +95,6 @@ def test_conversions_take_effect(backend):
         check_budget("back in float32", back, eager_twin(link, torch.float32)(x), truth, torch.float32)
         exact = eager_twin(link, torch.float64)(x.bfloat16().double())
         check_budget("bfloat16", half, eager_twin(link, torch.bfloat16)(x.bfloat16()), exact, torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"kind": "middle"}, "kind is 'middle', expected one of inner, outer"),
-        ({"residual": "gated"}, "residual is 'gated'"),
-        ({"in_features": -1}, "in_features is -1"),
-        ({"hidden_features": 2.5}, "hidden_features is 2.5"),
-        ({"out_features": 9}, "needs in_features == out_features, got 8 and 9"),
-        ({"layers": 3}, "layers is 3, expected one of 1, 2"),
-        ({"activation": "relu"}, "activation is 'relu'"),
-    ],
-)
-def test_bad_configs_are_named(values, message):
-    base = {"kind": "inner", "in_features": 8, "hidden_features": 8, "out_features": 8, "residual": "identity"}
-    with pytest.raises(ValueError, match=message):
-        LinkConfig(**{**base, **values})
 
 
 def test_the_norm_out_is_what_the_link_writes_with():

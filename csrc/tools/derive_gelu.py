@@ -1,4 +1,4 @@
-"""Derives the constants of math.h. Run: python csrc/cpu/derive_gelu.py (needs mpmath).
+"""Derives the constants of csrc/cpu/math.h. Run: python csrc/tools/derive_gelu.py (needs mpmath).
 
 Remez exchange on  max_u weight(u) |f(u) - poly(u)|  over an interval, in 60-digit arithmetic; the coefficients
 are then rounded to fp32. tests in csrc/tests check the resulting functions, not these numbers.

@@ -46,6 +46,9 @@ class Reader {
   // Throws TypeError for what is no tensor, and what torch throws for a tensor without memory.
   View read(PyObject* object) const;
 
+  // link.h's number of a torch.dtype, or View::kOther.
+  int32_t dtype_of(PyObject* dtype) const;
+
   // `bytes` of uninitialised memory as a torch tensor, aligned to 64.
   py::object allocate(int64_t bytes) const;
 
@@ -56,5 +59,8 @@ class Reader {
   py::object torch_, tensor_, parameter_, byte_;
   py::object kernel_dtypes_[3];  // by link.h's number
 };
+
+// The reader of the module that this file is compiled into.
+Reader& reader();
 
 }  // namespace recmas::python

@@ -1,4 +1,5 @@
-// The only CUDA file that knows Python: integers in, GIL released while launching, error code → exception.
+// recmas_kernels._cuda: link.h's CUDA entries for Python. Addresses come as integers; the GIL is released during a
+// launch; an error code becomes an exception.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,7 +10,7 @@
 #include <string>
 #include <utility>
 
-#include "link.h"
+#include "../link.h"
 
 namespace py = pybind11;
 

@@ -1,0 +1,64 @@
+// Tensors as the CPU kernels read and write them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "../link.h"
+#include "tensors.h"
+
+namespace recmas::python {
+
+// Reads tensors for a kernel. One that the kernel cannot read as it is (another element type, a stride) only clears
+// `readable`: the caller converts it and calls again. A wrong shape is an error.
+struct Operands {
+  bool readable = true;
+
+  static View described(PyObject* object) { return reader().read(object); }
+
+  void require(bool kernel_can_read) { readable = readable && kernel_can_read; }
+
+  static void expect(bool fits, const char* name) {
+    if (!fits) throw py::value_error(std::string(name) + " has another shape than the call");
+  }
+
+  MatrixView matrix(PyObject* object, int64_t rows, int64_t columns, const char* name) {
+    const View view = described(object);
+    expect(view.is_matrix(rows, columns), name);
+    require(view.dtype != View::kOther && view.has_dense_rows());
+    return {view.data, view.row_stride, view.kernel_dtype()};
+  }
+
+  // `form`: a bool (summed in panel order or not), or the packed panels as a tensor.
+  cpu::Weight weight(PyObject* object, PyObject* form, Dtype compute, int64_t rows, int64_t columns, const char* name) {
+    if (object == Py_None) return {};
+    const View view = described(object);
+    expect(view.is_matrix(rows, columns), name);
+    if (!PyBool_Check(form)) return {described(form).data, Dtype::f32, cpu::Form::packed};
+    require((view.dtype == static_cast<int32_t>(Dtype::f32) || view.dtype == static_cast<int32_t>(compute)) &&
+            view.is_contiguous());
+    return {view.data, view.kernel_dtype(), form == Py_True ? cpu::Form::stored_panel_order : cpu::Form::stored};
+  }
+
+  VectorView vector(PyObject* object, int64_t length, const char* name) {
+    if (object == Py_None) return {};
+    const View view = described(object);
+    expect(view.is_vector(length), name);
+    require(view.dtype != View::kOther && view.is_contiguous());
+    return {view.data, view.kernel_dtype()};
+  }
+
+  // What a kernel writes; allocated for it, so there is nothing to convert.
+  static Output output(PyObject* object, int64_t elements, const char* name) {
+    if (object == Py_None) return {};
+    const View view = described(object);
+    expect(view.dimensions <= 2 && view.rows * view.columns == elements && view.is_contiguous() &&
+               view.dtype != View::kOther,
+           name);
+    return {view.data, view.kernel_dtype()};
+  }
+};
+
+}  // namespace recmas::python
