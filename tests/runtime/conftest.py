@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recmas.agent import Agent
+from recmas.agents.agent import Agent
 from tests.runtime.tiny import FAMILIES, tiny_agent
 
 

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from recmas.agent import Agent
-from recmas.splice import Prompt, splice
+from recmas.agents.agent import Agent
+from recmas.engine.messages import Prompt
+from recmas.system.prompt_assembly import assemble
 from recmas_kernels import FusedRecursiveLink
 
 VOCABULARY = 320
@@ -115,5 +116,5 @@ def prompts(agent: Agent, lengths: tuple[int, ...], seed: int = 0) -> tuple[Prom
     """A left-padded batch of random prompts, and each row's own embeddings ``[1, T, d]``."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(10, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    batch = splice(agent.embed, [[row] for row in rows], {}, {}, pad_id=agent.pad_id, device="cpu")
+    batch = assemble(agent.embed, [[row] for row in rows], {}, {}, pad_id=agent.pad_id, device="cpu")
     return batch, [agent.embed(torch.tensor([row])) for row in rows]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from recmas.answering.options import MODES, AnswerOptions
+from recmas.cli.fields import SWITCH_OFF, add_fields, read_fields
 from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
+from recmas.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from recmas.system import RecursiveMAS
+    from recmas.recursive_mas import RecursiveMAS
     from recmas.tools import Toolbox
 
 
@@ -46,7 +50,7 @@ def add_device(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        choices=list(DTYPES),
         help="of models and links; auto: models as the system says, links float32",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
@@ -57,59 +61,46 @@ def add_offload(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--offload",
         action="store_true",
-        help="keep weights in host memory and bring each agent's to its device for its visits alone: the device has to "
+        help="keep weights in host memory and copy each agent's to its device for its visits alone: the device has to "
         "hold the largest agent, not all of them",
     )
 
 
-def add_answering(parser: CommandLineParser) -> None:
-    """How questions are answered."""
-    add_exchange(parser)
-    add_decoding(parser)
+_KINDS: dict[str, Any] = {
+    "mode": MODES,
+    "rounds": PositiveInt,
+    "latent_steps": LATENT_STEPS,
+    "max_new_tokens": NonNegativeInt,
+    "temperature": float,
+    "top_p": float,
+    "batch_size": BATCH_SIZE,
+    "prefix_reuse": SWITCH_OFF,
+}
+EXCHANGE = ("mode", "rounds", "latent_steps")
+"""Fields of `AnswerOptions`: what agents send to each other, and how often."""
+ANSWERING = tuple(field.name for field in fields(AnswerOptions) if field.name not in ("trace", "tools"))
+"""All fields but those that have commands or options of their own: inspect traces, `add_tools` names tools."""
+DECODING = tuple(name for name in ANSWERING if name not in EXCHANGE)
 
 
-def add_exchange(parser: CommandLineParser) -> None:
-    """What agents say to each other, and how often."""
-    parser.add_argument(
-        "--rounds", type=PositiveInt, default=None, help="rounds of the recursion (default: the system's)"
-    )
-    parser.add_argument(
-        "--latent-steps",
-        type=LATENT_STEPS,
-        default=None,
-        help="latent thoughts per message, for all agents or by role: 32 or planner=2,solver=3",
-    )
-    parser.add_argument(
-        "--mode",
-        default="latent",
-        choices=["latent", "text"],
-        help="what agents pass on; text is the baseline: same agents, prompts and rounds, text in the slots",
-    )
+def add_answering(parser: CommandLineParser, names: Sequence[str] = ANSWERING) -> None:
+    """How questions are answered: options for these fields of `AnswerOptions`."""
+    add_fields(parser, AnswerOptions, _KINDS, names)
 
 
-def add_decoding(parser: CommandLineParser) -> None:
-    """How texts are written, and how many at once."""
-    parser.add_argument(
-        "--batch-size",
-        type=BATCH_SIZE,
-        default=32,
-        help="questions answered at once; auto: as many as the devices' free memory holds",
-    )
-    parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
-    parser.add_argument("--temperature", type=float, default=None, help="of sampling; 0 is greedy")
-    parser.add_argument("--top-p", type=float, default=None, help="nucleus of sampling, in (0, 1]")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+def add_compile(parser: CommandLineParser) -> None:
+    """How the latent rollout runs."""
     parser.add_argument(
         "--compile",
         action="store_true",
         help="run the step of the latent rollout through torch.compile, which takes about a minute for each bucket of "
         "batch sizes and lengths, and a C++ compiler on a CPU",
     )
-    parser.add_argument(
-        "--no-prefix-reuse",
-        action="store_true",
-        help="read every prompt from its beginning; by default what it has in common with an earlier one is read once",
-    )
+
+
+def answer_options(options: Namespace, names: Sequence[str] = ANSWERING, **others: Any) -> AnswerOptions:
+    """The `AnswerOptions` of `add_answering`'s options, with `others` in their place."""
+    return AnswerOptions(**read_fields(options, AnswerOptions, _KINDS, names) | others)
 
 
 def add_tools(parser: CommandLineParser) -> None:
@@ -122,17 +113,6 @@ def add_tools(parser: CommandLineParser) -> None:
         "NOT in a security sandbox",
     )
     parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
-
-
-def answering(options: Namespace) -> dict[str, Any]:
-    """`add_answering`'s options, as `RecursiveMAS.answer` calls them."""
-    return {name: options[name] for name in ("rounds", "latent_steps", "mode")} | decoding(options)
-
-
-def decoding(options: Namespace) -> dict[str, Any]:
-    """`add_decoding`'s options."""
-    names = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
-    return {name: options[name] for name in names} | {"prefix_reuse": not options.no_prefix_reuse}
 
 
 def toolbox(options: Namespace) -> Toolbox | tuple[()]:
@@ -157,13 +137,13 @@ def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None
 @contextlib.contextmanager
 def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     """The system that `add_system`'s options name, served by the backend they name."""
-    from recmas.spec import read_spec
+    from recmas.config.system_json import read_spec
 
-    read_spec(options.system)  # a broken file is told of before torch has loaded
+    read_spec(options.system)  # a broken file ends here, before torch has loaded
     import torch
     import transformers
 
-    from recmas.system import RecursiveMAS
+    from recmas.recursive_mas import RecursiveMAS
 
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -205,7 +185,7 @@ def write_lines(path: str, records: list[dict[str, Any]]) -> None:
 
 def read_questions(options: Namespace) -> list[dict[str, object]]:
     """The rows of --questions, or the one of --question."""
-    from recmas.rows import read_rows
+    from recmas.prompts.jsonl import read_rows
 
     if (options.questions is None) == (options.question is None):
         raise ValueError("give either --questions FILE.jsonl or --question TEXT")

@@ -85,7 +85,7 @@ def _add_upstream(parser: CommandLineParser) -> None:
 def _add_safetensors(parser: CommandLineParser) -> None:
     parser.add_argument("source", type=str, help=".pt state dict, or folder with adapter.pt and adapter_config.json")
     parser.add_argument("out", type=str, help="link folder to make")
-    parser.add_argument("--adapter-type", type=str, default=None, help="of the link, where nothing beside it tells")
+    parser.add_argument("--adapter-type", type=str, default=None, help="of the link, where no file beside it names it")
 
 
 def _add_pt(parser: CommandLineParser) -> None:

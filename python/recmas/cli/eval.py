@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import PositiveInt
 
 from recmas.cli.common import (
-    add_decoding,
+    DECODING,
+    add_answering,
+    add_compile,
     add_offload,
     add_system,
     add_tools,
+    answer_options,
     check_output,
-    decoding,
     dump,
     loaded,
     toolbox,
@@ -72,7 +74,8 @@ def add_options(parser: CommandLineParser) -> None:
         help="latent thoughts per message, to try in turn: 0,16,32; or once, by role: planner=2,solver=3",
     )
     parser.add_argument("--samples", type=PositiveInt, default=1, help="answers to each question, for pass@k")
-    add_decoding(parser)
+    add_answering(parser, DECODING)
+    add_compile(parser)
     add_tools(parser)
     parser.add_argument(
         "--output", type=str, default=None, help="JSONL file of records; a run that was cut short goes on from it"
@@ -90,7 +93,7 @@ def execute(options: Namespace) -> int:
         question_field=options.question_field,
         limit=options.limit,
     )
-    tools = toolbox(options)
+    asked = answer_options(options, DECODING, tools=toolbox(options))
     with loaded(options) as mas:
         from recmas.evaluation.summary import table
         from recmas.evaluation.sweep import sweep
@@ -104,9 +107,8 @@ def execute(options: Namespace) -> int:
             rounds=options.rounds or (None,),
             latent_steps=options.latent_steps or (None,),
             samples=options.samples,
-            tools=tools,
+            options=asked,
             output=options.output,
-            **decoding(options),
         ).summaries
     if options.json:
         dump({"cells": [asdict(summary) for summary in summaries]})

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_device, add_exchange, add_offload, dump
+from recmas.cli.common import EXCHANGE, add_answering, add_device, add_offload, dump
 from recmas.cli.parser import CommandLineParser
+from recmas.sizing import BATCH_SIZE
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -25,10 +26,9 @@ def add_options(parser: CommandLineParser) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
     add_offload(parser)
-    add_exchange(parser)
-    parser.add_argument("--max-new-tokens", type=NonNegativeInt, default=None, help="most tokens per text")
+    add_answering(parser, (*EXCHANGE, "max_new_tokens"))
     parser.add_argument("--prompt-tokens", type=PositiveInt, default=512, help="tokens of a prompt, messages aside")
-    parser.add_argument("--batch-size", type=PositiveInt, default=32, help="questions answered at once")
+    parser.add_argument("--batch-size", type=PositiveInt, default=BATCH_SIZE, help="questions answered at once")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -37,7 +37,7 @@ def execute(options: Namespace) -> int:
         from recmas_kernels import info
 
         return info.main(["--json"] if options.json else [])
-    from recmas.memory.table import memory_table, render
+    from recmas.sizing.report import memory_table, render
 
     table = memory_table(
         options.system,

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from recmas.cli.common import dump
 from recmas.cli.parser import PAIRS, CommandLineParser
-from recmas.pattern import NAMED, Pattern
+from recmas.config.pattern import NAMED, Pattern
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -63,8 +63,8 @@ def execute(options: Namespace) -> int:
             raise ValueError(f"--models: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
     import transformers
 
-    from recmas.spec import DTYPES
-    from recmas.system import RecursiveMAS
+    from recmas.dtypes import DTYPES
+    from recmas.recursive_mas import RecursiveMAS
 
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(DTYPES)}")

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import add_offload, add_system, dump, loaded, read_questions
-from recmas.cli.parser import LATENT_STEPS, CommandLineParser
+from recmas.cli.common import add_answering, add_offload, add_system, dump, loaded, read_questions
+from recmas.cli.parser import CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from recmas.running import Handoff
-    from recmas.system import RecursiveMAS
+    from recmas.answering.answers import Handoff
+    from recmas.recursive_mas import RecursiveMAS
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -21,10 +21,7 @@ def add_options(parser: CommandLineParser) -> None:
     add_offload(parser)
     parser.add_argument("--questions", type=str, default=None, help="JSONL file: show the latents of these rows")
     parser.add_argument("--question", type=str, default=None, help="show the latents of this question")
-    parser.add_argument(
-        "--rounds", type=PositiveInt, default=None, help="rounds of the recursion (default: the system's)"
-    )
-    parser.add_argument("--latent-steps", type=LATENT_STEPS, default=None, help="32 or planner=2,solver=3")
+    add_answering(parser, ("rounds", "latent_steps"))
     parser.add_argument("--nearest", type=PositiveInt, default=3, help="tokens shown per latent")
 
 
@@ -52,7 +49,7 @@ def execute(options: Namespace) -> int:
 
 def parts(mas: RecursiveMAS) -> dict[str, Any]:
     """Pattern, agents and links, as JSON."""
-    from recmas.spec import edge_name
+    from recmas.config.system_json import edge_name
 
     agents = {
         role: {
@@ -83,7 +80,7 @@ def seen(mas: RecursiveMAS, handoff: Handoff, nearest: int) -> dict[str, Any]:
     """One handoff in the receiver's space: rms of each latent, and the tokens whose embeddings point its way most."""
     import torch
 
-    from recmas.splice import run_link
+    from recmas.engine.messages import run_link
 
     receiver = mas.agents[handoff.target]
     assert handoff.latents is not None

@@ -110,7 +110,7 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     """The grid; its table is printed cell by cell unless JSON is wanted."""
     from tqdm.auto import tqdm
 
-    from recmas.lab.grid import CONTROLS, MODES, Cell, check, grid, heading, line, runs, summary
+    from recmas.lab.grid import CONTROLS, MODES, Measurement, check, grid, heading, line, runs, summary
     from recmas.lab.threads import one_thread
 
     count = default if options.questions is None else options.questions
@@ -120,7 +120,7 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     total = len(hops) * len(runs(methods, rounds))
     with loaded(options) as mas, tqdm(total=total, desc="relay", leave=False, disable=None) as bar:
 
-        def show(cell: Cell) -> None:
+        def show(cell: Measurement) -> None:
             if not options.json:
                 bar.write(line(cell))
             bar.update()

@@ -12,7 +12,15 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the paragraphs of descriptions."""
+    """Keeps the paragraphs of descriptions; names a default once, and none where there is none."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action)
+        written = action.help or ""
+        if action.default in (None, False) or "(default: " in written:
+            added = text.removeprefix(written)
+            text = written + re.sub(r"(, )?default: %\(default\)s", "", added).replace(" ()", "")
+        return text
 
 
 class CommandLineParser(ArgumentParser):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recmas.chats import read_row
 from recmas.cli.common import (
     add_answering,
+    add_compile,
     add_offload,
     add_system,
     add_tools,
-    answering,
+    answer_options,
     check_output,
     dump,
     loaded,
@@ -20,11 +20,12 @@ from recmas.cli.common import (
     write_lines,
 )
 from recmas.cli.parser import CommandLineParser
+from recmas.prompts.rows import read_row
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from recmas.running import Answers
+    from recmas.answering.answers import Answers
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -38,6 +39,7 @@ def add_options(parser: CommandLineParser) -> None:
     )
     parser.add_argument("--question", type=str, default=None, help="a single question instead")
     add_answering(parser)
+    add_compile(parser)
     add_tools(parser)
     parser.add_argument(
         "--stream", action="store_true", help="print answers as they are written, one question at a time"
@@ -50,11 +52,8 @@ def execute(options: Namespace) -> int:
     if options.stream and options.json:
         raise ValueError("--stream prints text as it is written; it cannot be had with --json")
     check_output(options.output)
-    arguments = answering(options)
+    asked = answer_options(options, tools=toolbox(options), batch_size=1 if options.stream else options.batch_size)
     printer = _Printer()
-    if options.stream:
-        arguments |= {"batch_size": 1, "on_text": printer}
-    arguments["tools"] = toolbox(options)
     with loaded(options) as mas:
         from tqdm.auto import tqdm
 
@@ -62,7 +61,8 @@ def execute(options: Namespace) -> int:
         visits = len(list(mas.pattern.visits(rounds)))
         hidden = True if options.stream else None  # None: where stderr is not a terminal
         with tqdm(total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=hidden) as bar:
-            answers = mas.answer(rows, progress=bar.update, **arguments)
+            on_text = printer if options.stream else None
+            answers = mas.answer(rows, asked, on_text=on_text, progress=bar.update)
     records = [record(row, answers, index) for index, row in enumerate(rows)]
     if options.output is not None:
         write_lines(options.output, records)

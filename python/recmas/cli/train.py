@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import add_system, dump, loaded
+from recmas.cli.fields import add_fields, read_fields
 from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, CommandLineParser
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ STAGES = {
     "warmup": "each outer link, toward the receiver's embeddings of the sender's gold texts",
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
 }
+KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -34,7 +34,7 @@ def add_options(parser: CommandLineParser) -> None:
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
         only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
         command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
-        _add_settings(command, stage)
+        add_fields(command, _config_class(stage), KINDS)
         stages.add_subcommand(stage, command, help=summary)
 
 
@@ -43,8 +43,8 @@ def execute(options: Namespace) -> int:
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
-    names = [field.name for field in dataclasses.fields(config_class)]
-    config = config_class(**{name: _setting(name, chosen[name]) for name in names})
+    given = read_fields(chosen, config_class, KINDS)
+    config = config_class(**{name: _setting(name, value) for name, value in given.items()})
     rows = training.read_rows(chosen.data)
     output = Path(chosen.system if chosen.output is None else chosen.output)
     train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
@@ -73,28 +73,6 @@ def _config_class(stage: str) -> Any:
     from recmas import training
 
     return {"inner": training.InnerConfig, "warmup": training.WarmupConfig, "outer": training.OuterConfig}[stage]
-
-
-def _add_settings(parser: CommandLineParser, stage: str) -> None:
-    """An option per field of the stage's configuration, explained by its docstring."""
-    config_class = _config_class(stage)
-    explained, hints = _explained(config_class), get_type_hints(config_class)
-    special = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
-    for field in dataclasses.fields(config_class):
-        kind = special.get(field.name, hints[field.name])
-        text = explained.get(field.name, "")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
-
-
-def _explained(config_class: type) -> dict[str, str]:
-    """Texts of the ``Attributes:`` sections of a dataclass and its bases, by field."""
-    texts: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        section = (base.__doc__ or "").partition("Attributes:\n")[2]
-        for names, text in re.findall(r"^ {8}([\w, ]+): (.+(?:\n {12}.+)*)", section, re.MULTILINE):
-            for name in names.split(","):
-                texts[name.strip()] = re.sub(r"\s+", " ", text).rstrip(".").replace("%", "%%").replace("`", "")
-    return texts
 
 
 def _setting(name: str, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from recmas.rows import read_rows
+from recmas.prompts.jsonl import read_rows
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_ENDINGS = (".jsonl", ".json", ".txt")

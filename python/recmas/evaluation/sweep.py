@@ -2,8 +2,8 @@
 
 With an output file each batch's records are appended as JSON lines as soon as they exist. Calling again with the same
 arguments answers only what is missing, and a larger sweep only what is new; records of another system, other settings
-or other rows are refused. Of an agent's weights only a sample of each tensor is compared: fine-tuned weights are told
-apart, weights in which a few single elements differ may not be.
+or other rows are refused. Of an agent's weights only a sample of each tensor is compared: fine-tuned weights are
+distinguished, weights in which a few single elements differ may not be.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from recmas.baselines import variant
+from recmas.answering.options import AnswerOptions
+from recmas.answering.plan import Plan
+from recmas.answering.prompt_lengths import check_lengths
+from recmas.config.system_json import edge_name
 from recmas.evaluation import records as record_file
+from recmas.evaluation.baselines import variant
 from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
-from recmas.lengths import check_lengths
-from recmas.running import Plan, steps_by_role
-from recmas.spec import edge_name
-from recmas.system import RecursiveMAS, Row
-from recmas.tools import Tool, Toolbox
+from recmas.prompts.rows import Fields
+from recmas.recursive_mas import RecursiveMAS
 
 Steps = int | Mapping[str, int] | None
 AUTO_GROUP = 128  # questions whose records are written together where memory decides the batches
@@ -46,7 +48,7 @@ class Sweep(NamedTuple):
 
 def sweep(
     system: RecursiveMAS,
-    rows: Sequence[Row],
+    rows: Sequence[Fields],
     *,
     metric: str = "exact",
     answer_field: str = "answer",
@@ -54,15 +56,10 @@ def sweep(
     rounds: Sequence[int | None] = (None,),
     latent_steps: Sequence[Steps] = (None,),
     samples: int = 1,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    batch_size: int | str = 32,
-    prefix_reuse: bool = True,
-    tools: Toolbox | Sequence[Tool] = (),
+    options: AnswerOptions | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    **changes: Any,
 ) -> Sweep:
     """Answer every row in every cell of modes x rounds x latent steps, and compare with its answer.
 
@@ -71,20 +68,20 @@ def sweep(
         rows: questions with the fields its templates name, and the answer.
         metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
         answer_field: field of the row that holds the answer.
-        modes: "latent", "text", "single" or "loop"; `recmas.baselines` says what each runs. Cells that a mode cannot
-            tell apart (rounds of a single agent, latent steps of texts or of a loop of one round) are run once.
+        modes: "latent", "text", "single" or "loop"; `recmas.evaluation.baselines` says what each runs. Cells that a
+            mode cannot distinguish (rounds of a single agent, latent steps of texts or of a loop of one round) are run
+            once.
         rounds: None is the system's own.
         latent_steps: for all agents, or by role; None is the system's own.
         samples: answers to each question, with random streams of their own.
-        max_new_tokens, temperature, top_p: as `RecursiveMAS.answer` takes them.
-        seed: of sampling; a batch draws from it, the sample's number and the number of the batch's first question, so
-            cells differ by what they do and not by luck.
-        batch_size: questions answered together; "auto" is as many as memory holds, within groups of 128 that stand
-            for the batch here: seeds and records are the same on every machine.
-        prefix_reuse: as `RecursiveMAS.answer` takes it; no part of what tells one run's records from another's.
-        tools: what the answering agent may call while it writes, in every mode (`recmas.tools`); none by default.
+        options: how questions are answered, but for mode, rounds and latent steps, which are swept. A batch draws from
+            the seed, the sample's number and the number of the batch's first question, so cells differ by what they do
+            and not by luck. ``batch_size="auto"`` answers as many questions as memory holds, within groups of 128 that
+            stand for the batch here: seeds and records are the same on every machine. ``prefix_reuse`` is no part of
+            what distinguishes one run's records from another's.
         output: JSONL file of records, written batch by batch; None keeps them in memory only.
         progress: show a bar where stderr is a terminal.
+        changes: fields of `AnswerOptions`, in place of those of `options`.
 
     Raises:
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
@@ -93,25 +90,29 @@ def sweep(
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
-    group = AUTO_GROUP if batch_size == "auto" else int(batch_size)
-    for name, count in (("batch_size", group), ("samples", samples)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    options = AnswerOptions.of(options, **changes)
+    group = options.batch_size if isinstance(options.batch_size, int) else AUTO_GROUP
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     if not rows:
         raise ValueError("rows: expected at least one question, got none")
     expected = [_expected(row, index, answer_field) for index, row in enumerate(rows)]
-    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
+    decoding = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    toolbox = options.toolbox
     cells = _cells(system, modes, rounds, latent_steps)
-    answerers = [variant(system, cell.mode) for cell in cells]
-    for cell, (answerer, mode) in zip(cells, answerers, strict=True):
-        plan = Plan(answerer, mode=mode, rounds=cell.rounds, latent_steps=cell.steps, **decoding)
+    answerers: list[RecursiveMAS] = []
+    plans: list[Plan] = []
+    for cell in cells:
+        answerer, mode = variant(system, cell.mode)
+        plan = Plan(answerer, replace(options, mode=mode, rounds=cell.rounds, latent_steps=cell.steps))
         answerer.check_rows(rows, plan.rounds)
         check_lengths(plan, rows)
+        answerers.append(answerer)
+        plans.append(plan)
         if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
     called = [*sorted(toolbox.tools), toolbox.max_calls, toolbox.max_output] if toolbox.tools else []
-    settings = json.dumps([_digest(system), metric, answer_field, seed, batch_size, decoding, called])
+    settings = json.dumps([_digest(system), metric, answer_field, options.seed, options.batch_size, decoding, called])
 
     def key(cell: Cell, sample: int, index: int) -> str | None:
         if not 0 <= index < len(rows):
@@ -137,18 +138,10 @@ def sweep(
             if not missing:
                 continue
             bar.set_postfix_str(f"{cell.mode}, {cell.rounds} rounds, {cell.steps} steps", refresh=False)
-            answerer, mode = answerers[number]
-            memory = _Memory(answerer)
-            answers = answerer.answer(
+            memory = _PeakMemory(answerers[number])
+            answers = answerers[number].answer(
                 [rows[index] for index in batch],  # whole batches, that nothing depends on where a run was cut short
-                mode=mode,
-                rounds=cell.rounds,
-                latent_steps=cell.steps,
-                seed=batch_seed(seed, sample, first),
-                batch_size=batch_size,
-                prefix_reuse=prefix_reuse,
-                tools=toolbox,
-                **decoding,
+                replace(plans[number].options, seed=batch_seed(options.seed, sample, first)),
             )
             seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
             peak = memory.peak()
@@ -192,7 +185,7 @@ def _cells(
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
         count = system.defaults.rounds if count is None else count
-        by_role = steps_by_role(system, asked)
+        by_role = system.steps_by_role(asked)
         thinks = mode == "latent" or (mode == "loop" and count > 1)
         alike = mode == "loop" or len(set(by_role.values())) == 1
         steps = by_role[system.pattern.last] if alike else by_role
@@ -204,7 +197,7 @@ def _cells(
     return cells
 
 
-def _expected(row: Row, index: int, field: str) -> str:
+def _expected(row: Fields, index: int, field: str) -> str:
     if not isinstance(row, Mapping) or field not in row:
         raise ValueError(f"row {index}: no field {field!r} with the answer")
     return str(row[field])
@@ -229,7 +222,7 @@ def _digest(system: RecursiveMAS) -> str:
     return digest.hexdigest()
 
 
-class _Memory:
+class _PeakMemory:
     """The peak of what `Record.peak_memory` describes, from now on where that can be had."""
 
     def __init__(self, system: RecursiveMAS) -> None:

@@ -16,9 +16,10 @@ from transformers import (
     StableLmConfig,
 )
 
-from recmas import SEQUENTIAL, RecursiveMAS
-from recmas.agent import Agent
-from recmas.spec import Decoding, PromptSpec
+from recmas.agents.agent import Agent
+from recmas.config.pattern import SEQUENTIAL
+from recmas.config.system_json import Decoding, PromptSpec
+from recmas.recursive_mas import RecursiveMAS
 
 PROMPTS = {
     "planner": {

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 import transformers
 
-from recmas import RecursiveMAS, __version__
-from recmas.agent import Agent
+from recmas.agents.agent import Agent
+from recmas.config.system_json import FILE_NAME
 from recmas.lab.agents import relay_system
-from recmas.lab.grid import Row, grid
+from recmas.lab.grid import grid
 from recmas.lab.links import LinkSettings, train_links
 from recmas.lab.pretrain import PretrainSettings, pretrain
 from recmas.lab.world import ROLES, questions
-from recmas.spec import FILE_NAME
+from recmas.recursive_mas import RecursiveMAS
+from recmas_kernels import __version__
 
 RECORD, QUESTIONS = "lab.json", "questions.jsonl"
 VALIDATION_SEED = 7
@@ -130,7 +131,7 @@ def _pretrain_into(task: tuple[str, Path, int, PretrainSettings, bool]) -> dict[
     return reached
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -9,27 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from recmas import SEQUENTIAL, RecursiveMAS
-from recmas.baselines import single_agent
+from recmas.config.pattern import SEQUENTIAL, Visit
+from recmas.config.system_json import PromptSpec
+from recmas.engine.messages import Latents
 from recmas.evaluation import METRICS
+from recmas.evaluation.baselines import single_agent
 from recmas.lab.agents import PROMPTS, relay_system
 from recmas.lab.world import chance, questions
-from recmas.pattern import Visit
-from recmas.spec import PromptSpec
-from recmas.splice import Latents
+from recmas.recursive_mas import RecursiveMAS
 
 MODES = ("latent", "text")
 CONTROLS = ("solver alone", "untrained links", "shuffled latents")
 BATCH = 256
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Measurement:
     """One way of answering questions of ``hops`` hops in ``rounds`` rounds.
 
     ``accuracy`` and ``chance`` are shares; ``text_tokens`` (decoded by all agents), ``latent_steps`` and ``seconds``
-    are per question. The solver alone is measured once per number of hops, as zero rounds: it hears nobody.
+    are per question. The solver alone is measured once per number of hops, as zero rounds: it reads no messages.
     """
 
     method: str
@@ -52,8 +51,8 @@ def grid(
     rounds: Sequence[int] = (1, 2, 3),
     methods: Sequence[str] = (*MODES, *CONTROLS),
     split: str = "test",
-    on_cell: Callable[[Cell], object] | None = None,
-) -> list[Cell]:
+    on_cell: Callable[[Measurement], object] | None = None,
+) -> list[Measurement]:
     """Measure every method on every cell, on ``count`` fresh questions per number of hops.
 
     Args:
@@ -80,7 +79,7 @@ def grid(
     for hop_count in hops:
         rows = questions(split, seed, [hop_count], count)
         for method, round_count in runs(methods, rounds):
-            cell = _cell(systems[method], method, rows, hop_count, round_count)
+            cell = _measure(systems[method], method, rows, hop_count, round_count)
             cells.append(cell)
             if on_cell is not None:
                 on_cell(cell)
@@ -108,7 +107,9 @@ def runs(methods: Sequence[str], rounds: Sequence[int]) -> list[tuple[str, int]]
     ]
 
 
-def _cell(system: RecursiveMAS, method: str, rows: Sequence[Row], hops: int, rounds: int) -> Cell:
+def _measure(
+    system: RecursiveMAS, method: str, rows: Sequence[dict[str, object]], hops: int, rounds: int
+) -> Measurement:
     alone = method == "solver alone"
     started = time.perf_counter()
     answers = system.answer(
@@ -126,7 +127,7 @@ def _cell(system: RecursiveMAS, method: str, rows: Sequence[Row], hops: int, rou
     latent_steps = sum(sum(answer.latent_steps.values()) for answer in answers)
     rounds, count = 0 if alone else rounds, len(rows)
     costs = (text_tokens / count, latent_steps / count, seconds / count)
-    return Cell(method, hops, rounds, count, right / count, chance(hops, rounds), *costs)
+    return Measurement(method, hops, rounds, count, right / count, chance(hops, rounds), *costs)
 
 
 def _solver_alone(system: RecursiveMAS) -> RecursiveMAS:
@@ -142,7 +143,7 @@ def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]
     return Latents(torch.roll(message.states, 1, dims=0), message.lengths)
 
 
-def summary(cells: Sequence[Cell]) -> str:
+def summary(cells: Sequence[Measurement]) -> str:
     """Accuracy alone: a line per number of hops, a column per method and rounds."""
     columns = list(dict.fromkeys((cell.method, cell.rounds) for cell in cells))
     reached = {((cell.method, cell.rounds), cell.hops): cell.accuracy for cell in cells}
@@ -160,7 +161,7 @@ def heading() -> str:
     return "{:>4} {:>6}  {:<16} {:>8} {:>6} {:>11} {:>12} {:>11}".format(*names)
 
 
-def line(cell: Cell) -> str:
+def line(cell: Measurement) -> str:
     """A cell as a line of text."""
     return (
         f"{cell.hops:>4} {cell.rounds or '-':>6}  {cell.method:<16} {cell.accuracy:>8.3f} {cell.chance:>6.3f} "

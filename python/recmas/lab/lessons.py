@@ -22,7 +22,8 @@ from torch import Tensor
 from recmas.lab.agents import PROMPTS, SENDER
 from recmas.lab.vocabulary import tokenizer_for
 from recmas.lab.world import MAX_HOPS, World, draw_world
-from recmas.prompts import PromptRenderer, Slot, Template
+from recmas.prompts.renderer import PromptRenderer
+from recmas.prompts.template import Slot, Template
 from recmas.training.warmup import aligned_tokens
 
 PASSED_ON = 0.25
@@ -75,11 +76,11 @@ class School:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
         @functools.cache
-        def heard(text: str) -> list[tuple[int, int]]:
+        def spoken(text: str) -> list[tuple[int, int]]:
             groups, ids = aligned_tokens(sender, self.tokenizer, [text])
             return [(ids[0][group[0]], ids[0][group[-1]]) for group in groups[0]]
 
-        self._spelled, self._heard = spelled, heard
+        self._spelled, self._spoken = spelled, spoken
 
     def lesson(self, sheets: int, turns: int, noise: float) -> Lesson:
         """A batch of ``sheets`` x ``turns`` turns, all in one rhythm, their noise drawn from 0 to ``noise``."""
@@ -108,7 +109,7 @@ class School:
 
     def _turn(self, world: World, cue: list[int], as_sender: bool, noise: float) -> list[_Position]:
         text = self._message(world)
-        written = self._heard(text) if as_sender else [(token, token) for token in self._spelled(text)]
+        written = self._spoken(text) if as_sender else [(token, token) for token in self._spelled(text)]
         reply = [*self._spelled(world.relay(self.role, text)), self.tokenizer.eos_token_id]
         level = self._rng.uniform(0.0, noise)
         slot = [_Position(group, noise=level) for group in written]

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from recmas import RecursiveMAS
+from recmas.config.system_json import edge_name
 from recmas.lab.world import questions
-from recmas.spec import edge_name
+from recmas.recursive_mas import RecursiveMAS
 from recmas.training import InnerConfig, OuterConfig, WarmupConfig, train_inner, train_outer, train_warmup
 
 HOPS = (0, 0, 1, 1, 2, 3, 4)

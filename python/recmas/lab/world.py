@@ -117,7 +117,7 @@ def questions(
 
 
 def chance(hops: int, rounds: int) -> float:
-    """Best accuracy without what the missing messages would have told.
+    """Best accuracy without what the missing messages would have said.
 
     With as many rounds as hops and a message lost, nothing but a guess among the 8 words is left: 1/8. A perfect system
     that is m = hops - rounds rounds short knows the word it has reached; answering that word is right when m more hops

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from recmas.decoding import Detokenizer
+from recmas.agents.detokenizer import Detokenizer
 from recmas.tools.python import PythonTool
 
 __all__ = ["SHIPPED", "PythonTool", "Tool", "ToolCall", "Toolbox"]
@@ -30,12 +30,12 @@ class Tool(Protocol):
         """The tag that calls it: letters, digits, "_" and "-", a letter first."""
 
     def run(self, text: str) -> str:
-        """The result for the text of one call; what it raises is told to the model in one line."""
+        """The result for the text of one call; the model reads what it raises in one line."""
 
 
 @dataclass
 class ToolCall:
-    """One call: what the model wrote between the tags, and what it was told, before any cut to the context."""
+    """One call: what the model wrote between the tags, and what it read then, before any cut to the context."""
 
     name: str
     text: str
@@ -47,7 +47,7 @@ class Toolbox:
 
     Args:
         tools: with different names.
-        max_calls: calls per row; later ones are not run, which the model is told.
+        max_calls: calls per row; later ones are not run, and the model reads so.
         max_output: most characters of a result.
 
     Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from recmas.rows import read_rows
+from recmas.prompts.jsonl import read_rows
 from recmas.training.config import InnerConfig, LoopConfig, OuterConfig, WarmupConfig
 
 if TYPE_CHECKING:

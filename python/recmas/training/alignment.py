@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from recmas.pattern import Edge, Pattern, Visit
+from recmas.config.pattern import Edge, Pattern, Visit
+from recmas.prompts.rows import Fields
+from recmas.system.system import System
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.data import DataSource, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
-
-if TYPE_CHECKING:
-    from recmas.system import RecursiveMAS
 
 Key = TypeVar("Key", bound="str | Edge")
 
@@ -33,11 +32,11 @@ def visit_of(pattern: Pattern, role: str, round: int) -> Visit:
 def gold_messages(pattern: Pattern, role: str, round: int) -> list[tuple[str, int]]:
     """(role, round) of the gold messages that `forced_with_gold` takes: the agent's own and its senders'."""
     visit = visit_of(pattern, role, round)
-    return [(role, round), *zip(visit.senders, visit.heard, strict=True)]
+    return [(role, round), *zip(visit.senders, visit.sender_rounds, strict=True)]
 
 
 def forced_with_gold(
-    system: RecursiveMAS, role: str, rows: Sequence[Row], round: int, *, max_tokens: int | None = None
+    system: System, role: str, rows: Sequence[Fields], round: int, *, max_tokens: int | None = None
 ) -> Speech:
     """The message of ``role`` in ``round``, forced after a prompt that holds its senders' gold messages as text.
 
@@ -46,13 +45,13 @@ def forced_with_gold(
     visit = visit_of(system.pattern, role, round)
     texts = target_texts(rows, role, round)
     with torch.no_grad():
-        heard = {sender: target_texts(rows, sender, at) for sender, at in zip(visit.senders, visit.heard, strict=True)}
-        prompt = system.prompt(visit, rows, heard)
+        senders = zip(visit.senders, visit.sender_rounds, strict=True)
+        prompt = system.prompt(visit, rows, {sender: target_texts(rows, sender, at) for sender, at in senders})
         return force(system.agents[role], prompt, texts, max_tokens=max_tokens)
 
 
 def train_apart(
-    system: RecursiveMAS,
+    system: System,
     links: Mapping[Key, nn.Module],
     loss: Callable[..., torch.Tensor],
     rows: RowSource,
@@ -92,7 +91,7 @@ def train_apart(
 
 
 def _batch_loss(
-    system: RecursiveMAS,
+    system: System,
     key: str | Edge,
     loss: Callable[..., torch.Tensor],
     source: DataSource,

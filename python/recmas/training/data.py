@@ -13,17 +13,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import Union
 
 import torch
 
-from recmas.rows import read_rows
+from recmas.agents.agent import Agent
+from recmas.prompts.jsonl import read_rows
+from recmas.prompts.rows import Fields
 
-if TYPE_CHECKING:
-    from recmas.agent import Agent
-
-Row = Mapping[str, object]
-RowSource = Union[str, "os.PathLike[str]", Sequence[Row], Callable[[int], Sequence[Row]]]
+RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
 
 
 class DataSource:
@@ -37,8 +35,8 @@ class DataSource:
     def __init__(self, rows: RowSource, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._make: Callable[[int], Sequence[Row]]
-        self._rows: Sequence[Row] = ()
+        self._make: Callable[[int], Sequence[Fields]]
+        self._rows: Sequence[Fields] = ()
         if callable(rows):
             self._make = rows
             return
@@ -62,14 +60,14 @@ class DataSource:
         for role, round in needed:
             target_texts(self._rows, role, round)
 
-    def batch(self, index: int) -> list[Row]:
+    def batch(self, index: int) -> list[Fields]:
         """The rows of batch ``index`` (from 0)."""
         rows = list(self._make(index))
         if not rows:
             raise ValueError(f"rows: the callable returned no rows for batch {index}")
         return rows
 
-    def _shuffled(self, index: int) -> list[Row]:
+    def _shuffled(self, index: int) -> list[Fields]:
         first = index * self._batch_size
         return [self._rows[self._position(i)] for i in range(first, first + self._batch_size)]
 
@@ -87,7 +85,7 @@ def pick(seed: int, step: int, choices: int | Sequence[int]) -> int:
     return choices if isinstance(choices, int) else random.Random(f"{seed}:{step}").choice(list(choices))
 
 
-def target_texts(rows: Sequence[Row], role: str, round: int) -> list[str]:
+def target_texts(rows: Sequence[Fields], role: str, round: int) -> list[str]:
     """What agent ``role`` should say in ``round`` (from 1), one text per row.
 
     Raises:
@@ -96,7 +94,7 @@ def target_texts(rows: Sequence[Row], role: str, round: int) -> list[str]:
     return [_target_text(row, index, role, round) for index, row in enumerate(rows)]
 
 
-def _target_text(row: Row, index: int, role: str, round: int) -> str:
+def _target_text(row: Fields, index: int, role: str, round: int) -> str:
     targets = row.get("targets")
     if not isinstance(targets, Mapping):
         raise ValueError(f"row {index}: expected 'targets' to be an object of texts by agent, got {targets!r}")

@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from recmas.splice import run_link
+from recmas.engine.messages import run_link
+from recmas.prompts.rows import Fields
+from recmas.system.system import System
 from recmas.training.alignment import forced_with_gold, train_apart
 from recmas.training.config import InnerConfig
-from recmas.training.data import Row, RowSource
+from recmas.training.data import RowSource
 from recmas.training.loop import OnStep, TrainingResult
 from recmas_kernels import alignment_loss
 
-if TYPE_CHECKING:
-    from recmas.system import RecursiveMAS
-
 
 def inner_loss(
-    system: RecursiveMAS,
+    system: System,
     role: str,
-    rows: Sequence[Row],
+    rows: Sequence[Fields],
     round: int = 1,
     *,
     cosine_weight: float = 1.0,
@@ -52,7 +50,7 @@ def inner_loss(
 
 
 def train_inner(
-    system: RecursiveMAS,
+    system: System,
     rows: RowSource,
     config: InnerConfig | None = None,
     *,

@@ -12,32 +12,29 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from recmas.pattern import Edge, Visit
-from recmas.running import Message, steps_by_role
-from recmas.spec import edge_name
-from recmas.splice import Latents, Prompt, run_link
+from recmas.agents.agent import Agent
+from recmas.config.pattern import Edge
+from recmas.config.system_json import edge_name
+from recmas.engine.messages import Latents, run_link
+from recmas.prompts.rows import Fields
+from recmas.system.system import System
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
-from recmas.training.data import DataSource, Row, RowSource, pick, target_texts
+from recmas.training.data import DataSource, RowSource, pick, target_texts
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
-from recmas.training.unroll import Beginnings, recomputing
-
-if TYPE_CHECKING:
-    from recmas.agent import Agent
-    from recmas.system import RecursiveMAS
+from recmas.training.unroll import SharedPrefixes, recomputing
 
 LOGITS = 1 << 25  # 128 MiB of float32
 
 
 def outer_loss(
-    system: RecursiveMAS,
-    rows: Sequence[Row],
+    system: System,
+    rows: Sequence[Fields],
     rounds: int,
     *,
     latent_steps: int | Mapping[str, int] | None = None,
@@ -54,26 +51,23 @@ def outer_loss(
         latents: where they come from, as in `OuterConfig`.
         recompute: run the layers again in the backward instead of keeping their activations; the same bits.
     """
-    steps = steps_by_role(system, latent_steps)
-    losses: list[torch.Tensor] = []
-    beginnings = Beginnings()
-
-    def speak(visit: Visit, prompt: Prompt) -> Message:
+    steps = system.steps_by_role(latent_steps)
+    prefixes = SharedPrefixes()
+    for turn in system.walk(rows, rounds):
+        visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
         if not visit.final and (latents == "rollout" or count == 0):
-            return agent.think(prompt, count, system.inner_links[visit.role])
+            turn.message = agent.think(prompt, count, system.inner_links[visit.role])
+            continue
         texts = target_texts(rows, visit.role, visit.round)
-        begun = beginnings.of(visit.role, agent, prompt)
+        begun = prefixes.of(visit.role, agent, prompt)
         with recomputing(agent.decoder, enabled=recompute):
             speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
         if visit.final:
-            losses.append(answer_loss(agent, speech))
-            return texts
+            return answer_loss(agent, speech)
         states = run_link(system.inner_links[visit.role], speech.hidden)
-        return Latents(states, speech.mask.sum(dim=1).cpu())
-
-    system.walk(rows, rounds, speak)
-    return losses[0]
+        turn.message = Latents(states, speech.mask.sum(dim=1).cpu())
+    raise AssertionError("the last visit of a pattern is final")
 
 
 def answer_loss(agent: Agent, speech: Speech) -> torch.Tensor:
@@ -98,7 +92,7 @@ def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> tor
 
 
 def train_outer(
-    system: RecursiveMAS,
+    system: System,
     rows: RowSource,
     config: OuterConfig | None = None,
     *,
@@ -126,7 +120,7 @@ def train_outer(
     """
     config = config or OuterConfig()
     system.check_run(config.most_rounds)
-    steps = steps_by_role(system, config.latent_steps)
+    steps = system.steps_by_role(config.latent_steps)
     needed = system.pattern.edges(config.most_rounds)
     chosen = [edge for edge in system.outer_links if edge in needed] if edges is None else [(a, b) for a, b in edges]
     for edge in chosen:

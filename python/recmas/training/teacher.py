@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
+from recmas.agents.agent import Agent
+from recmas.engine.messages import Prompt
+from recmas.system.system import System
 from recmas.training.data import target_batch
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
-    from recmas.agent import Agent
-    from recmas.splice import Prompt
-    from recmas.system import RecursiveMAS
 
 
 class Speech(NamedTuple):
@@ -58,10 +55,12 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 
 
 @contextmanager
-def only_trainable(system: RecursiveMAS, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def only_trainable(system: System, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
-    if system.lender is not None:
-        raise ValueError("offload: a system whose weights come and go cannot be trained; load it without")
+    if system.offloader is not None:
+        raise ValueError(
+            "offload: a system whose weights are on devices for visits only cannot be trained; load it without"
+        )
     modules: list[nn.Module] = [agent.model for agent in system.agents.values()]
     modules += [*system.inner_links.values(), *system.outer_links.values()]
     everything = [p for module in modules for p in module.parameters()] + list(system.edge_scores.values())

@@ -1,4 +1,4 @@
-"""What keeps the graph of several rounds small: beginnings are read once, activations computed again instead of kept.
+"""What keeps the graph of several rounds small: prefixes are read once, activations computed again instead of kept.
 
 What stands before a prompt's first slot depends on no link. Each agent reads it once per step, without gradients, and
 every visit goes on from its keys and values: the backward never enters it. That needs layers whose past is keys and
@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +20,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from recmas.cache import length_dependent, positions_of
-
-if TYPE_CHECKING:
-    from recmas.agent import Agent
-    from recmas.splice import Prompt
+from recmas.agents.agent import Agent
+from recmas.engine.continuation import length_dependent, positions_of
+from recmas.engine.messages import Prompt
 
 
-class Beginnings:
-    """The beginnings of one step's prompts, by role: the last one each agent has read."""
+class SharedPrefixes:
+    """The prefixes of one step's prompts, by role: the last one each agent has read."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[list[list[int]], DynamicCache]] = {}

@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from recmas.pattern import Edge
-from recmas.spec import edge_name
-from recmas.splice import run_link
+from recmas.agents.agent import Agent
+from recmas.config.pattern import Edge
+from recmas.config.system_json import edge_name
+from recmas.engine.messages import run_link
+from recmas.prompts.rows import Fields
+from recmas.system.system import System
 from recmas.training.alignment import forced_with_gold, train_apart
 from recmas.training.config import WarmupConfig
-from recmas.training.data import Row, RowSource, target_texts
+from recmas.training.data import RowSource, target_texts
 from recmas.training.loop import OnStep, TrainingResult
 from recmas_kernels import alignment_loss
-
-if TYPE_CHECKING:
-    from recmas.agent import Agent
-    from recmas.system import RecursiveMAS
 
 Span = tuple[int, int]
 
@@ -103,9 +102,9 @@ def aligned_embeddings(
 
 
 def warmup_loss(
-    system: RecursiveMAS,
+    system: System,
     edge: Edge,
-    rows: Sequence[Row],
+    rows: Sequence[Fields],
     round: int = 1,
     *,
     cosine_weight: float = 1.0,
@@ -127,7 +126,7 @@ def warmup_loss(
 
 
 def train_warmup(
-    system: RecursiveMAS,
+    system: System,
     rows: RowSource,
     config: WarmupConfig | None = None,
     *,

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recmas.prompts import Slot, Template
-from recmas.spec import PromptSpec
+from recmas.config.system_json import PromptSpec
+from recmas.prompts.template import Slot, Template
 from recmas.upstream.styles import Family
 
 CODE_FORMS = ("complete", "function")

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from recmas.pattern import Edge
-from recmas.prompts import Template
-from recmas.spec import AgentSpec, Decoding, Defaults, SystemSpec, edge_name, write_spec
+from recmas.config.pattern import Edge
+from recmas.config.system_json import AgentSpec, Decoding, Defaults, SystemSpec, edge_name, write_spec
+from recmas.prompts.template import Template
 from recmas.upstream import weights as files
 from recmas.upstream.clone import CODE_FORMS, ClonePrompts, read_prompts
 from recmas.upstream.styles import OUTER, TASKS, TEMPERATURE, TOP_P, Style, style_named

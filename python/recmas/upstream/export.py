@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from recmas.config.pattern import Edge
+from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.files import replacing, write_atomically
-from recmas.pattern import Edge
-from recmas.spec import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.upstream.convert import Folder, new_folder, read_link
 from recmas.upstream.styles import FAMILIES, OUTER, Family
 from recmas.upstream.weights import (
@@ -35,7 +35,7 @@ def link_to_safetensors(source: Folder, folder: Folder, *, adapter_type: str | N
     Args:
         source: state dict file, or folder with ``adapter.pt`` and ``adapter_config.json``.
         folder: link folder to make.
-        adapter_type: its type; None reads ``adapter_config.json`` beside the file, else what the parameters tell.
+        adapter_type: its type; None reads ``adapter_config.json`` beside the file, else what the parameters imply.
 
     Returns:
         The link's shape.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recmas.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Edge, Pattern
+from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Edge, Pattern
 
 TASKS = ("math", "code", "choice")
 HUB_ORGANISATION = "RecursiveMAS"

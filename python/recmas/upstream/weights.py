@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recmas.pattern import Edge
+from recmas.config.pattern import Edge
 from recmas.upstream.styles import HUB_ORGANISATION, OUTER, Family, Style
 
 INNER_WEIGHTS, INNER_CONFIG, INNER_MANIFEST = "adapter.pt", "adapter_config.json", "innerlink_config.json"
@@ -67,7 +67,7 @@ def find_places(style: Style, weights: Path | None, overrides: Mapping[str, str]
             places[key] = Place(found, str(found.resolve()))
         else:
             remote[key] = f"{HUB_ORGANISATION}/{repository}"
-    # The hub is asked last: a mistake in a local path is told before anything is downloaded.
+    # The hub is asked last: a mistake in a local path is an error before anything is downloaded.
     return {key: places[key] if key in places else _from_hub(key, remote[key]) for key in style.repositories}
 
 

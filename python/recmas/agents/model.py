@@ -1,0 +1,148 @@
+"""One frozen language model with its tokenizer: what it is, and its forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from recmas.engine.continuation import positions_of
+from recmas.engine.messages import Prompt
+
+
+class PromptTooLongError(ValueError):
+    """A prompt does not fit into the model's context; `row` is its place in the batch."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class FrozenModel:
+    """A frozen transformers causal language model with its tokenizer.
+
+    Args:
+        model: a transformers model with an LM head; it is frozen and put into eval mode.
+        tokenizer: its tokenizer.
+        name: begins error messages (the role).
+
+    Raises:
+        ValueError: a model whose logits this class cannot compute from hidden states.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.name = tokenizer, name
+        self.decoder: PreTrainedModel = model.get_decoder()
+        self._config = model.config.get_text_config(decoder=True)
+        self._logits_factor = _logits_factor(self._config, name)
+        self._softcap: float | None = getattr(self._config, "final_logit_softcapping", None)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"agent {name!r}: {type(model).__name__} has no LM head")
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model was made for; None where its configuration does not say."""
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a text: of the generation configuration and of the tokenizer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, which nothing ever attends to."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
+
+    @property
+    def embed_scale(self) -> float:
+        """Factor the input embedding module puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
+        module = self.model.get_input_embeddings()
+        scale = getattr(module, "embed_scale", 1.0)
+        return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+
+    def embedding_rms(self) -> float:
+        """Root mean square of an input embedding's entries, scale included."""
+        weight = self.model.get_input_embeddings().weight
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        return norm / math.sqrt(weight.numel()) * self.embed_scale
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor, begun: DynamicCache | None = None) -> Tensor:
+        """Hidden states at the positions that PREDICT each target token: one teacher-forced forward.
+
+        Args:
+            prompt: the batch of prompts.
+            targets: int64 ``[B, L]``, right padded.
+            target_mask: int64 ``[B, L]``.
+            begun: holds the prompt's first columns, but not its last, already, and is appended to; None reads it all.
+
+        Returns:
+            ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
+        """
+        length = targets.shape[1]
+        mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
+        embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
+        self.check_context(mask.sum(dim=1).tolist())
+        held = 0 if begun is None else begun.get_seq_length()
+        output = self.decoder(
+            inputs_embeds=embeds[:, held:],
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, held:],
+            past_key_values=begun,
+            use_cache=begun is not None,
+        )
+        first = prompt.mask.shape[1] - 1 - held
+        return output.last_hidden_state[:, first : first + length]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., vocabulary]`` of final-norm hidden states ``[..., d]``, with the model's own scale and cap."""
+        logits = self.model.get_output_embeddings()(hidden) * self._logits_factor
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def check_context(self, lengths: Sequence[int], room: int = 0) -> None:
+        """Raise PromptTooLongError for the longest of prompts of so many positions if it does not fit.
+
+        Args:
+            lengths: of a batch.
+            room: latent steps that are fed back after them.
+        """
+        longest = max(lengths, default=0)
+        if self.context_length is not None and longest + room > self.context_length:
+            used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
+            problem = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
+            raise PromptTooLongError(problem, lengths.index(longest))
+
+
+def _logits_factor(config: Any, name: str) -> float:
+    """The factor between LM head and logits, for the families known to have one."""
+    family = str(config.model_type)
+    if (factor := getattr(config, "logit_scale", None)) is not None and family.startswith("cohere"):
+        return float(factor)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        if not family.startswith("granite"):
+            raise ValueError(f"agent {name!r}: how a {family} model scales its logits is not known here")
+        return 1.0 / float(divisor)
+    return 1.0

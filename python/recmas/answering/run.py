@@ -1,0 +1,69 @@
+"""A plan over rows: everything is checked before any model runs, then batches of similar length are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+
+import torch
+
+from recmas.answering.answers import Answer, Answers
+from recmas.answering.batch import Batch
+from recmas.answering.batching import batches
+from recmas.answering.plan import Plan
+from recmas.answering.prompt_lengths import check_lengths
+from recmas.prompts.rows import Fields, read_row
+
+Question = str | Mapping[str, object] | Sequence[Mapping[str, str]]
+"""A question, the fields that the templates name, or a chat."""
+
+
+def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
+    """Run `plan` over `rows` in batches of rows of similar length; see `RecursiveMAS.answer`."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
+    fields = _checked(plan, rows)
+    answers, queue = Answers(Answer() for _ in fields), batches(plan, fields)
+    try:
+        for numbers in queue:
+            part = Answers(Answer() for _ in numbers)
+            batch, shown = Batch(plan, part, fields, numbers), False
+            try:
+                for row, piece in batch.run(in_pieces=plan.on_text is not None):
+                    assert plan.on_text is not None
+                    shown = True
+                    plan.on_text(row, piece)
+            except torch.OutOfMemoryError:
+                if shown or not queue.halve():  # text that was shown cannot be taken back
+                    raise
+                if plan.progress is not None:
+                    plan.progress(-batch.visited)
+            else:
+                answers.fill(part, numbers)
+    finally:
+        plan.system.unload_weights()
+    return answers
+
+
+def stream(plan: Plan, row: Question) -> Generator[str, None, Answer]:
+    """Run `plan` on one row; see `RecursiveMAS.stream`. Everything is checked before the first piece is asked for."""
+    fields = _checked(plan, [row])
+
+    def pieces() -> Generator[str, None, Answer]:
+        answers = Answers([Answer()])
+        try:
+            for _, piece in Batch(plan, answers, fields, [0]).run(in_pieces=True):
+                if plan.on_text is not None:
+                    plan.on_text(0, piece)
+                yield piece
+        finally:
+            plan.system.unload_weights()
+        return answers[0]
+
+    return pieces()
+
+
+def _checked(plan: Plan, rows: Iterable[Question]) -> list[Fields]:
+    fields = [read_row(row, index) for index, row in enumerate(rows)]
+    plan.system.check_rows(fields, plan.rounds)
+    check_lengths(plan, fields)
+    return fields

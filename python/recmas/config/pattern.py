@@ -1,0 +1,129 @@
+"""Which agent reads whose messages, and when: a pattern is its stages.
+
+Every agent of a stage receives from every agent of the stage before; in later rounds the first stage receives from
+the last one. The four patterns of the paper are constants of one class, and so is any graph of stages a user writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+COMBINE = ("slots", "mean", "weighted")
+EXCHANGE = ("stage", "all")
+
+Edge = tuple[str, str]
+
+
+class Visit(NamedTuple):
+    """One agent at work once: it reads the messages of `senders`, and writes latents, or text when `final`."""
+
+    round: int  # from 1
+    stage: int  # from 0
+    role: str
+    senders: tuple[str, ...]
+    sender_rounds: tuple[int, ...]  # round in which each sender wrote the message that is read
+    final: bool
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Stages of roles, in order.
+
+    Args:
+        stages: roles per stage; the last stage holds the one agent that writes the answer.
+        combine: where several senders meet: "slots" (a slot each), "mean" of their vectors, or "weighted" (a softmax of
+            one learned scalar per edge); the latter two meet in one joint slot ``{{from:a,b}}``.
+        exchange: "stage" (the stage before) or "all" (from round 2 on also what every other agent wrote in the previous
+            round).
+
+    Raises:
+        ValueError: empty stages, a role that occurs twice or is no plain name, more than one agent in the last stage.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    combine: str = "slots"
+    exchange: str = "stage"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stages, str) or any(isinstance(stage, str) for stage in self.stages):
+            raise ValueError(f"stages: {self.stages!r} has a string where a tuple of roles was expected")
+        object.__setattr__(self, "stages", tuple(tuple(stage) for stage in self.stages))
+        if not self.stages or not all(self.stages):
+            raise ValueError(f"stages: {self.stages!r} has no stage or an empty one")
+        if len(self.stages[-1]) != 1:
+            raise ValueError(f"stages: the last stage is {self.stages[-1]!r}, expected the one agent that answers")
+        for role in self.roles:
+            if not isinstance(role, str) or not role.replace("_", "a").replace("-", "a").isalnum():
+                raise ValueError(f"stages: role {role!r} is not a name of letters, digits, '_' and '-'")
+            if self.roles.count(role) > 1:
+                raise ValueError(f"stages: role {role!r} occurs twice")
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine: {self.combine!r} is not one of {', '.join(COMBINE)}")
+        if self.exchange not in EXCHANGE:
+            raise ValueError(f"exchange: {self.exchange!r} is not one of {', '.join(EXCHANGE)}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for stage in self.stages for role in stage)
+
+    @property
+    def last(self) -> str:
+        """The agent that writes the answer."""
+        return self.stages[-1][0]
+
+    def stage_of(self, role: str) -> int:
+        for index, stage in enumerate(self.stages):
+            if role in stage:
+                return index
+        raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(self.roles)}")
+
+    def senders(self, role: str, round: int) -> tuple[str, ...]:
+        """Roles whose messages `role` reads in `round` (from 1), in slot order."""
+        stage = self.stage_of(role)
+        if stage > 0:
+            senders = self.stages[stage - 1]
+        else:
+            senders = self.stages[-1] if round > 1 else ()
+        if self.exchange == "all" and round > 1:
+            senders += tuple(other for other in self.roles if other != role and other not in senders)
+        return senders
+
+    def visits(self, rounds: int) -> Iterator[Visit]:
+        """Every visit of a run of `rounds` rounds, in an order in which each message exists before it is read.
+
+        No visit is wasted: each stage is read by the next one, the last stage of a round that is not the final one by
+        the first stage of the next round.
+        """
+        check_rounds(rounds)
+        for round in range(1, rounds + 1):
+            for stage, roles in enumerate(self.stages):
+                for role in roles:
+                    senders = self.senders(role, round)
+                    rounds_read = tuple(
+                        round if self.stage_of(sender) == stage - 1 else round - 1 for sender in senders
+                    )
+                    yield Visit(round, stage, role, senders, rounds_read, round == rounds and role == self.last)
+
+    def edges(self, rounds: int) -> set[Edge]:
+        """Every (source, target) that a run of `rounds` rounds uses."""
+        return {(source, visit.role) for visit in self.visits(rounds) for source in visit.senders}
+
+
+def check_rounds(rounds: int) -> None:
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds: {rounds!r} is not a positive integer")
+
+
+SEQUENTIAL = Pattern((("planner",), ("critic",), ("solver",)))
+MIXTURE = Pattern((("math", "code", "science"), ("summarizer",)))
+DISTILLATION = Pattern((("expert",), ("learner",)))
+DELIBERATION = Pattern((("reflector",), ("toolcaller",)))
+
+NAMED = {
+    "sequential": SEQUENTIAL,
+    "mixture": MIXTURE,
+    "distillation": DISTILLATION,
+    "deliberation": DELIBERATION,
+}

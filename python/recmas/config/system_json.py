@@ -1,0 +1,256 @@
+"""``system.json``: what a system on disk says about itself. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recmas.config.pattern import Edge, Pattern
+from recmas.dtypes import DTYPES
+from recmas.files import write_atomically
+
+FILE_NAME = "system.json"
+FORMAT = 1
+
+
+@dataclass
+class PromptSpec:
+    """Templates of one agent: `first` serves round 1 where given, `later` the other rounds; one alone serves all."""
+
+    first: str | None = None
+    later: str | None = None
+
+    def at(self, round: int) -> str:
+        chosen = self.first if round == 1 else self.later
+        return chosen if chosen is not None else self.first or self.later or ""
+
+
+@dataclass
+class Decoding:
+    """How an agent writes text: temperature 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is negative")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: {self.temperature} is not a finite number >= 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
+
+
+@dataclass
+class AgentSpec:
+    """One agent: `model` is a hub id or a folder (relative to the system's), `inner_link` a folder of the system."""
+
+    model: str
+    prompt: PromptSpec
+    dtype: str = "auto"
+    inner_link: str | None = None
+    latent_steps: int | None = None  # None: the system's default
+    chat: bool = True
+    system: str | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
+class Defaults:
+    rounds: int = 1
+    latent_steps: int = 32
+
+
+@dataclass
+class SystemSpec:
+    """A whole system: roles to agents, and (source, target) to the folder of that outer link."""
+
+    pattern: Pattern
+    agents: dict[str, AgentSpec]
+    outer_links: dict[Edge, str] = field(default_factory=dict)
+    defaults: Defaults = field(default_factory=Defaults)
+
+
+def steps_by_role(
+    settings: Mapping[str, AgentSpec], defaults: Defaults, asked: int | Mapping[str, int] | None
+) -> dict[str, int]:
+    """Latent steps of every agent: what is asked for, for all or by role, else its own, else the system's default.
+
+    Raises:
+        ValueError: an unknown role, or a number of steps that is no integer >= 0.
+    """
+    steps = {}
+    for role, agent in settings.items():
+        steps[role] = defaults.latent_steps if agent.latent_steps is None else agent.latent_steps
+    if isinstance(asked, Mapping):
+        for role in asked:
+            if role not in steps:
+                raise ValueError(f"latent_steps: unknown role {role!r}; the pattern has {', '.join(steps)}")
+        steps.update(asked)
+    elif asked is not None:
+        steps = dict.fromkeys(steps, asked)
+    for role, count in steps.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"latent_steps: {count!r} for {role!r} is not an integer >= 0")
+    return steps
+
+
+def edge_name(edge: Edge) -> str:
+    return f"{edge[0]}->{edge[1]}"
+
+
+def read_spec(folder: str | os.PathLike[str]) -> SystemSpec:
+    """Read `folder`/system.json.
+
+    Raises:
+        ValueError: file missing, not JSON, of another format, or with an unknown, missing or wrongly typed key; one
+            line naming file and key.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {Path(folder)} is not a system") from None
+    except NotADirectoryError:
+        raise ValueError(f"{Path(folder)}: is a file, expected the folder of a system") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    return _Reader(path).system(content)
+
+
+def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
+    """Write `folder`/system.json atomically; None values are left out."""
+    agents = {}
+    for role, agent in spec.agents.items():
+        described = {
+            "model": agent.model,
+            "dtype": agent.dtype,
+            "inner_link": agent.inner_link,
+            "latent_steps": agent.latent_steps,
+            "chat": agent.chat,
+            "system": agent.system,
+            "prompt": _without_none(vars(agent.prompt)),
+            "decoding": vars(agent.decoding),
+        }
+        agents[role] = _without_none(described)
+    pattern = spec.pattern
+    content = {
+        "format": FORMAT,
+        "pattern": {
+            "stages": [list(stage) for stage in pattern.stages],
+            "combine": pattern.combine,
+            "exchange": pattern.exchange,
+        },
+        "agents": agents,
+        "outer_links": {edge_name(edge): path for edge, path in spec.outer_links.items()},
+        "defaults": vars(spec.defaults),
+    }
+    write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _without_none(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in described.items() if value is not None}
+
+
+_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
+
+
+class _Reader:
+    """Checks every key of one file; errors are one line: file, key, what it was, what was expected."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, key: str, problem: str) -> ValueError:
+        return ValueError(f"{self.path}: {key}: {problem}")
+
+    def typed(self, value: Any, kind: type, key: str) -> Any:
+        accepted: Any = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise self.fail(key, f"{value!r} is not {_NAMES[kind]}")
+        return float(value) if kind is float else value
+
+    def table(self, value: Any, key: str, required: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
+        """`value` as an object with exactly these keys; a null counts as absent."""
+        known = {**required, **optional}
+        prefix = f"{key}." if key else ""
+        table = _without_none(self.typed(value, dict, key or "the file"))
+        for name in table:
+            if name not in known:
+                raise self.fail(f"{prefix}{name}", f"unknown key, expected {', '.join(known)}")
+        for name in required:
+            if name not in table:
+                raise self.fail(f"{prefix}{name}", "missing key")
+        return {name: self.typed(item, known[name], f"{prefix}{name}") for name, item in table.items()}
+
+    def build(self, key: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return make(*args, **kwargs)
+        except ValueError as error:
+            raise self.fail(key, str(error)) from None
+
+    def system(self, content: Any) -> SystemSpec:
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            raise self.fail("format", f"{content['format']!r} is not {FORMAT}, the format this version reads")
+        required = {"format": int, "pattern": dict, "agents": dict}
+        table = self.table(content, "", required, {"outer_links": dict, "defaults": dict})
+        pattern = self.pattern(table["pattern"])
+        agents = {role: self.agent(agent, f"agents.{role}") for role, agent in _without_none(table["agents"]).items()}
+        for role in agents:
+            if role not in pattern.roles:
+                raise self.fail(f"agents.{role}", f"unknown role, the pattern has {', '.join(pattern.roles)}")
+        for role in pattern.roles:
+            if role not in agents:
+                raise self.fail(f"agents.{role}", "missing key")
+        links = {}
+        for name, folder in table.get("outer_links", {}).items():
+            source, arrow, target = name.partition("->")
+            if not arrow or source not in agents or target not in agents:
+                raise self.fail(f"outer_links.{name}", "is not of the form source->target with roles of the pattern")
+            links[source, target] = self.typed(folder, str, f"outer_links.{name}")
+        counts = self.table(table.get("defaults", {}), "defaults", {}, {"rounds": int, "latent_steps": int})
+        for name, least in (("rounds", 1), ("latent_steps", 0)):
+            if counts.get(name, least) < least:
+                raise self.fail(f"defaults.{name}", f"{counts[name]} is less than {least}")
+        return SystemSpec(pattern, agents, links, Defaults(**counts))
+
+    def pattern(self, content: Any) -> Pattern:
+        table = self.table(content, "pattern", {"stages": list}, {"combine": str, "exchange": str})
+        for stage in table["stages"]:
+            self.typed(stage, list, "pattern.stages")
+        return self.build("pattern", Pattern, **table)
+
+    def agent(self, content: Any, key: str) -> AgentSpec:
+        optional = {
+            "dtype": str,
+            "inner_link": str,
+            "latent_steps": int,
+            "chat": bool,
+            "system": str,
+            "decoding": dict,
+        }
+        table = self.table(content, key, {"model": str, "prompt": dict}, optional)
+        if table.get("dtype", "auto") not in DTYPES:
+            raise self.fail(f"{key}.dtype", f"{table['dtype']!r} is not one of {', '.join(DTYPES)}")
+        if table.get("latent_steps", 0) < 0:
+            raise self.fail(f"{key}.latent_steps", f"{table['latent_steps']} is less than 0")
+        prompt = self.table(table["prompt"], f"{key}.prompt", {}, {"first": str, "later": str})
+        if not prompt:
+            raise self.fail(f"{key}.prompt", "has neither first nor later")
+        table["prompt"] = PromptSpec(**prompt)
+        kinds = {"max_new_tokens": int, "temperature": float, "top_p": float}
+        decoding = self.table(table.get("decoding", {}), f"{key}.decoding", {}, kinds)
+        table["decoding"] = self.build(f"{key}.decoding", Decoding, **decoding)
+        return AgentSpec(**table)

@@ -1,0 +1,58 @@
+"""What passes between agents: latents or texts; and the batch of input embeddings that a decoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Latents:
+    """Latents of one agent for a batch, already through its inner link.
+
+    Attributes:
+        states: ``[B, m, d]``, e_1..e_m.
+        lengths: int64 ``[B]`` on the CPU where rows use only their first so many states (training); None uses all m.
+    """
+
+    states: Tensor
+    lengths: Tensor | None = None
+
+    def counts(self) -> list[int]:
+        """Number of latents per row of the batch."""
+        batch, steps = self.states.shape[:2]
+        return [steps] * batch if self.lengths is None else [int(length) for length in self.lengths]
+
+    def to(self, device: torch.device) -> Latents:
+        """The same latents on `device`."""
+        return Latents(self.states.to(device), self.lengths)
+
+
+Message = Latents | list[str]
+"""What an agent sends: latents, or a text per row of the batch."""
+
+
+@dataclass
+class Prompt:
+    """A batch of prompts, left padded.
+
+    Attributes:
+        embeds: ``[B, T, d]`` input embeddings; rows at padding hold anything finite.
+        mask: int64 ``[B, T]``, 1 where there is input.
+        prefix: per row, the token ids before its first slot (all of them where it has none); None if they are not
+            known. What a model computes for them does not depend on any message.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    prefix: Sequence[Sequence[int]] | None = None
+
+
+def run_link(link: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`link(hidden)` with hidden cast to the link's own dtype first (float32 masters beside a bfloat16 model)."""
+    if isinstance(link, nn.Module) and (weight := next(link.parameters(), None)) is not None:
+        hidden = hidden.to(weight.dtype)
+    return link(hidden)

@@ -1,0 +1,159 @@
+"""Prefix reuse: resume from a cached prefix, run only the tokens that differ.
+
+The tokens before a prompt's first slot are the same in every round, and often partly the same in every row. A model
+runs them once, a `Snapshot` keeps what its KV cache then held, and later prompts continue on copies.
+
+Prompts are left padded, so they all end in the same column. The cut is a column too: the last one before which the
+snapshot knows every row's tokens. A row that could reuse more runs those few again, in place of the padding it would
+have had there. So no padding ever stands between what is reused and what follows: full attention, sliding windows and
+recurrent states see exactly the sequence of a prompt that was read in one piece.
+
+Keys and values can be cut anywhere. A recurrent state cannot: it is kept where the agent's next prompt will be cut,
+and serves that cut alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
+
+from recmas.engine.cache_snapshot import Ids, Snapshot, common_columns, unsupported
+from recmas.engine.continuation import Continuation, Prefill, prefill_all
+from recmas.engine.messages import Prompt
+
+SHARED_POSITIONS = 64
+"""Positions that must be saved before a prefix common to all rows is read by itself, which costs a small forward."""
+
+
+@dataclass
+class Reading:
+    """How prompts were read.
+
+    Attributes:
+        positions: of the prompts, without padding.
+        computed: of them, those that ran through the model; the others were reused.
+        reason: why nothing was reused, of the latest prompts of which that is true.
+    """
+
+    positions: int = 0
+    computed: int = 0
+    reason: str = ""
+
+    def add(self, other: Reading) -> None:
+        self.positions += other.positions
+        self.computed += other.computed
+        self.reason = other.reason or self.reason
+
+
+class PrefixReuse:
+    """The prefixes of one batch, kept for its later rounds: a snapshot per role, dropped with the batch.
+
+    A snapshot goes as soon as no later visit can use it, and all go if memory runs out.
+
+    Args:
+        enabled: False reads every prompt in one piece.
+
+    Attributes:
+        last: the reading of the latest prompts.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._off = "" if enabled else "prefix reuse is off"
+        self._held: dict[str, Snapshot] = {}
+        self.last = Reading()
+
+    def prefill(self, role: str, upcoming: Callable[[], Ids] | None) -> Prefill:
+        """The `Prefill` of one visit.
+
+        Args:
+            role: whose snapshot it makes.
+            upcoming: what will stand before the first slot of the prompts that the same model reads next, as far as
+                that is known; None if it reads no more in this batch. Called for recurrent models only.
+        """
+        self.last = Reading()
+
+        def prefill(
+            decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None
+        ) -> tuple[Continuation, Tensor]:
+            if not self._off:
+                try:
+                    return self._prefill(role, upcoming, decoder, prompt, room, context)
+                except torch.OutOfMemoryError:
+                    if not self._held:
+                        raise
+                    self._held.clear()
+                    self._off = "memory ran out, so snapshots were dropped"
+            positions = int(prompt.mask.sum())
+            self.last = Reading(positions, positions, self._off)
+            return prefill_all(decoder, prompt, room, context)
+
+        return prefill
+
+    def _prefill(
+        self,
+        role: str,
+        upcoming: Callable[[], Ids] | None,
+        decoder: PreTrainedModel,
+        prompt: Prompt,
+        room: int,
+        context: int | None,
+    ) -> tuple[Continuation, Tensor]:
+        past = Continuation(decoder, prompt.mask, room, context)
+        prefix, pads = prompt.prefix, [int(count) for count in (prompt.mask == 0).sum(dim=1)]
+        width = prompt.mask.shape[1]
+        positions = computed = len(pads) * width - sum(pads)
+        reason = "the prompt's tokens are not known" if prefix is None else unsupported(decoder, past.cache)
+        if reason or prefix is None:
+            self.last = Reading(positions, computed, reason)
+            return past, past.feed(prompt.embeds)
+
+        mine = [snapshot for snapshot in self._held.values() if snapshot.decoder is decoder]
+        held = [snapshot for snapshot in mine if snapshot.device == prompt.embeds.device]
+        cut, source = 0, None
+        for snapshot in held:
+            if (found := snapshot.cut(prefix, pads, width - 1)) > cut:
+                cut, source = found, snapshot
+        if source is None and (cut := _shared(past, prefix, pads, width - 1)):
+            longest = pads.index(0)
+            begun = Continuation(decoder, prompt.mask[longest : longest + 1, :cut], 0)
+            begun.feed(prompt.embeds[longest : longest + 1, :cut])
+            source = Snapshot.of(begun, [prefix[longest][:cut]], [0])
+            computed += cut
+        if source is not None:
+            past = source.resume(prompt.mask, cut, pads, room, context)
+            computed -= sum(max(cut - pad, 0) for pad in pads)
+        else:
+            reason = "no earlier prompt can be continued" if held else "no earlier prompt is held"
+        self.last = Reading(positions, computed, reason)
+
+        recurrent = _recurrent(past)
+        if upcoming is None:
+            self._held = {name: kept for name, kept in self._held.items() if kept.decoder is not decoder}
+        elif recurrent:
+            split = common_columns(prefix, upcoming(), pads, width - 1)
+            padded = max(pads) > past.length  # models do not mask it where they are fed a single column
+            if split > past.length + padded:
+                past.feed(prompt.embeds[:, past.length : split])
+                ids = [row[: max(split - pad, 0)] for row, pad in zip(prefix, pads, strict=True)]
+                self._held[role] = Snapshot.of(past, ids, pads)
+        hidden = past.feed(prompt.embeds[:, past.length :])
+        if upcoming is not None and not recurrent and (role not in self._held or self._held[role].ids != prefix):
+            self._held[role] = Snapshot.of(past, prefix, pads)
+        return past, hidden
+
+
+def _shared(past: Continuation, prefix: Ids, pads: list[int], last: int) -> int:
+    """The columns to read once for all rows, which begin with the same tokens; 0 where that saves too little."""
+    if _recurrent(past) and any(pads):
+        return 0
+    cut = common_columns(prefix, [prefix[0]] * len(prefix), [0] * len(prefix), last)
+    return cut if sum(max(cut - pad, 0) for pad in pads) - cut >= SHARED_POSITIONS else 0
+
+
+def _recurrent(past: Continuation) -> bool:
+    return any(isinstance(layer, LinearAttentionLayer) for layer in past.cache.layers)

@@ -1,0 +1,1 @@
+"""Prompts as text: rows, templates with slots, and their token ids. No torch here."""

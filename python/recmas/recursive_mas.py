@@ -1,0 +1,188 @@
+"""`RecursiveMAS`, the face of the package: make, load, save and ask a recursive multi-agent system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from recmas.agents.agent import Agent
+from recmas.answering.answers import Answer, Answers
+from recmas.answering.options import AnswerOptions
+from recmas.answering.plan import OnMessage, Plan
+from recmas.answering.run import Question, answer, stream
+from recmas.config.pattern import Pattern
+from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
+from recmas.devices.placement import Devices, place
+from recmas.system.default_prompts import default_settings
+from recmas.system.folder import describe, load, load_agents, save
+from recmas.system.system import System
+from recmas_kernels import FusedRecursiveLink
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class RecursiveMAS(System):
+    """A recursive multi-agent system: a `System` that answers, and is written to and read from folders.
+
+    Arguments and errors are those of `recmas.system.system.System`.
+    """
+
+    @classmethod
+    def create(
+        cls,
+        models: Mapping[str, str | os.PathLike[str] | Agent],
+        pattern: Pattern,
+        *,
+        link_scale: str = "embedding",
+        prompts: Mapping[str, PromptSpec] | None = None,
+        rounds: int = 3,
+        latent_steps: int = 32,
+        device: Devices = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> Self:
+        """A system of given models with fresh links of the released shape, float32.
+
+        Args:
+            models: folder, hub id or `Agent` by role; roles that name one model, on one device, share it.
+            pattern: which agent reads whose messages.
+            link_scale: "embedding" sets each link's output norm gain to the rms of the input embeddings it writes
+                among (its own agent's for an inner link, the receiver's for an outer one); "none" leaves it at 1.
+            prompts: templates by role; others get `default_settings`.
+            rounds: the system's default; links are made for every edge it uses.
+            latent_steps: the system's default.
+            device: of the agents loaded here, for all or by role (`recmas.devices.placement`); an `Agent` stays where
+                it is.
+            dtype: of the agents loaded here; "auto" is the checkpoint's.
+            trust_remote_code: for transformers.
+            seed: of the links; None draws from torch's global generator.
+            compile: as for `Agent`, of the agents loaded here.
+        """
+        if link_scale not in ("embedding", "none"):
+            raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
+        if latent_steps < 0:
+            raise ValueError(f"latent_steps: {latent_steps} is negative")
+        edges = sorted(pattern.edges(rounds))
+        for role in pattern.roles:
+            if role not in models:
+                raise ValueError(f"models: role {role!r} of the pattern has no model")
+        sources = {role: (os.fspath(model), dtype) for role, model in models.items() if not isinstance(model, Agent)}
+        loaded = load_agents(sources, place(device, pattern.roles), trust_remote_code, compile)
+        agents = {role: model if isinstance(model, Agent) else loaded[role] for role, model in models.items()}
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            width = {role: agent.hidden_size for role, agent in agents.items()}
+            senders = [role for role in pattern.roles if any(role == source for source, _ in edges)]
+            inner = {role: FusedRecursiveLink.inner(width[role]) for role in senders}
+            outer = {edge: FusedRecursiveLink.outer(width[edge[0]], width[edge[1]]) for edge in edges}
+        if link_scale == "embedding":
+            for receiver, link in [*inner.items(), *((edge[1], link) for edge, link in outer.items())]:
+                assert link.norm_out is not None
+                nn.init.constant_(link.norm_out.weight, agents[receiver].embedding_rms())
+        settings = {role: default_settings(pattern, role, agents[role]) for role in pattern.roles}
+        for role, prompt in (prompts or {}).items():
+            if role not in settings:
+                raise ValueError(f"prompts: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+            settings[role].prompt = prompt
+        for role, setting in settings.items():
+            setting.dtype = dtype if not isinstance(models[role], Agent) else "auto"
+        mas = cls(agents, inner, outer, pattern, settings=settings, defaults=Defaults(rounds, latent_steps))
+        mas._place_links(mas.devices, None)
+        return mas
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        device: Devices = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        *,
+        offload: bool = False,
+        compile: bool = False,
+    ) -> Self:
+        """A system from its folder.
+
+        Args:
+            folder: holds ``system.json``. Roles that name one model, with one dtype and on one device, share it.
+            device: for all agents, or by role; roles left out are on the CPU. Links are with their agents
+                (`recmas.devices.placement`).
+            dtype: of agents and links; None loads agents as the system says and links as float32 masters.
+            trust_remote_code: for transformers.
+            offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
+                device holds one agent at a time. For answering; training refuses it.
+            compile: as for `Agent`.
+
+        Raises:
+            ValueError: a file that is missing, damaged or does not fit; one line naming it.
+        """
+        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the system into `folder`; nothing half-written ever replaces a good file.
+
+        Agents that came from a local folder, or were built in memory, are written under ``agents/<role>/``.
+        """
+        save(self, Path(folder))
+
+    def spec(self) -> SystemSpec:
+        """What ``system.json`` says, with the paths that `save_pretrained` gives to the parts."""
+        return describe(self)
+
+    def answer(
+        self,
+        rows: Iterable[Question],
+        options: AnswerOptions | None = None,
+        *,
+        on_message: OnMessage | None = None,
+        on_text: Callable[[int, str], object] | None = None,
+        progress: Callable[[int], object] | None = None,
+        **changes: Any,
+    ) -> Answers:
+        """Answer questions; results in the order of the rows.
+
+        Args:
+            rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages
+                whose last one is the question (`recmas.prompts.rows`).
+            options: how; None is `AnswerOptions` with its defaults.
+            on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
+            on_text: called with the number of a row and the next piece of its answer, as it is written.
+            progress: called with the number of rows after each visit of an agent (less than 0 takes some back).
+            changes: fields of `AnswerOptions`, in place of those of `options`: ``answer(rows, rounds=2, seed=1)``.
+
+        Raises:
+            ValueError: wrong options, a field that a row lacks, missing links, or a prompt that is too long for an
+                agent whatever texts it reads; before any model runs.
+            TypeError: a change that is no option.
+        """
+        chosen = AnswerOptions.of(options, **changes)
+        return answer(Plan(self, chosen, on_message=on_message, on_text=on_text, progress=progress), rows)
+
+    def stream(
+        self,
+        row: Question,
+        options: AnswerOptions | None = None,
+        *,
+        on_message: OnMessage | None = None,
+        on_text: Callable[[int, str], object] | None = None,
+        progress: Callable[[int], object] | None = None,
+        **changes: Any,
+    ) -> Generator[str, None, Answer]:
+        """Answer one question piece by piece: an iterator over the answer's text as the last agent writes it.
+
+        The pieces join to the answer's `text`; the `Answer` itself is the iterator's return value (``yield from``).
+        Arguments and errors are those of `answer`, but for `batch_size`; everything is checked at once.
+        """
+        if "batch_size" in changes:
+            raise TypeError("batch_size: a stream answers one row; answer() takes several")
+        chosen = AnswerOptions.of(options, **changes)
+        return stream(Plan(self, chosen, on_message=on_message, on_text=on_text, progress=progress), row)

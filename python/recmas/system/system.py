@@ -1,0 +1,282 @@
+"""`System`: agents, links and a pattern, and the one walk through them that inference and training share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from recmas.agents.agent import Agent
+from recmas.config.pattern import Edge, Pattern, Visit
+from recmas.config.system_json import AgentSpec, Defaults, edge_name, steps_by_role
+from recmas.devices.offload import Offloader
+from recmas.devices.placement import Devices, Placement, place
+from recmas.engine.messages import Latents, Message, Prompt
+from recmas.prompts.renderer import PromptRenderer
+from recmas.prompts.rows import Fields, earlier
+from recmas.prompts.template import Slot, Template
+from recmas.system.default_prompts import default_settings
+from recmas.system.joint_link import JointLink, join
+from recmas.system.prompt_assembly import assemble
+from recmas_kernels import RecursiveLink
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass
+class Turn:
+    """A visit under way: an agent's prompt, and the message that whoever runs the agent puts here."""
+
+    visit: Visit
+    prompt: Prompt
+    message: Message | None = None
+
+
+class System:
+    """Agents, links and a pattern that fit each other.
+
+    Args:
+        agents: one per role of the pattern; roles may share one `Agent`.
+        inner_links: by role, ``d -> d``, for every agent that sends.
+        outer_links: by (source, target), ``d_source -> d_target``.
+        pattern: which agent reads whose messages.
+        settings: prompt, chat and decoding by role; None takes `default_settings`.
+        defaults: rounds and latent steps where a call names none.
+        edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        offload: devices that the agents work on, while their weights and links stay in host memory
+            (`recmas.devices.offload`); None leaves them where they are.
+
+    Raises:
+        ValueError: roles, widths, templates or slots that do not fit together; one line that names what is wrong.
+    """
+
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        inner_links: Mapping[str, RecursiveLink],
+        outer_links: Mapping[Edge, RecursiveLink],
+        pattern: Pattern,
+        *,
+        settings: Mapping[str, AgentSpec] | None = None,
+        defaults: Defaults | None = None,
+        edge_scores: Mapping[Edge, nn.Parameter] | None = None,
+        offload: Devices | None = None,
+    ) -> None:
+        for role in pattern.roles:
+            if role not in agents:
+                raise ValueError(f"agents: role {role!r} of the pattern has no agent")
+        for role in [*agents, *inner_links, *(role for edge in outer_links for role in edge)]:
+            if role not in pattern.roles:
+                raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+        self.pattern = pattern
+        self.agents = {role: agents[role] for role in pattern.roles}
+        self.inner_links, self.outer_links = dict(inner_links), dict(outer_links)
+        self.defaults = defaults or Defaults()
+        self.settings = dict(
+            settings or {role: default_settings(pattern, role, agents[role]) for role in pattern.roles}
+        )
+        self.edge_scores: dict[Edge, nn.Parameter] = dict(edge_scores or {})
+        if pattern.combine == "weighted":
+            for edge in self.outer_links:
+                self.edge_scores.setdefault(edge, nn.Parameter(torch.zeros((), device=self.agents[edge[1]].device)))
+        self._check_widths()
+        self._renderers: dict[str, PromptRenderer] = {}
+        self._templates: dict[str, Template] = {}
+        for role, setting in self.settings.items():
+            tokenizer = self.agents[role].tokenizer
+            self._renderers[role] = PromptRenderer(tokenizer, setting.chat, setting.system, name=f"agent {role!r}")
+            for text in (setting.prompt.first, setting.prompt.later):
+                if text is not None:
+                    self._templates[text] = Template(text)
+        self._check_templates(1)
+        self.offloader = None if offload is None else self._new_offloader(place(offload, pattern.roles))
+
+    def to(self, device: Devices | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move (and cast) agents and links.
+
+        Args:
+            device: for all agents, or by role; None, and a role left out, stays where it is.
+            dtype: None stays what it is.
+
+        Raises:
+            ValueError: an unknown role, a device that cannot be used, or two devices for roles that share a model.
+        """
+        placement = self.devices if device is None else place(device, self.pattern.roles, self.devices)
+        owners: dict[int, str] = {}
+        for role, agent in self.agents.items():
+            first = owners.setdefault(id(agent.model), role)
+            if self.offloader is None and placement[first] != placement[role]:
+                raise ValueError(
+                    f"device: {first!r} and {role!r} share one model, which cannot be on both {placement[first]} and "
+                    f"{placement[role]}"
+                )
+        if self.offloader is None:
+            places = placement
+        else:
+            self.offloader.unload()
+            places = dict.fromkeys(placement, torch.device("cpu"))
+        for role, agent in self.agents.items():
+            agent.to(device=places[role], dtype=dtype)
+        self._place_links(places, dtype)
+        if self.offloader is not None:
+            self.offloader = self._new_offloader(placement)
+        return self
+
+    @property
+    def devices(self) -> Placement:
+        """The device that each agent works on, by role."""
+        if self.offloader is not None:
+            return dict(self.offloader.placement)
+        return {role: agent.device for role, agent in self.agents.items()}
+
+    def load_weights(self, role: str) -> None:
+        """Under offload: copy what `role` works with to its device."""
+        if self.offloader is not None:
+            self.offloader.load(role)
+
+    def unload_weights(self) -> None:
+        """Under offload: drop the copies on devices."""
+        if self.offloader is not None:
+            self.offloader.unload()
+
+    def walk(self, rows: Sequence[Fields], rounds: int) -> Iterator[Turn]:
+        """The visits of a run in the pattern's order, each with its prompt; the one walk of the project.
+
+        Whoever takes a `Turn` runs the agent and puts its message there before asking for the next one.
+
+        Args:
+            rows: one batch.
+            rounds: number of rounds.
+        """
+        messages: dict[tuple[str, int], Message] = {}
+        for visit in self.pattern.visits(rounds):
+            sent = {name: messages[name, when] for name, when in zip(visit.senders, visit.sender_rounds, strict=True)}
+            self.load_weights(visit.role)
+            turn = Turn(visit, self.prompt(visit, rows, sent))
+            yield turn
+            if turn.message is None:
+                raise RuntimeError(f"the turn of {visit.role!r} in round {visit.round} ended without a message")
+            messages[visit.role, visit.round] = turn.message
+
+    def prompt(self, visit: Visit, rows: Sequence[Fields], messages: Mapping[str, Message]) -> Prompt:
+        """Render and assemble the prompts of one visit.
+
+        Args:
+            visit: whose turn it is.
+            rows: one batch.
+            messages: by sender: texts (one per row) go into the template as text, `Latents` through the outer link.
+        """
+        agent, template = self.agents[visit.role], self.template(visit.role, visit.round)
+        texts = {role: message for role, message in messages.items() if not isinstance(message, Latents)}
+        segments = [
+            self.segments(visit, row, {role: text[index] for role, text in texts.items()})
+            for index, row in enumerate(rows)
+        ]
+        latents: dict[tuple[str, ...], Latents] = {}
+        links: dict[tuple[str, ...], nn.Module] = {}
+        for slot in template.slots:
+            if all(role not in texts for role in slot.senders):
+                sent = [messages[role] for role in slot.senders]
+                latents[slot.senders] = join([m.to(agent.device) for m in sent if isinstance(m, Latents)])
+                links[slot.senders] = self._slot_link(slot, visit.role)
+        return assemble(agent.embed, segments, latents, links, pad_id=agent.pad_id, device=agent.device)
+
+    def segments(self, visit: Visit, row: Fields, texts: Mapping[str, str] | None = None) -> list[list[int] | Slot]:
+        """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
+        return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
+
+    def prefix_ids(self, visit: Visit, rows: Sequence[Fields]) -> list[list[int]]:
+        """Token ids that stand before the first slot of each row's prompt of one visit."""
+        found: list[list[int]] = []
+        for row in rows:
+            found.append([])
+            for segment in self.segments(visit, row):
+                if isinstance(segment, Slot):
+                    break
+                found[-1] += segment
+        return found
+
+    def template(self, role: str, round: int) -> Template:
+        """The template that `role` uses in `round`."""
+        return self._templates[self.settings[role].prompt.at(round)]
+
+    def check_run(self, rounds: int, *, links: bool = True) -> None:
+        """Raise ValueError, before any model runs, if a slot or (with `links`) a link for so many rounds is missing."""
+        edges = self.pattern.edges(rounds)
+        if links and (missing := sorted(edge_name(edge) for edge in edges - self.outer_links.keys())):
+            raise ValueError(f"rounds={rounds} needs outer links that the system lacks: {', '.join(missing)}")
+        if links and (without := sorted({source for source, _ in edges} - self.inner_links.keys())):
+            raise ValueError(f"rounds={rounds} needs inner links that the system lacks: {', '.join(without)}")
+        self._check_templates(rounds)
+
+    def check_rows(self, rows: Sequence[Fields], rounds: int) -> None:
+        """Raise ValueError, naming row number and field, if a row lacks a field that a template of the run names."""
+        readers = {
+            field: visit.role
+            for visit in self.pattern.visits(min(rounds, 2))
+            for field in self.template(visit.role, visit.round).fields
+        }
+        for index, row in enumerate(rows):
+            for field, role in readers.items():
+                if field not in row:
+                    raise ValueError(
+                        f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
+                    )
+            if earlier(row):
+                for renderer in self._renderers.values():
+                    renderer.check_chat(row)
+
+    def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
+        """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""
+        return steps_by_role(self.settings, self.defaults, asked)
+
+    def _slot_link(self, slot: Slot, target: str) -> nn.Module:
+        edges = [(source, target) for source in slot.senders]
+        links = [self.outer_links[edge] for edge in edges]
+        if len(links) == 1:
+            return links[0]
+        if self.pattern.combine == "weighted":
+            scores = torch.stack([self.edge_scores[edge] for edge in edges])
+            weights = scores.softmax(dim=0).to(self.agents[target].device)
+        else:
+            weights = torch.full((len(edges),), 1 / len(edges), device=self.agents[target].device)
+        return JointLink(links, [self.agents[source].hidden_size for source in slot.senders], weights)
+
+    def _new_offloader(self, placement: Placement) -> Offloader:
+        parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
+        for role, link in self.inner_links.items():
+            parts[role].append(link)
+        for (_, receiver), outer in self.outer_links.items():
+            parts[receiver].append(outer)
+        return Offloader(placement, parts)
+
+    def _place_links(self, placement: Placement, dtype: torch.dtype | None) -> None:
+        for role, link in self.inner_links.items():
+            link.to(device=placement[role], dtype=dtype)
+        for (_, receiver), link in self.outer_links.items():
+            link.to(device=placement[receiver], dtype=dtype)
+        for edge, score in self.edge_scores.items():
+            if score.device != placement[edge[1]]:
+                moved = score.detach().to(placement[edge[1]])
+                self.edge_scores[edge] = nn.Parameter(moved, requires_grad=score.requires_grad)
+
+    def _check_templates(self, rounds: int) -> None:
+        joint = self.pattern.combine != "slots"
+        for visit in self.pattern.visits(min(rounds, 2)):
+            template = self.template(visit.role, visit.round)
+            template.check_senders(visit.senders, joint, f"agent {visit.role!r}, round {visit.round}")
+
+    def _check_widths(self) -> None:
+        width = {role: agent.hidden_size for role, agent in self.agents.items()}
+        named = [(f"inner link of {role!r}", link, role, role) for role, link in self.inner_links.items()]
+        named += [(f"outer link {edge_name(edge)}", link, *edge) for edge, link in self.outer_links.items()]
+        for name, link, source, target in named:
+            found = (link.config.in_features, link.config.out_features)
+            if found != (width[source], width[target]):
+                raise ValueError(
+                    f"{name} maps {found[0]} to {found[1]} features, the models need {width[source]} to {width[target]}"
+                )

@@ -1,0 +1,311 @@
+"""Rollouts at fixed shapes, compiled and captured: the numbers of the plain loop, on buffers that stay in place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from recmas import SEQUENTIAL, RecursiveMAS
+from recmas.agents.agent import Agent
+from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket
+from recmas.engine.latent_rollout import BUCKETS, MOVES, Rollouts
+from recmas.engine.messages import Latents, Prompt
+from recmas.engine.prefix_reuse import PrefixReuse
+from recmas.prompts.template import Slot
+from recmas.system.prompt_assembly import assemble
+from tests.runtime.engine.test_latent_rollout import relative_error, uncached
+from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
+
+STEPS = 8
+LENGTHS = {"even": (9, 9, 9), "padded": (9, 3, 7), "beyond a bucket": (70, 2, 30), "one": (1,)}
+
+
+def fixed(agent: Agent, **options: bool) -> Agent:
+    """The agent with rollouts of its own that run at fixed shapes."""
+    twin = Agent(agent.model, agent.tokenizer, name=agent.name)
+    twin.rollouts = Rollouts(**{"fixed_shapes": True, **options})
+    return twin
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@torch.no_grad()
+def test_fixed_shapes_give_the_uncached_rollout(agent, lengths):
+    link, agent = tiny_link(agent), fixed(agent)
+    batch, rows = prompts(agent, lengths)
+    states = agent.think(batch, STEPS, link).states
+    assert states.shape == (len(rows), STEPS, agent.hidden_size)
+    assert len(agent.rollouts._buckets) == 1
+    for index, embeds in enumerate(rows):
+        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+
+
+@torch.no_grad()
+def test_batches_of_one_bucket_share_its_buffers_and_nothing_else(agent):
+    """Longer and fuller batches leave their contents in the buffers; those after them must not see any of it."""
+    link, agent = tiny_link(agent), fixed(agent)
+    addresses = []
+    for lengths in ((40, 31, 5, 20), (9, 3, 7), (2, 2, 2, 2), (17, 50, 1)):
+        batch, rows = prompts(agent, lengths, seed=len(addresses))
+        states = agent.think(batch, STEPS, link).states
+        for index, embeds in enumerate(rows):
+            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        (held,) = agent.rollouts._buckets.values()
+        addresses.append([buffer.data_ptr() for buffer in buffers(held.continuation)])
+    assert all(found == addresses[0] for found in addresses)
+
+
+@torch.no_grad()
+def test_nothing_of_a_broken_batch_stays(agent):
+    link, agent = tiny_link(agent), fixed(agent)
+    expected = agent.think(prompts(agent, (9, 3))[0], STEPS, link).states
+    broken, _ = prompts(agent, (50, 50))
+    broken.embeds.fill_(torch.nan)
+    assert agent.think(broken, STEPS, link).states.isnan().all()
+    assert len(agent.rollouts._buckets) == 1
+    assert torch.equal(agent.think(prompts(agent, (9, 3))[0], STEPS, link).states, expected)
+
+
+@torch.no_grad()
+def test_threads_that_share_an_agent_wait_for_its_buffers():
+    agent = fixed(tiny_agent("llama"))
+    link = tiny_link(agent)
+
+    class Slow(torch.nn.Module):
+        def forward(self, hidden):
+            time.sleep(0.005)  # lets the other thread in
+            return link(hidden)
+
+    batches = [prompts(agent, (9, 3), seed)[0] for seed in range(2)]
+    expected = [agent.think(batch, STEPS, link).states for batch in batches]
+    slow = Slow()
+
+    def think(batch: Prompt) -> torch.Tensor:
+        with torch.no_grad():
+            return agent.think(batch, STEPS, slow).states
+
+    with ThreadPoolExecutor(2) as pool:
+        for states, alone in zip(pool.map(think, batches), expected, strict=True):
+            assert torch.equal(states, alone)
+
+
+@torch.no_grad()
+def test_an_agent_that_moves_leaves_no_buffers_behind():
+    agent = fixed(tiny_agent("llama"))
+    agent.think(prompts(agent, (9, 3))[0], STEPS, tiny_link(agent))
+    agent.to(dtype=torch.float64)
+    assert not agent.rollouts._buckets
+
+
+def buffers(static: FixedShapeContinuation) -> list[torch.Tensor]:
+    found = [static._column, static._positions, static._full, static._sliding]
+    for layer in static._cache.layers:
+        if hasattr(layer, "conv_states"):
+            found += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        else:
+            found += [layer.keys, layer.values]
+    return found
+
+
+@torch.no_grad()
+def test_fixed_shapes_continue_a_reused_prefix(agent):
+    link, agent, prefixes = tiny_link(agent), fixed(agent), PrefixReuse()
+    slot, heads = Slot(("other",)), [[20] * 11, [30, 40, 50]]
+    for round in range(3):
+        generator = torch.Generator().manual_seed(round)
+        latents = {slot.senders: Latents(torch.randn(2, 4, agent.hidden_size, generator=generator))}
+        links = {slot.senders: torch.nn.Identity()}
+        prompt = assemble(
+            agent.embed, [[head, slot, [7]] for head in heads], latents, links, pad_id=agent.pad_id, device="cpu"
+        )
+        prefill = prefixes.prefill("a", (lambda: heads) if round < 2 else None)
+        states = agent.think(prompt, STEPS, link, prefill=prefill).states
+        for row in range(2):
+            alone = uncached(agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], STEPS, link)
+            assert relative_error(states[row], alone) < 1e-5
+    assert prefixes.last.computed < prefixes.last.positions
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.no_grad()
+def test_eager_attention_reads_the_same_masks(family):
+    agent = fixed(tiny_agent(family))
+    agent.decoder.set_attn_implementation("eager")
+    link = tiny_link(agent)
+    batch, rows = prompts(agent, (9, 3, 7))
+    states = agent.think(batch, STEPS, link).states
+    for index, embeds in enumerate(rows):
+        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+
+
+def test_buckets_are_a_little_larger():
+    for batch in range(1, 100):
+        for length in (1, 63, 64, 65, 500, 512, 513, 1000, 4097):
+            rows, columns = bucket(batch, length)
+            assert batch <= rows < 2 * batch or rows == batch == 1
+            assert length <= columns < max(length + 64, 1.25 * length)
+            assert bucket(rows, columns) == (rows, columns)
+    assert len({bucket(batch, length) for batch in range(5, 9) for length in range(257, 321)}) == 1
+
+
+@torch.no_grad()
+def test_few_buckets_are_kept():
+    agent = fixed(tiny_agent("llama"))
+    link = tiny_link(agent)
+    for lengths in ((10,), (70,), (130,), (20, 10), (110,), (140,)):
+        agent.think(prompts(agent, lengths)[0], 4, link)
+    kept = [(held.continuation.rows, held.continuation.columns) for held in agent.rollouts._buckets.values()]
+    assert kept == [(1, 128), (1, 192)]
+    assert len(kept) == BUCKETS
+
+
+def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
+    absolute = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    absolute.rollouts = Rollouts(fixed_shapes=True)
+    llama = fixed(tiny_agent("llama"))
+    batch, _ = prompts(llama, (4, 2))
+    with torch.no_grad():
+        link = tiny_link(absolute)
+        states = absolute.think(prompts(absolute, (4, 2))[0], 3, link).states
+        assert states.shape == (2, 3, 32)
+        assert not absolute.rollouts._buckets
+        llama.think(batch, 3, tiny_link(llama))
+        assert llama.rollouts.reason == "graphs are captured on CUDA; this is cpu"
+        assert len(llama.rollouts._buckets) == 1
+    kept = fixed(tiny_agent("llama"))
+    assert kept.think(batch, 3, tiny_link(kept)).states.requires_grad
+    assert not kept.rollouts._buckets
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text"])
+@torch.no_grad()
+def test_one_step_is_compiled_for_all_steps_and_batches_of_a_bucket(family, monkeypatch):
+    """Traced once per bucket, without a break; what the tracer hands on is run as it stands."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    plain = tiny_agent(family)
+    agent, link = fixed(plain, compiled=True), tiny_link(plain)
+    counters.clear()
+    for lengths in ((9, 3, 7), (5, 5, 5, 5), (9, 12, 1, 4)):
+        batch, rows = prompts(agent, lengths)
+        states = agent.think(batch, STEPS, link).states
+        for index, embeds in enumerate(rows):
+            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+    agent.think(prompts(agent, (80,))[0], STEPS, link)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="needs a newer torch"
+)
+@torch.no_grad()
+def test_buckets_do_not_count_against_each_other(monkeypatch):
+    """Torch gives up on a function that it has compiled too often."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    agent = fixed(tiny_agent("llama"), compiled=True)
+    link = tiny_link(agent)
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            agent.think(prompts(agent, (9,) * 2**number)[0], STEPS, link)
+            assert counters["stats"]["unique_graphs"] == number + 1
+
+
+@torch.no_grad()
+def test_the_compiled_step_gives_the_same_numbers():
+    """With torch's own compiler, on the CPU."""
+    agent = Agent(tiny_model("llama"), tiny_tokenizer(), name="x", compile=True)
+    link = tiny_link(agent)
+    batch, rows = prompts(agent, (9, 3, 7))
+    states = agent.think(batch, STEPS, link).states
+    for index, embeds in enumerate(rows):
+        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+
+
+def test_a_system_compiles_the_agents_it_loads(tmp_path):
+    mas = RecursiveMAS.create({role: tiny_agent("llama") for role in SEQUENTIAL.roles}, SEQUENTIAL, rounds=1)
+    assert not mas.agents["planner"].rollouts.compiled
+    mas.save_pretrained(tmp_path / "s")
+    for compile in (False, True):
+        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", compile=compile)
+        assert {agent.rollouts.compiled for agent in loaded.agents.values()} == {compile}
+    models = {role: tmp_path / "s" / "agents" / role for role in SEQUENTIAL.roles if role != "critic"}
+    made = RecursiveMAS.create({**models, "critic": mas.agents["critic"]}, SEQUENTIAL, rounds=1, compile=True)
+    assert [made.agents[role].rollouts.compiled for role in SEQUENTIAL.roles] == [True, False, True]
+    offloaded = RecursiveMAS.from_pretrained(tmp_path / "s", offload=True)
+    offloaded.answer(["fox"], max_new_tokens=1)
+    assert offloaded.agents["planner"].rollouts.reason == "weights are on the device for visits only"
+
+
+@pytest.fixture
+def on_gpu(agent):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    twin = Agent(tiny_model(agent.name).cuda(), tiny_tokenizer(), name=agent.name)
+    return twin, tiny_link(agent).cuda()
+
+
+def cuda_prompts(agent: Agent, lengths: tuple[int, ...], seed: int = 0) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(10, 320, (length,), generator=generator).tolist() for length in lengths]
+    return assemble(agent.embed, [[row] for row in rows], {}, {}, pad_id=agent.pad_id, device="cuda")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_is_captured_once_and_replayed_for_other_batches(on_gpu):
+    agent, link = on_gpu
+    loop = Agent(agent.model, agent.tokenizer, name="loop")
+    loop.rollouts = Rollouts(graphs=False)
+    kept = []
+    for seed, lengths in enumerate([(9, 3, 7), (20, 31, 5, 2), (9, 9, 9, 9)]):
+        prompt = cuda_prompts(agent, lengths, seed)
+        states = agent.think(prompt, STEPS, link).states
+        assert agent.rollouts.reason == ""
+        kept.append((states, states.clone()))
+        assert relative_error(states, loop.think(prompt, STEPS, link).states) < 1e-4
+    assert agent.rollouts.captures == 1
+    assert all(torch.equal(*pair) for pair in kept)  # replays write into none of the results handed out
+    agent.think(cuda_prompts(agent, (9, 3, 7)), STEPS + 1, link)
+    assert agent.rollouts.captures == 2
+    assert loop.rollouts.reason == "graphs are off"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_see_weights_that_change_in_place_and_follow_those_that_move(on_gpu):
+    agent, link = on_gpu
+    loop = Agent(agent.model, agent.tokenizer, name="loop")
+    loop.rollouts = Rollouts(graphs=False)
+    prompt = cuda_prompts(agent, (9, 3, 7))
+    agent.think(prompt, STEPS, link)
+    link.proj1.weight.mul_(0.5)
+    assert relative_error(agent.think(prompt, STEPS, link).states, loop.think(prompt, STEPS, link).states) < 1e-4
+    assert agent.rollouts.captures == 1
+    moved = []
+    for number in range(MOVES + 1):
+        moved.append(link.proj1.weight.data)
+        link.proj1.weight.data = link.proj1.weight.data.clone() * 0.9
+        assert relative_error(agent.think(prompt, STEPS, link).states, loop.think(prompt, STEPS, link).states) < 1e-4
+        assert agent.rollouts.captures == number + 2
+    agent.think(prompt, STEPS, link)
+    assert agent.rollouts.reason == "weights move between rollouts"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_is_not_captured_says_why_on_a_gpu(on_gpu):
+    agent, link = on_gpu
+    prompt = cuda_prompts(agent, (9, 3, 7))
+    agent.think(prompt, STEPS, lambda hidden: link(hidden))
+    assert agent.rollouts.reason == "the link is not a module, so a change of its weights cannot be noticed"
+    agent.think(prompt, 1, link)
+    assert agent.rollouts.reason == "a single step feeds nothing back"
+    assert agent.rollouts.captures == 0
