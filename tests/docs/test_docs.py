@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import recmas
+import recmas.evaluation
 import recmas.training
 import recmas_kernels
 from recmas.cli import main
@@ -83,7 +84,7 @@ def test_example_runs_and_is_short(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_imports_public_names_only(page: Path) -> None:
-    public = {"recmas", "recmas.training", "recmas_kernels"}
+    public = {"recmas", "recmas.training", "recmas.evaluation", "recmas_kernels"}
     for block in blocks(page):
         for node in ast.walk(ast.parse(block.code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("recmas", "recmas_kernels"):
@@ -129,7 +130,7 @@ def test_every_public_name_has_an_entry_in_the_reference() -> None:
     entries = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
     wanted = {
         f"{package.__name__}.{name}"
-        for package in (recmas, recmas.training, recmas_kernels)
+        for package in (recmas, recmas.training, recmas.evaluation, recmas_kernels)
         for name in package.__all__
         if not name.startswith("__")
     }
