@@ -45,25 +45,15 @@ def _tables(name: str, records: Sequence[tables.Record]) -> list[str]:
 
 
 def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
-    """The README's part: the released inner link in full, one line for every cell of the smaller suites."""
+    """The README's part: one short table, how many goals are met, and where everything else is."""
     suite = next(iter(suites.values()))
-    device = suite["device"]
-    parts = [
-        f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}; "
-        f"all columns and cells: [benchmarks/results/{slug}](benchmarks/results/{slug}/README.md)."
-    ]
-    if "link" in suites and tables.headline_records(suites["link"]["records"]):
-        parts += [
-            f"![time against tokens](benchmarks/results/{slug}/link.svg)",
-            tables.headline_link(suites["link"]["records"]),
+    device, records = suite["device"], {name: suite["records"] for name, suite in suites.items()}
+    goals = tables.goals(record for members in records.values() for record in members).splitlines()[0]
+    return "\n\n".join(
+        [
+            f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}:",
+            tables.headline(records),
+            f"{goals} All cells, columns, plots and misses: "
+            f"[benchmarks/results/{slug}](benchmarks/results/{slug}/README.md).",
         ]
-    rest = [record for name, suite in suites.items() if name != "link" for record in suite["records"]]
-    if rest:
-        parts.append(tables.headline_rest(rest))
-    if "complexity" in suites:
-        parts += [
-            "How text and latent turns grow (proposition 3.1):",
-            tables.fit_table(suites["complexity"]["records"]),
-        ]
-    parts.append(tables.goals(record for suite in suites.values() for record in suite["records"]))
-    return "\n\n".join(parts)
+    )

@@ -10,6 +10,8 @@ from benchmarks.harness.timing import Ratio
 
 Record = Mapping[str, Any]
 HEADLINE_SHAPE = "2048x2048x2048"
+HEADLINE_TOKENS = (1, 32, 512)
+HEADLINE_VOCABULARY = "|V|=32000"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -151,24 +153,19 @@ def headline_records(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def headline_link(records: Sequence[Record]) -> str:
-    """The README's table: time, floor and speed-ups of the `headline_records`."""
-    chosen = headline_records(records)
-    peers = peers_of(chosen)
-    header = ["dtype", "tokens", "time", "floor", "% of floor", *(f"vs {peer}" for peer in peers)]
+def headline(suites: Mapping[str, Sequence[Record]]) -> str:
+    """The README's table: three sizes per dtype of the `headline_records`, and one record of each other suite."""
+    chosen = [record for record in headline_records(suites.get("link", ())) if record["tokens"] in HEADLINE_TOKENS]
+    for name, records in suites.items():
+        timed = [record for record in records if "impls" in record]
+        if name != "link" and timed:
+            chosen.append(next((record for record in timed if HEADLINE_VOCABULARY in record["shape"]), timed[0]))
     rows = []
     for record in chosen:
-        fused = record["impls"][FUSED]
-        rows.append(
-            [
-                *(record["dtype"], str(record["tokens"])),
-                duration(fused["t_us"]["p50"]),
-                duration(record["floor_us"]),
-                number(fused["sol_pct"], 2),
-                *(ratio_text(record, peer, interval=False) for peer in peers),
-            ]
-        )
-    return table(header, rows)
+        what = f"{record['op']}, {record['shape']}, {record['tokens']} tokens, {record['pass']}"
+        against = "; ".join(f"{ratio_text(record, peer, interval=False)} {peer}" for peer in peers_in(record))
+        rows.append([what, record["dtype"], duration(record["impls"][FUSED]["t_us"]["p50"]), against])
+    return table(["what", "dtype", "time", "speed-up over"], rows)
 
 
 def fit_table(records: Sequence[Record]) -> str:
@@ -214,19 +211,6 @@ def whole_table(record: Record) -> str:
         f"Removing it is worth, in whole turns at equal m, from {said(least)} to {said(most)}.",
     ]
     return "\n\n".join(parts)
-
-
-def headline_rest(records: Sequence[Record]) -> str:
-    """One row per record of the smaller suites: what, how long, and against whom."""
-    rows = []
-    for record in records:
-        if "impls" not in record:
-            continue
-        fused = record["impls"][FUSED]
-        against = ", ".join(f"{ratio_text(record, peer, interval=False)} {peer}" for peer in peers_in(record))
-        what = f"{record['op']}, {record['shape']}, {record['tokens']} tokens, {record['dtype']}, {record['pass']}"
-        rows.append([record["suite"], what, duration(fused["t_us"]["p50"]), against])
-    return table(["suite", "what", "time", "speed-up over"], rows)
 
 
 def goals(records: Iterable[Record]) -> str:
