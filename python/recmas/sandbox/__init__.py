@@ -1,4 +1,4 @@
-"""Runs foreign code in a process that can reach nothing of ours: programs that models write, prompt builders of a clone.
+"""Runs foreign code where it reaches nothing of ours: programs that models write, prompt builders of a clone.
 
 Two existing sandboxes serve, in this order: bubblewrap (namespaces of its own, no network, a private temporary file
 system), and Landlock where no user namespace may be made (reads the interpreter's files alone, writes nothing). Under

@@ -94,7 +94,7 @@ def run(script: Path | None, text: bytes, sandbox: str, limits: Limits, *, more:
         files = [_LAUNCH] if script is None else [_LAUNCH, script]
         paths = readable([*files, *more])
         confined = [*paths, str(_SYSCALLS), folder] if sandbox == "landlock" else None
-        settings = json.dumps({"limits": limits.resources(), "readable": confined})
+        settings = json.dumps({"limits": limits.resources(), "readable": confined, "parent": os.getpid()})
         program = [sys.executable, "-I", "-B", "-X", "utf8", str(_LAUNCH), settings, *map(str, files[1:])]
         if sandbox == "bubblewrap":
             filtering.write(bubblewrap.filter_program())

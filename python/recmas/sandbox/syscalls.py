@@ -1,4 +1,4 @@
-"""The system calls of foreign code: one process that computes, in threads, with files of its own. Everything else fails.
+"""The system calls of foreign code: one process that computes, in threads, with files of its own. All else fails.
 
 A list of what is allowed, because a list of what is forbidden ages with every kernel. What it leaves out counts as much
 as what it holds: no process is started, so that a limit on the one process holds for all there is; no socket is
@@ -31,8 +31,8 @@ ALLOWED = """
     sendto recvfrom shutdown getsockopt setsockopt getsockname getpeername
     getpid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getgroups getresuid getresgid
     uname sysinfo getrandom getrlimit getpriority wait4 waitid
-""".split()
-REFUSED = "fork vfork clone socket socketpair kill tgkill fcntl ioctl prctl prlimit64 setrlimit execve".split()
+"""
+REFUSED = "fork vfork clone socket socketpair kill tgkill fcntl ioctl prctl prlimit64 setrlimit execve"
 """Fail as not permitted where no rule below allows them; any other call fails as one that the kernel does not have."""
 
 THREAD, NAMESPACES = 0x00010000, 0x7E020000  # CLONE_*
@@ -50,7 +50,7 @@ def filter_of(process: int | None = None) -> Filter:
     filter before it executes the program, which sets its limits then.
     """
     found = Filter(default=int(seccompy.Action.ERRNO) | errno.ENOSYS)
-    for name in ALLOWED:
+    for name in ALLOWED.split():
         if _exists(name):
             found.allow(name)
     found.allow("clone", args=[ArgCmp(0, CmpOp.MASKED_EQ, THREAD, THREAD | NAMESPACES)])
@@ -67,7 +67,7 @@ def filter_of(process: int | None = None) -> Filter:
         found.allow("prlimit64", args={0: 0, 2: 0})  # one's own, read
     for name in ("kill", "tgkill"):
         found.allow(name, args=None if process is None else {0: process})
-    for name in REFUSED:
+    for name in REFUSED.split():
         if _exists(name):
             found.errno(name, errno.EPERM)
     return found

@@ -335,7 +335,19 @@ def test_eval_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     output = str(tmp_path / "records.jsonl")
     words = ["eval", "system", "--data", "rows.jsonl", "--mode", "latent,text,single,loop", "--rounds", "1,2"]
-    words += ["--latent-steps", "0,2", "--max-new-tokens", "2", "--limit", "3", "--output", output, "--tools", "python"]
+    words += [
+        "--latent-steps",
+        "0,2",
+        "--max-new-tokens",
+        "2",
+        "--limit",
+        "3",
+        "--output",
+        output,
+        "--tools",
+        "python",
+        "--unsafe",
+    ]
     assert main([*words, "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert len(cells) == 4 + 2 + 1 + 3
