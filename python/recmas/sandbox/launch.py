@@ -1,8 +1,8 @@
 """Starts a script of this package where it can do no harm: ``python -I launch.py SETTINGS [SCRIPT]``.
 
-SETTINGS is JSON: ``limits`` by resource, for Landlock ``readable`` (paths) or null, the number of the ``parent``. Limits
-are set here, because a function that runs between fork and exec can deadlock beside torch's threads. Without a script
-it only tries whether all of this works. Standard library, and for Landlock `landlockpy` and `seccompy`.
+SETTINGS is JSON: ``limits`` by resource, for Landlock ``readable`` (paths) or null, the number of the ``parent``.
+Limits are set here, because a function that runs between fork and exec can deadlock beside torch's threads. Without a
+script it only tries whether all of this works. Standard library, and for Landlock `landlockpy` and `seccompy`.
 """
 
 from __future__ import annotations

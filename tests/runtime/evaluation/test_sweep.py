@@ -131,7 +131,7 @@ def test_tools_run_where_the_model_calls_them(real, monkeypatch):
     agent = real.agents["learner"]
     words = agent.literal("<python>print(6 * 7)</python>")
     monkeypatch.setattr(Sampler, "choose", scripted(words))
-    records = run(real, QUESTIONS[:1], tools=[SHIPPED["python"]()], max_new_tokens=len(words) + 1).records
+    records = run(real, QUESTIONS[:1], tools=[SHIPPED["python"]("none")], max_new_tokens=len(words) + 1).records
     assert records[0].tool_calls == 1
     assert "<result> 42 </result>" in records[0].text
 
