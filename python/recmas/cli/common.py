@@ -109,10 +109,25 @@ def add_tools(parser: CommandLineParser) -> None:
         "--tools",
         type=NAMES,
         default=[],
-        help="tools that the answering agent may call: python, which runs the model's programs under resource limits, "
-        "NOT in a security sandbox",
+        help="tools that the answering agent may call: python, which runs the model's programs in a sandbox (recmas "
+        "info says in which)",
     )
     parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
+    add_unsafe(parser, "the programs of --tools")
+
+
+def add_unsafe(parser: CommandLineParser, what: str) -> None:
+    """Whether foreign code may run without a sandbox."""
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help=f"run {what} WITHOUT a sandbox: as this user, with its files, processes and network",
+    )
+
+
+def sandbox(options: Namespace) -> str | None:
+    """The sandbox that `add_unsafe`'s option asks for; None is the first that works here."""
+    return "none" if options.unsafe else None
 
 
 def toolbox(options: Namespace) -> Toolbox | tuple[()]:
@@ -124,7 +139,7 @@ def toolbox(options: Namespace) -> Toolbox | tuple[()]:
     for name in options.tools:
         if name not in SHIPPED:
             raise ValueError(f"--tools: unknown tool {name!r}; there is {', '.join(SHIPPED)}")
-    return Toolbox([SHIPPED[name]() for name in options.tools], max_calls=options.max_tool_calls)
+    return Toolbox([SHIPPED[name](sandbox(options)) for name in options.tools], max_calls=options.max_tool_calls)
 
 
 def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None]:

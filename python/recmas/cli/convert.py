@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recmas.cli.common import dump
+from recmas.cli.common import add_unsafe, dump, sandbox
 from recmas.cli.parser import CommandLineParser
 from recmas.upstream.clone import CODE_FORMS
 from recmas.upstream.styles import STYLES, TASKS
@@ -45,7 +45,7 @@ def _add_upstream(parser: CommandLineParser) -> None:
         "--code",
         type=str,
         required=True,
-        help="your clone of the reference implementation; its prompt builders are imported and called",
+        help="your clone of the reference implementation; its prompt builders are run, in a sandbox",
     )
     parser.add_argument("--style", type=str, required=True, help=f"which released system: {', '.join(STYLES)}")
     parser.add_argument(
@@ -80,6 +80,7 @@ def _add_upstream(parser: CommandLineParser) -> None:
         help="keep oddities of its prompts: a fixed round number, mathematical feedback on code, GPQA's answer format",
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the system to make")
+    add_unsafe(parser, "the clone's prompt builders")
 
 
 def _add_safetensors(parser: CommandLineParser) -> None:
@@ -111,6 +112,7 @@ def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
         task=options.task,
         code_form=options.code_form,
         reference_quirks=options.reference_quirks,
+        sandbox=sandbox(options),
     )
     inner = sum(agent.inner_link is not None for agent in spec.agents.values())
     summary = {

@@ -1,4 +1,4 @@
-"""``recmas info``: the kernel package's own page; with a system, the memory that it will take."""
+"""``recmas info``: the kernel package's own page and the sandboxes; with a system, the memory that it will take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def add_options(parser: CommandLineParser) -> None:
         type=str,
         nargs="?",
         default=None,
-        help="folder of a system: show the memory that it will take, without loading it (default: show the kernels)",
+        help="folder of a system: show the memory that it will take, without loading it (default: show the kernels "
+        "and the sandbox of tools)",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
@@ -34,9 +35,7 @@ def add_options(parser: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     if options.system is None:
-        from recmas_kernels import info
-
-        return info.main(["--json"] if options.json else [])
+        return _machine(options.json)
     from recmas.sizing.report import memory_table, render
 
     table = memory_table(
@@ -56,4 +55,22 @@ def execute(options: Namespace) -> int:
         dump({**asdict(table), "devices": [{**asdict(line), "fits": line.fits} for line in table.devices]})
     else:
         print(render(table))
+    return 0
+
+
+def _machine(as_json: bool) -> int:
+    """What runs here: kernels, and the sandbox of tools and foreign code."""
+    from recmas.sandbox import reasons
+    from recmas_kernels import info
+
+    kernels, sandboxes = info.collect(), reasons()
+    if as_json:
+        dump({**kernels, "sandboxes": sandboxes})
+        return 0
+    chosen = next((name for name, reason in sandboxes.items() if reason is None), None)
+    print(info.render(kernels))
+    print(f"\nsandbox of tools and foreign code: {chosen or 'none, so they run with --unsafe only'}")
+    for name, reason in sandboxes.items():
+        if name != chosen:
+            print(f"  {name}: {reason or 'works, too'}")
     return 0

@@ -28,14 +28,14 @@ def convert_upstream(
     task: str = "math",
     code_form: str = "complete",
     reference_quirks: bool = False,
+    sandbox: str | None = None,
 ) -> SystemSpec:
     """Write the system of one released style into `out`: ``system.json`` and ``links/``; models are linked, not copied.
 
     Rounds, latent steps and sampling are those the reference implementation recommends for the style and task.
 
     Args:
-        code: the user's clone of the reference implementation; its prompt builders are imported from there and called
-            in a process of their own.
+        code: the user's clone of the reference implementation; its prompt builders are run, in a sandbox.
         style: one of `styles.STYLES`.
         out: folder to make; may exist if empty.
         weights: holds a folder per repository, under the repository's name or the role's; None takes the hub's.
@@ -44,6 +44,7 @@ def convert_upstream(
             (choice uses those of math).
         code_form: on code, "complete" programs or a "function" (rows then carry its name in the field fn_name).
         reference_quirks: keep oddities of the reference's prompts; see `clone.read_prompts`.
+        sandbox: in which the clone's code runs; see `clone.read_prompts`.
 
     Returns:
         What ``system.json`` says.
@@ -58,7 +59,12 @@ def convert_upstream(
         raise ValueError(f"code_form: {code_form!r} is not one of {', '.join(CODE_FORMS)}")
     place = new_folder(out)
     prompts = read_prompts(
-        Path(code).expanduser(), chosen.family, task, code_form=code_form, reference_quirks=reference_quirks
+        Path(code).expanduser(),
+        chosen.family,
+        task,
+        code_form=code_form,
+        reference_quirks=reference_quirks,
+        sandbox=sandbox,
     )
     places = files.find_places(chosen, None if weights is None else Path(weights).expanduser(), overrides or {})
     widths = {role: files.model_width(role, places[role]) for role in chosen.family.pattern.roles}

@@ -131,7 +131,7 @@ def test_tools_run_where_the_model_calls_them(real, monkeypatch):
     agent = real.agents["learner"]
     words = agent.literal("<python>print(6 * 7)</python>")
     monkeypatch.setattr(Sampler, "choose", scripted(words))
-    records = run(real, QUESTIONS[:1], tools=[SHIPPED["python"]()], max_new_tokens=len(words) + 1).records
+    records = run(real, QUESTIONS[:1], tools=[SHIPPED["python"]("none")], max_new_tokens=len(words) + 1).records
     assert records[0].tool_calls == 1
     assert "<result> 42 </result>" in records[0].text
 
@@ -335,7 +335,19 @@ def test_eval_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     output = str(tmp_path / "records.jsonl")
     words = ["eval", "system", "--data", "rows.jsonl", "--mode", "latent,text,single,loop", "--rounds", "1,2"]
-    words += ["--latent-steps", "0,2", "--max-new-tokens", "2", "--limit", "3", "--output", output, "--tools", "python"]
+    words += [
+        "--latent-steps",
+        "0,2",
+        "--max-new-tokens",
+        "2",
+        "--limit",
+        "3",
+        "--output",
+        output,
+        "--tools",
+        "python",
+        "--unsafe",
+    ]
     assert main([*words, "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert len(cells) == 4 + 2 + 1 + 3

@@ -19,6 +19,7 @@ from recmas.prompts.template import Slot
 from recmas.recursive_mas import RecursiveMAS
 from recmas.upstream import convert_upstream
 from recmas.upstream.styles import OUTER, STYLES
+from tests.runtime.sandbox.needed import needs_sandbox
 from tests.runtime.upstream.fakes import link_state, write_clone, write_inner, write_outer, write_release
 
 ROLES = {
@@ -36,6 +37,7 @@ FORMS = {
     "distillation": {"inner": "manifest", "outer": "tasks"},
     "deliberation": {"inner": "plain", "outer": "trained"},
 }
+pytestmark = needs_sandbox  # for the clone's prompt builders
 LIGHT = STYLES["sequential_light"]
 States = dict[str, dict[str, Tensor]]
 

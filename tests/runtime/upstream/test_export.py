@@ -17,9 +17,11 @@ from recmas.upstream import convert_upstream, link_to_safetensors, to_pt
 from recmas.upstream.export import adapter_type
 from recmas.upstream.styles import OUTER, STYLES
 from recmas_kernels import FusedRecursiveLink, RecursiveLink
+from tests.runtime.sandbox.needed import needs_sandbox
 from tests.runtime.upstream.fakes import link_state, write_clone, write_inner, write_release
 
 WIDTHS = {"planner": 32, "critic": 48, "solver": 32}
+pytestmark = needs_sandbox  # for the clone's prompt builders
 LIGHT = STYLES["sequential_light"]
 
 
