@@ -28,9 +28,21 @@ if TYPE_CHECKING:
 
 
 class RecursiveMAS(System):
-    """A recursive multi-agent system: a `System` that answers, and is written to and read from folders.
+    """A recursive multi-agent system.
 
-    Arguments and errors are those of `recmas.system.system.System`.
+    Args:
+        agents: one per role of the pattern; roles may share one `Agent`.
+        inner_links: by role, ``d -> d``, for every agent that sends.
+        outer_links: by (source, target), ``d_source -> d_target``.
+        pattern: which agent reads whose messages.
+        settings: prompt, chat and decoding by role; None makes plain prompts.
+        defaults: rounds and latent steps where a call names none.
+        edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        offload: devices that the agents work on, while their weights and links stay in host memory; None leaves them
+            where they are.
+
+    Raises:
+        ValueError: roles, widths, templates or slots that do not fit together; one line that names what is wrong.
     """
 
     @classmethod

@@ -96,7 +96,7 @@ def execute(options: Namespace) -> int:
     asked = answer_options(options, DECODING, tools=toolbox(options))
     with loaded(options) as mas:
         from recmas.evaluation.summary import table
-        from recmas.evaluation.sweep import sweep
+        from recmas.evaluation.sweeps import sweep
 
         summaries = sweep(
             mas,

@@ -17,7 +17,7 @@ from recmas.config.pattern import DISTILLATION
 from recmas.config.system_json import Defaults
 from recmas.evaluation import Cell, wilson
 from recmas.evaluation.baselines import looped_model, single_agent
-from recmas.evaluation.sweep import batch_seed, sweep
+from recmas.evaluation.sweeps import batch_seed, sweep
 from recmas.tools import Toolbox
 from tests.runtime.tiny import tiny_agent
 
