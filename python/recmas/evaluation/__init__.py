@@ -6,6 +6,7 @@ Importing this package imports no torch.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from recmas.evaluation.data import read_data
@@ -35,12 +36,11 @@ __all__ = [
 ]
 
 
+_MODULE_OF = {"Sweep": "sweeps", "sweep": "sweeps", "looped_model": "baselines", "single_agent": "baselines"}
+
+
 def __getattr__(name: str) -> Any:
     """Load what needs torch on first use, so that ``recmas eval --help`` is fast."""
-    if name in ("Sweep", "sweep"):
-        from recmas.evaluation import sweeps as module
-    elif name in ("looped_model", "single_agent"):
-        from recmas.evaluation import baselines as module
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"recmas.evaluation.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
