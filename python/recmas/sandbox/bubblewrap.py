@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 WORK = "/tmp"
+_FOLDER = f"{WORK}/call"  # empty, also where the interpreter itself is installed below WORK
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _NOBODY = "65534"
 
@@ -25,7 +26,7 @@ def command(readable: Sequence[str], disk: int, filter_fd: int, info_fd: int) ->
         raise ValueError("bubblewrap is not installed (apt-get install bubblewrap)")
     arguments = [found, "--unshare-all", "--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--hostname", "sandbox"]
     arguments += ["--new-session", "--die-with-parent", "--as-pid-1", "--clearenv"]
-    arguments += ["--size", str(disk), "--tmpfs", WORK, "--chdir", WORK]
+    arguments += ["--size", str(disk), "--tmpfs", WORK, "--dir", _FOLDER, "--chdir", _FOLDER]
     for path in readable:
         arguments += ["--ro-bind", path, path]
     for device in _DEVICES:

@@ -27,6 +27,9 @@ class Host:
         self.file = folder / "home" / ".ssh" / "id"
         self.file.parent.mkdir(parents=True)
         self.file.write_bytes(SECRET)
+        program = folder / "program"
+        program.write_text("#!/bin/sh\necho ESCAPED\n")
+        program.chmod(0o4755)
         self.mark = folder / "mark"
         self.open_file = os.open(self.file, os.O_RDONLY)
         os.set_inheritable(self.open_file, True)
@@ -53,6 +56,7 @@ class Host:
             "address": ctypes.addressof(self.memory),
             "file": str(self.file),
             "inode": self.file.stat().st_ino,
+            "program": str(program),
             "mark": str(self.mark),
             "fd": self.open_file,
             "shared": str(self.shared),

@@ -16,7 +16,7 @@ import pytest
 
 from recmas.sandbox import SANDBOXES, reasons
 from recmas.tools import PythonTool, Toolbox
-from tests.runtime.sandbox.escapes import ESCAPES, PRELUDE, Escape
+from tests.runtime.sandbox.escapes import DENIED, ESCAPES, PRELUDE, Escape
 from tests.runtime.sandbox.host import Host, standing
 
 seccompy = pytest.importorskip("seccompy", reason="no sandbox without its filter of system calls (Linux)")
@@ -65,6 +65,8 @@ def test_it_is_stopped(escape: Escape, host: Host, sandbox: str) -> None:
 def test_without_a_sandbox_it_succeeds(escape: Escape, host: Host) -> None:
     """So each of these programs shows what its sandbox stops, not a mistake of its own."""
     told = tried(escape.program, host, "none")
+    if DENIED in told and os.geteuid() != 0:
+        pytest.skip("this user may not do that anyway")
     assert "ESCAPED" in told, told
     for server in host.servers.values():  # what came is what it sent
         while True:
@@ -112,12 +114,13 @@ def _processes(words: str) -> list[str]:
 
 
 def _filtered(process: str) -> bool:
-    """Whether a process runs under a filter of system calls: the sandbox then is complete."""
+    """Whether a process can gain no privileges and has a filter of system calls: the sandbox then is complete."""
     try:
         with open(f"/proc/{process}/status") as status:
-            return "Seccomp:\t2" in status.read()
+            page = status.read()
     except OSError:
         return False
+    return "Seccomp:\t2" in page and "NoNewPrivs:\t1" in page
 
 
 def _until(true: Callable[[], bool], message: str) -> None:
