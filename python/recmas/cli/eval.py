@@ -57,7 +57,8 @@ def add_options(parser: CommandLineParser) -> None:
         "--metric",
         default="exact",
         choices=list(METRICS),
-        help="exact (whole text), last_word, choice (a letter) or math (needs the eval extra)",
+        help="exact (whole text), last_word (case and punctuation count in both), choice (a letter) or math (needs the "
+        "eval extra)",
     )
     parser.add_argument(
         "--mode",

@@ -200,6 +200,8 @@ def _cells(
 def _expected(row: Fields, index: int, field: str) -> str:
     if not isinstance(row, Mapping) or field not in row:
         raise ValueError(f"row {index}: no field {field!r} with the answer")
+    if row[field] is None or not str(row[field]).strip():
+        raise ValueError(f"row {index}: field {field!r} is empty; any text without an answer would count as right")
     return str(row[field])
 
 
