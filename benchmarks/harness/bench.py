@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness.floors import Work
@@ -12,6 +12,7 @@ from benchmarks.harness.goals import Goal
 from benchmarks.harness.machine import Device, Limits
 from benchmarks.harness.names import COMPILED, FUSED
 from benchmarks.harness.record import Labels, Samples, dtype_name, make_record
+from benchmarks.harness.time_bound import TimeBound, Unmeasured
 from benchmarks.harness.timing import Call, Flush, measure, warm
 
 FLUSH_BYTES = 128 * 2**20  # several times the last cache of the machines measured
@@ -47,6 +48,8 @@ class Bench:
         weighed: Collection[str] | None = None,
         calls: int = 1,
         twice: str | None = "eager",
+        bound: TimeBound = TimeBound(),  # noqa: B008
+        unmeasured: Mapping[str, Unmeasured] | None = None,
         extra: Mapping[str, Any] | None = None,
         settle: Callable[[Samples], Samples] | None = None,
     ) -> None:
@@ -58,9 +61,10 @@ class Bench:
             work: of one call.
             errors: of each variant against float64, as the correctness gate found them.
             goal: the claim; None for none.
-            seconds, rounds, twice: as `timing.measure` takes them.
-            weighed: variants whose operators and memory are counted, in two more calls each; None takes all, but of
-                cells with ``rounds`` only "fused".
+            seconds, rounds, twice, bound: as `timing.measure` takes them.
+            unmeasured: peers that are no variants, and why: over their bound before this call.
+            weighed: variants whose operators and memory are counted, in two more calls each; None takes
+                those that ran in every round, but of cells with ``rounds`` only "fused".
             calls: calls of the op in one call of a variant, where one alone is too short to time.
             extra: more fields of the record.
             settle: called between timing and recording; may check what the timed calls gave, fill in ``errors`` then,
@@ -68,16 +72,22 @@ class Bench:
         """
         cache, prepare = self._caches(labels, work, calls) if self.benchmark.enabled else ("warm", _nothing)
         self.benchmark.group = f"{labels.suite} {labels.op} {labels.shape} {dtype_name(labels.dtype)} {labels.mode}"
-        samples = measure(self.benchmark, variants, prepare=prepare, seconds=seconds, rounds=rounds, twice=twice)
-        if samples is None:
+        measured = measure(
+            self.benchmark, variants, prepare=prepare, seconds=seconds, rounds=rounds, twice=twice, bound=bound
+        )
+        if measured is None:
             return
-        if settle is not None:
-            samples = settle(samples)
+        samples = measured.samples if settle is None else settle(measured.samples)
         per_call = {name: [value / calls for value in values] for name, values in samples.items()}
         if weighed is None:
-            weighed = () if calls > 1 else variants if rounds is None else (FUSED,)
+            full = [name for name in variants if len(samples.get(name, ())) == len(samples[FUSED])]
+            weighed = () if calls > 1 else full if rounds is None else (FUSED,)
         footprints = {name: Footprint.of(variants[name], compiled=name in COMPILED) for name in weighed}
-        record = make_record(labels, cache, work, self.limits, per_call, errors, footprints, goal)
+        left_out = {
+            name: replace(peer, seconds=None if peer.seconds is None else peer.seconds / calls)
+            for name, peer in {**(unmeasured or {}), **measured.unmeasured}.items()
+        }
+        record = make_record(labels, cache, work, self.limits, per_call, errors, footprints, goal, left_out)
         record["clock_mhz"] = self.device.clock_mhz()
         record.update(extra or {})
         self.benchmark.extra_info["record"] = record

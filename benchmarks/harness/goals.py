@@ -37,3 +37,11 @@ class Goal:
             taken = "unknown" if memory is None else f"{memory:.2f}x"
             return f"memory of the {self.peer} {taken}, must be {self.must_memory:.2f}x ours"
         return None
+
+    def missed_at_least(self, at_least: float | None, microseconds: float) -> str | None:
+        """What is missed where the peer is over its time bound: only ``at_least``, a lower bound, can meet the goal."""
+        if at_least is None:
+            return f"the {self.peer} was not run, must be {self.must:.2f}x"
+        if at_least < self.must:
+            return f"at least {at_least:.2f}x {self.peer}, which is over its time bound; must be {self.must:.2f}x"
+        return self.missed(Ratio(at_least, at_least, at_least), 1.0, microseconds)

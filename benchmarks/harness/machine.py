@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import platform
 import re
 import subprocess
@@ -17,6 +19,8 @@ import recmas_kernels
 from recmas_kernels import info
 
 LIMIT_ROUNDS = 15
+PRODUCT_SIZES = (256, 1024, 2048)
+PRODUCT_SECONDS = 0.5  # a product that is expected to take longer is not tried
 BEYOND_CACHES = 512 * 2**20  # a buffer of this many bytes fits into no cache
 
 
@@ -52,7 +56,9 @@ class Limits:
         """Operations per second of the best library product; never below float32's, since a kernel may convert."""
         if dtype not in self._products:
             rates = []
-            for size in (1024, 2048):
+            for size in PRODUCT_SIZES:
+                if rates and 2 * size**3 / rates[-1] > PRODUCT_SECONDS:
+                    break  # no library that is so slow in this dtype sets the limit
                 left = torch.randn(size, size, device=self._device).to(dtype)
                 right = torch.randn(size, size, device=self._device).to(dtype)
                 out = torch.empty(size, size, device=self._device, dtype=dtype)
@@ -95,6 +101,11 @@ class Device:
     @property
     def name(self) -> str:
         return self._cpuinfo.get("model name") or platform.processor() or platform.machine()
+
+    @property
+    def vendor(self) -> str | None:
+        """The processor's maker as it names itself ("AuthenticAMD"); None where the system does not say."""
+        return self._cpuinfo.get("vendor_id")
 
     @property
     def has_bf16_products(self) -> bool:
@@ -142,12 +153,15 @@ def slug_of(words: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "recmas_kernels": recmas_kernels.__version__,
     }
+    if importlib.util.find_spec("zentorch") is not None:  # an optional peer
+        found["zentorch"] = importlib.metadata.version("zentorch")
+    return found
 
 
 def git_commit() -> dict[str, Any]:

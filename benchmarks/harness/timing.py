@@ -12,13 +12,13 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.harness.names import AGAIN
+from benchmarks.harness.time_bound import LEAST_ROUNDS, TimeBound, Unmeasured
 
 MIN_ROUNDS = 30
 MAX_ROUNDS = 200
@@ -86,6 +86,20 @@ class Flush:
         self._buffer.sum()
 
 
+@dataclass
+class Measured:
+    """What a comparison gave.
+
+    Attributes:
+        samples: seconds per call, by variant. Entry i of each belongs to round i, of which a slow peer has only the
+            first ones.
+        unmeasured: peers that are over their bound, and so have no samples.
+    """
+
+    samples: dict[str, list[float]]
+    unmeasured: dict[str, Unmeasured]
+
+
 def measure(
     benchmark: Any,
     variants: Mapping[str, Call],
@@ -94,19 +108,24 @@ def measure(
     seconds: float = 2.0,
     rounds: int | None = None,
     twice: str | None = "eager",
-) -> dict[str, list[float]] | None:
+    bound: TimeBound = TimeBound(),  # noqa: B008
+) -> Measured | None:
     """Time all variants in turn; under ``--benchmark-disable`` only run each of them once.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        variants: calls by name; the first is the one under test, which pytest-benchmark reports.
+        variants: calls by name; the first is the one under test, which pytest-benchmark reports. A variant that
+            compiles at its first call must have had it.
         prepare: puts the caches into the wanted state; runs untimed before each timed call.
         seconds: time to aim at; it sets the number of rounds within [MIN_ROUNDS, MAX_ROUNDS].
         rounds: that number itself, for peers of many seconds; then nothing is warmed up either.
-        twice: the peer to time once more under its name + AGAIN; None for none.
+        twice: the peer to time once more under its name + AGAIN; None for none. Where it is over its bound, the next
+            peer is timed twice.
+        bound: a peer whose first call is over it is left out; one whose calls would take too long together takes part
+            in fewer rounds. With ``rounds`` every peer takes part in one at least, however long it takes.
 
     Returns:
-        Seconds per call, by variant, one entry per round; entry i of each belongs to the same round. None if disabled.
+        The samples, and which peers are over their bound. None if disabled.
     """
     (name, call), *others = variants.items()
     if not benchmark.enabled:
@@ -114,33 +133,26 @@ def measure(
             peer_call()
         benchmark.pedantic(call)
         return None
-    peers = dict(others)
-    if twice in peers:
-        peers[twice + AGAIN] = peers[twice]
-    samples: dict[str, list[float]] = {peer: [] for peer in peers}
-    order = random.Random(0)
-    recording = False
+    turns = _Turns(dict(others), prepare, bound)
+    if rounds is None:
+        turns.leave_out_slow()
+    turns.repeat(twice)
 
     def run_peers() -> None:
-        for peer in order.sample(list(peers), len(peers)):
-            prepare(peers[peer])
-            start = perf_counter()
-            peers[peer]()
-            elapsed = perf_counter() - start
-            if recording:
-                samples[peer].append(elapsed)
+        turns.run(record=recording)
         prepare(call)
 
+    recording = False
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         longest = 0.0
         for _ in range(WARMUP_ROUNDS if rounds is None else 0):
-            start = perf_counter()
+            start = bound.now()
             run_peers()
             call()
-            longest = perf_counter() - start
+            longest = bound.now() - start
         if rounds is None:
             rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / longest)))
         recording = True
@@ -148,4 +160,52 @@ def measure(
     finally:
         if collecting:
             gc.enable()
-    return {name: list(benchmark.stats.stats.data), **samples}
+    return Measured({name: list(benchmark.stats.stats.data), **turns.samples}, turns.unmeasured)
+
+
+class _Turns:
+    """The peers of one comparison, which run once per round in an order that changes."""
+
+    def __init__(self, peers: dict[str, Call], prepare: Callable[[Call], None], bound: TimeBound) -> None:
+        self._peers, self._prepare, self._bound = peers, prepare, bound
+        self._order = random.Random(0)
+        self._rounds: dict[str, int] = {}  # in which a slow peer takes part
+        self.samples: dict[str, list[float]] = {name: [] for name in peers}
+        self.unmeasured: dict[str, Unmeasured] = {}
+
+    def leave_out_slow(self) -> None:
+        """Call each peer once; drop those over their bound, and count the rounds of those that are merely slow."""
+        for name, call in list(self._peers.items()):
+            elapsed = self._bound.seconds_of(call)
+            if (over := self._bound.over(elapsed)) is not None:
+                self.unmeasured[name] = over
+                del self._peers[name], self.samples[name]
+            else:
+                self._limit(name, elapsed, LEAST_ROUNDS)
+
+    def repeat(self, name: str | None) -> None:
+        """Let peer ``name`` run twice per round, or the first one, where ``name`` was left out."""
+        if name in self.unmeasured:
+            name = next(iter(self._peers), None)
+        if name in self._peers:
+            self._peers[name + AGAIN], self.samples[name + AGAIN] = self._peers[name], []
+            if name in self._rounds:
+                self._rounds[name + AGAIN] = self._rounds[name]
+
+    def run(self, record: bool) -> None:
+        """One round."""
+        for name in self._order.sample(list(self._peers), len(self._peers)):
+            taken = self.samples[name]
+            # A slow peer's first call has warmed it up.
+            if name in self._rounds and (not record or len(taken) >= self._rounds[name]):
+                continue
+            self._prepare(self._peers[name])
+            elapsed = self._bound.seconds_of(self._peers[name])
+            if record:
+                taken.append(elapsed)
+                if len(taken) == 1 and name not in self._rounds:
+                    self._limit(name, elapsed, 1)
+
+    def _limit(self, name: str, elapsed: float, least: int) -> None:
+        if (rounds := self._bound.rounds(elapsed, least)) < MIN_ROUNDS:
+            self._rounds[name] = rounds

@@ -3,11 +3,13 @@
 `eager`: the plain module. `addmm`: the best that plain torch calls can do, residual and biases folded into the products
 and GELU into the first one. `compile`: torch.compile as it comes. `compile-frozen`: Inductor with freezing (it packs
 weights, too) and max-autotune. `products`: the library's matrix products alone, an upper limit and no peer: without
-norms, biases, GELU and residual.
+norms, biases, GELU and residual. `eager, float32`: the plain module in float32, beside cells of another dtype.
+`zentorch`: torch.compile with AMD's plugin, without grad, where that is installed and the processor is AMD's.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.link_peer import Forward, LinkPeer
-from benchmarks.harness.names import PRODUCTS
+from benchmarks.harness.machine import Device
+from benchmarks.harness.names import COMPILED, EAGER_FLOAT32, PRODUCTS, ZENTORCH
 from recmas_kernels import RecursiveLink
 from recmas_kernels.link import NORM_NAMES
 from tests.kernels.helpers import eager_twin
 
-PEERS = ("eager", "addmm", "compile", "compile-frozen", PRODUCTS)
+PEERS = ("eager", EAGER_FLOAT32, "addmm", *COMPILED, PRODUCTS)
 
 
 def _normalised(link: RecursiveLink, side: int, rows: Tensor) -> Tensor:
@@ -64,6 +67,27 @@ def compiled_frozen(module: nn.Module, x: Tensor) -> Forward:
     return forward
 
 
+def zentorch_serves() -> bool:
+    """Whether zentorch is a peer here: it is installed, and the processor is AMD's."""
+    return importlib.util.find_spec("zentorch") is not None and Device().vendor == "AuthenticAMD"
+
+
+@torch.no_grad()
+def compiled_by_zentorch(module: nn.Module, x: Tensor) -> Forward:
+    """torch.compile with the backend of zentorch, compiled for the shape of ``x``; for use without grad.
+
+    It packs the weights in place, so that ``module`` itself computes something else afterwards.
+    """
+    import zentorch  # noqa: F401  (registers the backend)
+
+    # No reset of dynamo here: it would make `compile-frozen` compile again at its next call, and then without freezing.
+    forward = torch.compile(module.eval(), backend=ZENTORCH, dynamic=False)
+    # The backend leaves a pass of its own in Inductor's configuration, which other peers must not meet.
+    with torch._inductor.config.patch(freezing=True, joint_custom_post_pass=None):
+        forward(x)
+    return forward
+
+
 def products(link: RecursiveLink, tokens: int, training: bool) -> Callable[[], None]:
     """The matrix products of a link into buffers that exist already; with ``training`` those of the backward too."""
     dtype = link.proj1.weight.dtype
@@ -91,8 +115,8 @@ def link_peer(name: str, link: RecursiveLink, x: Tensor) -> LinkPeer:
     Raises:
         ValueError: there is no such peer.
     """
-    twin = eager_twin(link, link.proj1.weight.dtype)
-    if name == "eager":
+    twin = eager_twin(link, torch.float32 if name == EAGER_FLOAT32 else link.proj1.weight.dtype)
+    if name in ("eager", EAGER_FLOAT32):
         return LinkPeer(twin, twin)
     if name == "addmm":
         return LinkPeer(lambda x: best_eager(twin, x), twin)
@@ -100,4 +124,6 @@ def link_peer(name: str, link: RecursiveLink, x: Tensor) -> LinkPeer:
         return LinkPeer(compiled(twin), twin)
     if name == "compile-frozen":
         return LinkPeer(compiled_frozen(twin, x), twin)
+    if name == ZENTORCH:
+        return LinkPeer(compiled_by_zentorch(twin, x), twin)
     raise ValueError(f"peer is {name!r}, expected one of {', '.join(PEERS)}")

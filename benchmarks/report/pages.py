@@ -38,7 +38,10 @@ def page(suites: dict[str, dict[str, Any]]) -> str:
 def _tables(name: str, records: Sequence[tables.Record]) -> list[str]:
     if name == "complexity":
         return [tables.fit_table(records), *(tables.whole_table(record) for record in records if "turns" in record)]
-    return [tables.full_table(records), "Every implementation, median:", tables.peer_table(records)]
+    parts = [tables.full_table(records), "Every implementation, median:", tables.peer_table(records)]
+    if left_out := tables.unmeasured_list(records):
+        parts += ["Not measured:", left_out]
+    return parts
 
 
 def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:

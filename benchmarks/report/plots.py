@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.harness.names import FUSED, PRODUCTS
+from benchmarks.harness.names import EAGER_FLOAT32, FUSED, PRODUCTS, ZENTORCH
 from benchmarks.report.tables import HEADLINE_SHAPE, Record, headline_records
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -20,6 +20,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "addmm": {"color": "#00798c", "marker": "^"},
     "compile": {"color": "#8a6fb0", "marker": "v"},
     "compile-frozen": {"color": "#edae49", "marker": "D"},
+    ZENTORCH: {"color": "#c06c84", "marker": "P"},
+    EAGER_FLOAT32: {"color": "#30638e", "marker": "s", "linestyle": "--"},
     PRODUCTS: {"color": "#777777", "linestyle": "--"},
 }
 LABELS = {PRODUCTS: "library products alone"}
@@ -62,7 +64,9 @@ def handoff_plot(records: Sequence[Record], path: Path, device: str) -> None:
     figure, panel = pyplot.subplots(figsize=(5.6, 4.2))
     sizes = [cell["vocabulary"] for cell in cells]
     for name, label, color in (("text", "text: head, argmax, embed", "#30638e"), (FUSED, "latent: links", "#d1495b")):
-        panel.plot(sizes, [cell["impls"][name]["t_us"]["p50"] / 1e3 for cell in cells], "o-", label=label, color=color)
+        measured = [cell for cell in cells if name in cell["impls"]]
+        times = [cell["impls"][name]["t_us"]["p50"] / 1e3 for cell in measured]
+        panel.plot([cell["vocabulary"] for cell in measured], times, "o-", label=label, color=color)
     panel.set(
         xscale="log", yscale="log", xlabel="|V|", ylabel="ms per handoff", title=cells[0]["shape"].split(", |V|")[0]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness.names import FUSED, PRODUCTS
+from benchmarks.harness.names import AGAIN, FUSED, PRODUCTS
 from benchmarks.harness.timing import Ratio
 
 Record = Mapping[str, Any]
@@ -25,8 +25,17 @@ def duration(microseconds: float) -> str:
     return f"{number(microseconds)} µs" if microseconds < 1000 else f"{number(microseconds / 1000)} ms"
 
 
+def unmeasured_in(record: Record) -> Mapping[str, Any]:
+    """The record's peers without times; records of earlier runs have none."""
+    found: Mapping[str, Any] = record.get("unmeasured", {})
+    return found
+
+
 def ratio_text(record: Record, peer: str, interval: bool = True) -> str:
-    """Speed-up over ``peer``; "≈ 1" where its interval reaches into the run's own noise, a dash for no such peer."""
+    """Speed-up over ``peer``: "≈ 1" where its interval reaches into the run's own noise, "> 20×" for a peer that is
+    over its time bound, "not run" where the bound of another settled that, a dash for no such peer."""
+    if (left_out := unmeasured_in(record).get(peer)) is not None:
+        return "not run" if left_out["at_least"] is None else f"> {number(left_out['at_least'], 2)}×"
     if peer not in record["ratios"]:
         return "–"
     ratio = Ratio(**record["ratios"][peer])
@@ -49,13 +58,20 @@ def goal_text(record: Record) -> str:
     aim = goal["aim"]
     if aim is None:
         return f"{wanted}: met"
-    reached = record["ratios"][goal["peer"]]["value"] >= aim
+    left_out = unmeasured_in(record).get(goal["peer"])
+    speed_up = record["ratios"][goal["peer"]]["value"] if left_out is None else left_out["at_least"]
+    reached = speed_up >= aim
     return f"{wanted}: met, aim {aim:.2f}× " + ("too" if reached else "not")
 
 
 def peers_of(records: Iterable[Record]) -> list[str]:
-    """Every peer that occurs, in the order of first occurrence."""
-    return list(dict.fromkeys(peer for record in records for peer in record["ratios"]))
+    """Every peer that occurs, with times or without, in the order of first occurrence."""
+    return list(dict.fromkeys(peer for record in records for peer in peers_in(record)))
+
+
+def peers_in(record: Record) -> list[str]:
+    """One record's peers, those without times last; the library's bare products are none."""
+    return [name for name in (*record["ratios"], *unmeasured_in(record)) if name != PRODUCTS]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -94,18 +110,36 @@ def full_table(records: Sequence[Record]) -> str:
 
 
 def peer_table(records: Sequence[Record]) -> str:
-    """Times of every implementation, for the records that have peers with something to tell."""
-    names = list(dict.fromkeys(name for record in records for name in record["impls"] if "(again)" not in name))
+    """Median time and error of every implementation."""
+    names = list(
+        dict.fromkeys(
+            name for record in records for name in (*record["impls"], *unmeasured_in(record)) if AGAIN not in name
+        )
+    )
     header = ["shape", "dtype", "pass", "tokens", "cache", *(f"{name}, µs (error)" for name in names)]
     rows = []
     for record in records:
         cells = []
         for name in names:
+            if (left_out := unmeasured_in(record).get(name)) is not None:
+                cells.append("not run" if left_out["seconds"] is None else f"> {number(left_out['seconds'] * 1e6)}")
+                continue
             entry = record["impls"].get(name)
             error = "" if entry is None or entry["err"] is None else f" ({entry['err']:.0e})"
             cells.append("–" if entry is None else number(entry["t_us"]["p50"]) + error)
         rows.append([*(str(record[key]) for key in ("shape", "dtype", "pass", "tokens", "cache")), *cells])
     return table(header, rows)
+
+
+def unmeasured_list(records: Sequence[Record]) -> str:
+    """One line per record that has peers without times: which, and why; empty if there is none."""
+    lines = []
+    for record in records:
+        if left_out := unmeasured_in(record):
+            why = "; ".join(f"{name}: {peer['reason']}" for name, peer in left_out.items())
+            where = f"{record['op']} {record['shape']} {record['dtype']} {record['pass']} T={record['tokens']}"
+            lines.append(f"- {where} ({record['cache']}): {why}")
+    return "\n".join(lines)
 
 
 def headline_records(records: Iterable[Record]) -> list[Record]:
@@ -189,9 +223,7 @@ def headline_rest(records: Sequence[Record]) -> str:
         if "impls" not in record:
             continue
         fused = record["impls"][FUSED]
-        against = ", ".join(
-            f"{ratio_text(record, peer, interval=False)} {peer}" for peer in record["ratios"] if peer != PRODUCTS
-        )
+        against = ", ".join(f"{ratio_text(record, peer, interval=False)} {peer}" for peer in peers_in(record))
         what = f"{record['op']}, {record['shape']}, {record['tokens']} tokens, {record['dtype']}, {record['pass']}"
         rows.append([record["suite"], what, duration(fused["t_us"]["p50"]), against])
     return table(["suite", "what", "time", "speed-up over"], rows)

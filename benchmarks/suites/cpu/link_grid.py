@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness.goals import Goal
+from benchmarks.harness.names import EAGER_FLOAT32, PRODUCTS, ZENTORCH
 from benchmarks.harness.shapes import DTYPES, INNER, NARROW, OUTER, SMALL_INNER, SMALL_OUTER
+from benchmarks.peers.link import zentorch_serves
 from recmas_kernels import LinkConfig
 
 PLAIN_PEERS = ("eager", "addmm")
@@ -82,7 +84,7 @@ def link_cases(full: bool) -> list[LinkCase]:
     """The link grid; the small one checks every kind of cell in seconds and claims nothing."""
     if not full:
         return [
-            LinkCase(config, dtype, tokens, training, peers=(*PLAIN_PEERS, "products"))
+            LinkCase(config, dtype, tokens, training, peers=_peers(dtype, PRODUCTS))
             for config in (SMALL_INNER, SMALL_OUTER)
             for dtype in DTYPES
             for tokens in (1, 7)
@@ -90,20 +92,31 @@ def link_cases(full: bool) -> list[LinkCase]:
         ]
     cases = []
     for dtype in DTYPES:
+        plain, measured = _peers(dtype), _peers(dtype, PRODUCTS)
         for tokens in (1, 4, 8, 16, 32, 64, 128, 256, 512):
-            cases.append(LinkCase(INNER, dtype, tokens, peers=_peers(tokens)))
-        cases += [LinkCase(INNER, dtype, tokens, cold=True) for tokens in (1, 8, 32)]
-        cases += [LinkCase(NARROW, dtype, tokens, peers=(*PLAIN_PEERS, "products")) for tokens in (1, 8, 32, 512)]
-        cases += [LinkCase(OUTER, dtype, tokens, peers=(*PLAIN_PEERS, "products")) for tokens in (1, 8, 32, 512)]
+            cases.append(LinkCase(INNER, dtype, tokens, peers=_peers(dtype, *_compiled(tokens), PRODUCTS)))
+        cases += [LinkCase(INNER, dtype, tokens, cold=True, peers=plain) for tokens in (1, 8, 32)]
+        for config in (NARROW, OUTER):
+            cases += [LinkCase(config, dtype, tokens, peers=measured) for tokens in (1, 8, 32, 512)]
         cases += [
-            LinkCase(INNER, dtype, 32, training=True, peers=(*PLAIN_PEERS, "products")),
-            LinkCase(INNER, dtype, 512, training=True, peers=(*PLAIN_PEERS, "compile", "products")),
-            LinkCase(OUTER, dtype, 128, training=True, peers=(*PLAIN_PEERS, "products")),
+            LinkCase(INNER, dtype, 32, training=True, peers=measured),
+            LinkCase(INNER, dtype, 512, training=True, peers=_peers(dtype, "compile", PRODUCTS)),
+            LinkCase(OUTER, dtype, 128, training=True, peers=measured),
         ]
     return cases
 
 
-def _peers(tokens: int) -> tuple[str, ...]:
+def _peers(dtype: torch.dtype, *more: str) -> tuple[str, ...]:
+    """The plain peers and ``more``; beside 16-bit cells float32, which a user of a slow 16-bit library would choose."""
+    eager, *others = PLAIN_PEERS
+    return (eager, *([] if dtype is torch.float32 else [EAGER_FLOAT32]), *others, *more)
+
+
+def _compiled(tokens: int) -> list[str]:
+    """Those that compile for so many tokens, as far as they are installed."""
     compiled = ["compile"] if tokens in COMPILE_TOKENS else []
-    frozen = ["compile-frozen"] if tokens in FROZEN_TOKENS else []
-    return (*PLAIN_PEERS, *compiled, *frozen, "products")
+    if tokens in FROZEN_TOKENS:
+        compiled.append("compile-frozen")
+    if tokens in COMPILE_TOKENS and zentorch_serves():
+        compiled.append(ZENTORCH)
+    return compiled

@@ -21,6 +21,7 @@ from benchmarks.harness.bench import Bench
 from benchmarks.harness.growth import BATCH, R2, GrowthCase, growth_labels, growth_record
 from benchmarks.harness.models import random_agent, released_links
 from benchmarks.harness.scaling import whole
+from benchmarks.harness.time_bound import LEAST_ROUNDS
 from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.agent import Agent
 from recmas.splice import Prompt
@@ -29,6 +30,7 @@ from tests.kernels.helpers import make_rows
 
 Call = Callable[[], object]
 LAYERS = 2
+TIMED_SECONDS = 120.0
 
 
 # Heads are twice as large as last caches at least, and links see so many rows that arithmetic bounds them.
@@ -110,14 +112,18 @@ def reference_turn(agent: Agent, prompt: int, steps: int) -> Call:
 def timed(calls: Mapping[Any, Call], rounds: int, warm: bool) -> list[list[float]]:
     """Seconds per call, a list per call; all calls once per round, in changing order.
 
-    With ``warm`` each is called once more before, to bring back what others have driven out of the caches.
+    With ``warm`` each is called once more before, to bring back what others have driven out of the caches. After
+    TIMED_SECONDS no further round begins, if there are LEAST_ROUNDS.
     """
     samples: dict[Any, list[float]] = {key: [] for key in calls}
     order = random.Random(0)
     for _ in range(3):  # a weight is packed at its second sighting
         for call in calls.values():
             call()
-    for _ in range(rounds):
+    end = perf_counter() + TIMED_SECONDS
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and perf_counter() > end:
+            break
         for key in order.sample(list(calls), len(calls)):
             if warm:
                 calls[key]()

@@ -12,6 +12,7 @@ from benchmarks.harness.goals import Goal
 from benchmarks.harness.models import body_parameters, random_agent
 from benchmarks.harness.names import FUSED, REFERENCE
 from benchmarks.harness.record import Labels
+from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_rollout import reference_rollout
 from recmas.splice import Prompt
 from recmas_kernels import LinkConfig
@@ -19,6 +20,7 @@ from tests.kernels.helpers import eager_twin, make_link, relative_error
 
 EQUAL = 1e-5  # of the largest entry, float32
 ROUNDS = 3  # one of the reference algorithm takes many seconds
+BOUND = TimeBound(all_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -60,4 +62,4 @@ def test_rollout(case: Case, bench: Bench) -> None:
         shape = f"{case.layers} layers, d={case.features}, |V|={case.vocabulary}, m={case.steps}, B={case.batch}"
         labels = Labels("rollout", "think", shape, torch.float32, "forward", case.prompt)
         goal = Goal(15.0, 20.0, peer=REFERENCE)
-        bench.run(labels, variants, forward + steps, {FUSED: error}, goal, rounds=ROUNDS, twice=None)
+        bench.run(labels, variants, forward + steps, {FUSED: error}, goal, rounds=ROUNDS, twice=None, bound=BOUND)

@@ -12,6 +12,7 @@ from benchmarks.harness.goals import Goal
 from benchmarks.harness.models import PROMPTS, Setting, body_parameters
 from benchmarks.harness.names import FUSED, REFERENCE
 from benchmarks.harness.record import Labels
+from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_training import recomputing, reference_step
 from recmas.training import outer_loss
 from recmas.training.teacher import only_trainable
@@ -22,6 +23,7 @@ FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; `accumulation`
 REFERENCE_KEEPING = "reference algorithm, keeping activations"
 EQUAL = 1e-5  # of the largest entry of a link's gradients, float32
 ROUNDS = 3  # one step takes seconds
+BOUND = TimeBound(all_seconds=60)
 
 
 def cases(full: bool) -> list[Setting]:
@@ -130,6 +132,7 @@ def test_training(case: Setting, bench: Bench) -> None:
         errors,
         Goal(2.0, 3.0, peer=REFERENCE, must_memory=2.0),
         rounds=ROUNDS,
+        bound=BOUND,
         weighed=variants,
         twice=None,
     )
