@@ -226,7 +226,7 @@ def test_the_gate_calls_no_slow_product_for_its_budget(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_wide_products_err_as_the_librarys_own(dtype: torch.dtype) -> None:
+def test_wide_products_err_no_more_than_the_librarys_own(dtype: torch.dtype) -> None:
     x = make_rows(64, 256, dtype=dtype).requires_grad_()
     weight, bias = (make_rows(*shape, dtype=dtype).requires_grad_() for shape in ((128, 256), (1, 128)))
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
@@ -242,7 +242,9 @@ def test_wide_products_err_as_the_librarys_own(dtype: torch.dtype) -> None:
     for value, other, true in zip(wide, own, truth, strict=True):
         assert value.dtype is dtype
         error, plain = relative_error(value, true.detach()), relative_error(other, true.detach())
-        assert 0.5 * plain <= error <= 1.1 * plain + 0.01 * torch.finfo(dtype).eps
+        # A library without such products may round more often than once, and so err by more.
+        eps = torch.finfo(dtype).eps
+        assert eps / 16 <= error <= 1.1 * plain + 0.01 * eps
 
 
 def test_wide_products_call_no_narrow_product() -> None:
