@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 CALL_SECONDS = 5.0  # one call of a peer may take so long
-ALL_SECONDS = 15.0  # and all its timed calls of one cell together, at LEAST_ROUNDS of them
+ALL_SECONDS = 10.0  # and all its timed calls of one cell together, at LEAST_ROUNDS of them
 LEAST_ROUNDS = 3
 
 

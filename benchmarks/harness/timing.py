@@ -119,8 +119,8 @@ def measure(
         prepare: puts the caches into the wanted state; runs untimed before each timed call.
         seconds: time to aim at; it sets the number of rounds within [MIN_ROUNDS, MAX_ROUNDS].
         rounds: that number itself, for peers of many seconds; then nothing is warmed up either.
-        twice: the peer to time once more under its name + AGAIN; None for none. Where it is over its bound, the next
-            peer is timed twice.
+        twice: the peer to time once more under its name + AGAIN; None for none. Where it is over its bound, the first
+            of the others is timed twice.
         bound: a peer whose first call is over it is left out; one whose calls would take too long together takes part
             in fewer rounds. With ``rounds`` every peer takes part in one at least, however long it takes.
 
@@ -184,13 +184,14 @@ class _Turns:
                 self._limit(name, elapsed, LEAST_ROUNDS)
 
     def repeat(self, name: str | None) -> None:
-        """Let peer ``name`` run twice per round, or the first one, where ``name`` was left out."""
-        if name in self.unmeasured:
-            name = next(iter(self._peers), None)
-        if name in self._peers:
-            self._peers[name + AGAIN], self.samples[name + AGAIN] = self._peers[name], []
-            if name in self._rounds:
-                self._rounds[name + AGAIN] = self._rounds[name]
+        """Let peer ``name`` run twice per round, or the first one, where ``name`` is left out; None for no peer."""
+        if name is None or not self._peers:
+            return
+        if name not in self._peers:
+            name = next(iter(self._peers))
+        self._peers[name + AGAIN], self.samples[name + AGAIN] = self._peers[name], []
+        if name in self._rounds:
+            self._rounds[name + AGAIN] = self._rounds[name]
 
     def run(self, record: bool) -> None:
         """One round."""

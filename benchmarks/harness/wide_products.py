@@ -15,8 +15,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 class WideProducts(TorchDispatchMode):
     """Within, products of 16-bit matrices sum in float32 and round once, forward and backward.
 
-    So do the library's own, and a result within has the same error as theirs up to the order of the sums. The gate
-    takes it as eager's where eager itself is over its time bound.
+    So does a library with such products, up to the order of the sums; one without may round more often. The gate takes
+    its budget from a result within, where eager is over its time bound.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.kernels.helpers import eager_twin, make_link, make_rows, relative_error
 
 from benchmarks.harness import gate, machine
 from benchmarks.harness.bench import Bench
@@ -26,7 +27,6 @@ from benchmarks.report import tables
 from benchmarks.suites.cpu import test_bench_link as suite
 from benchmarks.suites.cpu.link_grid import SMALL_INNER, LinkCase
 from recmas_kernels import RecursiveLink
-from recmas_kernels.testing import eager_twin, make_link, make_rows, relative_error
 from tests.benchmarks.fake_clock import FakeClock
 from tests.benchmarks.test_report import FakeLimits
 from tests.benchmarks.test_timing import FakeBenchmark
@@ -219,14 +219,14 @@ def test_the_gate_calls_no_slow_product_for_its_budget(
     link, other = make_link(SMALL_INNER, torch.bfloat16), make_link(SMALL_INNER, torch.bfloat16)
     errors_of(link, 16, {}, slow_eager=True)
     with torch.no_grad():
-        other.proj2.bias += 0.1
+        other.proj2.bias[0] += 1.0  # of one feature: the norm after it would take off what all have in common
     monkeypatch.setattr(gate, "eager_twin", lambda _, dtype: eager_twin(other, dtype))
     with pytest.raises(AssertionError, match="exceeds the budget"):
         errors_of(link, 16, {}, slow_eager=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_wide_products_err_as_the_librarys_own(dtype: torch.dtype) -> None:
+def test_wide_products_err_no_more_than_the_librarys_own(dtype: torch.dtype) -> None:
     x = make_rows(64, 256, dtype=dtype).requires_grad_()
     weight, bias = (make_rows(*shape, dtype=dtype).requires_grad_() for shape in ((128, 256), (1, 128)))
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
@@ -242,7 +242,9 @@ def test_wide_products_err_as_the_librarys_own(dtype: torch.dtype) -> None:
     for value, other, true in zip(wide, own, truth, strict=True):
         assert value.dtype is dtype
         error, plain = relative_error(value, true.detach()), relative_error(other, true.detach())
-        assert 0.5 * plain <= error <= 1.1 * plain + 0.01 * torch.finfo(dtype).eps
+        # A library without such products may round more often than once, and so err by more.
+        eps = torch.finfo(dtype).eps
+        assert eps / 16 <= error <= 1.1 * plain + 0.01 * eps
 
 
 def test_wide_products_call_no_narrow_product() -> None:
