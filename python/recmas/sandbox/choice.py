@@ -49,6 +49,8 @@ def _reason(sandbox: str) -> str | None:
     """What an empty call of a sandbox dies of."""
     if sys.platform != "linux":
         return "it needs Linux"
+    if not os.path.isdir("/proc/self/task"):
+        return "it needs /proc, by which it is watched"
     try:
         tried = run(None, b"", sandbox, _TRIAL)
     except (ValueError, OSError) as error:

@@ -35,7 +35,7 @@ class Limits:
         disk: bytes of all its files together, in bubblewrap.
         files: of its own at once, in bubblewrap.
         open_files: open at once.
-        threads: at once, under a sandbox.
+        threads: at once, under a sandbox; numerical libraries start one per processor.
     """
 
     seconds: float
@@ -45,7 +45,7 @@ class Limits:
     disk: int = 64 << 20
     files: int = 4096
     open_files: int = 256
-    threads: int = 64
+    threads: int = max(64, 2 * (os.cpu_count() or 1))
 
     def resources(self) -> dict[str, int]:
         """The limits that `launch` sets, by their names in `resource`."""
@@ -141,9 +141,11 @@ def _wait(pid: int, seconds: float, exceeded: Callable[[], str | None]) -> str |
 
 
 def _inner(info: IO[bytes]) -> int | None:
-    """The number of the process that bubblewrap started, once it has said so."""
-    info.seek(0)
-    found = re.search(rb'"child-pid": (\d+),', info.read())
+    """The number of the process that bubblewrap started, once it has said so.
+
+    Read without moving the position in the file, which is also the one at which bubblewrap writes.
+    """
+    found = re.search(rb'"child-pid": (\d+),', os.pread(info.fileno(), 4096, 0))
     return None if found is None else int(found[1])
 
 
