@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.helpers import eager_twin, make_link, make_rows, relative_error
 
 from benchmarks.harness.machine import Device
 from benchmarks.harness.names import EAGER_FLOAT32, PRODUCTS, ZENTORCH
@@ -15,6 +14,7 @@ from benchmarks.harness.shapes import INNER, SMALL_INNER
 from benchmarks.peers import link as peers
 from benchmarks.peers.link import PEERS, link_peer, zentorch_serves
 from benchmarks.suites.cpu.link_grid import link_cases
+from recmas_kernels.testing import eager_twin, make_link, make_rows, relative_error
 
 
 @pytest.mark.parametrize("full", [False, True])

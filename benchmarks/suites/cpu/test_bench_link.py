@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from tests.kernels.helpers import make_link, make_rows
 from torch import Tensor
 
 from benchmarks.harness import floors
@@ -20,6 +19,7 @@ from benchmarks.harness.timing import Call
 from benchmarks.peers.link import link_peer, products
 from benchmarks.suites.cpu.link_grid import LinkCase, link_cases
 from recmas_kernels import FusedRecursiveLink
+from recmas_kernels.testing import make_link, make_rows
 
 cases = link_cases
 SAME_PRODUCTS = tuple(name for name in COMPILED if name != ZENTORCH)  # compiled code that calls eager's products
