@@ -6,7 +6,7 @@ tests and benchmarks. Importing this package needs torch only and loads, compile
 
 from recmas_kernels.backends.choice import BACKENDS, BackendUnavailableError, use_backend
 from recmas_kernels.backends.explain import explain
-from recmas_kernels.backends.packing import clear_packed
+from recmas_kernels.backends.packing import packed
 from recmas_kernels.config import LinkConfig
 from recmas_kernels.functional import Norm, alignment_loss, latent_handoff, recursive_link
 from recmas_kernels.fuse import fuse
@@ -23,10 +23,10 @@ __all__ = [
     "RecursiveLink",
     "__version__",
     "alignment_loss",
-    "clear_packed",
     "explain",
     "fuse",
     "latent_handoff",
+    "packed",
     "recursive_link",
     "use_backend",
 ]

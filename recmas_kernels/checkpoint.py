@@ -32,7 +32,14 @@ def write_link(directory: _Path, config: LinkConfig, state: Mapping[str, Tensor]
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in stored:  # safetensors refuses tensors that share memory
+            tensor = tensor.clone()
+        stored.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor
     replace_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     text = json.dumps({"format": FORMAT, **config.to_dict()}, indent=2) + "\n"
     replace_file(folder / CONFIG, text.encode())

@@ -41,11 +41,17 @@ def checked_link(arguments: LinkArguments, shape: torch.Size) -> LinkArguments:
         raise ValueError("b3 is given without w3")
     shapes = {"w1": w1.shape, "w2": (out_features, hidden), "w3": (out_features, in_features), "b1": (hidden,)}
     wide, narrow = (out_features,), (in_features,)
+
+    def may_differ(name: str, other: torch.dtype) -> bool:
+        # torch's LayerNorm takes float32 parameters for rows of 16 bits.
+        as_in_torch = name.startswith("norm") and other is torch.float32 and dtype in (torch.bfloat16, torch.float16)
+        return as_in_torch or (dtype is not torch.float64 and autocast_enabled(device.type))
+
     for name, tensor in zip(_PARAMETER_NAMES, arguments.tensors[1:], strict=True):
         if tensor is None:
             continue
         expect_shape(name, tensor, *(shapes.get(name) or (narrow if name.startswith("norm_in") else wide)))
-        if tensor.dtype is not dtype and (dtype is torch.float64 or not autocast_enabled(device.type)):
+        if tensor.dtype is not dtype and not may_differ(name, tensor.dtype):
             raise ValueError(
                 f"x has dtype {dtype} and {name} has {tensor.dtype}: convert one of them, or run under torch.autocast"
             )

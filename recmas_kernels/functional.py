@@ -11,8 +11,9 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from recmas_kernels import autograd, checks, ops, reference
+from recmas_kernels import autograd, checks, ops, reference, serve
 from recmas_kernels.backends import packing
 from recmas_kernels.backends.choice import expect_reference
 from recmas_kernels.backends.tensors import is_plain_link
@@ -57,6 +58,18 @@ def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def _needs_plain_torch(arguments: LinkArguments) -> str | None:
+    """What only plain torch can serve, since ops have no rule for it; None for calls that ops serve."""
+    if transformed():
+        return _TRANSFORMS
+    if torch.onnx.is_in_onnx_export():
+        return "an export to ONNX"
+    for tensor in arguments.tensors:
+        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            return f"a {type(tensor).__name__}"
+    return None
 
 
 def recursive_link(
@@ -107,8 +120,8 @@ def recursive_link(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
+    if not isinstance(x, Tensor) or x.is_nested:
+        raise TypeError(f"x is a {'nested tensor' if isinstance(x, Tensor) else type(x).__name__}, expected a tensor")
     autocast = autocast_enabled(x.device.type)
     arguments = LinkArguments(
         _flattened(x),
@@ -126,17 +139,20 @@ def recursive_link(
         compute_dtype(x) if autocast else x.dtype,
     )
     direct = not (observed() or x.is_neg() or x._is_zerotensor()) and is_plain_link(arguments, autocast)
+    plain = None if direct else _needs_plain_torch(arguments)
     if not direct:
         arguments = checks.checked_link(arguments, x.shape)
         arguments = arguments._replace(x=_rows(arguments.x))
-    if not direct and transformed():
-        expect_reference(_TRANSFORMS)
+    if plain is not None:
+        expect_reference(plain)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            y = reference.link_fwd(arguments, False)
-    elif torch.is_grad_enabled() and _any_requires_grad(arguments[:11]):
-        y = autograd.Link.apply(direct, recompute, *arguments)
+            y = reference.link_fwd(arguments)
+    elif not (torch.is_grad_enabled() and _any_requires_grad(arguments[:11])):
+        y = serve.link_fwd(arguments) if direct else ops.link_fwd(*arguments, False)
+    elif direct:
+        y = autograd.Link.apply(recompute, *arguments)
     else:
-        y = ops.link_fwd(arguments, True, direct)
+        y = ops.link_fwd(*arguments, True) if recompute else ops.link_fwd_train(*arguments)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])
 
 
@@ -183,9 +199,8 @@ def latent_handoff(
         raise ValueError(f"the link returns {mapped.shape[-1]} features, embeds has {embeds.shape[-1]}")
     checks.expect_device("what the link returns", mapped, "embeds", embeds.device)
     mapped = _rows(mapped.to(embeds.dtype))
-    differentiable = torch.is_grad_enabled() and (mapped.requires_grad or embeds.requires_grad)
     if inplace:
-        if differentiable or transformed():
+        if (torch.is_grad_enabled() and (mapped.requires_grad or embeds.requires_grad)) or transformed():
             raise ValueError("inplace=True is only for inference: run under torch.no_grad(), outside of transforms")
         if not embeds.is_contiguous():
             raise ValueError("inplace=True needs contiguous embeds")
@@ -197,10 +212,7 @@ def latent_handoff(
     if transformed():
         expect_reference(_TRANSFORMS)
         return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
-    out = (
-        autograd.Handoff.apply(mapped, flat, slot_rows) if differentiable else ops.handoff_fwd(mapped, flat, slot_rows)
-    )
-    return out.view(embeds.shape)
+    return ops.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
 
 
 def alignment_loss(
@@ -238,7 +250,5 @@ def alignment_loss(
     weights = float(cosine_weight), float(mse_weight), float(embed_scale)
     if transformed():
         expect_reference(_TRANSFORMS)
-        if mask is not None:  # a masked row's values must not reach a derivative
-            rows = torch.where(mask[:, None] != 0, rows, 0)
-        return reference.alignment_fwd(rows, table, ids, mask, *weights)[0]
-    return autograd.Alignment.apply(rows, table, ids, mask, *weights)
+        return reference.alignment_loss(rows, table, ids, mask, *weights)
+    return ops.alignment_fwd(rows, table, ids, mask, *weights)[0]

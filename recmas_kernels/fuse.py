@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from recmas_kernels.adapter_types import infer_config, with_eps_of
-from recmas_kernels.config import NORM_NAMES
+from recmas_kernels.config import NORM_NAMES, LinkConfig
 from recmas_kernels.fused_link import FusedRecursiveLink
+from recmas_kernels.layers import has_hooks, why_not_plain
 from recmas_kernels.link import RecursiveLink
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -62,41 +65,68 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
             raise ValueError(
                 f"{name} has the parameters of a RecursiveLink but no adapter_type, which names its residual"
             )
-    wrapped = _wrapped(module, children)
-    if wrapped is not None:
-        warnings.warn(f"fuse: {name} is left as it is: {wrapped}", stacklevel=3)
+    reason = _carries_more(module, children)
+    if reason is None:
+        try:
+            config = _config(module, adapter_type)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        reason = None if config.layers == 1 else why_not_plain(children, config)
+    if reason is not None:
+        warnings.warn(f"fuse: {name} is left as it is: {reason}", stacklevel=3)
         return None
-    try:
-        config = (
-            module.config
-            if isinstance(module, RecursiveLink)
-            else infer_config(dict(module.named_parameters()), adapter_type)
-        )
-        config = with_eps_of(module, config)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
     fused = FusedRecursiveLink(config, device="meta")
     fused._modules.clear()
-    for child_name, child in children.items():  # in their own order: an optimiser's state is stored in it
+    for child_name, child in module._modules.items():  # in their own order: an optimiser's state is stored in it
         fused.add_module(child_name, child)
-    fused.train(module.training)
+    fused.__dict__.update({key: value for key, value in module.__dict__.items() if key not in fused.__dict__})
+    fused.training = module.training
     _compare(module, fused, name)
     return fused
 
 
-def _wrapped(module: nn.Module, children: dict[str, nn.Module]) -> str | None:
-    """Why the module's layers cannot be read directly; None if they are plain."""
-    for child_name, child in children.items():
-        if child_name in _LINK_CHILDREN:
-            if type(child) not in (nn.Linear, nn.LayerNorm):
-                return f"{child_name} is a {type(child).__module__}.{type(child).__qualname__}"
-            if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-                return f"{child_name} has hooks"
-        elif any(True for _ in child.parameters()):
-            return f"it has parameters of its own in {child_name}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+def _config(module: nn.Module, adapter_type: str | None) -> LinkConfig:
+    if isinstance(module, RecursiveLink):
+        return with_eps_of(module, module.config)
+    return with_eps_of(module, infer_config(dict(module.named_parameters()), adapter_type))
+
+
+def _carries_more(module: nn.Module, children: dict[str, nn.Module]) -> str | None:
+    """What the module has that a fused link would drop; None if nothing."""
+    if isinstance(module, RecursiveLink) and type(module) is not RecursiveLink:
+        return f"it is a {type(module).__module__}.{type(module).__qualname__}, whose forward may be another"
+    if any(hooks for key, hooks in module.__dict__.items() if key.endswith("_hooks")):
         return "it has hooks"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if module._parameters:
+        return f"it has a parameter {next(iter(module._parameters))} of its own"
+    if module._buffers:
+        return f"it has a buffer {next(iter(module._buffers))} of its own"
+    for name, child in children.items():
+        if name in _LINK_CHILDREN:
+            if type(child) not in (nn.Linear, nn.LayerNorm):
+                return f"{name} is a {type(child).__module__}.{type(child).__qualname__}"
+        elif isinstance(child, nn.modules.dropout._DropoutNd):
+            if child.p > 0:
+                return f"{name} drops values in training"
+        elif any(True for _ in (*child.parameters(), *child.buffers())):
+            return f"it has parameters of its own in {name}"
+        elif has_hooks(child) or "forward" in child.__dict__:
+            return f"{name} has hooks"
     return None
+
+
+@contextmanager
+def _trained(module: nn.Module) -> Iterator[None]:
+    """In training mode, in which a link must compute the same; afterwards each part has its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    module.train()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 @torch.no_grad()
@@ -105,8 +135,9 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
     weight = fused.proj1.weight
     if weight.device.type == "meta":
         return
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(_CHECK_ROWS, fused.config.in_features, generator=generator, device="cpu")
+    rows = rows.to(weight.device, weight.dtype)
 
     def plain(dtype: torch.dtype) -> RecursiveLink:
         link = RecursiveLink(fused.config, device=weight.device, dtype=dtype)
@@ -120,7 +151,9 @@ def _compare(eager: nn.Module, fused: FusedRecursiveLink, name: str) -> None:
         return (out.double() - truth).abs().max()
 
     budget = 2 * error(plain(weight.dtype)(rows)) + torch.finfo(weight.dtype).eps * scale
-    if error(eager(rows)) > budget:
+    with _trained(eager):
+        in_training = eager(rows)
+    if error(eager(rows)) > budget or error(in_training) > budget:
         raise ValueError(f"{name} does not compute what its type and parameters say; it is no known RecursiveLink")
     if error(fused(rows)) > budget:
         raise ValueError(f"the fused kernels differ from {name} by more than rounding on this machine")

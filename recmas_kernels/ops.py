@@ -1,13 +1,10 @@
-"""Every op: its schema, its fake, its registration, and the way from its call to a backend.
+"""Every op: its schema, its fake, its derivative and its registration.
 
-An op is functional, knows no autograd (``autograd.py`` holds the Functions) and does not know which kernel runs:
-``choose`` decides inside the op, where tracing does not see it, so nothing here breaks a graph. Schemas are written by
-hand and registered with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much per call.
+An op is functional (but ``handoff_``) and does not know which kernel runs. Schemas are written by hand and registered
+with ``define`` + ``impl``: the ``custom_op`` decorator costs about four times as much per call.
 
-A link's ops exist in two forms. The op takes eleven tensors and four settings, as its schema says. The functions
-`link_fwd`, `link_fwd_train` and `link_bwd` take `LinkArguments` and call the op; or, ``direct``, do what the op does
-without the dispatcher, which takes 4 us for so many arguments. Direct calls need plain tensors, and nothing may observe
-ops; see ``observed.py``.
+A link's ops take eleven tensors and four settings. Through the dispatcher that costs 4 us, so calls of plain tensors
+that nothing observes go to ``serve.py`` directly; see ``observed.py``.
 """
 
 from __future__ import annotations
@@ -18,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends import settings
-from recmas_kernels.backends.call import Call
-from recmas_kernels.backends.choice import choose
-from recmas_kernels.devices import autocast_enabled
+from recmas_kernels import derivatives, flops, serve
 from recmas_kernels.reference import LinkArguments, accumulator
 
 _PARAMETERS = (
@@ -32,7 +26,7 @@ _SETTINGS = "str residual, str gelu, float eps, ScalarType dtype"
 _ELEVEN = ", ".join(["Tensor"] * 11)
 
 SCHEMAS = {
-    "link_fwd": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}, bool may_pack) -> Tensor",
+    "link_fwd": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}, bool training) -> Tensor",
     "link_fwd_train": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "link_bwd": "(Tensor dy, Tensor x, Tensor? pre, Tensor? z, Tensor? stats, "
     f"{_PARAMETERS}, {_SETTINGS}, bool[11] needs) -> ({_ELEVEN})",
@@ -44,94 +38,17 @@ SCHEMAS = {
 }
 
 
-def _serve(call: Call, *arguments: Any) -> Any:
-    """The op of ``call``, run by the backend that serves it."""
-    run = getattr(choose(call), call.op)
-    if autocast_enabled(call.device):
-        # The dtype was settled outside; autocast would cast the float32 accumulations of the reference again.
-        with torch.autocast(call.device, enabled=False):
-            return run(*arguments)
-    return run(*arguments)
-
-
-def _link_call(op: str, arguments: LinkArguments, training: bool) -> Call:
-    x = arguments.x
-    tokens, in_features = x.shape
-    hidden_features, out_features = arguments.w1.shape[0], arguments.w2.shape[0]
-    return Call(op, x.device.type, arguments.dtype, tokens, in_features, hidden_features, out_features, training)
-
-
-def _row_call(op: str, rows: Tensor, training: bool = False) -> Call:
-    tokens, width = rows.shape
-    return Call(op, rows.device.type, rows.dtype, tokens, width, 0, width, training)
-
-
-def serve_link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
-    """What `link_fwd` does, without the dispatcher."""
-    return _serve(_link_call("link_fwd", arguments, False), arguments, may_pack)
-
-
-def serve_link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, ...]:
-    """What `link_fwd_train` does, without the dispatcher."""
-    return _serve(_link_call("link_fwd_train", arguments, True), arguments)
-
-
-def serve_link_bwd(
-    arguments: LinkArguments,
-    dy: Tensor,
-    pre: Tensor | None,
-    z: Tensor | None,
-    stats: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """What `link_bwd` does, without the dispatcher."""
-    if pre is None:
-        _, pre, z, stats = serve_link_fwd_train(arguments)
-    return _serve(_link_call("link_bwd", arguments, True), arguments, dy, pre, z, stats, needs)
-
-
 def _op_link_fwd(*values: Any) -> Tensor:
-    return serve_link_fwd(LinkArguments._make(values[:-1]), values[-1])
+    arguments, training = LinkArguments._make(values[:-1]), values[-1]
+    return serve.link_fwd_train(arguments)[0] if training else serve.link_fwd(arguments)
 
 
 def _op_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
-    return serve_link_fwd_train(LinkArguments._make(values))
+    return serve.link_fwd_train(LinkArguments._make(values))
 
 
 def _op_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
-    return serve_link_bwd(LinkArguments(x, *rest[:-1]), dy, pre, z, stats, rest[-1])
-
-
-def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
-    _check_slot_rows(slot_rows, embeds.shape[0])
-    return _serve(_row_call("handoff_fwd", rows), rows, embeds, slot_rows)
-
-
-def _op_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
-    _check_slot_rows(slot_rows, embeds.shape[0])
-    _serve(_row_call("handoff_", rows), rows, embeds, slot_rows)
-
-
-def _op_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
-    _check_slot_rows(slot_rows, dy.shape[0])
-    return _serve(_row_call("handoff_bwd", dy, training=True), dy, slot_rows)
-
-
-def _op_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _serve(_row_call("alignment_fwd", pred), pred, *rest)
-
-
-def _check_slot_rows(slot_rows: Tensor, table_rows: int) -> None:
-    """Under ``RECMAS_CHECK=1``: raise ValueError unless the rows are unique and inside ``[0, table_rows)``.
-
-    Not otherwise, since on an accelerator it waits for the device.
-    """
-    if not settings.checks() or slot_rows.numel() == 0:
-        return
-    if slot_rows.unique().numel() != slot_rows.numel():
-        raise ValueError("slot_rows names a row more than once")
-    if slot_rows.min() < 0 or slot_rows.max() >= table_rows:
-        raise ValueError(f"slot_rows names rows outside [0, {table_rows})")
+    return serve.link_bwd(LinkArguments(x, *rest[:-1]), dy, pre, z, stats, rest[-1])
 
 
 def _fake_link_fwd(*values: Any) -> Tensor:
@@ -179,51 +96,31 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  
     "link_fwd": (_op_link_fwd, _fake_link_fwd),
     "link_fwd_train": (_op_link_fwd_train, _fake_link_fwd_train),
     "link_bwd": (_op_link_bwd, _fake_link_bwd),
-    "handoff_fwd": (_op_handoff_fwd, _fake_handoff_fwd),
-    "handoff_": (_op_handoff_, _fake_handoff_),
-    "handoff_bwd": (_op_handoff_bwd, _fake_handoff_bwd),
-    "alignment_fwd": (_op_alignment_fwd, _fake_alignment_fwd),
+    "handoff_fwd": (serve.handoff_fwd, _fake_handoff_fwd),
+    "handoff_": (serve.handoff_, _fake_handoff_),
+    "handoff_bwd": (serve.handoff_bwd, _fake_handoff_bwd),
+    "alignment_fwd": (serve.alignment_fwd, _fake_alignment_fwd),
 }
+_WRITES = {"handoff_": 1}  # op: the argument that it writes into
 
+_library = torch.library.Library("recmas", "FRAGMENT")  # a reload of this module drops the old one with its ops
 for _op, _schema in SCHEMAS.items():
     _run, _fake = _IMPLEMENTATIONS[_op]
-    torch.library.define(f"recmas::{_op}", _schema)
-    torch.library.impl(f"recmas::{_op}", "CompositeExplicitAutograd", _run)
-    torch.library.register_fake(f"recmas::{_op}", _fake)
+    _library.define(f"{_op}{_schema}")
+    _library.impl(_op, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"recmas::{_op}", _fake, lib=_library)
+    if _op in _WRITES:
+        _library.impl(_op, derivatives.refuse_autograd(_op), "Autograd", with_keyset=True)
+        _library.impl(_op, derivatives.bump_version(_op, _WRITES[_op]), "ADInplaceOrView", with_keyset=True)
+    else:
+        _setup, _backward = (getattr(derivatives, f"{_op}_{part}") for part in ("setup", "backward"))
+        torch.library.register_autograd(f"recmas::{_op}", _backward, setup_context=_setup, lib=_library)
+flops.register()
 
-_link_fwd = torch.ops.recmas.link_fwd.default
-_link_fwd_train = torch.ops.recmas.link_fwd_train.default
-_link_bwd = torch.ops.recmas.link_bwd.default
+link_fwd = torch.ops.recmas.link_fwd.default
+link_fwd_train = torch.ops.recmas.link_fwd_train.default
+link_bwd = torch.ops.recmas.link_bwd.default
 handoff_fwd = torch.ops.recmas.handoff_fwd.default
 handoff_ = torch.ops.recmas.handoff_.default
 handoff_bwd = torch.ops.recmas.handoff_bwd.default
 alignment_fwd = torch.ops.recmas.alignment_fwd.default
-
-
-def link_fwd(arguments: LinkArguments, may_pack: bool, direct: bool) -> Tensor:
-    """y ``[T, out]`` in x's dtype. ``may_pack`` permits a backend to keep packed copies of the weights."""
-    return serve_link_fwd(arguments, may_pack) if direct else _link_fwd(*arguments, may_pack)
-
-
-def link_fwd_train(arguments: LinkArguments, direct: bool) -> tuple[Tensor, ...]:
-    """``(y, pre, z, stats)``, see `reference.link_fwd_train`."""
-    return serve_link_fwd_train(arguments) if direct else _link_fwd_train(*arguments)
-
-
-def link_bwd(
-    arguments: LinkArguments,
-    dy: Tensor,
-    pre: Tensor | None,
-    z: Tensor | None,
-    stats: Tensor | None,
-    needs: list[bool],
-    direct: bool,
-) -> tuple[Tensor, ...]:
-    """Eleven gradients, see `reference.link_bwd`. Without ``pre``, ``z`` and ``stats`` they are made again from x.
-
-    One op and not two: torch.compile would merge a second ``link_fwd_train`` with the first, and keep its results.
-    """
-    if direct:
-        return serve_link_bwd(arguments, dy, pre, z, stats, needs)
-    x, *rest = arguments
-    return _link_bwd(dy, x, pre, z, stats, *rest, needs)

@@ -135,8 +135,8 @@ def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Te
     return y.to(x.dtype), pre, kept, torch.stack((mean_in, rstd_in, mean_out, rstd_out))
 
 
-def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
-    """``y [T, out]`` in x's dtype. ``may_pack`` permits packed copies of the weights; the reference makes none."""
+def link_fwd(arguments: LinkArguments) -> Tensor:
+    """``y [T, out]`` in x's dtype."""
     return link_fwd_train(arguments)[0]
 
 
@@ -245,3 +245,12 @@ def alignment_fwd(
     row_grad = difference * (2 * mse_weight / max(1, p.shape[-1])) - cosine_weight * dcosine
     grad = torch.where(chosen[:, None], share[:, None] * row_grad, 0)
     return loss, grad.to(pred.dtype)
+
+
+def alignment_loss(
+    pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
+) -> Tensor:
+    """The loss of `alignment_fwd`, to be differentiated by torch as often as it likes."""
+    if mask is not None:  # a masked row's values must not reach a derivative
+        pred = torch.where(mask[:, None] != 0, pred, 0)
+    return alignment_fwd(pred, target, token_ids, mask, *weights)[0]

@@ -13,9 +13,11 @@ from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
+_CPU = torch.device("cpu")  # named in every allocation: the default device may be another
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
+_MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 
@@ -97,57 +99,60 @@ def _readable(arguments: LinkArguments) -> LinkArguments:
 
 def _form(weight: Tensor | None, compute: torch.dtype, isa: int) -> Tensor | bool:
     """How the kernel reads a weight matrix: its packed panels; or, as it is stored, summed in panel order or not."""
-    if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not packing.packable(weight):
+    if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not weight.is_contiguous():
         return False
-    panels = packing.lookup(_native(), weight, (compute, isa), _pack)
+    panels = packing.lookup(weight, (compute, isa), _pack)
     return True if panels is None else panels
 
 
 def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
     compute, isa = layout
-    panels = torch.empty(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape), dtype=torch.uint8)
+    panels = torch.empty(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape), dtype=torch.uint8, device=_CPU)
     _native().pack_weight(isa, torch.get_num_threads(), _DTYPES[compute], weight, panels)
     return panels
 
 
 def _forward(
-    arguments: LinkArguments, may_pack: bool, pre: Tensor | None, z: Tensor | None, stats: Tensor | None
+    arguments: LinkArguments, in_place: bool, pre: Tensor | None, z: Tensor | None, stats: Tensor | None
 ) -> Tensor:
-    """y; ``pre``, ``z`` and ``stats`` are filled for the backward pass, where they are given."""
+    """y; ``pre``, ``z`` and ``stats`` are filled for the backward pass, where they are given.
+
+    ``in_place``: few rows read weights in place, summed in an order that packed copies do not have.
+    """
     x, w1, w2 = arguments.x, arguments.w1, arguments.w2
     isa, tokens, out_features = _isa(), x.shape[0], w2.shape[0]
-    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=_CPU)
     if tokens == 0:
         return y
     threads, run = torch.get_num_threads(), _native().link_forward
     forms: tuple[Tensor | bool, ...] = (False, False, False)
-    if may_pack:
+    if not in_place or tokens > _MOST_STREAMED:
         compute = arguments.dtype
         forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(arguments.w3, compute, isa))
     if run(isa, threads, arguments, *forms, y, pre, z, stats):
         return y
     readable = _readable(arguments)
-    converted = torch.empty(tokens, out_features, dtype=readable.x.dtype)
+    converted = torch.empty(tokens, out_features, dtype=readable.x.dtype, device=_CPU)
     if not run(isa, threads, readable, *forms, converted, pre, z, stats):
         raise AssertionError("converted tensors are readable")
     return converted.to(x.dtype)
 
 
-def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
-    """y ``[T, out]`` in x's dtype; a weight that may be packed is packed when it is used for the second time."""
-    return _forward(arguments, may_pack, None, None, None)
+def link_fwd(arguments: LinkArguments) -> Tensor:
+    """y ``[T, out]`` in x's dtype; weights inside a `packed` scope are read from their packed copies."""
+    return _forward(arguments, False, None, None, None)
 
 
 def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
     tokens, dtype = arguments.x.shape[0], arguments.dtype
     has_norm_in, has_norm_out = arguments.norm_in_weight is not None, arguments.norm_out_weight is not None
-    pre = torch.empty(tokens, arguments.w1.shape[0], dtype=dtype)
-    z = torch.empty(tokens, arguments.w2.shape[0], dtype=dtype) if has_norm_out else torch.empty(0, dtype=dtype)
+    pre = torch.empty(tokens, arguments.w1.shape[0], dtype=dtype, device=_CPU)
+    z = torch.empty((tokens, arguments.w2.shape[0]) if has_norm_out else (0,), dtype=dtype, device=_CPU)
     # The kernel writes the rows of the norms that exist.
     allocate = torch.empty if has_norm_in and has_norm_out else torch.zeros
-    stats = allocate(4, tokens, dtype=torch.float32)
-    y = _forward(arguments, False, pre, z if has_norm_out else None, stats)
+    stats = allocate(4, tokens, dtype=torch.float32, device=_CPU)
+    y = _forward(arguments, True, pre, z if has_norm_out else None, stats)
     return y, pre, z, stats
 
 
@@ -158,7 +163,7 @@ def link_bwd(
     x, tensors = arguments.x, arguments.tensors
     # The kernels write fp32, bf16 and fp16; a gradient of another dtype leaves through fp32.
     outputs = [
-        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32)
+        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32, device=_CPU)
         if need and tensor is not None
         else None
         for need, tensor in zip(needs, tensors, strict=True)
@@ -218,8 +223,8 @@ def alignment_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; see the formula in ``reference.alignment_fwd``."""
     tokens, features = pred.shape
-    loss = torch.zeros((), dtype=torch.float32)
-    grad = torch.empty(tokens, features, dtype=pred.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=_CPU)
+    grad = torch.empty(tokens, features, dtype=pred.dtype, device=_CPU)
     if grad.numel() == 0:
         return loss, grad
     rows, table = _rows(pred), _rows(target)

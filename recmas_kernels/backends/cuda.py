@@ -149,7 +149,7 @@ def _forward(arguments: LinkArguments, pre: Tensor | None, z: Tensor | None, sta
     return y.to(x.dtype)
 
 
-def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
+def link_fwd(arguments: LinkArguments) -> Tensor:
     """y ``[T, out]`` in x's dtype; weights are read as they are stored, so there is nothing to pack."""
     return _forward(arguments, None, None, None)
 

@@ -12,6 +12,7 @@ import torch
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.choice import load, order, refusal, requested
 from recmas_kernels.devices import compute_dtype
+from recmas_kernels.layers import why_not_plain
 
 _Variants = Callable[[ModuleType], list[str]]
 
@@ -41,6 +42,9 @@ def explain(link: Any, x: torch.Tensor) -> str:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {config.in_features}]")
     if config.layers == 1:
         return "a one-layer link runs as plain torch; no kernel is involved"
+    reason = why_not_plain(link._modules, config) if isinstance(link, torch.nn.Module) else None
+    if reason is not None:
+        return f"the link runs as plain torch, through its layers: {reason}"
     dtype = compute_dtype(x)
     tokens = x.numel() // max(1, x.shape[-1])
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in link.parameters()))

@@ -3,7 +3,7 @@
 | variable | meaning |
 |---|---|
 | ``RECMAS_BACKEND`` | the backend that serves where no `use_backend` block does; "auto" by default |
-| ``RECMAS_CHECK`` | 1: check slot rows for duplicates, and compare packed weights in full |
+| ``RECMAS_CHECK`` | 1: check slot rows for duplicates, and packed weights for writes inside their scope |
 | ``RECMAS_CPU_ISA`` | the instruction set of the CPU kernels; the processor's best by default |
 | ``RECMAS_TUNE`` | 1: time the Triton variants of each new shape, and keep the fastest |
 | ``RECMAS_TUNE_DIR`` | folder of the tuner's answers; ``~/.cache/recmas_kernels`` by default |

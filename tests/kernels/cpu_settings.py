@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from recmas_kernels import clear_packed, use_backend
+from recmas_kernels import use_backend
 from recmas_kernels.backends import cpu
 
 AVAILABLE = cpu.ISAS[: cpu._native().best_isa() + 1] if cpu.unavailable() is None else ()
@@ -21,11 +21,8 @@ GUARD = 256  # bytes each side of a guarded buffer
 def instruction_set(name: str) -> Iterator[None]:
     with mock.patch.dict(os.environ, RECMAS_CPU_ISA=name):
         cpu._isa.cache_clear()
-        try:
-            with use_backend("cpu"):
-                yield
-        finally:
-            clear_packed()
+        with use_backend("cpu"):
+            yield
     cpu._isa.cache_clear()
 
 
@@ -44,7 +41,7 @@ def guarded_allocations() -> Iterator[None]:
     """Every ``torch.empty`` starts as NaN between guard bands, which are checked at the end."""
     allocate, guarded = torch.empty, []
 
-    def empty(*sizes: int | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(*sizes: int | torch.Size, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
         shape = torch.Size(sizes[0] if isinstance(sizes[0], tuple) else sizes)
         itemsize = torch.zeros((), dtype=dtype).element_size()
         size = shape.numel() * itemsize

@@ -64,13 +64,6 @@ def test_one_layer_links_run_as_plain_torch(residual):
     assert set(link.state_dict()) == {"proj1.weight", "proj1.bias"}
 
 
-def test_a_norm_without_parameters_is_an_error():
-    link = FusedRecursiveLink.inner(8)
-    link.pre_ln = torch.nn.LayerNorm(8, elementwise_affine=False)
-    with pytest.raises(ValueError, match="norm_in has no weight"):
-        link(make_rows(3, 8))
-
-
 def test_copies_and_pickles_are_independent(backend):
     link = make_link(configs()["inner"])
     x = make_rows(3, 40)

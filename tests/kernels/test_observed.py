@@ -14,7 +14,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recmas_kernels import FusedRecursiveLink, ops, recursive_link
+from recmas_kernels import FusedRecursiveLink, ops, recursive_link, serve
 from recmas_kernels.backends import tensors
 from recmas_kernels.testing import make_link, make_rows
 
@@ -61,13 +61,13 @@ def ours(names: list[str]) -> list[str]:
 def test_nobody_observing_leaves_the_dispatcher_out(link, monkeypatch):
     called = []
 
-    def noting(name: str, serve: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: called.append(name) or serve(*args)
+    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: called.append(name) or run(*args)
 
     for name in (FORWARD, *TRAINING):
-        serve = f"serve_{name.removeprefix('recmas::')}"
-        monkeypatch.setattr(ops, serve, noting(name, getattr(ops, serve)))
-        monkeypatch.setattr(ops, f"_{name.removeprefix('recmas::')}", None)  # the op itself cannot be called
+        op = name.removeprefix("recmas::")
+        monkeypatch.setattr(serve, op, noting(name, getattr(serve, op)))
+        monkeypatch.setattr(ops, op, None)  # the op itself cannot be called
     train(link)
     with torch.no_grad():
         link(make_rows(3, 8))
@@ -103,9 +103,10 @@ def test_modes(link, mode):
 
 
 def test_flop_counters(link):
+    """The counter's own hooks make a module call its layers; the function's op is seen."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.recmas.link_fwd: lambda *_, **__: 7})
     with counter, torch.no_grad():
-        link(make_rows(3, 8))
+        recursive_link(make_rows(3, 8), make_rows(8, 8), make_rows(8, 8, seed=2))
     assert counter.get_total_flops() == 7
 
 

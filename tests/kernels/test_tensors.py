@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recmas_kernels import FusedRecursiveLink, alignment_loss, clear_packed, recursive_link
+from recmas_kernels import FusedRecursiveLink, alignment_loss, packed, recursive_link
 from recmas_kernels.backends import cpu, tensors
 from recmas_kernels.reference import LinkArguments
 from recmas_kernels.testing import configs, make_link, make_rows
@@ -28,7 +28,6 @@ def attribute_reading():
 
 
 def everything(link: FusedRecursiveLink) -> list[torch.Tensor]:
-    clear_packed()
     x = make_rows(3, link.config.in_features).requires_grad_()
     y = link(x)
     y.backward(make_rows(3, link.config.out_features, seed=2))
@@ -38,7 +37,8 @@ def everything(link: FusedRecursiveLink) -> list[torch.Tensor]:
         results.append(parameter.grad)
         parameter.grad = None
     with torch.no_grad():
-        results += [link(x) for _ in range(3)]  # packed where large enough
+        with packed(link):
+            results += [link(x) for _ in range(2)]  # packed where large enough
         results.append(link(x.unsqueeze(1)[:, :, ::1].expand(-1, 2, -1)))
     return results
 

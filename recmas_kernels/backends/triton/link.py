@@ -36,7 +36,7 @@ def _narrow(arguments: LinkArguments) -> LinkArguments:
     return arguments if x.stride(0) < _WIDEST_STRIDE else arguments._replace(x=x.contiguous())
 
 
-def link_fwd(arguments: LinkArguments, may_pack: bool) -> Tensor:
+def link_fwd(arguments: LinkArguments) -> Tensor:
     """``y [T, out]`` in x's dtype; weights are read as they are stored. See `recmas_kernels.reference.link_fwd`."""
     with launching("link_fwd", arguments.x):
         return _forward(_narrow(arguments), keep=False)[0]
