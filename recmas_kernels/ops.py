@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recmas_kernels import checks
 from recmas_kernels.backends import settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.choice import choose
+from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.reference import LinkArguments, accumulator
 
@@ -90,35 +92,76 @@ def serve_link_bwd(
     return _serve(_link_call("link_bwd", arguments, True), arguments, dy, pre, z, stats, needs)
 
 
+def _link_arguments(*values: Any) -> LinkArguments:
+    """The arguments of a link's op, checked, with rows and parameters as every backend reads them."""
+    arguments = LinkArguments._make(values)
+    checks.check_link_settings(arguments.gelu, arguments.eps, arguments.dtype)
+    if is_plain_link(arguments, True):
+        return arguments
+    checks.expect_matrix("x", arguments.x)
+    arguments = checks.checked_link(arguments, arguments.x.shape, mixed=True)
+    return arguments._replace(x=_dense(arguments.x))
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """``rows [T, n]`` with a contiguous last dimension."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _op_link_fwd(*values: Any) -> Tensor:
-    return serve_link_fwd(LinkArguments._make(values[:-1]), values[-1])
+    return serve_link_fwd(_link_arguments(*values[:-1]), values[-1])
 
 
 def _op_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
-    return serve_link_fwd_train(LinkArguments._make(values))
+    return serve_link_fwd_train(_link_arguments(*values))
 
 
 def _op_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
-    return serve_link_bwd(LinkArguments(x, *rest[:-1]), dy, pre, z, stats, rest[-1])
+    arguments = _link_arguments(x, *rest[:-1])
+    checks.check_saved(arguments, dy, pre, z, stats)
+    return serve_link_bwd(arguments, dy, pre, z, stats, rest[-1])
 
 
 def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
-    _check_slot_rows(slot_rows, embeds.shape[0])
-    return _serve(_row_call("handoff_fwd", rows), rows, embeds, slot_rows)
+    return _serve_handoff("handoff_fwd", rows, embeds, slot_rows)
 
 
 def _op_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    _serve_handoff("handoff_", rows, embeds, slot_rows)
+
+
+def _serve_handoff(op: str, rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Any:
+    checks.check_handoff(rows, embeds, slot_rows)
     _check_slot_rows(slot_rows, embeds.shape[0])
-    _serve(_row_call("handoff_", rows), rows, embeds, slot_rows)
+    rows = _dense(rows.to(embeds.dtype))  # a handoff copies bytes
+    try:
+        return _serve(_row_call(op, rows), rows, embeds, slot_rows)
+    except IndexError:
+        raise checks.outside("slot_rows", slot_rows, embeds.shape[0]) from None
 
 
 def _op_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    checks.check_handoff_gradient(dy, slot_rows)
     _check_slot_rows(slot_rows, dy.shape[0])
-    return _serve(_row_call("handoff_bwd", dy, training=True), dy, slot_rows)
+    try:
+        return _serve(_row_call("handoff_bwd", dy, training=True), dy, slot_rows)
+    except IndexError:
+        raise checks.outside("slot_rows", slot_rows, dy.shape[0]) from None
 
 
-def _op_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _serve(_row_call("alignment_fwd", pred), pred, *rest)
+def _op_alignment_fwd(
+    pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
+) -> tuple[Tensor, Tensor]:
+    checks.expect_matrix("pred", pred)
+    checks.check_alignment(pred, target, token_ids, mask)
+    pred, target = _dense(pred), _dense(target)
+    ids, mask = None if token_ids is None else token_ids.contiguous(), None if mask is None else mask.contiguous()
+    try:
+        return _serve(_row_call("alignment_fwd", pred), pred, target, ids, mask, *weights)
+    except IndexError:
+        if ids is None:
+            raise
+        raise checks.outside("token_ids", ids, target.shape[0], mask) from None
 
 
 def _check_slot_rows(slot_rows: Tensor, table_rows: int) -> None:
@@ -134,13 +177,23 @@ def _check_slot_rows(slot_rows: Tensor, table_rows: int) -> None:
         raise ValueError(f"slot_rows names rows outside [0, {table_rows})")
 
 
+def _expect_one_device(**tensors: Tensor | None) -> None:
+    """In a fake: real tensors come here, too, if one of them is on the meta device."""
+    owner, first = next(iter(tensors.items()))
+    assert first is not None
+    for name, tensor in tensors.items():
+        checks.expect_device(name, tensor, owner, first.device)
+
+
 def _fake_link_fwd(*values: Any) -> Tensor:
     arguments = LinkArguments._make(values[:-1])
+    _expect_one_device(**arguments.named_tensors)
     return arguments.x.new_empty(arguments.x.shape[0], arguments.w2.shape[0])
 
 
 def _fake_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
     arguments = LinkArguments._make(values)
+    _expect_one_device(**arguments.named_tensors)
     x, dtype = arguments.x, arguments.dtype
     tokens, out_features = x.shape[0], arguments.w2.shape[0]
     return (
@@ -153,6 +206,7 @@ def _fake_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
 
 def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
     arguments, needs = LinkArguments(x, *rest[:-1]), rest[-1]
+    _expect_one_device(**arguments.named_tensors, dy=dy, pre=pre, z=z, stats=stats)
     return tuple(
         x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
         for tensor, need in zip(arguments.tensors, needs, strict=True)
@@ -160,18 +214,23 @@ def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: A
 
 
 def _fake_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
     return embeds.new_empty(embeds.shape)
 
 
 def _fake_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
-    return None
+    _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
 
 
 def _fake_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    _expect_one_device(dy=dy, slot_rows=slot_rows)
     return dy.new_empty(slot_rows.shape[0], dy.shape[1]), dy.new_empty(dy.shape)
 
 
-def _fake_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_alignment_fwd(
+    pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
+) -> tuple[Tensor, Tensor]:
+    _expect_one_device(pred=pred, target=target, token_ids=token_ids, mask=mask)
     return pred.new_empty((), dtype=accumulator(pred.dtype)), pred.new_empty(pred.shape)
 
 
