@@ -44,9 +44,16 @@ def infer_config(state: Mapping[str, Tensor], adapter_type: str | None = None) -
 
     Raises:
         ValueError: the type is unknown, missing where it is needed, or does not fit the parameters.
+        TypeError: a parameter is no tensor.
     """
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"key {key!r} holds a {type(value).__name__}, expected a tensor")
     if "proj1.weight" not in state:
         raise ValueError("key 'proj1.weight' is missing: not a RecursiveLink")
+    for key in ("proj1.weight", "proj2.weight"):
+        if key in state and state[key].dim() != 2:
+            raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected two dimensions")
     layers = 2 if "proj2.weight" in state else 1
     norms = [kind for kind, names in NORM_NAMES.items() if f"{names[0]}.weight" in state]
     if adapter_type is None:

@@ -1,13 +1,19 @@
-"""Checks of the public functions' arguments: ValueError or TypeError, naming the argument, before any kernel runs."""
+"""Checks of the arguments of the public functions and of the ops: ValueError or TypeError, naming the argument.
+
+The ops check as well, since they are public, too: no backend sees tensors whose sizes, types or devices do not fit.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recmas_kernels.config import RESIDUALS
+from recmas_kernels.config import ACTIVATIONS, RESIDUALS
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.reference import LinkArguments
+from recmas_kernels.reference import LinkArguments, accumulator
 
 _PARAMETER_NAMES = (
     *("w1", "b1", "w2", "b2", "w3", "b3"),
@@ -15,23 +21,24 @@ _PARAMETER_NAMES = (
 )
 
 
-def checked_link(arguments: LinkArguments, shape: torch.Size) -> LinkArguments:
+def checked_link(arguments: LinkArguments, shape: torch.Size, mixed: bool = False) -> LinkArguments:
     """``arguments`` with parameters made contiguous; an error for the first that does not fit.
 
-    ``shape`` is x's own, before its rows were flattened.
+    ``shape`` is x's own, before its rows were flattened. ``mixed`` allows parameters of other floating-point types than
+    x's, as autocast does.
     """
     x, w1, w2, w3 = arguments.x, arguments.w1, arguments.w2, arguments.w3
-    if w1 is None or w2 is None:
-        raise TypeError("w1 and w2 must be tensors")
+    for name, value in (("x", x), ("w1", w1), ("w2", w2)):
+        expect_tensor(name, value)
     dtype, device, residual = x.dtype, x.device, arguments.residual
-    if not dtype.is_floating_point:
-        raise TypeError(f"x has dtype {dtype}, expected a floating-point dtype")
+    expect_floating("x", x)
+    mixed = mixed or (dtype is not torch.float64 and autocast_enabled(device.type))
     if w1.dim() != 2 or w2.dim() != 2:
         raise ValueError(f"w1 and w2 must have two dimensions, have {w1.dim()} and {w2.dim()}")
     (hidden, in_features), out_features = w1.shape, w2.shape[0]
     if shape[-1:] != (in_features,):
         raise ValueError(f"x has shape {tuple(shape)}, expected [..., {in_features}] to fit w1 {tuple(w1.shape)}")
-    if residual not in RESIDUALS:
+    if not isinstance(residual, str) or residual not in RESIDUALS:
         raise ValueError(f"residual is {residual!r}, expected one of {', '.join(RESIDUALS)}")
     if (residual == "linear") != (w3 is not None):
         raise ValueError(
@@ -42,16 +49,18 @@ def checked_link(arguments: LinkArguments, shape: torch.Size) -> LinkArguments:
     shapes = {"w1": w1.shape, "w2": (out_features, hidden), "w3": (out_features, in_features), "b1": (hidden,)}
     wide, narrow = (out_features,), (in_features,)
 
-    def may_differ(name: str, other: torch.dtype) -> bool:
-        # torch's LayerNorm takes float32 parameters for rows of 16 bits.
-        as_in_torch = name.startswith("norm") and other is torch.float32 and dtype in (torch.bfloat16, torch.float16)
-        return as_in_torch or (dtype is not torch.float64 and autocast_enabled(device.type))
+    def as_in_torch(name: str, other: torch.dtype) -> bool:
+        """torch's LayerNorm takes float32 parameters for rows of 16 bits."""
+        return name.startswith("norm") and other is torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
     for name, tensor in zip(_PARAMETER_NAMES, arguments.tensors[1:], strict=True):
         if tensor is None:
             continue
+        expect_tensor(name, tensor)
         expect_shape(name, tensor, *(shapes.get(name) or (narrow if name.startswith("norm_in") else wide)))
-        if tensor.dtype is not dtype and not may_differ(name, tensor.dtype):
+        if mixed:
+            expect_floating(name, tensor)
+        elif tensor.dtype is not dtype and not as_in_torch(name, tensor.dtype):
             raise ValueError(
                 f"x has dtype {dtype} and {name} has {tensor.dtype}: convert one of them, or run under torch.autocast"
             )
@@ -60,6 +69,89 @@ def checked_link(arguments: LinkArguments, shape: torch.Size) -> LinkArguments:
         raise ValueError(f"residual='identity' needs in_features == out_features, got {in_features} and {out_features}")
     parameters = (t if t is None or t.is_contiguous() else t.contiguous() for t in arguments.tensors[1:])
     return LinkArguments._make((x, *parameters, *arguments.settings))
+
+
+def check_link_settings(gelu: str, eps: float, dtype: torch.dtype) -> None:
+    """Raise unless an op of a link can compute with these settings."""
+    if gelu not in ACTIVATIONS.values():
+        raise ValueError(f"gelu is {gelu!r}, expected one of {', '.join(ACTIVATIONS.values())}")
+    checked_eps(eps)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
+
+
+def check_saved(
+    arguments: LinkArguments, dy: Tensor, pre: Tensor | None, z: Tensor | None, stats: Tensor | None
+) -> None:
+    """Raise unless a link's backward op can read ``dy`` and what its forward op kept, which may be absent together."""
+    tokens, hidden_features, out_features = arguments.x.shape[0], arguments.w1.shape[0], arguments.w2.shape[0]
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("dy", dy, (tokens, out_features))]
+    if pre is not None:
+        if stats is None:
+            raise ValueError("stats is missing: the backward op takes pre, z and stats, or none of them")
+        if stats.dtype is not accumulator(arguments.dtype):
+            raise TypeError(f"stats has dtype {stats.dtype}, expected {accumulator(arguments.dtype)}")
+        expected += [("pre", pre, (tokens, hidden_features)), ("stats", stats, (4, tokens))]
+        if arguments.norm_out_weight is not None:
+            if z is None:
+                raise ValueError("z is missing: with an output norm the backward op reads the sum before it")
+            expected.append(("z", z, (tokens, out_features)))
+    for name, tensor, shape in expected:
+        assert tensor is not None
+        expect_floating(name, tensor)
+        expect_shape(name, tensor, *shape)
+        expect_device(name, tensor, "x", arguments.x.device)
+
+
+def checked_eps(eps: float) -> float:
+    """``eps`` as a float; an error unless it is a finite number >= 0."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps is {eps!r}, expected a number >= 0")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps!r}, expected a finite number >= 0")
+    return float(eps)
+
+
+def checked_weight(name: str, value: float) -> float:
+    """``value`` as a float; an error unless it is a finite number."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+    return number
+
+
+def expect_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}, expected a dense tensor")
+
+
+def expect_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` has a floating-point dtype."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def expect_rows(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a floating-point tensor ``[..., n]``."""
+    expect_tensor(name, value)
+    expect_floating(name, value)
+    if value.dim() == 0:
+        raise ValueError(f"{name} has no dimension, expected [..., features]")
+
+
+def expect_matrix(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is dense and has two dimensions."""
+    expect_tensor(name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected two dimensions")
 
 
 def expect_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
@@ -78,17 +170,55 @@ def expect_device(name: str, tensor: Tensor | None, owner: str, device: torch.de
 
 
 def expect_row_index(name: str, index: Tensor) -> None:
-    """Raise ValueError unless ``index`` is one-dimensional int64."""
+    """Raise unless ``index`` is a one-dimensional int64 tensor."""
+    expect_tensor(name, index)
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
             f"{name} is {index.dtype} of shape {tuple(index.shape)}, expected one-dimensional int64 row numbers"
         )
 
 
+def outside(name: str, index: Tensor, rows: int, chosen: Tensor | None = None) -> ValueError:
+    """The error for the first of the row numbers in ``index``, where ``chosen`` is not 0, that is no row of a table."""
+    wrong = (index < 0) | (index >= rows)
+    if chosen is not None:
+        wrong &= chosen != 0
+    place = int(wrong.nonzero()[0, 0])
+    return ValueError(f"{name}[{place}] is {int(index[place])}, expected a row in [0, {rows})")
+
+
+def check_handoff(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    """Raise unless ``rows [n, d]`` can be written to the rows ``slot_rows [n]`` of ``embeds [R, d]``."""
+    expect_matrix("rows", rows)
+    expect_matrix("embeds", embeds)
+    expect_row_index("slot_rows", slot_rows)
+    expect_shape("rows", rows, slot_rows.shape[0], embeds.shape[1])
+    if embeds.numel() > 0 and embeds.shape[1] > 1 and embeds.stride(1) != 1:
+        raise ValueError(f"embeds have stride {embeds.stride(1)} between elements, expected 1")
+    if rows.dtype is not embeds.dtype:
+        expect_floating("rows", rows)
+        expect_floating("embeds", embeds)
+    expect_device("rows", rows, "embeds", embeds.device)
+    expect_device("slot_rows", slot_rows, "embeds", embeds.device)
+
+
+def check_handoff_gradient(dy: Tensor, slot_rows: Tensor) -> None:
+    """Raise unless ``slot_rows [n]`` can name rows of ``dy [R, d]``."""
+    expect_matrix("dy", dy)
+    expect_row_index("slot_rows", slot_rows)
+    expect_device("slot_rows", slot_rows, "dy", dy.device)
+
+
 def check_alignment(pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None) -> None:
-    """Raise unless the tensors of `alignment_loss` fit each other."""
-    if not pred.is_floating_point():
-        raise TypeError(f"pred has dtype {pred.dtype}, expected a floating-point dtype")
+    """Raise unless the tensors of the alignment loss fit each other."""
+    expect_rows("pred", pred)
+    expect_rows("target", target)
+    if token_ids is not None:
+        expect_tensor("token_ids", token_ids)
+    if mask is not None:
+        expect_tensor("mask", mask)
+        if mask.dtype.is_complex:
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool or a weight per row")
     leading, width = pred.shape[:-1], pred.shape[-1]
     if token_ids is None:
         expect_shape("target", target, *pred.shape)

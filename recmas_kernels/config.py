@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,12 +51,18 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
+            value = getattr(self, name)
+            if not isinstance(value, type(choices[0])) or isinstance(value, bool) or value not in choices:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
         for name in ("in_features", "hidden_features", "out_features"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}, expected a whole number >= 0")
+        for name in ("norm", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps!r}, expected a finite number >= 0")
         if self.residual == "identity" and self.in_features != self.out_features:
             raise ValueError(
                 f"residual='identity' needs in_features == out_features, got {self.in_features} and {self.out_features}"

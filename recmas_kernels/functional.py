@@ -47,6 +47,8 @@ def _rows(tensor: Tensor) -> Tensor:
 def _weight_and_bias(name: str, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
     if norm is None:
         return None, None
+    if not isinstance(norm, tuple | list) or len(norm) != 2:
+        raise TypeError(f"{name} is a {type(norm).__name__}, expected (weight, bias or None)")
     weight, bias = norm
     if weight is None:
         raise ValueError(f"{name} has no weight, expected (weight, bias or None)")
@@ -118,7 +120,7 @@ def recursive_link(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         TypeError: an argument is not a floating-point tensor.
     """
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if not isinstance(x, Tensor) or x.is_nested:
         raise TypeError(f"x is a {'nested tensor' if isinstance(x, Tensor) else type(x).__name__}, expected a tensor")
@@ -135,7 +137,7 @@ def recursive_link(
         *_weight_and_bias("norm_out", norm_out),
         residual,
         ACTIVATIONS[activation],
-        eps,
+        checks.checked_eps(eps),
         compute_dtype(x) if autocast else x.dtype,
     )
     direct = not (observed() or x.is_neg() or x._is_zerotensor()) and is_plain_link(arguments, autocast)
@@ -183,22 +185,34 @@ def latent_handoff(
         Embeddings shaped and typed as ``embeds``: a new tensor, or ``embeds`` if ``inplace``.
 
     Raises:
-        ValueError: shapes do not fit, an index is not one-dimensional int64, or ``inplace`` was asked for under grad.
+        ValueError: shapes do not fit, an index is not one-dimensional int64 or, where the host can see it, names no
+            row, or ``inplace`` was asked for under grad.
+        TypeError: an argument, or what the link returns, is not a floating-point tensor.
     """
+    checks.expect_rows("hidden", hidden)
+    checks.expect_rows("embeds", embeds)
+    if not callable(link):
+        raise TypeError(f"link is a {type(link).__name__}, expected a callable")
     checks.expect_row_index("slot_rows", slot_rows)
     checks.expect_device("slot_rows", slot_rows, "embeds", embeds.device)
     rows = _rows(hidden)
     if source_rows is not None:
         checks.expect_row_index("source_rows", source_rows)
         checks.expect_device("source_rows", source_rows, "hidden", hidden.device)
-        rows = rows.index_select(0, source_rows)
+        try:
+            rows = rows.index_select(0, source_rows)
+        except IndexError:
+            raise checks.outside("source_rows", source_rows, rows.shape[0]) from None
     if rows.shape[0] != slot_rows.shape[0]:
         raise ValueError(f"slot_rows names {slot_rows.shape[0]} rows for {rows.shape[0]} latents")
     mapped = link(rows)
+    checks.expect_rows("what the link returns", mapped)
     if mapped.shape[-1] != embeds.shape[-1]:
         raise ValueError(f"the link returns {mapped.shape[-1]} features, embeds has {embeds.shape[-1]}")
     checks.expect_device("what the link returns", mapped, "embeds", embeds.device)
     mapped = _rows(mapped.to(embeds.dtype))
+    if mapped.shape[0] != slot_rows.shape[0]:
+        raise ValueError(f"the link returns {mapped.shape[0]} rows for {slot_rows.shape[0]} latents")
     if inplace:
         if (torch.is_grad_enabled() and (mapped.requires_grad or embeds.requires_grad)) or transformed():
             raise ValueError("inplace=True is only for inference: run under torch.no_grad(), outside of transforms")
@@ -240,14 +254,16 @@ def alignment_loss(
         Scalar, float32 (float64 for float64 inputs). An empty mask gives 0 with zero gradient.
 
     Raises:
-        ValueError: shapes or devices do not fit; the message names the argument.
-        TypeError: pred is not floating-point, or token_ids are not int64.
+        ValueError: shapes or devices do not fit, a weight is not finite, or, where the host can see it, an id names no
+            row of the table; the message names the argument.
+        TypeError: pred or target is not floating-point, or token_ids are not int64.
     """
     checks.check_alignment(pred, target, token_ids, mask)
     mask = None if mask is None else mask.reshape(-1).contiguous()
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
     rows, table = _rows(pred), _rows(target.detach())
-    weights = float(cosine_weight), float(mse_weight), float(embed_scale)
+    named = {"cosine_weight": cosine_weight, "mse_weight": mse_weight, "embed_scale": embed_scale}
+    weights = tuple(checks.checked_weight(name, value) for name, value in named.items())
     if transformed():
         expect_reference(_TRANSFORMS)
         return reference.alignment_loss(rows, table, ids, mask, *weights)

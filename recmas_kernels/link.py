@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def _check_device(device: torch.device | str | None) -> None:
+    """Raise ValueError or TypeError for what torch knows no device by."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}: {reason}") from None
+
+
 class RecursiveLink(nn.Module):
     """A RecursiveLink in plain torch, with the parameter names of the reference implementation.
 
@@ -27,11 +36,20 @@ class RecursiveLink(nn.Module):
         config: the link's shape.
         device: where the parameters live.
         dtype: their dtype; float32 by default, as masters.
+
+    Raises:
+        TypeError: no `LinkConfig`, or no floating-point dtype.
+        ValueError: torch knows no such device.
     """
 
     def __init__(
         self, config: LinkConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        if not isinstance(config, LinkConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a LinkConfig")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
+        _check_device(device)
         super().__init__()
         self.config = config
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -112,6 +130,8 @@ class RecursiveLink(nn.Module):
         for key, shape in expected.items():
             if state[key].shape != shape:
                 raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(shape)}")
+            if not state[key].is_floating_point():
+                raise ValueError(f"key {key!r} has dtype {state[key].dtype}, expected a floating-point dtype")
         copies = {key: value.detach().clone() for key, value in state.items()}
         link.load_state_dict(copies, strict=True, assign=True)
         return link

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels import derivatives, flops, serve
+from recmas_kernels import checks, derivatives, flops, serve
+from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.reference import LinkArguments, accumulator
 
 _PARAMETERS = (
@@ -38,26 +39,93 @@ SCHEMAS = {
 }
 
 
+def _link_arguments(*values: Any) -> LinkArguments:
+    """The arguments of a link's op, checked, with rows and parameters as every backend reads them."""
+    arguments = LinkArguments._make(values)
+    checks.check_link_settings(arguments.gelu, arguments.eps, arguments.dtype)
+    if is_plain_link(arguments, True):
+        return arguments
+    checks.expect_matrix("x", arguments.x)
+    arguments = checks.checked_link(arguments, arguments.x.shape, mixed=True)
+    return arguments._replace(x=_dense(arguments.x))
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """``rows [T, n]`` with a contiguous last dimension."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _op_link_fwd(*values: Any) -> Tensor:
-    arguments, training = LinkArguments._make(values[:-1]), values[-1]
+    arguments, training = _link_arguments(*values[:-1]), values[-1]
     return serve.link_fwd_train(arguments)[0] if training else serve.link_fwd(arguments)
 
 
 def _op_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
-    return serve.link_fwd_train(LinkArguments._make(values))
+    return serve.link_fwd_train(_link_arguments(*values))
 
 
 def _op_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
-    return serve.link_bwd(LinkArguments(x, *rest[:-1]), dy, pre, z, stats, rest[-1])
+    arguments = _link_arguments(x, *rest[:-1])
+    checks.check_saved(arguments, dy, pre, z, stats)
+    return serve.link_bwd(arguments, dy, pre, z, stats, rest[-1])
+
+
+def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    return _handoff(serve.handoff_fwd, rows, embeds, slot_rows)
+
+
+def _op_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
+    _handoff(serve.handoff_, rows, embeds, slot_rows)
+
+
+def _handoff(run: Callable[..., Any], rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Any:
+    checks.check_handoff(rows, embeds, slot_rows)
+    try:
+        return run(_dense(rows.to(embeds.dtype)), embeds, slot_rows)  # a handoff copies bytes
+    except IndexError:
+        raise checks.outside("slot_rows", slot_rows, embeds.shape[0]) from None
+
+
+def _op_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    checks.check_handoff_gradient(dy, slot_rows)
+    try:
+        return serve.handoff_bwd(dy, slot_rows)
+    except IndexError:
+        raise checks.outside("slot_rows", slot_rows, dy.shape[0]) from None
+
+
+def _op_alignment_fwd(
+    pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
+) -> tuple[Tensor, Tensor]:
+    checks.expect_matrix("pred", pred)
+    checks.check_alignment(pred, target, token_ids, mask)
+    pred, target = _dense(pred), _dense(target)
+    ids, mask = None if token_ids is None else token_ids.contiguous(), None if mask is None else mask.contiguous()
+    try:
+        return serve.alignment_fwd(pred, target, ids, mask, *weights)
+    except IndexError:
+        if ids is None:
+            raise
+        raise checks.outside("token_ids", ids, target.shape[0], mask) from None
+
+
+def _expect_one_device(**tensors: Tensor | None) -> None:
+    """In a fake: real tensors come here, too, if one of them is on the meta device."""
+    owner, first = next(iter(tensors.items()))
+    assert first is not None
+    for name, tensor in tensors.items():
+        checks.expect_device(name, tensor, owner, first.device)
 
 
 def _fake_link_fwd(*values: Any) -> Tensor:
     arguments = LinkArguments._make(values[:-1])
+    _expect_one_device(**arguments.named_tensors)
     return arguments.x.new_empty(arguments.x.shape[0], arguments.w2.shape[0])
 
 
 def _fake_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
     arguments = LinkArguments._make(values)
+    _expect_one_device(**arguments.named_tensors)
     x, dtype = arguments.x, arguments.dtype
     tokens, out_features = x.shape[0], arguments.w2.shape[0]
     return (
@@ -70,6 +138,7 @@ def _fake_link_fwd_train(*values: Any) -> tuple[Tensor, ...]:
 
 def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any) -> tuple[Tensor, ...]:
     arguments, needs = LinkArguments(x, *rest[:-1]), rest[-1]
+    _expect_one_device(**arguments.named_tensors, dy=dy, pre=pre, z=z, stats=stats)
     return tuple(
         x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
         for tensor, need in zip(arguments.tensors, needs, strict=True)
@@ -77,18 +146,23 @@ def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: A
 
 
 def _fake_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
+    _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
     return embeds.new_empty(embeds.shape)
 
 
 def _fake_handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
-    return None
+    _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
 
 
 def _fake_handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
+    _expect_one_device(dy=dy, slot_rows=slot_rows)
     return dy.new_empty(slot_rows.shape[0], dy.shape[1]), dy.new_empty(dy.shape)
 
 
-def _fake_alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_alignment_fwd(
+    pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
+) -> tuple[Tensor, Tensor]:
+    _expect_one_device(pred=pred, target=target, token_ids=token_ids, mask=mask)
     return pred.new_empty((), dtype=accumulator(pred.dtype)), pred.new_empty(pred.shape)
 
 
@@ -96,10 +170,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  
     "link_fwd": (_op_link_fwd, _fake_link_fwd),
     "link_fwd_train": (_op_link_fwd_train, _fake_link_fwd_train),
     "link_bwd": (_op_link_bwd, _fake_link_bwd),
-    "handoff_fwd": (serve.handoff_fwd, _fake_handoff_fwd),
-    "handoff_": (serve.handoff_, _fake_handoff_),
-    "handoff_bwd": (serve.handoff_bwd, _fake_handoff_bwd),
-    "alignment_fwd": (serve.alignment_fwd, _fake_alignment_fwd),
+    "handoff_fwd": (_op_handoff_fwd, _fake_handoff_fwd),
+    "handoff_": (_op_handoff_, _fake_handoff_),
+    "handoff_bwd": (_op_handoff_bwd, _fake_handoff_bwd),
+    "alignment_fwd": (_op_alignment_fwd, _fake_alignment_fwd),
 }
 _WRITES = {"handoff_": 1}  # op: the argument that it writes into
 

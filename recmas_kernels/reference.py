@@ -53,6 +53,11 @@ class LinkArguments(NamedTuple):
         return self[:11]
 
     @property
+    def named_tensors(self) -> dict[str, Tensor | None]:
+        """`tensors` by name."""
+        return dict(zip(self._fields, self.tensors, strict=False))
+
+    @property
     def settings(self) -> tuple[str, str, float, torch.dtype]:
         """residual, gelu, eps and dtype."""
         return self[11:]
@@ -81,8 +86,8 @@ def _layer_norm(
 
 def _layer_norm_backward(
     dout: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(drows, dweight, dbias)`` in the accumulator dtype, which is that of ``dout``."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(drows, dweight, dbias or None)`` in the accumulator dtype, which is that of ``dout``."""
     acc = dout.dtype
     return torch.ops.aten.native_layer_norm_backward(
         dout,
@@ -92,7 +97,7 @@ def _layer_norm_backward(
         rstd.to(acc)[:, None],
         weight.to(acc),
         _cast(bias, acc),
-        [True, True, True],
+        [True, True, bias is not None],
     )
 
 
@@ -232,6 +237,7 @@ def alignment_fwd(
     total = weight.sum()
     share = torch.where(total > 0, weight / total.where(total > 0, 1), 0)
 
+    features = max(1, p.shape[-1])  # the mean over no features is 0
     norm_p, norm_e = p.norm(dim=-1), e.norm(dim=-1).clamp_min(COSINE_EPS)
     inverse = 1 / norm_p.clamp_min(COSINE_EPS)
     cosine = (p * e).sum(-1) * inverse / norm_e
@@ -239,10 +245,10 @@ def alignment_fwd(
     radial = torch.where(norm_p > COSINE_EPS, cosine * inverse * inverse, 0)
     difference = p - e
     chosen = share > 0  # rows that are masked out may hold anything, NaN included
-    row_loss = cosine_weight * (1 - cosine) + mse_weight * difference.square().mean(-1)
+    row_loss = cosine_weight * (1 - cosine) + mse_weight * difference.square().sum(-1) / features
     loss = torch.where(chosen, share * row_loss, 0).sum()
     dcosine = e * (inverse / norm_e)[:, None] - p * radial[:, None]
-    row_grad = difference * (2 * mse_weight / max(1, p.shape[-1])) - cosine_weight * dcosine
+    row_grad = difference * (2 * mse_weight / features) - cosine_weight * dcosine
     grad = torch.where(chosen[:, None], share[:, None] * row_grad, 0)
     return loss, grad.to(pred.dtype)
 

@@ -20,8 +20,8 @@ void sample_words(py::handle weight, py::handle samples);
 PyObject* words_match(PyObject* const* values, Py_ssize_t count);
 
 // cpu_rows.cpp
-void handoff_scatter(py::handle rows, py::handle slot_rows, py::handle table, int64_t element_bytes);
-void handoff_take(py::handle table, py::handle slot_rows, py::handle rows, int64_t element_bytes);
+void handoff_scatter(py::handle rows, py::handle slot_rows, py::handle table);
+void handoff_take(py::handle table, py::handle slot_rows, py::handle rows);
 void alignment(int isa, int threads, py::handle pred, py::handle target, py::handle token_ids, py::handle mask,
                float cosine_weight, float mse_weight, float embed_scale, py::handle loss, py::handle grad);
 

@@ -17,9 +17,9 @@ namespace {
 using Forms = PyObject* const[3];
 
 LinkShape shape_of(const LinkArguments& a) {
-  const View x = reader().read(a.x);
+  const View x = Operands::described(a.x, "x");
   Operands::expect(x.dimensions == 2, "x");
-  return {x.rows, x.columns, reader().read(a.w1).rows, reader().read(a.w2).rows};
+  return {x.rows, x.columns, Operands::described(a.w1, "w1").rows, Operands::described(a.w2, "w2").rows};
 }
 
 cpu::LinkWeights weights_of(const LinkArguments& a, Operands& operands, const LinkShape& s, Dtype compute,
@@ -66,7 +66,9 @@ PyObject* link_forward(PyObject* const* values, Py_ssize_t count) {
   call.y = Operands::output(arguments.object(), shape.tokens * shape.out_features, "y");
   call.pre = Operands::output(arguments.object(), shape.tokens * shape.hidden_features, "pre");
   call.z = Operands::output(arguments.object(), shape.tokens * shape.out_features, "z");
-  call.stats = static_cast<float*>(Operands::output(arguments.object(), 4 * shape.tokens, "stats").data);
+  PyObject* const stats = arguments.object();
+  if (stats != Py_None) Operands::expect_float(Operands::described(stats, "stats"), "stats");
+  call.stats = static_cast<float*>(Operands::output(stats, 4 * shape.tokens, "stats").data);
   run_in(cpu::link_forward_workspace(call), "link_forward",
          [&](void* workspace, int64_t bytes) { return cpu::link_forward(call, workspace, bytes); });
   Py_RETURN_TRUE;
@@ -91,6 +93,7 @@ PyObject* link_backward(PyObject* const* values, Py_ssize_t count) {
   call.x = operands.matrix(link.x, s.tokens, s.in_features, "x");
   call.pre = operands.matrix(pre, s.tokens, s.hidden_features, "pre");
   if (z != Py_None) call.z = operands.matrix(z, s.tokens, s.out_features, "z");
+  Operands::expect_float(Operands::described(stats, "stats"), "stats");
   const MatrixView rows = operands.matrix(stats, 4, s.tokens, "stats");
   operands.require(rows.stride == s.tokens || s.tokens == 0);
   call.stats = static_cast<const float*>(rows.data);

@@ -27,7 +27,7 @@ struct ExchangeTable {
 };
 
 constexpr uint32_t kMajor = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 int32_t kernel_dtype_of(uint8_t code, uint8_t bits) {
   if (code == kFloat && bits == 32) return static_cast<int32_t>(Dtype::f32);
@@ -51,6 +51,7 @@ void Reader::connect(const py::module_& torch, const py::object& table) {
   parameter_ = torch.attr("nn").attr("Parameter");
   torch_ = torch;
   byte_ = torch.attr("uint8");
+  int64_ = torch.attr("int64");
   kernel_dtypes_[static_cast<int>(Dtype::f32)] = torch.attr("float32");
   kernel_dtypes_[static_cast<int>(Dtype::bf16)] = torch.attr("bfloat16");
   kernel_dtypes_[static_cast<int>(Dtype::f16)] = torch.attr("float16");
@@ -76,7 +77,9 @@ View Reader::read(PyObject* object) const {
             0,
             0,
             0,
-            0};
+            0,
+            found.type_bits * found.type_lanes / 8,
+            found.type_code == kInt && found.type_bits == 64 && found.type_lanes == 1};
   set_last_dimensions(view, found.sizes, found.strides);
   return view;
 }
@@ -86,10 +89,13 @@ View Reader::read_attributes(PyObject* object) const {
   const py::object device = tensor.attr("device"), dtype = tensor.attr("dtype");
   View view{};
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  // Devices are only compared, so any number that differs where they differ will do.
-  view.device_type = static_cast<int32_t>(py::hash(device.attr("type")));
+  // Devices other than the CPU are only compared, so any number that differs where they differ will do.
+  const bool cpu = device.attr("type").cast<std::string>() == "cpu";
+  view.device_type = cpu ? View::kCpu : static_cast<int32_t>(py::hash(device.attr("type")) | 0x100);
   view.device_index = device.attr("index").is_none() ? -1 : device.attr("index").cast<int32_t>();
   view.dtype = dtype_of(dtype.ptr());
+  view.element_bytes = tensor.attr("element_size")().cast<int32_t>();
+  view.is_int64 = dtype.is(int64_);
   const py::tuple sizes = tensor.attr("shape"), strides = tensor.attr("stride")();
   view.dimensions = static_cast<int32_t>(sizes.size());
   int64_t last_sizes[2] = {1, 1}, last_strides[2] = {1, 1};

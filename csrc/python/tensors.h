@@ -20,9 +20,12 @@ struct View {
   int32_t dimensions;
   int32_t dtype;  // link.h's number; kOther for element types that the kernels do not read
   int64_t rows, columns, row_stride, column_stride;  // of the last two dimensions; a vector is one row
+  int32_t element_bytes;
+  bool is_int64;
 
-  static constexpr int32_t kOther = -1;
+  static constexpr int32_t kOther = -1, kCpu = 1;  // kCpu as DLPack numbers devices
 
+  bool on_cpu() const { return device_type == kCpu; }
   Dtype kernel_dtype() const { return static_cast<Dtype>(dtype); }
   bool is_matrix(int64_t matrix_rows, int64_t matrix_columns) const {
     return dimensions == 2 && rows == matrix_rows && columns == matrix_columns;
@@ -56,7 +59,7 @@ class Reader {
   View read_attributes(PyObject* object) const;
 
   int (*describe_)(void* object, void* description) = nullptr;
-  py::object torch_, tensor_, parameter_, byte_;
+  py::object torch_, tensor_, parameter_, byte_, int64_;
   py::object kernel_dtypes_[3];  // by link.h's number
 };
 

@@ -11,6 +11,7 @@ import torch
 
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.choice import load, order, refusal, requested
+from recmas_kernels.config import LinkConfig
 from recmas_kernels.devices import compute_dtype
 from recmas_kernels.layers import why_not_plain
 
@@ -32,7 +33,7 @@ def explain(link: Any, x: torch.Tensor) -> str:
         ValueError: x does not fit the link.
     """
     config: Any = getattr(link, "config", None)
-    if not hasattr(config, "in_features"):
+    if not isinstance(link, torch.nn.Module) or not isinstance(config, LinkConfig):
         raise TypeError(f"link is a {type(link).__name__}, expected a RecursiveLink")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
