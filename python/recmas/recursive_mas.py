@@ -15,6 +15,7 @@ from recmas.answering.answers import Answer, Answers
 from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import OnMessage, Plan
 from recmas.answering.run import Question, answer, stream
+from recmas.config.parts import Trust
 from recmas.config.pattern import Pattern
 from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
 from recmas.devices.placement import Devices, place
@@ -109,8 +110,10 @@ class RecursiveMAS(System):
         *,
         offload: bool = False,
         compile: bool = False,
+        allow_outside: bool = False,
+        allow_hub: bool = False,
     ) -> Self:
-        """A system from its folder.
+        """A system from its folder, which is data: what it may lead to is said here, and not there.
 
         Args:
             folder: holds ``system.json``. Roles that name one model, with one dtype and on one device, share it.
@@ -121,14 +124,18 @@ class RecursiveMAS(System):
             offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
             compile: as for `Agent`.
+            allow_outside: load models and links from other folders, too, where the system names any.
+            allow_hub: load models from the hub, too, where the system names any; else the hub is never asked.
 
         Raises:
-            ValueError: a file that is missing, damaged or does not fit; one line naming it.
+            ValueError: a file that is missing, damaged, too large or does not fit, or that the folder may not lead to;
+                one line naming it.
         """
-        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile)
+        trust = Trust(allow_outside, allow_hub)
+        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile, trust)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the system into `folder`; nothing half-written ever replaces a good file.
+        """Write the system into `folder`; one that is there is replaced whole, or stays whole if this is cut short.
 
         Agents that came from a local folder, or were built in memory, are written under ``agents/<role>/``.
         """

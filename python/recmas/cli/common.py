@@ -54,6 +54,10 @@ def add_device(parser: CommandLineParser) -> None:
         help="of models and links; auto: models as the system says, links float32",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="load models and links that the system names in other folders"
+    )
+    parser.add_argument("--allow-hub", action="store_true", help="load models that the system names on the hub")
 
 
 def add_offload(parser: CommandLineParser) -> None:
@@ -155,6 +159,8 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),
+            allow_outside=options.allow_outside,
+            allow_hub=options.allow_hub,
         )
 
 

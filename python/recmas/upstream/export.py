@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from recmas.config.parts import Trust, part
 from recmas.config.pattern import Edge
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.files import replacing, write_atomically
@@ -114,8 +115,15 @@ def adapter_type(config: LinkConfig, where: str) -> str:
 def _system_to_pt(folder: Path, place: Path) -> list[Path]:
     spec = read_spec(folder)
     family = _family(folder, spec)
-    inner = {role: _own_link(folder / agent.inner_link) for role, agent in spec.agents.items() if agent.inner_link}
-    outer = {edge: _own_link(folder / path) for edge, path in spec.outer_links.items()}
+    inner = {
+        role: _own_link(part(folder, spec, agent.inner_link, f"inner link of {role!r}", Trust()))
+        for role, agent in spec.agents.items()
+        if agent.inner_link
+    }
+    outer = {
+        edge: _own_link(part(folder, spec, path, f"outer link {edge_name(edge)}", Trust()))
+        for edge, path in spec.outer_links.items()
+    }
     types: dict[str | Edge, str] = {role: adapter_type(link.config, role) for role, link in inner.items()}
     types.update({edge: adapter_type(link.config, edge_name(edge)) for edge, link in outer.items()})
     place.parent.mkdir(parents=True, exist_ok=True)
