@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from recmas.config.system_json import FILE_NAME, SystemSpec
 from recmas.files.reading import inside, sha256
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _OUTSIDE = "if you trust that, allow it with --allow-outside (allow_outside=True)"
 _HUB = "if you trust that, allow it with --allow-hub (allow_hub=True)"
 
@@ -42,7 +44,7 @@ def part(folder: Path, spec: SystemSpec, name: str, key: str, trust: Trust) -> P
     """
     if not trust.outside:
         _check_inside(folder, name, key)
-    for file, digest in spec.sha256.items():
+    for file, digest in spec.sha256.items() if (folder / name).exists() else ():
         if file == name or file.startswith(f"{name}/"):
             if not trust.outside:
                 _check_inside(folder, file, key)
@@ -51,7 +53,9 @@ def part(folder: Path, spec: SystemSpec, name: str, key: str, trust: Trust) -> P
 
 
 def model_source(folder: Path, spec: SystemSpec, role: str, trust: Trust) -> str:
-    """Where the model of a role of the system in `folder` is: a folder, or a hub id. Contents are compared as by `part`.
+    """Where the model of a role of the system in `folder` is: a folder, or a hub id.
+
+    Contents are compared as `part` does.
 
     Raises:
         ValueError: there is no such folder, `trust` does not reach so far, or a content is another one.
@@ -67,6 +71,25 @@ def model_source(folder: Path, spec: SystemSpec, role: str, trust: Trust) -> str
     elif not trust.hub:
         raise ValueError(f"{key}: {model} is a model on the hub; {_HUB}")
     return model
+
+
+def needed_flags(folder: Path, spec: SystemSpec) -> list[str]:
+    """The options by which a command allows what the system in `folder` leads to."""
+    models = {agent.model for agent in spec.agents.values()}
+    hub = {model for model in models if not (folder / model).is_dir() and not Path(model).is_dir()}
+    outside = {model for model in models - hub if not (folder / model).resolve().is_relative_to(folder.resolve())}
+    return ["--allow-outside"] * bool(outside) + ["--allow-hub"] * bool(hub)
+
+
+def checksums(folder: Path, parts: Iterable[str]) -> dict[str, str]:
+    """sha256 of the files in these parts, but for the weights of models, which may take minutes to read."""
+    found = {}
+    for name in parts:
+        for path in [folder / name, *sorted((folder / name).rglob("*"))]:
+            file = path.relative_to(folder).as_posix()
+            if path.is_file() and (file.startswith("links/") or path.suffix not in _WEIGHTS):
+                found[file] = sha256(path)
+    return found
 
 
 def is_hub_id(model: str) -> bool:

@@ -1,4 +1,4 @@
-"""Files as data that nobody vouches for: regular, inside their folder, of bounded size, JSON that is nothing but JSON."""
+"""Files as data that nobody vouches for: regular, inside their folder, of bounded size, and JSON that is JSON."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def open_regular(path: Path, largest: int | None = None) -> IO[bytes]:
         ValueError: no regular file, or one of more than `largest` bytes.
     """
     check_regular(path)  # before it is opened: to open a device may do something
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        size = check_regular(path, os.fstat(file.fileno())).st_size
+        size = check_regular(path, os.fstat(handle)).st_size
         if largest is not None and size > largest:
             raise ValueError(f"{path}: {size} bytes are too many, at most {largest} are read")
     except BaseException:
-        file.close()
+        os.close(handle)
         raise
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON, *, strict: bool = True) -> Any:

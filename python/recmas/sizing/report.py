@@ -109,7 +109,8 @@ def memory_table(
         allow_outside, allow_hub: as `RecursiveMAS.from_pretrained` takes them.
 
     Raises:
-        ValueError: a file that is missing or damaged, a model that the folder may not lead to, an unknown role, or a device that cannot be used; one line.
+        ValueError: a file that is missing or damaged, a model that the folder may not lead to, an unknown role, or a
+            device that cannot be used; one line.
     """
     folder, trust = Path(folder), Trust(allow_outside, allow_hub)
     spec = read_spec(folder)

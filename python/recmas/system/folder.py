@@ -23,13 +23,13 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from recmas.agents.agent import Agent
-from recmas.config.parts import Trust, is_hub_id, model_key, model_source, part
+from recmas.config.parts import Trust, checksums, is_hub_id, model_key, model_source, part
 from recmas.config.pattern import Edge, Pattern
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas.devices.placement import Devices, Placement, place
 from recmas.files import replacing, replacing_folder, sync
 from recmas.files.locks import one_writer
-from recmas.files.reading import check_regular, inside, sha256
+from recmas.files.reading import check_regular, inside
 from recmas.files.writing import naming, sync_tree
 from recmas.system.system import System
 from recmas_kernels import FusedRecursiveLink
@@ -38,7 +38,6 @@ SystemClass = TypeVar("SystemClass", bound=System)
 Free = Callable[[str], str]
 
 EDGE_SCORES = "links/edge_scores.safetensors"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def describe(system: System, folder: Path | None = None, free: Free = str) -> SystemSpec:
@@ -125,7 +124,7 @@ def _write(system: System, spec: SystemSpec, folder: Path, old: SystemSpec) -> N
                 file.write(to_safetensors(scores))
             written.append(spec.edge_scores)
         kept = {name: digest for name, digest in old.sha256.items() if _within(name, _parts(spec))}
-        spec.sha256 = kept | {name: sha256(folder / name) for name in _compared(folder, written)}
+        spec.sha256 = kept | checksums(folder, written)
         for name in written:
             sync_tree(folder / name)
         for parent in dict.fromkeys((folder / name).parent for name in written):
@@ -141,13 +140,6 @@ def _save_agent(agent: Agent, folder: Path) -> None:
         if "os error" not in str(error):
             raise
         raise OSError(f"{folder}: cannot be written: {error}") from None
-
-
-def _compared(folder: Path, parts: Iterable[str]) -> list[str]:
-    """The files of parts whose contents are compared on loading: all but the weights of models, which may be large."""
-    files = [path for name in parts for path in [folder / name, *sorted((folder / name).rglob("*"))] if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    return [name for name in names if name.startswith("links/") or not name.endswith(_WEIGHTS)]
 
 
 def _parts(spec: SystemSpec) -> set[str]:

@@ -128,18 +128,17 @@ def test_a_first_save_killed_at_any_call_leaves_nothing_or_the_system(tmp_path):
 def test_a_failed_save_leaves_the_old_system_and_nothing_else(tmp_path, monkeypatch):
     place = tmp_path / "s"
     system(1).save_pretrained(place)
-    before, fsync, calls = files(place), os.fsync, 0
+    before, fsync, left = files(place), os.fsync, 0
 
     def full(handle):
-        nonlocal calls
-        calls += 1
-        if calls == stop:
+        nonlocal left
+        left -= 1
+        if left == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    for stop in (1, 7, 20):
-        calls = 0
+    for left in (1, 7, 20):  # noqa: B007
         with pytest.raises(OSError, match=f"No space left on device: '{place}") as raised:
             system(2).save_pretrained(place)
         assert raised.value.errno == errno.ENOSPC
@@ -165,7 +164,7 @@ def test_everything_is_on_the_disk_before_system_json_is_in_place(tmp_path, monk
 
     def committed(source, target):
         if Path(target).name == FILE_NAME:
-            named = {part for part in system_folder._parts(read_spec_of(source))}
+            named = system_folder._parts(read_spec_of(source))
             parts = [place / name for name in named]
             for path in [
                 place,
