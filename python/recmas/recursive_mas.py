@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from recmas.agents.agent import Agent
 from recmas.answering.answers import Answer, Answers
 from recmas.answering.options import AnswerOptions
-from recmas.answering.plan import OnMessage, Plan
+from recmas.answering.plan import OnAnswers, OnMessage, Plan
 from recmas.answering.run import Question, answer, stream
 from recmas.config.parts import Trust
 from recmas.config.pattern import Pattern
@@ -152,6 +152,8 @@ class RecursiveMAS(System):
         *,
         on_message: OnMessage | None = None,
         on_text: Callable[[int, str], object] | None = None,
+        on_answers: OnAnswers | None = None,
+        skip: Collection[int] = (),
         progress: Callable[[int], object] | None = None,
         **changes: Any,
     ) -> Answers:
@@ -163,6 +165,9 @@ class RecursiveMAS(System):
             options: how; None is `AnswerOptions` with its defaults.
             on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
             on_text: called with the number of a row and the next piece of its answer, as it is written.
+            on_answers: called with the numbers of a batch's rows and their answers, in this order, when they are done.
+            skip: numbers of rows whose answers are known: batches of only such rows are left out, and answers there
+                stay empty. So what is left of a run that was cut short is answered as it would have been.
             progress: called with the number of rows after each visit of an agent (less than 0 takes some back).
             changes: fields of `AnswerOptions`, in place of those of `options`: ``answer(rows, rounds=2, seed=1)``.
 
@@ -172,7 +177,16 @@ class RecursiveMAS(System):
             TypeError: a change that is no option.
         """
         chosen = AnswerOptions.of(options, **changes)
-        return answer(Plan(self, chosen, on_message=on_message, on_text=on_text, progress=progress), rows)
+        plan = Plan(
+            self,
+            chosen,
+            on_message=on_message,
+            on_text=on_text,
+            on_answers=on_answers,
+            skip=skip,
+            progress=progress,
+        )
+        return answer(plan, rows)
 
     def stream(
         self,
