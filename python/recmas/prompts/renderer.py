@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -15,6 +16,10 @@ from recmas.prompts.template import Slot, Template, shortened
 
 _MARK = re.compile(r"<recmas \d+ \d+>")  # the sentinels of `_Marks`
 PIECES = 4096  # texts between slots whose token ids an agent remembers
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that raises an error."""
 
 
 class Tokenizer(Protocol):
@@ -37,17 +42,27 @@ class PromptRenderer:
             takes the template as it is, behind the tokenizer's own BOS, with other special tokens only where written.
         system: system message (chat only); joined into the user message where the chat template has no such role.
         name: begins error messages.
+        apply: the tokenizer's chat template, messages to text; None applies it here, without limits.
 
     Raises:
         ValueError: chat without a chat template, or a system message without chat.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool, system: str | None = None, *, name: str = "agent") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: bool,
+        system: str | None = None,
+        *,
+        name: str = "agent",
+        apply: Callable[[list[dict[str, Any]]], str] | None = None,
+    ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{name}: the tokenizer has no chat template; set chat to false")
         if system and not chat:
             raise ValueError(f"{name}: system is set but chat is false; write it into the template")
         self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
+        self._applied = self._apply_here if apply is None else apply
         self._system_role: bool | None = None
         self._in_parts = False  # whether the chat template wants contents as lists of parts
         self._first: list[int] | None = None  # ids that a plain prompt begins with
@@ -142,10 +157,8 @@ class PromptRenderer:
         for in_parts in dict.fromkeys((self._in_parts, False, True)):
             try:
                 text = self._apply(messages, in_parts)
-            except Exception as error:  # a template is a program of the model's author, and fails as programs do
-                kind, reason = type(error).__name__, " ".join(str(error).split())
-                failed = "refuses the messages" if kind == "TemplateError" else f"fails: {kind}"
-                problem = problem or f"{failed}: {reason}"
+            except ChatTemplateError as error:
+                problem = problem or f"refuses the messages: {error}"
                 continue
             said = (piece.strip() for message in messages for piece in _MARK.split(message["content"]))
             lost = next((piece for piece in said if piece not in text), None)
@@ -169,11 +182,20 @@ class PromptRenderer:
         if in_parts:
             for message in conversation:
                 message["content"] = [{"type": "text", "text": message["content"]}]
-        return str(
-            self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
+        try:
+            return self._applied(conversation)
+        except ChatTemplateError:
+            raise
+        except ValueError as error:  # a limit
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def _apply_here(self, messages: list[dict[str, Any]]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # a template is a program of the model's author, and fails as programs do
+            kind, reason = type(error).__name__, " ".join(str(error).split())
+            raise ChatTemplateError(reason if kind == "TemplateError" and reason else f"{kind}: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -206,15 +228,20 @@ class _Marks:
         return self._mark(_Literal(text)) if any(token in text for token in self._special) else text
 
     def cut(self, text: str, name: str) -> list[str | Slot | _Literal]:
-        """The text's pieces; ValueError if a slot does not occur exactly once."""
-        for number, marked in enumerate(self._marked):
-            if isinstance(marked, Slot) and (times := text.count(f"{self._stem}{number}>")) != 1:
-                raise ValueError(f"{name}: slot {marked} occurs {times} times in the rendered prompt")
-        first, *others = text.split(self._stem)
+        """The text's pieces; ValueError unless every slot occurs once, in their own order."""
+        first, *others = re.split(rf"{re.escape(self._stem)}([0-9]+)>", text)
+        found, texts = list(map(int, others[::2])), others[1::2]
+        slots = [number for number, marked in enumerate(self._marked) if isinstance(marked, Slot)]
+        occurs = Counter(found)
+        for number in slots:
+            if occurs[number] != 1:
+                slot = self._marked[number]
+                raise ValueError(f"{name}: slot {slot} occurs {occurs[number]} times in the rendered prompt")
+        if [number for number in found if isinstance(self._marked[number], Slot)] != slots:
+            raise ValueError(f"{name}: the slots stand in another order in the rendered prompt")
         pieces: list[str | Slot | _Literal] = [first]
-        for piece in others:
-            index, _, after = piece.partition(">")
-            pieces += [self._marked[int(index)], after]
+        for number, after in zip(found, texts, strict=True):
+            pieces += [self._marked[number], after]
         return [piece for piece in pieces if piece != ""]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,8 +16,8 @@ from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, pick, target_texts
-from recmas.training.loop import OnStep, TrainingResult, train
-from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
+from recmas.training.teacher import Speech, check_trainable, force, named_parameters, only_trainable
 
 Key = TypeVar("Key", bound="str | Edge")
 
@@ -62,27 +63,38 @@ def train_apart(
     resume: bool,
     progress: bool,
     on_step: OnStep | None,
+    on_start: OnStart | None,
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
+
+    Everything is checked before the first run begins.
 
     ``loss`` is called as ``inner_loss`` and ``warmup_loss`` are: system, key, rows, round, and the config's weights.
     """
     source = DataSource(rows, config.batch_size, config.seed)
-    for key in links:
+    check_trainable(system)
+    names = {key: "-".join([stage, key] if isinstance(key, str) else [stage, *key]) for key in links}
+    folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
+    trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
+    for key, folder in folders.items():
+        role = key if isinstance(key, str) else key[0]
         for round in each_round_count(config.rounds):
-            source.check_targets(gold_messages(system.pattern, key if isinstance(key, str) else key[0], round))
+            source.check_targets(gold_messages(system.pattern, role, round))
+            source.check_fields(system, [visit_of(system.pattern, role, round)])
+        if folder is not None:
+            check_run(trained[key], config, folder, resume)
+    if on_start is not None:
+        on_start()
     results: dict[Key, TrainingResult] = {}
-    for key in links:
-        name = "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+    for key, parameters in trained.items():
         loss_of = partial(_batch_loss, system, key, loss, source, config)
-        parameters = named_parameters({name: links[key]})
         with only_trainable(system, parameters):
             results[key] = train(
                 parameters,
                 loss_of,
                 config,
-                name=name,
-                output=None if output is None else os.path.join(output, name),
+                name=names[key],
+                output=folders[key],
                 resume=resume,
                 progress=progress,
                 on_step=on_step,

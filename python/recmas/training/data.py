@@ -18,8 +18,10 @@ from typing import Union
 import torch
 
 from recmas.agents.agent import Agent
+from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
+from recmas.system.system import System
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
 
@@ -59,6 +61,10 @@ class DataSource:
         """
         for role, round in needed:
             target_texts(self._rows, role, round)
+
+    def check_fields(self, system: System, visits: Iterable[Visit]) -> None:
+        """Raise ValueError, as `System.check_fields`, if a row lacks a field that a prompt of these visits names."""
+        system.check_fields(self._rows, visits)
 
     def batch(self, index: int) -> list[Fields]:
         """The rows of batch ``index`` (from 0)."""

@@ -21,7 +21,7 @@ from recmas.system.system import System
 from recmas.training.alignment import forced_with_gold, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.data import RowSource
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas_kernels import alignment_loss
 
 
@@ -59,6 +59,7 @@ def train_inner(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[str, TrainingResult]:
     """Train inner links in place, one agent after the other; everything else stays frozen.
 
@@ -71,6 +72,7 @@ def train_inner(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per agent.
         on_step: called after every step with its record; a true answer ends that agent's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each agent's run did.
@@ -94,4 +96,5 @@ def train_inner(
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

@@ -26,7 +26,7 @@ from recmas.system.system import System
 from recmas.training.alignment import forced_with_gold, train_apart
 from recmas.training.config import WarmupConfig
 from recmas.training.data import RowSource, target_texts
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas_kernels import alignment_loss
 
 Span = tuple[int, int]
@@ -41,6 +41,12 @@ def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:
         [index for index, (first, last) in enumerate(target) if max(start, first) < min(end, last)]
         for start, end in source
     ]
+
+
+def check_offsets(tokenizer: Any) -> None:
+    """Raise ValueError for a tokenizer that does not report character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
 
 
 def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[list[int]]]:
@@ -60,8 +66,7 @@ def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list
     """
     encoded = []
     for tokenizer in (source, target):
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
+        check_offsets(tokenizer)
         encoding = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
         special = set(tokenizer.all_special_ids)
         spans = [
@@ -135,6 +140,7 @@ def train_warmup(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[Edge, TrainingResult]:
     """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
 
@@ -147,6 +153,7 @@ def train_warmup(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per edge.
         on_step: called after every step with its record; a true answer ends that edge's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each edge's run did.
@@ -159,6 +166,8 @@ def train_warmup(
         if edge not in system.outer_links:
             known = ", ".join(map(edge_name, system.outer_links)) or "none at all"
             raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
+        for role in edge:
+            check_offsets(system.agents[role].tokenizer)
     return train_apart(
         system,
         {edge: system.outer_links[edge] for edge in chosen},
@@ -170,4 +179,5 @@ def train_warmup(
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

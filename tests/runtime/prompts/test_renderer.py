@@ -187,8 +187,8 @@ def test_a_piece_is_tokenised_once_and_handed_out_as_a_copy():
         ("{{ messages[0].content[:3] }}", "drops or changes 'Q fox"),
         ("{{ messages[0].content | upper }}", "drops or changes 'Q fox"),
         ("{{ messages[0].content | e }}<", "drops or changes 'Q <fox>"),
-        ("{{ tools[0].name }}{{ messages[0].content }}", "fails: UndefinedError"),
-        ("{{ messages[0].content + 1 }}", "fails: TypeError"),
+        ("{{ tools[0].name }}{{ messages[0].content }}", "refuses the messages: UndefinedError"),
+        ("{{ messages[0].content + 1 }}", "refuses the messages: TypeError"),
         (
             "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}",
             "refuses the messages: no",
