@@ -59,10 +59,11 @@ bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
 
 native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks into another
-	$(call native_checks,build/native,-DRECMAS_SANITIZE=OFF)
+	$(call native_checks,build/native,-DRECMAS_SANITIZE=)
 
-sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=ON)
+sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=address)
+	$(call native_checks,build/sanitize-threads,-DRECMAS_SANITIZE=thread)
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
