@@ -33,8 +33,12 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
 
+# Two processes, each with the threads that its share of the processor has. Then, alone, what needs both cores.
+WORKERS ?= 2
 test: $(DEVELOPMENT) ## every test that this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
+		$(BIN)/python -m pytest -m 'not alone' -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m alone
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .
