@@ -33,8 +33,12 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
 
+# Two processes, each with the threads that its share of the processor has. Then, alone, what needs both cores.
+WORKERS ?= 2
 test: $(DEVELOPMENT) ## every test that this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
+		$(BIN)/python -m pytest -m 'not alone' -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m alone
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .
@@ -59,10 +63,11 @@ bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
 
 native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks into another
-	$(call native_checks,build/native,-DRECMAS_SANITIZE=OFF)
+	$(call native_checks,build/native,-DRECMAS_SANITIZE=)
 
-sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=ON)
+sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=address)
+	$(call native_checks,build/sanitize-threads,-DRECMAS_SANITIZE=thread)
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \

@@ -2,11 +2,15 @@
 // arithmetic depends on how many threads there are.
 #pragma once
 
+#include "types.h"
+
+#ifdef RECMAS_POSIX_THREADS
+#include "../tests/posix_threads.h"
+#else
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-#include "types.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
@@ -37,6 +41,12 @@ void run_team(int64_t threads, const Body& body) {
 #endif
   body(Team{0, 1});
 }
+
+}  // namespace recmas::cpu::RECMAS_ISA
+
+#endif
+
+namespace recmas::cpu::RECMAS_ISA {
 
 // Below about 4 microseconds of arithmetic a second thread costs more than it gains.
 inline int64_t useful_threads(int64_t threads, double flops) {

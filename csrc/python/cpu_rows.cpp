@@ -25,7 +25,8 @@ MatrixView served_matrix(py::handle tensor, int64_t rows, int64_t columns, const
 View dense_matrix(py::handle tensor, const char* name) {
   const View view = Operands::described(tensor.ptr(), name);
   Operands::expect(view.dimensions == 2, name);
-  if (view.rows > 0 && !view.has_dense_rows()) throw py::value_error(std::string(name) + " have rows that are not dense");
+  if (view.rows > 0 && !view.has_dense_rows())
+    throw py::value_error(std::string(name) + " have rows that are not dense");
   return view;
 }
 

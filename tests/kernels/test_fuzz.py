@@ -250,7 +250,11 @@ def op_case(random: Random) -> Case:
     def exact(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> list[Tensor]:
         return [reference.handoff_fwd(rows.to(values["embeds"].dtype).double(), embeds, slot_rows)]
 
-    return Case(lambda **call: torch.ops.recmas.handoff_fwd(*call.values()), values, exact, lambda y: [y], 0.0, True)
+    return Case(calling(torch.ops.recmas.handoff_fwd), values, exact, lambda y: [y], 0.0, True)
+
+
+def calling(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **call: op(*call.values())
 
 
 def first(found: tuple[Tensor, ...]) -> list[Tensor]:
@@ -308,7 +312,7 @@ def wrong_tensor(random: Random, name: str, value: Tensor) -> Any:
     choices = [wider, value.new_zeros(()), value.new_zeros(*value.shape, 73), value.to("meta"), "x", 3, [1.0]]
     if value.dtype is not torch.bool:
         choices += [value.to(chance.choice(OTHER_DTYPES)), value.to_sparse() if value.dim() == 2 else wider]
-    if name not in ("x", "embeds", "target"):  # of these there may be more rows
+    if name not in ("x", "w2", "hidden", "embeds", "target"):  # these may have more rows
         choices.append(taller)
     return chance.choice(choices)
 

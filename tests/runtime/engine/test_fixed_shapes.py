@@ -20,7 +20,7 @@ from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
-from tests.runtime.engine.test_latent_rollout import relative_error, uncached
+from tests.runtime.engine.plain_rollout import check_rollout, relative_error
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
 
 STEPS = 8
@@ -43,7 +43,7 @@ def test_fixed_shapes_give_the_uncached_rollout(agent, lengths):
     assert states.shape == (len(rows), STEPS, agent.hidden_size)
     assert len(agent.rollouts._buckets) == 1
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_batches_of_one_bucket_share_its_buffers_and_nothing_else(agent):
         batch, rows = prompts(agent, lengths, seed=len(addresses))
         states = agent.think(batch, STEPS, link).states
         for index, embeds in enumerate(rows):
-            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+            check_rollout(states[index], agent, embeds, STEPS, link)
         (held,) = agent.rollouts._buckets.values()
         addresses.append([buffer.data_ptr() for buffer in buffers(held.continuation)])
     assert all(found == addresses[0] for found in addresses)
@@ -127,8 +127,7 @@ def test_fixed_shapes_continue_a_reused_prefix(agent):
         prefill = prefixes.prefill("a", (lambda: heads) if round < 2 else None)
         states = agent.think(prompt, STEPS, link, prefill=prefill).states
         for row in range(2):
-            alone = uncached(agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], STEPS, link)
-            assert relative_error(states[row], alone) < 1e-5
+            check_rollout(states[row], agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], STEPS, link)
     assert prefixes.last.computed < prefixes.last.positions
 
 
@@ -141,7 +140,7 @@ def test_eager_attention_reads_the_same_masks(family):
     batch, rows = prompts(agent, (9, 3, 7))
     states = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 def test_buckets_are_a_little_larger():
@@ -196,7 +195,7 @@ def test_one_step_is_compiled_for_all_steps_and_batches_of_a_bucket(family, monk
         batch, rows = prompts(agent, lengths)
         states = agent.think(batch, STEPS, link).states
         for index, embeds in enumerate(rows):
-            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+            check_rollout(states[index], agent, embeds, STEPS, link)
     assert counters["stats"]["unique_graphs"] == 1
     agent.think(prompts(agent, (80,))[0], STEPS, link)
     assert counters["stats"]["unique_graphs"] == 2
@@ -226,7 +225,7 @@ def test_the_compiled_step_gives_the_same_numbers():
     batch, rows = prompts(agent, (9, 3, 7))
     states = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 def test_a_system_compiles_the_agents_it_loads(tmp_path):

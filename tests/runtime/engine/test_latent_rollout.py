@@ -9,24 +9,11 @@ from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.engine.messages import Prompt
+from tests.runtime.engine.plain_rollout import check_rollout, relative_error, uncached
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link
 
 STEPS = 8
 LENGTHS = {"even": (9, 9, 9), "padded": (9, 3, 7)}
-
-
-def uncached(agent: Agent, embeds: torch.Tensor, steps: int, link: torch.nn.Module) -> torch.Tensor:
-    """The rollout of one row, written plainly: the whole sequence anew for every step, no cache, no mask."""
-    states = []
-    for _ in range(steps):
-        hidden = agent.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
-        states.append(link(hidden))
-        embeds = torch.cat([embeds, states[-1][:, None]], dim=1)
-    return torch.cat(states)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -37,7 +24,7 @@ def test_cached_rollout_equals_the_uncached_one_row_by_row(agent, lengths):
     states = agent.think(batch, STEPS, link).states
     assert states.shape == (len(rows), STEPS, agent.hidden_size)
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -47,7 +34,8 @@ def test_ragged_batch_equals_each_row_alone(agent):
     together = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
         alone = agent.think(Prompt(embeds, torch.ones(1, embeds.shape[1], dtype=torch.int64)), STEPS, link).states
-        assert relative_error(together[index], alone[0]) < 1e-5
+        check_rollout(together[index], agent, embeds, STEPS, link)
+        check_rollout(alone[0], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -66,7 +54,7 @@ def test_rollout_passes_the_sliding_window():
     batch, rows = prompts(agent, (13, 3))
     states = agent.think(batch, 12, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, 12, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, 12, link)
 
 
 def test_rollout_runs_neither_head_nor_hidden_state_lists(agent):
