@@ -297,7 +297,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         save_inner(width_in=32, norm=False),
         "adapter_type 'ln_res_adapter' needs pre_ln and post_ln",
     ),
-    "ambiguous type": (without_type, "do not tell whether the link has a residual"),
+    "ambiguous type": (without_type, "do not say whether the link has a residual"),
     "outer link as inner": (
         in_planner(
             lambda folder: (
