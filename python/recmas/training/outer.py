@@ -24,7 +24,7 @@ from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts
+from recmas.training.data import DataSource, RowSource, pick, target_texts, target_tokens
 from recmas.training.loop import OnStep, TrainingResult, train
 from recmas.training.teacher import Speech, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
@@ -59,10 +59,12 @@ def outer_loss(
         if not visit.final and (latents == "rollout" or count == 0):
             turn.message = agent.think(prompt, count, system.inner_links[visit.role])
             continue
-        texts = target_texts(rows, visit.role, visit.round)
+        tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
+        if not visit.final:
+            tokens = [row[:count] for row in tokens]
         begun = prefixes.of(visit.role, agent, prompt)
         with recomputing(agent.decoder, enabled=recompute):
-            speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
+            speech = force(agent, prompt, tokens, begun=begun)
         if visit.final:
             return answer_loss(agent, speech)
         states = run_link(system.inner_links[visit.role], speech.hidden)
