@@ -20,7 +20,7 @@ from recmas.prompts.jsonl import read_rows
 from recmas.training.config import InnerConfig, LoopConfig, OuterConfig, WarmupConfig
 
 if TYPE_CHECKING:
-    from recmas.training.data import DataSource
+    from recmas.training.data import DataSource, read_texts
     from recmas.training.inner import inner_loss, train_inner
     from recmas.training.loop import StepRecord, TrainingResult
     from recmas.training.outer import outer_loss, train_outer
@@ -31,6 +31,7 @@ _HOMES = {
     "DataSource": "data",
     "PairCache": "pair_cache",
     "StepRecord": "loop",
+    "read_texts": "data",
     "TrainingResult": "loop",
     "inner_loss": "inner",
     "outer_loss": "outer",
@@ -53,6 +54,7 @@ __all__ = [
     "inner_loss",
     "outer_loss",
     "read_rows",
+    "read_texts",
     "train_inner",
     "train_outer",
     "train_warmup",

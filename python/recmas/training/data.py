@@ -21,6 +21,7 @@ import torch
 from recmas.agents.agent import Agent
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
+from recmas.prompts.source import read_source
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
 
@@ -125,21 +126,41 @@ def target_text(row: Fields, index: int, role: str, round: int) -> str:
     return text
 
 
+def read_texts(source: str) -> list[dict[str, object]]:
+    """Any texts as rows, from a JSONL file or a data set on the hub (`recmas.prompts.source.read_source`).
+
+    Of each row, "text" and "prompt" are taken.
+
+    Raises:
+        ValueError: as `read_source`, or a row without a text or with a prompt that is none; names the row.
+        FileNotFoundError, ImportError: as `read_source`.
+    """
+    rows = []
+    for index, row in enumerate(read_source(source, split="train")):
+        if "text" not in row:
+            raise ValueError(f"{source}: row {index}: no field 'text'; it has {', '.join(sorted(row)) or 'none'}")
+        text = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}
+        check_plain(text, index)
+        rows.append(text)
+    return rows
+
+
 def is_plain(row: Fields) -> bool:
     """Whether a row is any text rather than a task's messages."""
     return "text" in row and "targets" not in row
 
 
-def plain_text(row: Fields, index: int) -> str:
+def check_plain(row: Fields, index: int) -> str:
     """The text of a row that is any text.
 
     Raises:
-        ValueError: it is no text, or an empty one; names the row.
+        ValueError: text or prompt is no text, or an empty one; names the row.
     """
-    text = row["text"]
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"row {index}: expected 'text' to be a text that is not empty, got {text!r}")
-    return text
+    for key in ("prompt", "text"):
+        value = row.get(key, "absent")
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"row {index}: expected {key!r} to be a text that is not empty, got {value!r}")
+    return str(row["text"])
 
 
 def target_tokens(agent: Agent, texts: Sequence[str]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from recmas.prompts.rows import Fields
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from recmas.system.system import System
-from recmas.training.data import end_token, is_plain, plain_text, target_text, target_tokens
+from recmas.training.data import check_plain, end_token, is_plain, target_text, target_tokens
 from recmas.training.teacher import force
 
 
@@ -57,7 +57,7 @@ def check_rows(system: System, role: str, rows: Sequence[Fields], rounds: Sequen
         fields = system.template(role, round).fields
         for index, row in enumerate(rows):
             if is_plain(row):
-                plain_text(row, index)
+                check_plain(row, index)
                 continue
             for field in fields:
                 if field not in row:
@@ -79,7 +79,7 @@ def utterances(
     visit = visit_of(system.pattern, role, round)
     agent = system.agents[role]
     texts = [
-        plain_text(row, index) if is_plain(row) else target_text(row, index, role, round)
+        check_plain(row, index) if is_plain(row) else target_text(row, index, role, round)
         for index, row in enumerate(rows)
     ]
     made = []
