@@ -50,8 +50,8 @@ def _add_pairs(command: CommandLineParser) -> None:
         "--texts",
         type=str,
         default=None,
-        help='instead of --data: any texts, a JSONL file or a data set of the hub; rows carry "text", and "prompt" where '
-        "the text answers one",
+        help='instead of --data: any texts, a JSONL file or a data set of the hub; rows carry "text", and "prompt" '
+        "where the text answers one",
     )
     command.add_argument(
         "--cache",
