@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from recmas_kernels.files import replace_file
+from recmas_kernels.files import check_regular, replace_file
 from recmas_kernels.link import NORM_NAMES, LinkConfig
+from recmas_kernels.pickled import read_state_dict
 
 if TYPE_CHECKING:
     from recmas_kernels.link import RecursiveLink
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST_CONFIG = 1 << 20
 _Path = str | os.PathLike[str]
 
 # adapter_type (and its alias) -> (kind, layers, residual, norm), from the reference implementation's type tables.
@@ -81,7 +81,16 @@ def read_link(source: _Path) -> tuple[LinkConfig, dict[str, Tensor]]:
         config = LinkConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    _check_size(config, folder / WEIGHTS, path)
     return config, _read_tensors(folder / WEIGHTS)
+
+
+def _check_size(config: LinkConfig, weights: Path, path: Path) -> None:
+    """Raise ValueError if a link of this shape cannot be what the file holds, before anything of its size is made."""
+    size = check_regular(weights)
+    if config.hidden_features * max(config.in_features, config.out_features if config.layers > 1 else 0) > size:
+        shape = f"{config.in_features} > {config.hidden_features} > {config.out_features}"
+        raise ValueError(f"{path}: a link of {shape} features does not fit into the {size} bytes of {WEIGHTS}")
 
 
 def _from_hub(source: _Path) -> Path:
@@ -94,11 +103,13 @@ def _from_hub(source: _Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if (size := check_regular(path)) > LARGEST_CONFIG:
+        raise ValueError(f"{path} has {size} bytes, at most {LARGEST_CONFIG} are read")
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON: nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
@@ -106,9 +117,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a pickled state dict read with ``weights_only=True``."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    """The tensors of a ``.safetensors`` file, or of a state dict that ``torch.save`` wrote."""
+    check_regular(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -118,14 +128,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        # torch's advice, to load the file unsafely, stands before the reason
-        told = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        raise ValueError(f"{path} is not a readable state dict: {told}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict of tensors")
-    return state
+        return read_state_dict(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable state dict: {error}") from None
 
 
 def read_upstream(
@@ -154,7 +159,7 @@ def read_upstream(
     if path.is_dir():
         path = path / "adapter.pt"
     beside = path.with_name("adapter_config.json")
-    if adapter_type is None and path.name.startswith("adapter") and beside.is_file():
+    if adapter_type is None and path.name.startswith("adapter") and beside.exists():
         adapter_type = _read_json(beside).get("adapter_type")
     state = _read_tensors(path)
     try:

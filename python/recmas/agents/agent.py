@@ -52,10 +52,23 @@ class Agent(FrozenModel):
         *,
         name: str | None = None,
         compile: bool = False,
+        root: Path | None = None,
+        offline: bool = False,
     ) -> Agent:
         """Load a model and its tokenizer from a folder, or from the hub where no such folder exists.
 
         A RecursiveLink may stand beside the model, as in the reference implementation's releases: it is left alone.
+
+        Args:
+            path_or_id: folder or hub id.
+            dtype: "auto" is the checkpoint's.
+            device: where the model is to be.
+            trust_remote_code: for transformers.
+            name: begins error messages.
+            compile: as for `Agent`.
+            root: a folder that holds the model's and that nobody vouches for: nothing outside of it is read, and
+                nothing is allocated that its files do not hold (`recmas.agents.model_folder`).
+            offline: never ask the hub.
 
         Raises:
             ValueError: an unknown dtype, a folder that is a PEFT adapter or cannot be loaded, or an unknown hub id;
@@ -63,7 +76,7 @@ class Agent(FrozenModel):
         """
         source = os.fspath(path_or_id)
         name = name or Path(source).name
-        model, tokenizer = load_model(source, dtype, device, trust_remote_code, name)
+        model, tokenizer = load_model(source, dtype, device, trust_remote_code, name, root, offline)
         return cls(model, tokenizer, name=name, source=source, compile=compile)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

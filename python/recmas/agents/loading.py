@@ -8,11 +8,18 @@ from typing import Any
 
 import torch
 
+from recmas.agents.model_folder import check_model_folder
 from recmas.dtypes import DTYPES
 
 
 def load_model(
-    source: str, dtype: str | torch.dtype, device: str | torch.device, trust_remote_code: bool, name: str
+    source: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    trust_remote_code: bool,
+    name: str,
+    root: Path | None = None,
+    offline: bool = False,
 ) -> tuple[Any, Any]:
     """Model on `device` and tokenizer; see `Agent.from_pretrained`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,12 +32,17 @@ def load_model(
             raise ValueError(f"agent {name!r}: {source} is a PEFT adapter; merge it into its base model first")
     elif folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise ValueError(f"agent {name!r}: no such folder: {source}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
+    weights: dict[str, Any] = {}
+    if root is not None and folder.is_dir():
+        check_model_folder(folder, root, f"agent {name!r}", trust_remote_code)
+        weights["use_safetensors"] = True  # never a pickle
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, trust_remote_code=trust_remote_code, **_past_links(source)
+            source, dtype=wanted, **options, **weights, **_past_links(source)
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(

@@ -25,6 +25,10 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
     answers, queue = Answers(Answer() for _ in fields), batches(plan, fields)
     try:
         for numbers in queue:
+            if all(number in plan.skip for number in numbers):
+                if plan.progress is not None:
+                    plan.progress(len(numbers) * len(list(plan.system.pattern.visits(plan.rounds))))
+                continue
             part = Answers(Answer() for _ in numbers)
             batch, shown = Batch(plan, part, fields, numbers), False
             try:
@@ -39,6 +43,8 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
                     plan.progress(-batch.visited)
             else:
                 answers.fill(part, numbers)
+                if plan.on_answers is not None:
+                    plan.on_answers(numbers, part)
     finally:
         plan.system.unload_weights()
     return answers

@@ -15,6 +15,8 @@ from recmas.answering.options import MODES, AnswerOptions
 from recmas.cli.fields import SWITCH_OFF, add_fields, read_fields
 from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
 from recmas.dtypes import DTYPES
+from recmas.files.json_lines import to_lines
+from recmas.files.reading import check_output as refuse_special
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -54,6 +56,10 @@ def add_device(parser: CommandLineParser) -> None:
         help="of models and links; auto: models as the system says, links float32",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="load models and links that the system names in other folders"
+    )
+    parser.add_argument("--allow-hub", action="store_true", help="load models that the system names on the hub")
 
 
 def add_offload(parser: CommandLineParser) -> None:
@@ -135,11 +141,12 @@ def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
-    """The system that `add_system`'s options name, served by the backend they name."""
+def loaded(options: Namespace, folder: Path | None = None) -> Iterator[RecursiveMAS]:
+    """The system that `add_system`'s options name (or that in `folder`), served by the backend they name."""
     from recmas.config.system_json import read_spec
 
-    read_spec(options.system)  # a broken file ends here, before torch has loaded
+    system = options.system if folder is None else folder
+    read_spec(system)  # a broken file ends here, before torch has loaded
     import torch
     import transformers
 
@@ -149,12 +156,14 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):
         yield RecursiveMAS.from_pretrained(
-            options.system,
+            system,
             options.device,
             dtype,
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),
+            allow_outside=options.allow_outside,
+            allow_hub=options.allow_hub,
         )
 
 
@@ -169,6 +178,7 @@ def check_output(path: str | None) -> None:
         return
     if Path(path).is_dir():
         raise ValueError(f"--output: {path} is a folder, expected the name of a JSONL file")
+    refuse_special(Path(path))
     above = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"--output: {above} is a file, expected a folder to write {Path(path).name} into")
@@ -178,9 +188,8 @@ def write_lines(path: str, records: list[dict[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all."""
     from recmas.files import write_atomically
 
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), "".join(lines))
+    write_atomically(Path(path), to_lines(records))
 
 
 def read_questions(options: Namespace) -> list[dict[str, object]]:

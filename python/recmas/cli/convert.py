@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import dump
@@ -91,9 +92,13 @@ def _add_safetensors(parser: CommandLineParser) -> None:
 def _add_pt(parser: CommandLineParser) -> None:
     parser.add_argument("source", type=str, help="folder of a link or of a system")
     parser.add_argument("out", type=str, help=".pt file to write for a link, folder to make for a system")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="read models and links that the system names in other folders"
+    )
 
 
 def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
+    from recmas.config.parts import needed_flags
     from recmas.upstream import convert_upstream
 
     overrides = {}
@@ -125,6 +130,8 @@ def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
         f"{options.out}: {len(spec.agents)} agents, {inner} inner and {len(spec.outer_links)} outer links, "
         f"{spec.defaults.rounds} rounds of {spec.defaults.latent_steps} latent steps; models stay where they are"
     )
+    flags = needed_flags(Path(options.out), spec)
+    text += f"; commands load it with {' '.join(flags)}"
     return summary, text
 
 
@@ -139,5 +146,5 @@ def _safetensors(options: Namespace) -> tuple[dict[str, Any], str]:
 def _pt(options: Namespace) -> tuple[dict[str, Any], str]:
     from recmas.upstream import to_pt
 
-    written = [str(path) for path in to_pt(options.source, options.out)]
+    written = [str(path) for path in to_pt(options.source, options.out, allow_outside=options.allow_outside)]
     return {"written": written}, f"{options.out}: {len(written)} state dicts"

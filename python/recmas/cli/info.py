@@ -51,6 +51,8 @@ def execute(options: Namespace) -> int:
         prompt_tokens=options.prompt_tokens,
         batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
+        allow_outside=options.allow_outside,
+        allow_hub=options.allow_hub,
     )
     if options.json:
         dump({**asdict(table), "devices": [{**asdict(line), "fits": line.fits} for line in table.devices]})

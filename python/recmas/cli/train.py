@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import add_system, dump, loaded
 from recmas.cli.fields import add_fields, read_fields
 from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, CommandLineParser
+from recmas.files.reading import inside
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -67,23 +69,43 @@ def _add_pairs(command: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     from recmas import training
+    from recmas.config.system_json import read_spec
+    from recmas.files.locks import one_writer
+    from recmas.system.folder import check_place, is_new
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
     given = read_fields(chosen, config_class, KINDS)
     config = config_class(**{name: _setting(name, value) for name, value in given.items()})
     rows = _rows(chosen)
-    output = Path(chosen.system if chosen.output is None else chosen.output)
+    system = Path(chosen.system)
+    output = system if chosen.output is None else Path(chosen.output)
+    logs = output / "training"
+    new = output.resolve() != system.resolve()
+    if new:
+        check_place(output)
+    if new and not is_new(output):
+        _check_resumable(output, stage, chosen.resume)
+        new, system = False, output  # it began as the system that it was made of
+    for path in (logs, *logs.glob("*")):
+        inside(output, str(path.relative_to(output)), str(output))
     train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
     only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
     if stage != "outer" and chosen.cache != "off":
-        folder = output / "training" / "pairs" if chosen.cache is None else chosen.cache
-        only["cache"] = training.PairCache(folder, chosen.cache_dtype)
-    with loaded(chosen) as mas:
-        if chosen.output is not None:
-            mas.save_pretrained(output)
-        logs = output / "training"
-        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, **only)
+        only["cache"] = training.PairCache(logs / "pairs" if chosen.cache is None else chosen.cache, chosen.cache_dtype)
+    read_spec(system)
+    with ExitStack() as stack:
+        if not new:
+            stack.enter_context(one_writer(output))
+        mas = stack.enter_context(loaded(chosen, system))
+
+        def start() -> None:
+            """All has been checked: only now is anything written."""
+            if new:
+                mas.save_pretrained(output)
+                stack.enter_context(one_writer(output))
+
+        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
         mas.save_pretrained(output)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
@@ -107,6 +129,17 @@ def _rows(options: Namespace) -> list[dict[str, object]]:
     if (options.data is None) == (texts is None):
         raise ValueError("give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID")
     return training.read_rows(options.data) if texts is None else training.read_texts(texts)
+
+
+def _check_resumable(output: Path, stage: str, resume: bool) -> None:
+    """Raise ValueError unless `output` holds a system, with a run of this stage that is to be resumed."""
+    if not resume:
+        raise ValueError(
+            f"--output: {output} holds a system already; go on with its training (--resume), train it in place "
+            f"(recmas train {stage} {output}), or choose another folder"
+        )
+    if not any((output / "training").glob(f"{stage}*")):
+        raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
 
 
 def _config_class(stage: str) -> Any:

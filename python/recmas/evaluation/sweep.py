@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,18 +26,18 @@ from tqdm.auto import tqdm
 from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
-from recmas.config.system_json import edge_name
 from recmas.evaluation import records as record_file
 from recmas.evaluation.baselines import variant
+from recmas.evaluation.fingerprint import digest, key_of
 from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
+from recmas.files.locks import one_writer
 from recmas.prompts.rows import Fields
 from recmas.recursive_mas import RecursiveMAS
 
 Steps = int | Mapping[str, int] | None
 AUTO_GROUP = 128  # questions whose records are written together where memory decides the batches
-SAMPLED = 1024  # about so many elements of each tensor of an agent stand for it
 
 
 class Sweep(NamedTuple):
@@ -112,13 +113,12 @@ def sweep(
         if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
     called = [*sorted(toolbox.tools), toolbox.max_calls, toolbox.max_output] if toolbox.tools else []
-    settings = json.dumps([_digest(system), metric, answer_field, options.seed, options.batch_size, decoding, called])
+    settings = json.dumps([digest(system), metric, answer_field, options.seed, options.batch_size, decoding, called])
 
     def key(cell: Cell, sample: int, index: int) -> str | None:
         if not 0 <= index < len(rows):
             return None
-        described = json.dumps([settings, cell, sample, index, rows[index]], sort_keys=True, default=str)
-        return hashlib.sha256(described.encode()).hexdigest()[:16]
+        return key_of(settings, cell, sample, index, rows[index])
 
     keys = {
         (number, sample, index): str(key(cell, sample, index))
@@ -127,9 +127,12 @@ def sweep(
         for index in range(len(rows))
     }
     path = None if output is None else Path(output)
-    done = {} if path is None else record_file.read(path, key)
     hidden = None if progress else True  # None: where stderr is not a terminal
-    with tqdm(total=len(keys), desc="evaluate", disable=hidden, unit="question", delay=1, leave=False) as bar:
+    with (
+        nullcontext() if path is None else one_writer(path),
+        tqdm(total=len(keys), desc="evaluate", disable=hidden, unit="question", delay=1, leave=False) as bar,
+    ):
+        done = {} if path is None else record_file.read(path, key)
         bar.update(sum(name in done for name in keys.values()))
         firsts = range(0, len(rows), group)
         for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):
@@ -201,25 +204,6 @@ def _expected(row: Fields, index: int, field: str) -> str:
     if not isinstance(row, Mapping) or field not in row:
         raise ValueError(f"row {index}: no field {field!r} with the answer")
     return str(row[field])
-
-
-def _digest(system: RecursiveMAS) -> str:
-    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights."""
-    digest = hashlib.sha256(repr(system.pattern).encode())
-    for role, agent in system.agents.items():
-        digest.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
-    tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
-    links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
-    for name, link in links.items():
-        tensors.update({f"{name}.{key}": value for key, value in link.state_dict().items()})
-    for role, agent in system.agents.items():
-        for key, value in [*agent.model.named_parameters(), *agent.model.named_buffers()]:
-            flat = value.detach().reshape(-1)
-            tensors[f"agent {role}.{key} {list(value.shape)}"] = flat[:: max(1, flat.numel() // SAMPLED)]
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _PeakMemory:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import count, groupby
 from typing import Any, Protocol
 
 from recmas.prompts.rows import Messages, earlier
 from recmas.prompts.template import Slot, Template, shortened
 
 PIECES = 4096  # texts between slots whose token ids an agent remembers
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that raises an error."""
 
 
 class Tokenizer(Protocol):
@@ -34,17 +40,27 @@ class PromptRenderer:
             takes the template as it is, special tokens only where written.
         system: system message (chat only); joined into the user message where the chat template has no such role.
         name: begins error messages.
+        apply: the tokenizer's chat template, messages to text; None applies it here, without limits.
 
     Raises:
         ValueError: chat without a chat template, or a system message without chat.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool, system: str | None = None, *, name: str = "agent") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: bool,
+        system: str | None = None,
+        *,
+        name: str = "agent",
+        apply: Callable[[list[dict[str, str]]], str] | None = None,
+    ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{name}: the tokenizer has no chat template; set chat to false")
         if system and not chat:
             raise ValueError(f"{name}: system is set but chat is false; write it into the template")
         self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
+        self._applied = self._apply_here if apply is None else apply
         self._system_role: bool | None = None
         self._ids = lru_cache(PIECES)(self._tokenised)
 
@@ -67,10 +83,12 @@ class PromptRenderer:
         for part in template.render(row):
             if isinstance(part, Slot) and texts and all(role in texts for role in part.senders):
                 part = "\n".join(texts[role] for role in part.senders)
-            if isinstance(part, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += part
-            else:
-                pieces.append(part)
+            pieces.append(part)
+        pieces = [
+            joined
+            for is_slot, parts in groupby(pieces, lambda piece: isinstance(piece, Slot))
+            for joined in (parts if is_slot else ["".join(str(part) for part in parts)])
+        ]
         if self.chat:
             pieces = self._in_chat(pieces, earlier(row))
         else:
@@ -102,13 +120,16 @@ class PromptRenderer:
         text = self._chat_text(
             "".join(piece if isinstance(piece, str) else next(waiting) for piece in pieces), conversation
         )
-        cut: list[str | Slot] = []
-        for slot, sentinel in zip(slots, sentinels, strict=True):
-            if text.count(sentinel) != 1:
-                raise ValueError(f"{self.name}: slot {slot} occurs {text.count(sentinel)} times in the rendered prompt")
-            before, text = text.split(sentinel)
-            cut += [before, slot]
-        return [piece for piece in [*cut, text] if piece]
+        first, *others = re.split(rf"{re.escape(stem)}([0-9]+)>", text)
+        found, texts = list(map(int, others[::2])), others[1::2]
+        if found != list(range(len(slots))):
+            occurs = Counter(found)
+            for number, slot in enumerate(slots):
+                if occurs[number] != 1:
+                    raise ValueError(f"{self.name}: slot {slot} occurs {occurs[number]} times in the rendered prompt")
+            raise ValueError(f"{self.name}: the slots stand in another order in the rendered prompt")
+        cut = [first, *(piece for number, text in zip(found, texts, strict=True) for piece in (slots[number], text))]
+        return [piece for piece in cut if piece]
 
     def _chat_text(self, content: str, before: Messages) -> str:
         messages = [*before, {"role": "user", "content": content}]
@@ -120,32 +141,36 @@ class PromptRenderer:
                 messages.insert(0, {"role": "system", "content": system})
             else:
                 messages[0] = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
-        if not before:
-            return self._apply(messages)
-        from jinja2 import TemplateError
-
         try:
             return self._apply(messages)
-        except TemplateError as error:
+        except ChatTemplateError as error:
             raise ValueError(f"{self.name}: the chat template refuses the messages: {error}") from None
 
     def _takes_system_role(self) -> bool:
         """False where the chat template refuses a system message or silently drops it."""
-        from jinja2 import TemplateError
-
         probe = _unused_stem([self.system or ""]).strip()  # chat templates trim
         try:
             text = self._apply([{"role": "system", "content": probe}, {"role": "user", "content": "question"}])
-        except TemplateError:
+        except ChatTemplateError:
             return False
         return probe in text
 
     def _apply(self, messages: list[dict[str, str]]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
+        try:
+            return self._applied(messages)
+        except ChatTemplateError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def _apply_here(self, messages: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            raise ChatTemplateError(str(error)) from None
 
 
 def _unused_stem(texts: Sequence[str]) -> str:

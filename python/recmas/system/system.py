@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from recmas.agents.agent import Agent
+from recmas.agents.chat_template import ChatTemplate
 from recmas.config.pattern import Edge, Pattern, Visit
 from recmas.config.system_json import AgentSpec, Defaults, edge_name, steps_by_role
 from recmas.devices.offload import Offloader
@@ -90,7 +91,10 @@ class System:
         self._templates: dict[str, Template] = {}
         for role, setting in self.settings.items():
             tokenizer = self.agents[role].tokenizer
-            self._renderers[role] = PromptRenderer(tokenizer, setting.chat, setting.system, name=f"agent {role!r}")
+            name = f"agent {role!r}"
+            self._renderers[role] = PromptRenderer(
+                tokenizer, setting.chat, setting.system, name=name, apply=ChatTemplate(tokenizer)
+            )
             for text in (setting.prompt.first, setting.prompt.later):
                 if text is not None:
                     self._templates[text] = Template(text)
@@ -221,20 +225,21 @@ class System:
 
     def check_rows(self, rows: Sequence[Fields], rounds: int) -> None:
         """Raise ValueError, naming row number and field, if a row lacks a field that a template of the run names."""
-        readers = {
-            field: visit.role
-            for visit in self.pattern.visits(min(rounds, 2))
-            for field in self.template(visit.role, visit.round).fields
-        }
+        self.check_fields(rows, self.pattern.visits(min(rounds, 2)))
+        for row in rows:
+            if earlier(row):
+                for renderer in self._renderers.values():
+                    renderer.check_chat(row)
+
+    def check_fields(self, rows: Sequence[Fields], visits: Iterable[Visit]) -> None:
+        """`check_rows` for the templates of these visits alone."""
+        readers = {field: visit.role for visit in visits for field in self.template(visit.role, visit.round).fields}
         for index, row in enumerate(rows):
             for field, role in readers.items():
                 if field not in row:
                     raise ValueError(
                         f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
                     )
-            if earlier(row):
-                for renderer in self._renderers.values():
-                    renderer.check_chat(row)
 
     def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
         """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""

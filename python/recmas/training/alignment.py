@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,10 +15,10 @@ from recmas.config.pattern import Edge
 from recmas.system.system import System
 from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, pick
-from recmas.training.loop import OnStep, TrainingResult, train
+from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.pair_cache import PairCache, Place
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
-from recmas.training.teacher import named_parameters, only_trainable
+from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 
 Key = TypeVar("Key", bound="str | Edge")
 Cache = PairCache | str | os.PathLike[str]
@@ -38,20 +39,29 @@ def train_apart(
     resume: bool,
     progress: bool,
     on_step: OnStep | None,
+    on_start: OnStart | None,
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
-    ``loss`` is called with system, key, pairs and the config's weights.
+    Everything is checked before the first run begins. ``loss`` is called with system, key, pairs and the config's
+    weights.
     """
     source = DataSource(rows, config.batch_size, config.seed)
+    check_trainable(system)
     senders = {key: key if isinstance(key, str) else key[0] for key in links}
+    names = {key: "-".join([stage, key] if isinstance(key, str) else [stage, *key]) for key in links}
+    folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
+    trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
     for role in dict.fromkeys(senders.values()):
         check_rows(system, role, source.rows, each_round_count(config.rounds))
+    for key, folder in folders.items():
+        if folder is not None:
+            check_run(trained[key], config, folder, resume)
+    if on_start is not None:
+        on_start()
     made: dict[str, Batches] = {}
     results: dict[Key, TrainingResult] = {}
-    for key in links:
-        name = "-".join([stage, key] if isinstance(key, str) else [stage, *key])
-        parameters = named_parameters({name: links[key]})
+    for key, parameters in trained.items():
         role = senders[key]
         with only_trainable(system, parameters):
             if role not in made:
@@ -60,8 +70,8 @@ def train_apart(
                 parameters,
                 partial(_batch_loss, system, key, loss, made[role], config),
                 config,
-                name=name,
-                output=None if output is None else os.path.join(output, name),
+                name=names[key],
+                output=folders[key],
                 resume=resume,
                 progress=progress,
                 on_step=on_step,

@@ -19,9 +19,11 @@ from typing import Union
 import torch
 
 from recmas.agents.agent import Agent
+from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
 from recmas.prompts.source import read_source
+from recmas.system.system import System
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
 
@@ -61,6 +63,10 @@ class DataSource:
         """
         for role, round in needed:
             target_texts(self._rows, role, round)
+
+    def check_fields(self, system: System, visits: Iterable[Visit]) -> None:
+        """Raise ValueError, as `System.check_fields`, if a row lacks a field that a prompt of these visits names."""
+        system.check_fields(self._rows, visits)
 
     @property
     def rows(self) -> Sequence[Fields]:

@@ -21,7 +21,7 @@ from recmas.system.system import System
 from recmas.training.alignment import Cache, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.data import RowSource
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
 
@@ -68,6 +68,7 @@ def train_inner(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[str, TrainingResult]:
     """Train inner links in place, one agent after the other; everything else stays frozen.
 
@@ -83,6 +84,7 @@ def train_inner(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per agent.
         on_step: called after every step with its record; a true answer ends that agent's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each agent's run did.
@@ -107,4 +109,5 @@ def train_inner(
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

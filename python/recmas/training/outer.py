@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -24,9 +25,9 @@ from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, pick, target_texts, target_tokens
-from recmas.training.loop import OnStep, TrainingResult, train
+from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.rollout import can_repeat, think
-from recmas.training.teacher import force, named_parameters, only_trainable
+from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
 POSITIONS = {"cpu": 768}
@@ -136,6 +137,7 @@ def train_outer(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> TrainingResult:
     """Train outer links in place, all together; agents and inner links stay frozen.
 
@@ -149,6 +151,7 @@ def train_outer(
         resume: go on where the folder's checkpoint stopped.
         progress: show a bar.
         on_step: called after every step with its record; a true answer ends the run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Raises:
         ValueError: links that the rounds need are missing, an edge without a link, or rows that lack fields or targets.
@@ -172,6 +175,8 @@ def train_outer(
     visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
     forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
     source.check_targets(dict.fromkeys((visit.role, visit.round) for visit in forced))
+    source.check_fields(system, system.pattern.visits(config.most_rounds))
+    check_trainable(system)
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
         rounds = pick(config.seed, step, config.rounds)
@@ -190,13 +195,18 @@ def train_outer(
     for edge in chosen:
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
+    folder = None if output is None else Path(output, "outer")
+    if folder is not None:
+        check_run(parameters, config, folder, resume)
+    if on_start is not None:
+        on_start()
     with only_trainable(system, parameters):
         return train(
             parameters,
             loss,
             config,
             name="outer",
-            output=None if output is None else os.path.join(output, "outer"),
+            output=folder,
             resume=resume,
             progress=progress,
             on_step=on_step,

@@ -12,14 +12,12 @@ are put into shards in an order of their own: an interrupted cache is completed 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +29,7 @@ from tqdm.auto import tqdm
 from recmas.agents.agent import Agent
 from recmas.agents.fingerprint import model_digest, tokenizer_digest
 from recmas.files import replacing, write_atomically
+from recmas.files.locks import one_writer
 from recmas.system.system import System
 from recmas.training.pairs import Pairs, Utterance, speak
 
@@ -73,7 +72,9 @@ class PairCache:
         agent, folder = system.agents[role], self.folder / role
         stored = agent.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with one_writer(folder):
+            for left in folder.glob(".*.safetensors.*"):  # of a process that was killed while it wrote
+                left.unlink()
             _check_identity(folder, _identity(system, role, stored))
             shelf = Shelf(folder)
             asked = {_key(one): one for one in said}
@@ -241,13 +242,3 @@ def _batches(said: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         batch.append(one)
         prompt, words = widest
     yield batch
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within, no other process fills this folder."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob(".*.safetensors.*"):  # of a process that was killed while it wrote
-            left.unlink()
-        yield

@@ -48,13 +48,18 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
     return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
 
 
-@contextmanager
-def only_trainable(system: System, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
+def check_trainable(system: System) -> None:
+    """Raise ValueError for a system whose weights do not stay where they are."""
     if system.offloader is not None:
         raise ValueError(
             "offload: a system whose weights are on devices for visits only cannot be trained; load it without"
         )
+
+
+@contextmanager
+def only_trainable(system: System, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
+    check_trainable(system)
     modules: list[nn.Module] = [agent.model for agent in system.agents.values()]
     modules += [*system.inner_links.values(), *system.outer_links.values()]
     everything = [p for module in modules for p in module.parameters()] + list(system.edge_scores.values())

@@ -27,7 +27,7 @@ from recmas.system.system import System
 from recmas.training.alignment import Cache, train_apart
 from recmas.training.config import WarmupConfig
 from recmas.training.data import RowSource
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
 
@@ -43,6 +43,12 @@ def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:
         [index for index, (first, last) in enumerate(target) if max(start, first) < min(end, last)]
         for start, end in source
     ]
+
+
+def check_offsets(tokenizer: Any) -> None:
+    """Raise ValueError for a tokenizer that does not report character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
 
 
 def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[list[int]]]:
@@ -62,8 +68,7 @@ def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list
     """
     encoded = []
     for tokenizer in (source, target):
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
+        check_offsets(tokenizer)
         encoding = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
         special = set(tokenizer.all_special_ids)
         spans = [
@@ -171,6 +176,7 @@ def train_warmup(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[Edge, TrainingResult]:
     """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
 
@@ -185,6 +191,7 @@ def train_warmup(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per edge.
         on_step: called after every step with its record; a true answer ends that edge's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each edge's run did.
@@ -197,6 +204,8 @@ def train_warmup(
         if edge not in system.outer_links:
             known = ", ".join(map(edge_name, system.outer_links)) or "none at all"
             raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
+        for role in edge:
+            check_offsets(system.agents[role].tokenizer)
     counterparts = {edge: Counterparts(system.agents[edge[0]], system.agents[edge[1]]) for edge in chosen}
     return train_apart(
         system,
@@ -210,4 +219,5 @@ def train_warmup(
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from recmas.config.parts import checksums
 from recmas.config.pattern import Edge
 from recmas.config.system_json import AgentSpec, Decoding, Defaults, SystemSpec, edge_name, write_spec
+from recmas.files import replacing_folder
 from recmas.prompts.template import Template
 from recmas.upstream import weights as files
 from recmas.upstream.clone import CODE_FORMS, ClonePrompts, read_prompts
@@ -71,15 +72,13 @@ def convert_upstream(
         if role in senders
     }
     spec = _spec(chosen, task, places, prompts, inner, outer)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        fresh = Path(temporary, "system")
+    with replacing_folder(place) as fresh:
         for role, link in inner.items():
             link.save_pretrained(fresh / str(spec.agents[role].inner_link))
         for edge, link in outer.items():
             link.save_pretrained(fresh / spec.outer_links[edge])
+        spec.sha256 = checksums(fresh, [path.relative_to(fresh).as_posix() for path in fresh.glob("links/*")])
         write_spec(fresh, spec)
-        os.replace(fresh, place)
     return spec
 
 
