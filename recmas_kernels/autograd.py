@@ -1,4 +1,4 @@
-"""`Link`: the derivative of a link that leaves the dispatcher out. The ops have the same; see ``derivatives.py``."""
+"""The derivatives of calls that leave the dispatcher out. The ops have the same ones; see ``derivatives.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels import serve
+from recmas_kernels import derivatives, serve
 from recmas_kernels.derivatives import keep_link, link_gradients
 from recmas_kernels.reference import LinkArguments
 
@@ -24,3 +24,17 @@ class Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *link_gradients(ctx, ctx.needs_input_grad[1:12], dy, direct=True), None, None, None, None)
+
+
+class Alignment(torch.autograd.Function):
+    """``apply(pred, target, token_ids, mask, cosine_weight, mse_weight, embed_scale) -> loss``, as `Link`."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        loss, grad = serve.alignment_fwd(*values)
+        derivatives.keep_alignment(ctx, values, grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return derivatives.alignment_fwd_backward(ctx, dloss, None)

@@ -139,9 +139,14 @@ def handoff_bwd_backward(ctx: Any, ddrows: Tensor, ddembeds: Tensor) -> tuple[Te
 
 
 def alignment_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4], output[1])
+    keep_alignment(ctx, inputs, output[1])
+
+
+def keep_alignment(ctx: Any, inputs: tuple[Any, ...], grad: Tensor) -> None:
+    """Save what `alignment_fwd_backward` reads."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], grad)
     ctx.weights = inputs[4:]
 
 

@@ -19,7 +19,7 @@ from recmas_kernels.backends.choice import expect_reference
 from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.config import ACTIVATIONS
 from recmas_kernels.devices import autocast_enabled, compute_dtype
-from recmas_kernels.observed import observed, transformed
+from recmas_kernels.observed import is_ordinary, observed, transformed
 from recmas_kernels.reference import LinkArguments
 
 Norm = tuple[Tensor, Tensor | None]
@@ -60,6 +60,11 @@ def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether a call on these may leave the dispatcher out."""
+    return not observed() and all(tensor is None or is_ordinary(tensor) for tensor in tensors)
 
 
 def _needs_plain_torch(arguments: LinkArguments) -> str | None:
@@ -226,7 +231,9 @@ def latent_handoff(
     if transformed():
         expect_reference(_TRANSFORMS)
         return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
-    return ops.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
+    learns = torch.is_grad_enabled() and (mapped.requires_grad or flat.requires_grad)
+    send = serve.handoff_fwd if not learns and _direct(mapped, flat, slot_rows) else ops.handoff_fwd
+    return send(mapped, flat, slot_rows).view(embeds.shape)
 
 
 def alignment_loss(
@@ -267,4 +274,6 @@ def alignment_loss(
     if transformed():
         expect_reference(_TRANSFORMS)
         return reference.alignment_loss(rows, table, ids, mask, *weights)
+    if _direct(rows, table, ids, mask):
+        return autograd.Alignment.apply(rows, table, ids, mask, *weights)
     return ops.alignment_fwd(rows, table, ids, mask, *weights)[0]

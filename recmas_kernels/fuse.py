@@ -24,9 +24,10 @@ _LINK_CHILDREN = {"proj1", "proj2", "residual_proj", *NORM_NAMES["inner"], *NORM
 def fuse(module: Module) -> Module:
     """Replace every eager RecursiveLink inside ``module`` by a `FusedRecursiveLink` that shares its parameters.
 
-    Links are ours (`RecursiveLink`) or the reference implementation's, recognised by their ``adapter_type`` and
-    parameter names; each is compared with its replacement on random rows before the swap. Links whose layers are
-    wrapped (PEFT, quantised or hooked Linears) are left alone and reported in a warning.
+    Links are ours (`RecursiveLink` itself, no subclass) or the reference implementation's, recognised by their
+    ``adapter_type`` and parameter names; each is compared with its replacement on random rows before the swap. A link
+    that carries more than its replacement would (a subclass, layers that are not plain, gates, buffers, hooks, dropout)
+    is left alone and reported in a warning. Plain attributes move along.
 
     Args:
         module: any module; a link at the root is replaced too.

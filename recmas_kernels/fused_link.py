@@ -34,37 +34,33 @@ class FusedRecursiveLink(RecursiveLink):
         config = self.config
         if config.layers == 1 or (x.is_nested if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)):
             return super().forward(x)
-        layers = self._layers
-        if layers is None or torch.compiler.is_compiling() or not layers.unchanged(self._modules):
-            layers = self._look()
-            if layers is None:
+        layers, compiling = self._layers, torch.compiler.is_compiling()
+        tensors = None if layers is None or compiling else layers.tensors(self._modules)
+        if tensors is None:
+            if why_not_plain(self._modules, config) is not None:
                 return super().forward(x)
-        proj1, proj2, residual_proj = layers.proj1, layers.proj2, layers.residual_proj
-        norm_in, norm_out = layers.norm_in, layers.norm_out
+            layers = PlainLayers(self._modules, config)
+            tensors = layers.read()
+            if tensors is None:
+                return super().forward(x)
+            if not compiling:
+                self._layers = layers
+        w1, b1, w2, b2, w3, b3, norm_in, norm_out, eps = tensors
         return recursive_link(
             x,
-            proj1["weight"],
-            proj2["weight"],
-            proj1["bias"],
-            proj2["bias"],
-            w3=None if residual_proj is None else residual_proj["weight"],
-            b3=None if residual_proj is None else residual_proj["bias"],
+            w1,
+            w2,
+            b1,
+            b2,
+            w3=w3,
+            b3=b3,
             residual=config.residual,
-            norm_in=None if norm_in is None else (norm_in["weight"], norm_in["bias"]),
-            norm_out=None if norm_out is None else (norm_out["weight"], norm_out["bias"]),
-            eps=layers.eps,
+            norm_in=norm_in,
+            norm_out=norm_out,
+            eps=eps,
             activation=config.activation,
             recompute=self.recompute,
         )
-
-    def _look(self) -> PlainLayers | None:
-        """The plain layers as they are now; None if the children must be called."""
-        if why_not_plain(self._modules, self.config) is not None:
-            return None
-        layers = PlainLayers(self._modules, self.config)
-        if not torch.compiler.is_compiling():
-            self._layers = layers
-        return layers
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_layers"}

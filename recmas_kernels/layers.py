@@ -58,43 +58,45 @@ def why_not_plain(children: Mapping[str, Any], config: LinkConfig) -> str | None
 
 
 class PlainLayers:
-    """The parameters of a link's plain children, and what shows within 1 us whether they still are its plain children.
+    """A link's plain children as they were found, so that a call sees within 1 us whether they still are."""
 
-    Attributes:
-        proj1, proj2, residual_proj, norm_in, norm_out: each child's parameters by name; None for a child that the link
-            does not have.
-    """
-
-    __slots__ = ("_children", "_eps", "_hooks", "_norms", "norm_in", "norm_out", "proj1", "proj2", "residual_proj")
+    __slots__ = ("_children", "_eps", "_hooks", "_layers", "_norms", "_parameters")
 
     def __init__(self, children: Mapping[str, Any], config: LinkConfig) -> None:
-        named = {name: children[name] for name in layers_of(config)}
-        self._children = tuple((name, child, type(child), child._parameters) for name, child in named.items())
-        self._hooks = (*_GLOBAL_HOOKS, *(getattr(child, hooks) for child in named.values() for hooks in _HOOKS))
-        self._norms = tuple(named[name] for name in NORM_NAMES[config.kind]) if config.norm else None
-        self._eps = config.eps
-        self.proj1, self.proj2 = named["proj1"]._parameters, named["proj2"]._parameters
-        self.residual_proj = named["residual_proj"]._parameters if config.residual == "linear" else None
-        self.norm_in: Any = None
-        self.norm_out: Any = None
-        if self._norms is not None:
-            self.norm_in, self.norm_out = (norm._parameters for norm in self._norms)
+        layers = {name: children[name] for name in layers_of(config)}
+        self._eps, self._children = config.eps, list(children.values())
+        self._layers = tuple((child, type(child), child.__dict__) for child in layers.values())
+        self._hooks = (*_GLOBAL_HOOKS, *(getattr(child, hooks) for child in layers.values() for hooks in _HOOKS))
+        self._norms: Any = tuple(layers[name] for name in NORM_NAMES[config.kind]) if config.norm else None
+        norm_in, norm_out = NORM_NAMES[config.kind]
+        self._parameters: tuple[Any, ...] = tuple(
+            layers[name]._parameters if name in layers else None
+            for name in ("proj1", "proj2", "residual_proj", norm_in, norm_out)
+        )
 
-    @property
-    def eps(self) -> float:
-        """That of the norms as they are now."""
-        return self._eps if self._norms is None else self._norms[0].eps
+    def tensors(self, children: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """``(w1, b1, w2, b2, w3, b3, norm_in, norm_out, eps)``; None if ``children`` are others, or plain no longer."""
+        if any(self._hooks) or list(children.values()) != self._children:
+            return None
+        for child, layer, attributes in self._layers:
+            if type(child) is not layer or "forward" in attributes:
+                return None
+        try:
+            return self.read()
+        except KeyError:  # a parameter was moved elsewhere, as FSDP does
+            return None
 
-    def unchanged(self, children: Mapping[str, nn.Module | None]) -> bool:
-        """Whether ``children`` are these layers, and still plain; their parameters may be others by now."""
-        for name, child, layer, parameters in self._children:
-            if (
-                children.get(name) is not child
-                or type(child) is not layer
-                or "forward" in child.__dict__
-                or parameters.get("weight") is None
-                or "bias" not in parameters
-            ):
-                return False
-        norms = self._norms
-        return not any(self._hooks) and (norms is None or norms[0].eps == norms[1].eps)
+    def read(self) -> tuple[Any, ...] | None:
+        """As `tensors`, of children that are known to be the same."""
+        proj1, proj2, residual, norm_in, norm_out = self._parameters
+        w3 = b3 = ins = outs = None
+        if residual is not None:
+            w3, b3 = residual["weight"], residual["bias"]
+        eps = self._eps
+        if norm_in is not None:
+            ins, outs = (norm_in["weight"], norm_in["bias"]), (norm_out["weight"], norm_out["bias"])
+            first, second = self._norms
+            eps = first.eps
+            if eps != second.eps or ins[0] is None or outs[0] is None:
+                return None
+        return proj1["weight"], proj1["bias"], proj2["weight"], proj2["bias"], w3, b3, ins, outs, eps

@@ -59,7 +59,7 @@ def inference_errors(
         with WideProducts() if slow_eager else nullcontext():
             eager = outputs(LinkPeer(plain, plain))
         with poisoned_allocations():
-            link(batches[0])  # weights are packed at their second sighting
+            link(batches[0])  # the second call may pack weights
             first, second = outputs(LinkPeer(link, link)), outputs(LinkPeer(link, link))
         check_budget("y", first, eager, truth, dtype)
         assert torch.equal(first, second), "two equal calls gave different bits"

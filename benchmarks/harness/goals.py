@@ -1,4 +1,4 @@
-"""What is claimed of a measurement; the claims themselves stand beside the cells they are made of."""
+"""What is claimed of a measurement; the claims themselves are in `suites/`, beside their cells."""
 
 from __future__ import annotations
 

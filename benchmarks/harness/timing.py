@@ -22,7 +22,7 @@ from benchmarks.harness.time_bound import LEAST_ROUNDS, TimeBound, Unmeasured
 
 MIN_ROUNDS = 30
 MAX_ROUNDS = 200
-WARMUP_ROUNDS = 3  # a weight is packed at its second sighting, so the third call is the first steady one
+WARMUP_ROUNDS = 3  # the second call may pack weights, so the third is the first steady one
 RESAMPLES = 2000
 
 Call = Callable[[], object]

@@ -73,7 +73,7 @@ def reference_run(
         steps: latent steps m >= 1.
         new_tokens: that the last agent writes.
     """
-    roles, run, heard = list(prompts), ReferenceRun(), list[Tensor]()
+    roles, run, received = list(prompts), ReferenceRun(), list[Tensor]()
     for visit in range(rounds * len(roles)):
         role, receiver = roles[visit % len(roles)], roles[(visit + 1) % len(roles)]
         final = visit == rounds * len(roles) - 1
@@ -81,7 +81,7 @@ def reference_run(
         stage = _load(folder, role, None if final else receiver)
         run.loading += perf_counter() - start
         template = prompts[role].at(visit // len(roles) + 1)
-        embeds, mask = _pad([_prompt(stage, template, text, heard, index) for index, text in enumerate(questions)])
+        embeds, mask = _pad([_prompt(stage, template, text, received, index) for index, text in enumerate(questions)])
         if final:
             written = stage.model.generate(
                 inputs_embeds=embeds,
@@ -97,7 +97,7 @@ def reference_run(
             assert stage.outer is not None
             latents = stage.inner(reference_rollout(stage.model, stage.inner, embeds, mask, steps))
             run.latents.append(latents)
-            heard = [row.detach().cpu() for row in stage.outer(latents)]
+            received = [row.detach().cpu() for row in stage.outer(latents)]
         del stage
         gc.collect()
     return run
@@ -112,13 +112,13 @@ def _load(folder: Path, role: str, receiver: str | None) -> Stage:
     return Stage(model, tokenizer, *(RecursiveLink.from_pretrained(link) for link in links))
 
 
-def _prompt(stage: Stage, template: str, question: str, heard: Sequence[Tensor], index: int) -> Tensor:
+def _prompt(stage: Stage, template: str, question: str, received: Sequence[Tensor], index: int) -> Tensor:
     """Input embeddings ``[T, d]`` of one sample."""
     embed = stage.model.get_input_embeddings()
     pieces = []
     for part, text in enumerate(SLOT.split(template.replace("{{question}}", question))):
         if part > 0:
-            pieces.append(heard[index].to(embed.weight))
+            pieces.append(received[index].to(embed.weight))
         ids = stage.tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces.append(embed(torch.tensor(ids, dtype=torch.int64)))
     return torch.cat(pieces)

@@ -2,9 +2,9 @@
 
 Samples run one by one, each with its own backward. A sample's visits make one graph over all rounds: an agent reads its
 whole prompt and its gold text at once, without a cache; all layers' hidden states and the logits of all positions are
-computed in every visit; what the agent says is read off its hidden states; and the cross entropy of the last agent's
+computed in every visit; the latents it sends are among its hidden states; and the cross entropy of the last agent's
 answer is built in every round, although only the last one's is the loss. Only the first agent's first visit runs
-without gradients. Links and their order are ours, and so are the positions that latents are read off at (those that
+without gradients. Links and their order are ours, and so are the positions of the latents (those that
 predict the text's tokens; the reference takes those of the tokens), so that gradients must be equal.
 """
 
@@ -77,13 +77,13 @@ def _sample_loss(
     rounds: int,
     steps: int,
 ) -> Tensor:
-    roles, losses, heard = list(prompts), list[Tensor](), None
+    roles, losses, received = list(prompts), list[Tensor](), None
     for visit in range(rounds * len(roles)):
         role, receiver = roles[visit % len(roles)], roles[(visit + 1) % len(roles)]
         agent, template = system.agents[role], prompts[role].at(visit // len(roles) + 1)
-        prompt = _prompt(agent, template.replace("{{question}}", str(row["question"])), heard)
-        said = _said(agent, str(row["targets"][role]))  # type: ignore[index]
-        embeds = torch.cat([prompt, agent.embed(said)])[None]
+        prompt = _prompt(agent, template.replace("{{question}}", str(row["question"])), received)
+        target = _target_ids(agent, str(row["targets"][role]))  # type: ignore[index]
+        embeds = torch.cat([prompt, agent.embed(target)])[None]
         with torch.set_grad_enabled(visit > 0):
             output = agent.model(
                 inputs_embeds=embeds,
@@ -92,25 +92,25 @@ def _sample_loss(
                 output_hidden_states=True,
             )
         if role == roles[-1]:
-            labels = torch.cat([said.new_full((len(prompt),), IGNORED), said])
+            labels = torch.cat([target.new_full((len(prompt),), IGNORED), target])
             losses.append(F.cross_entropy(output.logits[0, :-1].float().contiguous(), labels[1:], ignore_index=IGNORED))
         if visit < rounds * len(roles) - 1:
             first = len(prompt) - 1
-            states = output.hidden_states[-1][:, first : first + min(steps, len(said))]
-            heard = links[f"{role}->{receiver}"](links[role](states))[0]
+            states = output.hidden_states[-1][:, first : first + min(steps, len(target))]
+            received = links[f"{role}->{receiver}"](links[role](states))[0]
     return losses[-1]
 
 
-def _prompt(agent: Agent, text: str, heard: Tensor | None) -> Tensor:
+def _prompt(agent: Agent, text: str, received: Tensor | None) -> Tensor:
     """Input embeddings ``[T, d]``."""
     pieces = []
     for part, piece in enumerate(SLOT.split(text)):
         if part > 0:
-            assert heard is not None
-            pieces.append(heard)
+            assert received is not None
+            pieces.append(received)
         pieces.append(agent.embed(torch.tensor(agent.tokenizer(piece)["input_ids"], dtype=torch.int64)))
     return torch.cat(pieces)
 
 
-def _said(agent: Agent, text: str) -> Tensor:
+def _target_ids(agent: Agent, text: str) -> Tensor:
     return torch.tensor([*agent.tokenizer(text)["input_ids"], agent.tokenizer.eos_token_id])

@@ -200,7 +200,7 @@ def whole_table(record: Record) -> str:
     ratios = [turn["text"] / turn["latent"] for turn in turns]
     least, most = (turns[ratios.index(pick(ratios))] for pick in (min, max))
 
-    def said(turn: Mapping[str, Any]) -> str:
+    def in_words(turn: Mapping[str, Any]) -> str:
         sizes = f"d={turn['features']}, |V|={turn['vocabulary']}, t={turn['prompt']}, m={turn['steps']}"
         return f"{turn['text'] / turn['latent']:.2f}× ({sizes})"
 
@@ -208,13 +208,13 @@ def whole_table(record: Record) -> str:
         f"All terms at once, non-negative least squares over {2 * len(turns)} whole turns, R² {record['r2']:.4f}:",
         terms,
         f"The head takes {record['head_over_least']:.2f} times that of reading its weights at the measured rate. "
-        f"Removing it is worth, in whole turns at equal m, from {said(least)} to {said(most)}.",
+        f"Removing it is worth, in whole turns at equal m, from {in_words(least)} to {in_words(most)}.",
     ]
     return "\n\n".join(parts)
 
 
 def goals(records: Iterable[Record]) -> str:
-    """How many goals stand, and every one that does not."""
+    """How many goals are met, and every one that is missed."""
     claimed = [record for record in records if record["goal"] is not None]
     missed = [record for record in claimed if record["missed"]]
     lines = [f"{len(claimed) - len(missed)} of {len(claimed)} goals met."]

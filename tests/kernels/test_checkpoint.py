@@ -182,3 +182,12 @@ def test_pickles_run_no_code(tmp_path):
     with pytest.raises(ValueError, match="adapter.pt"):
         FusedRecursiveLink.from_upstream(tmp_path / "adapter.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_tied_weights_are_saved_whole(tmp_path):
+    link = RecursiveLink.inner(8)
+    link.proj2.weight = link.proj1.weight
+    link.save_pretrained(tmp_path)
+    again = RecursiveLink.from_pretrained(tmp_path)
+    assert torch.equal(again.proj2.weight, link.proj1.weight)
+    assert torch.equal(again.proj1.weight, link.proj1.weight)

@@ -174,7 +174,7 @@ def microseconds(time: Quantiles) -> dict[str, float]:
 def _interleave(
     clocks: dict[str, Callable[[], float]], seconds: float, warm: float, **more: Any
 ) -> dict[str, list[float]]:
-    """`schedule.interleave` without Python's garbage collector, which would strike one variant or another."""
+    """`schedule.interleave` without Python's garbage collector, which would slow one variant or another."""
     gc.collect()
     gc.disable()
     try:

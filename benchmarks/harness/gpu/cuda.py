@@ -1,4 +1,4 @@
-"""Every call of the GPU benchmarks that needs a CUDA device: graphs, events, clocks, facts. Nothing is decided here."""
+"""Every call of the GPU benchmarks that needs a CUDA device: graphs, events, clocks, facts. It holds no policy."""
 
 from __future__ import annotations
 

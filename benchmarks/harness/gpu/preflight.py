@@ -22,7 +22,7 @@ def tool(name: str) -> str | None:
 
 
 def missing() -> list[str]:
-    """Everything that is missing, each in a few words; what can be told without torch comes first."""
+    """Everything that is missing, each in a few words; what needs no torch to find out comes first."""
     found = []
     for name in MODULES:
         if importlib.util.find_spec(name) is None and not (name in PROGRAMS and shutil.which(name)):

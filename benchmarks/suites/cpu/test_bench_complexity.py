@@ -1,7 +1,7 @@
 """Proposition 3.1 of arXiv 2604.25917 on the clock: how text and latent turns grow, term by term and as a whole.
 
-`test_bench_handoff.py` counts the same exactly. Here each term is timed while one size varies and the others stand, and
-its exponent is fitted beside a free offset; then all terms are fitted at once to whole turns of small models. The
+`test_bench_handoff.py` counts the same exactly. Here each term is timed while one size varies and the others do not,
+and its exponent is fitted beside a free offset; then all terms are fitted at once to whole turns of small models. The
 negative control is the reference algorithm's rollout, whose time must grow with the vocabulary.
 """
 
@@ -50,7 +50,7 @@ def cases(full: bool) -> list[GrowthCase]:
 
 
 def calls_of(case: GrowthCase, full: bool) -> dict[int, Call]:
-    """What is timed, by size; the sizes that stand are those of the others' middle."""
+    """What is timed, by size; the sizes that do not vary have values from the middle of their own ranges."""
     sizes = case.large if full else case.small
     features, vocabulary, steps, prompt = (256, 16_000, 8, 16) if full else (64, 256, 2, 4)
     if case.name == "text step":
@@ -112,12 +112,12 @@ def reference_turn(agent: Agent, prompt: int, steps: int) -> Call:
 def timed(calls: Mapping[Any, Call], rounds: int, warm: bool) -> list[list[float]]:
     """Seconds per call, a list per call; all calls once per round, in changing order.
 
-    With ``warm`` each is called once more before, to bring back what others have driven out of the caches. After
+    With ``warm`` each is called once more before, so that the caches hold its operands. After
     TIMED_SECONDS no further round begins, if there are LEAST_ROUNDS.
     """
     samples: dict[Any, list[float]] = {key: [] for key in calls}
     order = random.Random(0)
-    for _ in range(3):  # a weight is packed at its second sighting
+    for _ in range(3):  # the second call may pack weights
         for call in calls.values():
             call()
     end = perf_counter() + TIMED_SECONDS

@@ -94,8 +94,8 @@ def least_work(step: Step) -> floors.Work:
         if PROMPTS[visit.role].at(visit.round).startswith("{{question}}"):
             first = case.prompt if visit.role in begun else 0
             begun.add(visit.role)
-        said = case.new_tokens if visit.final else min(case.steps, case.new_tokens + 1) - 1
-        fed = range(first, case.prompt + (case.steps + 2 if visit.senders else 1) + said)
+        written = case.new_tokens if visit.final else min(case.steps, case.new_tokens + 1) - 1
+        fed = range(first, case.prompt + (case.steps + 2 if visit.senders else 1) + written)
         total += floors.body_pass(body, case.layers, width, fed, case.batch, passes=1)
         if visit.senders:
             differentiated = range(max(first, case.prompt) if first else 0, fed.stop)

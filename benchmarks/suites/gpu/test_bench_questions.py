@@ -1,6 +1,6 @@
 """What must be known before anything is tuned: each answer can change a decision. Nothing here is a claim.
 
-The answers stand in the run file under "answers" and, stored, on the device's page.
+The answers are in the run file under "answers" and, once stored, on the device's page.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def normal(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
 
 
 def products_of(case: Case, bench: GpuBench) -> tuple[floors.Work, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Operands ``(rows, weight, out)`` of ``rows weight^T`` in as many copies as the caches ask for."""
+    """Operands ``(rows, weight, out)`` of ``rows weight^T`` in as many copies as a cold cell needs."""
     features, device = case.config.in_features, bench.device
     work = floors.product(case.tokens, features, features, DTYPE.itemsize)
     return work, [
@@ -148,7 +148,7 @@ def gaps(case: Case, bench: GpuBench) -> None:
 
 
 def barrier(case: Case, bench: GpuBench) -> None:
-    """Time of a barrier of one program per multiprocessor. Asked last: were it wrong, it would wait for ever."""
+    """Time of a barrier of one program per multiprocessor. It runs last: were it wrong, it would never end."""
     from benchmarks.harness.gpu import probes
 
     assert bench.facts is not None
@@ -201,7 +201,7 @@ def epilogue(case: Case, bench: GpuBench) -> None:
 
 
 def link_sets(case: Case, bench: GpuBench, name: str = FUSED) -> list[Call]:
-    """Forwards of the case's link, in as many copies as the caches ask for."""
+    """Forwards of the case's link, in as many copies as a cold cell needs."""
     link = make_link(case.config, DTYPE).to(bench.device)
     work = floors.link_forward(case.config, case.tokens, DTYPE.itemsize)
     peers = link_peers(name, link, bench.sets(work.bytes_min, cold=case.cold))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recmas.agents.model import FrozenModel
 from recmas.engine.continuation import Prefill, prefill_all
 from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
+from recmas_kernels import packed
 
 
 class Agent(FrozenModel):
@@ -121,7 +123,8 @@ class Agent(FrozenModel):
             return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
         self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = prefill(self.decoder, prompt, steps - 1, None)
-        return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
+        with packed(link) if weights_stay and isinstance(link, torch.nn.Module) else nullcontext():
+            return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
 
     def write(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
 from recmas.system.joint_link import JointLink, join
 from recmas.system.prompt_assembly import assemble
-from recmas_kernels import RecursiveLink
+from recmas_kernels import RecursiveLink, packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,6 +144,15 @@ class System:
         """Under offload: copy what `role` works with to its device."""
         if self.offloader is not None:
             self.offloader.load(role)
+
+    def packed_links(self) -> AbstractContextManager[None]:
+        """For callers that write no weights inside: the links' weights packed (`recmas_kernels.packed`).
+
+        Under offload nothing is packed, since the weights that links work with do not stay.
+        """
+        if self.offloader is not None:
+            return nullcontext()
+        return packed(self.inner_links.values(), self.outer_links.values())
 
     def unload_weights(self) -> None:
         """Under offload: drop the copies on devices."""
