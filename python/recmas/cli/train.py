@@ -27,9 +27,15 @@ def add_options(parser: CommandLineParser) -> None:
     for stage, summary in STAGES.items():
         command = CommandLineParser(description=f"Train {summary}.")
         add_system(command)
+        aligned = stage != "outer"
         command.add_argument(
-            "--data", type=str, required=True, help='JSONL file; rows carry "targets": {role: text or [text per round]}'
+            "--data",
+            type=str,
+            required=not aligned,
+            help='JSONL file; rows carry "targets": {role: text or [text per round]}',
         )
+        if aligned:
+            _add_pairs(command)
         command.add_argument(
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
         )
@@ -38,6 +44,27 @@ def add_options(parser: CommandLineParser) -> None:
         command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
         add_fields(command, _config_class(stage), KINDS)
         stages.add_subcommand(stage, command, help=summary)
+
+
+def _add_pairs(command: CommandLineParser) -> None:
+    """What the stages have that align links on pairs."""
+    command.add_argument(
+        "--texts",
+        type=str,
+        default=None,
+        help='instead of --data: any texts, a JSONL file or a data set of the hub; rows carry "text", and "prompt" '
+        "where the text answers one",
+    )
+    command.add_argument(
+        "--cache",
+        type=str,
+        default=None,
+        help="folder of the states that texts leave in their frozen agent, so that each text runs once; its size is "
+        "announced; off runs the agents for every batch (default: training/pairs in the output)",
+    )
+    command.add_argument(
+        "--cache-dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the cache; auto: the agent's"
+    )
 
 
 def execute(options: Namespace) -> int:
@@ -50,7 +77,7 @@ def execute(options: Namespace) -> int:
     config_class = _config_class(stage)
     given = read_fields(chosen, config_class, KINDS)
     config = config_class(**{name: _setting(name, value) for name, value in given.items()})
-    rows = training.read_rows(chosen.data)
+    rows = _rows(chosen)
     system = Path(chosen.system)
     output = system if chosen.output is None else Path(chosen.output)
     logs = output / "training"
@@ -64,6 +91,8 @@ def execute(options: Namespace) -> int:
         inside(output, str(path.relative_to(output)), str(output))
     train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
     only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
+    if stage != "outer" and chosen.cache != "off":
+        only["cache"] = training.PairCache(logs / "pairs" if chosen.cache is None else chosen.cache, chosen.cache_dtype)
     read_spec(system)
     with ExitStack() as stack:
         if not new:
@@ -90,6 +119,16 @@ def execute(options: Namespace) -> int:
             print(f"{name}: loss {done['loss']:.4f} after {done['steps']} steps")
         print(f"trained system in {output}, logs in {logs}")
     return 0
+
+
+def _rows(options: Namespace) -> list[dict[str, object]]:
+    """The rows of --data or --texts."""
+    from recmas import training
+
+    texts = options.get("texts")
+    if (options.data is None) == (texts is None):
+        raise ValueError("give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID")
+    return training.read_rows(options.data) if texts is None else training.read_texts(texts)
 
 
 def _check_resumable(output: Path, stage: str, resume: bool) -> None:

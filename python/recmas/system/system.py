@@ -28,6 +28,8 @@ from recmas_kernels import RecursiveLink, packed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_ANY_TEXT = Template("{{text}}")
+
 
 @dataclass
 class Turn:
@@ -202,6 +204,10 @@ class System:
     def segments(self, visit: Visit, row: Fields, texts: Mapping[str, str] | None = None) -> list[list[int] | Slot]:
         """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
         return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
+
+    def text_segments(self, role: str, text: str) -> list[list[int] | Slot]:
+        """Token ids of any text as `role`'s prompt: in its chat template where it has one."""
+        return self._renderers[role].segments(_ANY_TEXT, {"text": text})
 
     def prefix_ids(self, visit: Visit, rows: Sequence[Fields]) -> list[list[int]]:
         """Token ids that stand before the first slot of each row's prompt of one visit."""

@@ -1,9 +1,9 @@
-"""What the inner stage and the warm-up share: states under gold messages, and links trained apart from each other."""
+"""What the inner stage and the warm-up share: links trained apart from each other, on pairs made anew or cached."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -11,44 +11,19 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from recmas.config.pattern import Edge, Pattern, Visit
-from recmas.prompts.rows import Fields
+from recmas.config.pattern import Edge
 from recmas.system.system import System
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts
+from recmas.training.data import DataSource, RowSource, pick
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
-from recmas.training.teacher import Speech, check_trainable, force, named_parameters, only_trainable
+from recmas.training.pair_cache import PairCache, Place, Plan
+from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
+from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 
 Key = TypeVar("Key", bound="str | Edge")
-
-
-def visit_of(pattern: Pattern, role: str, round: int) -> Visit:
-    """The visit of ``role`` in the last of ``round`` rounds."""
-    for visit in pattern.visits(round):
-        if visit.role == role and visit.round == round:
-            return visit
-    raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
-
-
-def gold_messages(pattern: Pattern, role: str, round: int) -> list[tuple[str, int]]:
-    """(role, round) of the gold messages that `forced_with_gold` takes: the agent's own and its senders'."""
-    visit = visit_of(pattern, role, round)
-    return [(role, round), *zip(visit.senders, visit.sender_rounds, strict=True)]
-
-
-def forced_with_gold(
-    system: System, role: str, rows: Sequence[Fields], round: int, *, max_tokens: int | None = None
-) -> Speech:
-    """The message of ``role`` in ``round``, forced after a prompt that holds its senders' gold messages as text.
-
-    No link takes part, and no gradient is kept.
-    """
-    visit = visit_of(system.pattern, role, round)
-    texts = target_texts(rows, role, round)
-    with torch.no_grad():
-        senders = zip(visit.senders, visit.sender_rounds, strict=True)
-        prompt = system.prompt(visit, rows, {sender: target_texts(rows, sender, at) for sender, at in senders})
-        return force(system.agents[role], prompt, texts, max_tokens=max_tokens)
+Cache = PairCache | str | os.PathLike[str]
+Batches = Callable[[int, int], Pairs]
+"""The pairs of batch ``index`` in ``step``."""
 
 
 def train_apart(
@@ -60,6 +35,7 @@ def train_apart(
     *,
     stage: str,
     output: str | os.PathLike[str] | None,
+    cache: Cache | None,
     resume: bool,
     progress: bool,
     on_step: OnStep | None,
@@ -67,31 +43,38 @@ def train_apart(
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
-    Everything is checked before the first run begins.
+    Everything is checked, the cache too, before the first run begins.
 
-    ``loss`` is called as ``inner_loss`` and ``warmup_loss`` are: system, key, rows, round, and the config's weights.
+    ``loss`` is called with system, key, pairs and the config's weights.
     """
     source = DataSource(rows, config.batch_size, config.seed)
     check_trainable(system)
     names = {key: "-".join([stage, key] if isinstance(key, str) else [stage, *key]) for key in links}
     folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
     trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
+    senders = {key: key if isinstance(key, str) else key[0] for key in links}
+    roles = dict.fromkeys(senders.values())
+    for role in roles:
+        check_rows(system, role, source.rows, each_round_count(config.rounds))
     for key, folder in folders.items():
-        role = key if isinstance(key, str) else key[0]
-        for round in each_round_count(config.rounds):
-            source.check_targets(gold_messages(system.pattern, role, round))
-            source.check_fields(system, [visit_of(system.pattern, role, round)])
         if folder is not None:
             check_run(trained[key], config, folder, resume)
+    planned = _planned(system, roles, source, config, cache, progress)
     if on_start is not None:
         on_start()
+    for folder in folders.values():
+        if folder is not None:  # so that a run that ends while its pairs are made can be resumed
+            folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Batches] = {}
     results: dict[Key, TrainingResult] = {}
     for key, parameters in trained.items():
-        loss_of = partial(_batch_loss, system, key, loss, source, config)
+        role = senders[key]
         with only_trainable(system, parameters):
+            if role not in made:
+                made[role] = planned.pop(role)()
             results[key] = train(
                 parameters,
-                loss_of,
+                partial(_batch_loss, system, key, loss, made[role], config),
                 config,
                 name=names[key],
                 output=folders[key],
@@ -106,17 +89,63 @@ def _batch_loss(
     system: System,
     key: str | Edge,
     loss: Callable[..., torch.Tensor],
-    source: DataSource,
+    batches: Batches,
     config: AlignmentConfig,
     index: int,
     step: int,
 ) -> torch.Tensor:
-    return loss(
-        system,
-        key,
-        source.batch(index),
-        pick(config.seed, step, config.rounds),
-        cosine_weight=config.cosine_weight,
-        mse_weight=config.mse_weight,
-        max_tokens=config.max_tokens,
-    )
+    pairs = batches(index, step)
+    return loss(system, key, pairs, cosine_weight=config.cosine_weight, mse_weight=config.mse_weight)
+
+
+def _planned(
+    system: System,
+    roles: Iterable[str],
+    source: DataSource,
+    config: AlignmentConfig,
+    cache: Cache | None,
+    progress: bool,
+) -> dict[str, Callable[[], Batches]]:
+    """By role, what makes every batch of a run: the same texts in the same order, and so the same loss, cached or not.
+
+    What goes into the cache is checked here, and written when the result is called.
+    """
+    if cache is None:
+        return {role: partial(_fresh, system, role, source, config) for role in roles}
+    cache = cache if isinstance(cache, PairCache) else PairCache(cache)
+    listed = {role: _listed(system, role, source, config) for role in roles}
+    plans = cache.plan(system, {role: said for role, (said, _) in listed.items()})
+    return {role: partial(_cached, plans[role], *listed[role], progress) for role in listed}
+
+
+def _fresh(system: System, role: str, source: DataSource, config: AlignmentConfig) -> Batches:
+    def batches(index: int, step: int) -> Pairs:
+        round = pick(config.seed, step, config.rounds)
+        said = utterances(system, role, source.batch(index), round, max_tokens=config.max_tokens)
+        return speak(system.agents[role], said)
+
+    return batches
+
+
+def _cached(plan: Plan, said: Sequence[Utterance], batches: Sequence[Sequence[int]], progress: bool) -> Batches:
+    shelf = plan.fill(progress=progress)
+    places = [Place.of(one) for one in said]
+    return lambda index, step: shelf.pairs([places[number] for number in batches[index]])
+
+
+def _listed(
+    system: System, role: str, source: DataSource, config: AlignmentConfig
+) -> tuple[list[Utterance], list[list[int]]]:
+    """What ``role`` says in a run, each once, and which of these every batch has."""
+    numbers: dict[tuple[Hashable, int], int] = {}
+    said: list[Utterance] = []
+    batches: list[list[int]] = []
+    for index in range(config.steps * config.accumulation):
+        round = pick(config.seed, index // config.accumulation, config.rounds)
+        batch = source.named_batch(index)
+        new = {(name, round): row for name, row in batch if (name, round) not in numbers}
+        if new:
+            numbers.update({name: len(said) + place for place, name in enumerate(new)})
+            said += utterances(system, role, list(new.values()), round, max_tokens=config.max_tokens)
+        batches.append([numbers[name, round] for name, _ in batch])
+    return said, batches

@@ -119,7 +119,9 @@ class OuterConfig(LoopConfig):
         latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
             lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
         recompute: keep each layer's input alone and run the layer again in the backward, as the reference does: much
-            less memory, a third more time, the same bits. Rollouts keep everything.
+            less memory, a third more time, the same bits. Rollouts are run again step by step.
+        micro_batch: rows that are unrolled at once; a batch's gradients are gathered over its micro-batches. None takes
+            as many as keep the processor busy.
     """
 
     learning_rate: float = SAFE_RATE
@@ -127,10 +129,13 @@ class OuterConfig(LoopConfig):
     latent_steps: int | Mapping[str, int] | None = None
     latents: Source = "forced"
     recompute: bool = True
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.rounds)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 

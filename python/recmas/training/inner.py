@@ -18,10 +18,11 @@ import torch
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
-from recmas.training.alignment import forced_with_gold, train_apart
+from recmas.training.alignment import Cache, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.data import RowSource
 from recmas.training.loop import OnStart, OnStep, TrainingResult
+from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
 
 
@@ -36,13 +37,20 @@ def inner_loss(
     max_tokens: int | None = None,
 ) -> torch.Tensor:
     """The loss above over a batch of rows, a scalar; only the agent's inner link receives a gradient."""
-    speech = forced_with_gold(system, role, rows, round, max_tokens=max_tokens)
+    said = utterances(system, role, rows, round, max_tokens=max_tokens)
+    pairs = speak(system.agents[role], said)
+    return inner_alignment(system, role, pairs, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+def inner_alignment(
+    system: System, role: str, pairs: Pairs, *, cosine_weight: float = 1.0, mse_weight: float = 0.0
+) -> torch.Tensor:
+    """The loss above over pairs of the agent, a scalar."""
     agent = system.agents[role]
-    said = speech.mask.bool()
     return alignment_loss(
-        run_link(system.inner_links[role], speech.hidden[said]),
+        run_link(system.inner_links[role], pairs.hidden.to(agent.device)),
         agent.model.get_input_embeddings().weight,
-        token_ids=speech.ids[said],
+        token_ids=pairs.ids.to(agent.device),
         cosine_weight=cosine_weight,
         mse_weight=mse_weight,
         embed_scale=agent.embed_scale,
@@ -56,6 +64,7 @@ def train_inner(
     *,
     roles: Sequence[str] | None = None,
     output: str | os.PathLike[str] | None = None,
+    cache: Cache | None = None,
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
@@ -65,10 +74,13 @@ def train_inner(
 
     Args:
         system: whose agents and links these are.
-        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets, or any text
+            (`recmas.training.data`).
         config: settings; None takes the defaults.
         roles: agents to train; None takes every agent that has an inner link.
         output: folder of logs and checkpoints, one folder ``inner-<role>`` each; None keeps none.
+        cache: `PairCache`, or its folder: every text runs through its agent once, and the losses are those of the run
+            without, up to rounding; None runs the agent anew for every batch.
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per agent.
         on_step: called after every step with its record; a true answer ends that agent's run.
@@ -88,11 +100,12 @@ def train_inner(
     return train_apart(
         system,
         {role: system.inner_links[role] for role in chosen},
-        inner_loss,
+        inner_alignment,
         rows,
         config or InnerConfig(),
         stage="inner",
         output=output,
+        cache=cache,
         resume=resume,
         progress=progress,
         on_step=on_step,

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ class TrainingResult:
         return sum(record.loss for record in last) / len(last) if last else math.nan
 
 
-Loss = Callable[[int, int], torch.Tensor]
+Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
 OnStart = Callable[[], object]
 OnStep = Callable[[StepRecord], "bool | None"]
 
@@ -81,7 +81,8 @@ def train(
 
     Args:
         parameters: fp32 (or fp64) masters by name; the names are the keys of the checkpoint.
-        loss: ``loss(batch index, step)``, a scalar; the batch index counts from 0 over all steps and accumulations.
+        loss: ``loss(batch index, step)``, a scalar, or parts that add up to it, each made when it is asked for; the
+            batch index counts from 0 over all steps and accumulations.
         config: settings of the loop and of the stage; they are stored and compared on resume.
         name: of this run, shown beside the progress bar.
         output: folder for the log and checkpoints; None keeps neither.
@@ -141,9 +142,11 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulation):
-        value = loss(step * config.accumulation + part, step) / config.accumulation
-        value.backward()
-        total += value.item()
+        made = loss(step * config.accumulation + part, step)
+        for piece in [made] if isinstance(made, torch.Tensor) else made:
+            value = piece / config.accumulation
+            value.backward()
+            total += value.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")

@@ -4,33 +4,70 @@ The pattern's visits run as they run at inference, through the same prompts and 
 agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
 positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
 cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
-`recmas.training.unroll` keeps that graph small.
+`recmas.training.unroll` and `recmas.training.rollout` keep that graph small, and a batch is taken in micro-batches.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from recmas.agents.agent import Agent
 from recmas.config.pattern import Edge
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
+from recmas.prompts.template import Slot
 from recmas.system.system import System
+from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts
+from recmas.training.data import DataSource, RowSource, pick, target_texts, target_tokens
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
-from recmas.training.teacher import Speech, check_trainable, force, named_parameters, only_trainable
+from recmas.training.rollout import can_repeat, think
+from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
-LOGITS = 1 << 25  # 128 MiB of float32
+POSITIONS = {"cpu": 768}
+"""Positions of prompts and texts that a micro-batch takes at once, by kind of device: products no longer gain ..."""
+MOST_POSITIONS = 16384
+"""... and elsewhere."""
+
+
+def outer_losses(
+    system: System,
+    rows: Sequence[Fields],
+    rounds: int,
+    *,
+    latent_steps: int | Mapping[str, int] | None = None,
+    latents: Source = "forced",
+    recompute: bool = False,
+    micro_batch: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
+
+    Each part is made when it is asked for: who goes back through it before asking for the next one holds the graph of
+    one micro-batch only.
+
+    Args:
+        system, rows, rounds, latent_steps, latents, recompute: as for `outer_loss`.
+        micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
+    """
+    size = micro_batch or _fitting(system, rows, rounds, system.steps_by_role(latent_steps))
+    agent, last = system.agents[system.pattern.last], system.pattern.last
+    counts = [len(tokens) for tokens in target_tokens(agent, target_texts(rows, last, rounds))]
+    for first in range(0, len(rows), size):
+        part = outer_loss(
+            system,
+            rows[first : first + size],
+            rounds,
+            latent_steps=latent_steps,
+            latents=latents,
+            recompute=recompute,
+        )
+        yield part * (sum(counts[first : first + size]) / sum(counts))
 
 
 def outer_loss(
@@ -50,7 +87,7 @@ def outer_loss(
         rounds: r.
         latent_steps: of every agent or by role; None takes the system's own.
         latents: where they come from, as in `OuterConfig`.
-        recompute: run the layers again in the backward instead of keeping their activations; the same bits.
+        recompute: run layers and rollouts again in the backward instead of keeping their activations.
     """
     steps = system.steps_by_role(latent_steps)
     prefixes = SharedPrefixes()
@@ -58,38 +95,36 @@ def outer_loss(
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
         if not visit.final and (latents == "rollout" or count == 0):
-            turn.message = agent.think(prompt, count, system.inner_links[visit.role])
+            link = system.inner_links[visit.role]
+            if recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link):
+                turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
+            else:
+                turn.message = agent.think(prompt, count, link)
             continue
-        texts = target_texts(rows, visit.role, visit.round)
+        tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
+        if not visit.final:
+            tokens = [row[:count] for row in tokens]
         begun = prefixes.of(visit.role, agent, prompt)
         with recomputing(agent.decoder, enabled=recompute):
-            speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
+            speech = force(agent, prompt, tokens, begun=begun)
         if visit.final:
-            return answer_loss(agent, speech)
+            said = speech.mask.bool()
+            return answer_loss(agent, speech.hidden[said], speech.ids[said]) / said.sum()
         states = run_link(system.inner_links[visit.role], speech.hidden)
         turn.message = Latents(states, speech.mask.sum(dim=1).cpu())
     raise AssertionError("the last visit of a pattern is final")
 
 
-def answer_loss(agent: Agent, speech: Speech) -> torch.Tensor:
-    """Mean cross entropy of what was said; the LM head sees the positions that predict it and no others.
-
-    Logits of more than `LOGITS` entries are made in parts, each once more in the backward, and never held together.
-    """
-    said = speech.mask.bool()
-    hidden, ids = speech.hidden[said], speech.ids[said]
-    rows = max(1, LOGITS // agent.model.get_output_embeddings().weight.shape[0])
-    if len(ids) <= rows:
-        return _cross_entropy(agent, hidden, ids) / len(ids)
-    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
-    losses = [checkpoint(_cross_entropy, agent, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.stack(losses).sum() / len(ids)
-
-
-def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum over rows ``hidden [N, d]`` and the token each should predict."""
-    logits = agent.logits(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="sum")
+def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping[str, int]) -> int:
+    """Rows of a micro-batch: as many as fill `POSITIONS`, the longest of them all."""
+    longest = 1
+    for visit in system.pattern.visits(min(rounds, 2)):
+        for row in rows:
+            parts = system.segments(visit, row)
+            slots = sum(steps[sender] for part in parts if isinstance(part, Slot) for sender in part.senders)
+            longest = max(longest, sum(len(part) for part in parts if not isinstance(part, Slot)) + slots)
+    kinds = {agent.device.type for agent in system.agents.values()}
+    return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
 
 
 def train_outer(
@@ -143,16 +178,17 @@ def train_outer(
     source.check_fields(system, system.pattern.visits(config.most_rounds))
     check_trainable(system)
 
-    def loss(index: int, step: int) -> torch.Tensor:
+    def loss(index: int, step: int) -> Iterator[torch.Tensor]:
         rounds = pick(config.seed, step, config.rounds)
         batch = source.batch(index)
-        return outer_loss(
+        return outer_losses(
             system,
             batch,
             rounds,
             latent_steps=config.latent_steps,
             latents=config.latents,
             recompute=config.recompute,
+            micro_batch=config.micro_batch,
         )
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})

@@ -30,23 +30,17 @@ class Speech(NamedTuple):
 
 
 def force(
-    agent: Agent,
-    prompt: Prompt,
-    texts: Sequence[str],
-    *,
-    max_tokens: int | None = None,
-    begun: DynamicCache | None = None,
+    agent: Agent, prompt: Prompt, tokens: Sequence[Sequence[int]], *, begun: DynamicCache | None = None
 ) -> Speech:
-    """One forward of prompt and given texts.
+    """One forward of prompt and given tokens.
 
     Args:
         agent: speaks.
         prompt: the batch of prompts.
-        texts: one per row.
-        max_tokens: forces only the first tokens of each.
+        tokens: ids that each row says.
         begun: holds the prompt's first columns already, as `Agent.hidden` takes it.
     """
-    ids, mask = target_batch(agent, texts, max_tokens=max_tokens)
+    ids, mask = target_batch(agent, tokens)
     return Speech(agent.hidden(prompt, ids, mask, begun), ids, mask)
 
 
