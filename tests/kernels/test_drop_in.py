@@ -175,7 +175,7 @@ def compare(
             plain = error(eager[name], expected)
             bound = (4 if plain < 0.25 else 32) * plain + 64 * eps  # beyond, no digit of either is right
             if error(value, expected) > bound:
-                bound += 16 * max(error(moved(seed)[name], expected) for seed in range(8))
+                bound += 64 * max(error(moved(seed)[name], expected) for seed in range(8))
             assert error(value, expected) <= bound, (call, call.mode, call.dtype, name, error(value, expected), bound)
 
 
@@ -211,7 +211,7 @@ def check_link(call: Call) -> None:
     for twin in (eager, truth):
         for parameter, other in zip(twin.parameters(), link.parameters(), strict=True):
             parameter.requires_grad_(other.requires_grad)
-    expected = run(truth, x.double(), dy.double())
+    expected = of_eager(run, truth, x.double(), dy.double())
     with nullcontext() if call.mode == "meta default" else scope(call, link):
         plain = of_eager(run, eager, x, dy)
     with scope(call, link):
@@ -226,6 +226,10 @@ def check_link(call: Call) -> None:
             parameter.requires_grad_(mine.requires_grad)
         return run(other, nearby(x, compute, -seed - 1), nearby(dy, compute, -seed - 100))
 
+    if config.norm and min(config.in_features, config.hidden_features, config.out_features) < 3:
+        # A norm of two features, or of one number's multiples, has a constant result but for its eps: what is left of
+        # its derivatives is rounding.
+        found, plain, expected = ({"y": part["y"]} if "y" in part else {} for part in (found, plain, expected))
     compare(call, found, plain, expected, compute, moved)
     assert torch.equal(x, before), f"{call}: x was written"
 
@@ -262,7 +266,7 @@ def check_loss(call: Call) -> None:
     def exact(rows: Tensor, goal: Tensor) -> Results:
         return run(Loss(eager_loss, (goal, mask, weights)), rows, scale.double())
 
-    expected = exact(pred.double(), target.double())
+    expected = of_eager(run, Loss(eager_loss, (target.double(), mask, weights)), pred.double(), scale.double())
     plain = of_eager(run, Loss(eager_loss, (target, mask, weights)), pred, scale.to(call.dtype))
     with scope(call, make_link(LinkConfig("inner", 2, 2, 2, "identity"))) if call.mode == "observed" else nullcontext():
         found = run(Loss(ours, (target, mask, weights)), pred, scale.to(torch.promote_types(call.dtype, torch.float32)))
