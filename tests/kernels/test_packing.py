@@ -168,7 +168,7 @@ def test_freezing_and_unfreezing():
         assert packing.packed_bytes() > 0
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=str)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=["deepcopy", "pickle"])
 def test_copies_have_weights_of_their_own(duplicate):
     link = packed_link()
     other = duplicate(link)

@@ -8,7 +8,7 @@ from recmas.agents.agent import Agent
 
 
 def uncached(agent: Agent, embeds: torch.Tensor, steps: int, link: torch.nn.Module) -> torch.Tensor:
-    """The rollouts of ``embeds [n, T, d]`` as ``[n * steps, d]``: the whole sequence for every step, no cache, no mask."""
+    """The rollouts of ``embeds [n, T, d]`` as ``[n * steps, d]``: the whole sequence anew for every step, no cache."""
     states = []
     for _ in range(steps):
         hidden = agent.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
