@@ -13,6 +13,7 @@ import pytest
 
 from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, run
 
+pytestmark = pytest.mark.alone  # compilers take every core
 HAS_NVCC = shutil.which("nvcc") is not None
 LEFT_OUT = {f"RECMAS_BUILD_{module}": "0" for module in ("TENSORS", "CPU", "CUDA")}
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

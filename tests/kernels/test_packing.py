@@ -290,7 +290,9 @@ def test_autocast_packs_in_the_compute_dtype():
         assert torch.equal(call(link), expected)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=["deepcopy", "pickle"]
+)
 def test_copies_have_weights_of_their_own(duplicate):
     link = make_link(CONFIG)
     with packed(link):
