@@ -20,7 +20,7 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: no part of the model takes input embeddings.
     """
     for part in _parts(model):
-        if part is not model and isinstance(part, PreTrainedModel) and "inputs_embeds" in accepted(type(part)):
+        if part is not model and isinstance(part, PreTrainedModel) and "inputs_embeds" in accepted(part):
             deeper = _headless(part)
             if deeper is not None:
                 return deeper

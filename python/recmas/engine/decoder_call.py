@@ -32,7 +32,7 @@ class DecoderCall:
         positions: bool | None = None,
         copies: bool | None = None,
     ) -> None:
-        takes = accepted(type(decoder))
+        takes = accepted(decoder)
         self.decoder = decoder
         self._copies = bool(missing(decoder, "intact inputs")) if copies is None else copies
         self._mask = "attention_mask" in takes and (not missing(decoder, "masks") if mask is None else mask)
@@ -70,8 +70,13 @@ class DecoderCall:
         return states
 
 
-@functools.cache
-def accepted(kind: Any) -> frozenset[str]:
+def accepted(decoder: Any) -> frozenset[str]:
     """Names of the arguments that a decoder's forward takes; what vanishes in ``**kwargs`` is not among them."""
+    kind: Any = type(decoder)
+    return _accepted(kind)
+
+
+@functools.cache
+def _accepted(kind: Any) -> frozenset[str]:
     named = inspect.signature(kind.forward).parameters.values()
     return frozenset(parameter.name for parameter in named if parameter.kind != parameter.VAR_KEYWORD)

@@ -1,4 +1,4 @@
-"""How a batch of prompts is read: on one cache, or as its decoder has proved that it can (`recmas.engine.abilities`)."""
+"""How a batch of prompts is read: on one cache, or as its decoder has proved it can (`recmas.engine.abilities`)."""
 
 from __future__ import annotations
 
