@@ -43,6 +43,7 @@ class FusedRecursiveLink(RecursiveLink):
             tensors = layers.read()
             if not compiling:
                 self._layers = layers
+        assert tensors is not None, "plain layers have their parameters"
         w1, b1, w2, b2, w3, b3, norm_in, norm_out, eps = tensors
         return recursive_link(
             x,

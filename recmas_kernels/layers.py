@@ -67,9 +67,9 @@ class PlainLayers:
         self._eps, self._children = config.eps, list(children.values())
         self._layers = tuple((child, type(child), child.__dict__) for child in layers.values())
         self._hooks = (*_GLOBAL_HOOKS, *(getattr(child, hooks) for child in layers.values() for hooks in _HOOKS))
-        self._norms = tuple(layers[name] for name in NORM_NAMES[config.kind]) if config.norm else None
+        self._norms: Any = tuple(layers[name] for name in NORM_NAMES[config.kind]) if config.norm else None
         norm_in, norm_out = NORM_NAMES[config.kind]
-        self._parameters = tuple(
+        self._parameters: Any = tuple(
             layers[name]._parameters if name in layers else None
             for name in ("proj1", "proj2", "residual_proj", norm_in, norm_out)
         )
