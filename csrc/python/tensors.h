@@ -56,7 +56,7 @@ class Reader {
   View read_attributes(PyObject* object) const;
 
   int (*describe_)(void* object, void* description) = nullptr;
-  py::object torch_, tensor_, parameter_, byte_;
+  py::object torch_, tensor_, parameter_, byte_, cpu_;
   py::object kernel_dtypes_[3];  // by link.h's number
 };
 
