@@ -34,8 +34,9 @@ class FusedRecursiveLink(RecursiveLink):
         config = self.config
         if config.layers == 1 or (x.is_nested if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)):
             return super().forward(x)
-        layers, compiling = self._layers, torch.compiler.is_compiling()
-        tensors = None if layers is None or compiling else layers.tensors(self._modules)
+        compiling = torch.compiler.is_compiling()
+        layers = None if compiling else self._layers  # not read by a compiler, which would guard on it
+        tensors = None if layers is None else layers.tensors(self._modules)
         if tensors is None:
             if why_not_plain(self._modules, config) is not None:
                 return super().forward(x)
