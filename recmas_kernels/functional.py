@@ -35,11 +35,9 @@ def _flattened(tensor: Tensor) -> Tensor:
     dimensions = tensor.dim()
     if dimensions == 2 or dimensions == 0:  # a scalar is for the checks to refuse
         return tensor
-    if dimensions == 1:
-        return tensor.unsqueeze(0)
     if transformed():  # a view of a dual number needs both parts in one layout
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.flatten(0, -2)
+    return tensor.unsqueeze(0) if dimensions == 1 else tensor.flatten(0, -2)
 
 
 def _rows(tensor: Tensor) -> Tensor:

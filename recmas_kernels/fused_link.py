@@ -34,8 +34,9 @@ class FusedRecursiveLink(RecursiveLink):
         config = self.config
         if config.layers == 1 or (x.is_nested if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)):
             return super().forward(x)
-        layers, compiling = self._layers, torch.compiler.is_compiling()
-        tensors = None if layers is None or compiling else layers.tensors(self._modules)
+        compiling = torch.compiler.is_compiling()
+        layers = None if compiling else self._layers  # not read by a compiler, which would guard on it
+        tensors = None if layers is None else layers.tensors(self._modules)
         if tensors is None:
             if why_not_plain(self._modules, config) is not None:
                 return super().forward(x)
@@ -45,6 +46,7 @@ class FusedRecursiveLink(RecursiveLink):
                 return super().forward(x)
             if not compiling:
                 self._layers = layers
+        assert tensors is not None, "plain layers have their parameters"
         w1, b1, w2, b2, w3, b3, norm_in, norm_out, eps = tensors
         return recursive_link(
             x,

@@ -16,8 +16,6 @@ PyObject* link_backward(PyObject* const* values, Py_ssize_t count);
 // cpu_packing.cpp
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns);
 void pack_weight(int isa, int threads, int compute, py::handle weight, py::handle packed);
-void sample_words(py::handle weight, py::handle samples);
-PyObject* words_match(PyObject* const* values, Py_ssize_t count);
 
 // cpu_rows.cpp
 void handoff_scatter(py::handle rows, py::handle slot_rows, py::handle table);

@@ -14,7 +14,6 @@ using namespace recmas::python;
 PyMethodDef fast_entries[] = {
     fast<&link_forward>("link_forward"),
     fast<&link_backward>("link_backward"),
-    fast<&words_match>("words_match"),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -28,7 +27,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("best_isa", [] { return static_cast<int>(recmas::cpu::best_isa()); });
   module.def("packed_bytes", &packed_bytes);
   module.def("pack_weight", &pack_weight);
-  module.def("sample_words", &sample_words);
   module.def("handoff_scatter", &handoff_scatter);
   module.def("handoff_take", &handoff_take);
   module.def("alignment", &alignment);

@@ -1,10 +1,9 @@
-// Packed weights: their size, the packing, and the sampled words by which a change of the weight shows.
+// Packed weights: their size and the packing.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
 #include "../link.h"
-#include "arguments.h"
 #include "cpu_entries.h"
 #include "cpu_run.h"
 #include "tensors.h"
@@ -13,21 +12,6 @@ namespace recmas::python {
 
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns) {
   return cpu::packed_bytes(rows, columns, static_cast<Dtype>(compute), static_cast<Isa>(isa));
-}
-
-// sample_words(weight, samples int64 [64]). Both tensors are contiguous.
-void sample_words(py::handle weight, py::handle samples) {
-  cpu::sample_words(reader().read(weight.ptr()).data, weight.attr("nbytes").cast<int64_t>(),
-                    static_cast<uint64_t*>(reader().read(samples.ptr()).data));
-}
-
-// words_match(weight, its bytes, samples) -> bool
-PyObject* words_match(PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 3, "words_match");
-  const void* const data = reader().read(arguments.object()).data;
-  const int64_t bytes = arguments.integer();
-  return PyBool_FromLong(
-      cpu::words_match(data, bytes, static_cast<const uint64_t*>(reader().read(arguments.object()).data)));
 }
 
 void pack_weight(int isa, int threads, int compute, py::handle weight, py::handle packed) {

@@ -52,6 +52,7 @@ void Reader::connect(const py::module_& torch, const py::object& table) {
   torch_ = torch;
   byte_ = torch.attr("uint8");
   int64_ = torch.attr("int64");
+  cpu_ = torch.attr("device")("cpu");
   kernel_dtypes_[static_cast<int>(Dtype::f32)] = torch.attr("float32");
   kernel_dtypes_[static_cast<int>(Dtype::bf16)] = torch.attr("bfloat16");
   kernel_dtypes_[static_cast<int>(Dtype::f16)] = torch.attr("float16");
@@ -118,7 +119,9 @@ int32_t Reader::dtype_of(PyObject* dtype) const {
   return View::kOther;
 }
 
-py::object Reader::allocate(int64_t bytes) const { return torch_.attr("empty")(bytes, py::arg("dtype") = byte_); }
+py::object Reader::allocate(int64_t bytes) const {
+  return torch_.attr("empty")(bytes, py::arg("dtype") = byte_, py::arg("device") = cpu_);  // whatever the default is
+}
 
 Reader& reader() {
   static Reader* const kept = new Reader;  // never destroyed: the interpreter may end before static objects do

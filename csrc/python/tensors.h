@@ -59,7 +59,7 @@ class Reader {
   View read_attributes(PyObject* object) const;
 
   int (*describe_)(void* object, void* description) = nullptr;
-  py::object torch_, tensor_, parameter_, byte_, int64_;
+  py::object torch_, tensor_, parameter_, byte_, int64_, cpu_;
   py::object kernel_dtypes_[3];  // by link.h's number
 };
 

@@ -192,18 +192,6 @@ void test_alignment(Isa isa) {
   CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::row_out_of_range, "an id outside the table was read");
 }
 
-void test_samples() {
-  std::vector<uint8_t> data(8 * 1000 + 3);
-  uint64_t words[64];
-  for (const int64_t bytes : {int64_t{3}, int64_t{16}, int64_t{8003}}) {
-    std::fill(data.begin(), data.end(), uint8_t{7});
-    cpu::sample_words(data.data(), bytes, words);
-    CHECK(cpu::words_match(data.data(), bytes, words), "unchanged data of %lld bytes", static_cast<long long>(bytes));
-    data[0] = 8;
-    CHECK(!cpu::words_match(data.data(), bytes, words), "changed data of %lld bytes", static_cast<long long>(bytes));
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -221,7 +209,6 @@ int main() {
     test_alignment(isa);
   }
   test_handoff();
-  test_samples();
   if (failures == 0)
     std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
   return failures == 0 ? 0 : 1;
