@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
 from recmas.config.pattern import Edge
+from recmas.prompts.rows import Fields
 from recmas.system.system import System
+from recmas.training import checkpoint
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import DataSource, RowSource, pick
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick
+from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.pair_cache import PairCache, Place
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
+from recmas_kernels import RecursiveLink
 
 Key = TypeVar("Key", bound="str | Edge")
 Cache = PairCache | str | os.PathLike[str]
-Batches = Callable[[int, int], Pairs]
-"""The pairs of batch ``index`` in ``step``."""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Key]):
+    """What distinguishes the stages that align links.
+
+    ``loss`` is called with system, key, pairs and the config's weights; ``examples``, with system, key and pairs, gives
+    rows that the link reads and what it should make of them.
+    """
+
+    name: str
+    loss: Callable[..., torch.Tensor]
+    examples: Callable[[System, Key, Pairs], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batches of a run: how many, and the rows and the round of each; a row comes with what distinguishes it."""
+
+    count: int
+    batch: Callable[[int], tuple[Sequence[tuple[Hashable, Fields]], int]]
+
+
+Batches = Callable[[int], Pairs]
+"""The pairs of a plan's batch."""
 
 
 def train_apart(
     system: System,
-    links: Mapping[Key, nn.Module],
-    loss: Callable[..., torch.Tensor],
+    links: Mapping[Key, RecursiveLink],
+    stage: Stage[Key],
     rows: RowSource,
     config: AlignmentConfig,
     *,
-    stage: str,
+    validation: RowSource | None,
     output: str | os.PathLike[str] | None,
     cache: Cache | None,
     resume: bool,
@@ -43,79 +70,122 @@ def train_apart(
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
-    Everything is checked before the first run begins. ``loss`` is called with system, key, pairs and the config's
-    weights.
+    Everything is checked before the first run begins.
     """
     source = DataSource(rows, config.batch_size, config.seed)
+    plan, measured = _plan(source, config), _measured(validation, config)
+    kept = cache if cache is None or isinstance(cache, PairCache) else PairCache(cache)
     check_trainable(system)
     senders = {key: key if isinstance(key, str) else key[0] for key in links}
-    names = {key: "-".join([stage, key] if isinstance(key, str) else [stage, *key]) for key in links}
+    names = {key: "-".join([stage.name, key] if isinstance(key, str) else [stage.name, *key]) for key in links}
     folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
     trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
+    others = [row for index in range(measured.count) for _, row in measured.batch(index)[0]]
     for role in dict.fromkeys(senders.values()):
-        check_rows(system, role, source.rows, each_round_count(config.rounds))
+        for checked in (source.rows, others):
+            check_rows(system, role, checked, each_round_count(config.rounds))
     for key, folder in folders.items():
         if folder is not None:
             check_run(trained[key], config, folder, resume)
     if on_start is not None:
         on_start()
     made: dict[str, Batches] = {}
+    made_others: dict[str, Batches] = {}
     results: dict[Key, TrainingResult] = {}
     for key, parameters in trained.items():
-        role = senders[key]
+        role, folder = senders[key], folders[key]
         with only_trainable(system, parameters):
             if role not in made:
-                made[role] = _batches(system, role, source, config, cache, progress)
+                made[role] = _batches(system, role, plan, config, kept, progress)
+                made_others[role] = _batches(system, role, measured, config, kept, progress)
+            batches = made[role]
+            if folder is None or not checkpoint.checkpoints(folder):
+                pairs = (batches(index) for index in range(plan.count))
+                _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
+            weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
+            loss = partial(_loss, system, key, stage, weights)
             results[key] = train(
                 parameters,
-                partial(_batch_loss, system, key, loss, made[role], config),
+                partial(_step_loss, loss, batches),
                 config,
                 name=names[key],
-                output=folders[key],
+                output=folder,
                 resume=resume,
                 progress=progress,
                 on_step=on_step,
+                validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
             )
     return results
 
 
-def _batch_loss(
-    system: System,
-    key: str | Edge,
-    loss: Callable[..., torch.Tensor],
-    batches: Batches,
-    config: AlignmentConfig,
-    index: int,
-    step: int,
-) -> torch.Tensor:
-    pairs = batches(index, step)
-    return loss(system, key, pairs, cosine_weight=config.cosine_weight, mse_weight=config.mse_weight)
+def _loss(system: System, key: Any, stage: Stage[Any], weights: Mapping[str, float], pairs: Pairs) -> torch.Tensor:
+    return stage.loss(system, key, pairs, **weights)
+
+
+def _step_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, index: int, step: int) -> torch.Tensor:
+    return loss(batches(index))
+
+
+def _mean_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, count: int) -> float:
+    """Over all batches, weighed by their pairs."""
+    total = pairs = 0.0
+    for index in range(count):
+        batch = batches(index)
+        total += loss(batch).item() * len(batch.ids)
+        pairs += len(batch.ids)
+    return total / pairs
+
+
+def _initialise(
+    link: RecursiveLink, config: AlignmentConfig, examples: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    if config.link_init == "identity":
+        to_identity(link)
+    elif config.link_init == "ridge":
+        to_ridge(link, examples)
+
+
+def _plan(source: DataSource, config: AlignmentConfig) -> Plan:
+    def batch(index: int) -> tuple[Sequence[tuple[Hashable, Fields]], int]:
+        return source.named_batch(index), pick(config.seed, index // config.accumulation, config.rounds)
+
+    return Plan(config.steps * config.accumulation, batch)
+
+
+def _measured(validation: RowSource | None, config: AlignmentConfig) -> Plan:
+    """All validation rows, in every round that may be drawn."""
+    rows = [] if validation is None else fixed_batches(validation, config.batch_size)
+    batches = [
+        ([((number, place), row) for place, row in enumerate(batch)], round)
+        for round in each_round_count(config.rounds)
+        for number, batch in enumerate(rows)
+    ]
+    return Plan(len(batches), batches.__getitem__)
 
 
 def _batches(
-    system: System, role: str, source: DataSource, config: AlignmentConfig, cache: Cache | None, progress: bool
+    system: System, role: str, plan: Plan, config: AlignmentConfig, cache: PairCache | None, progress: bool
 ) -> Batches:
-    """Every batch of a run: the same texts in the same order, and so the same loss, cached or not."""
+    """The pairs of a plan's batches, cached or not: the same texts in the same order, and so the same loss."""
     agent = system.agents[role]
-    if cache is None:
+    if cache is None or plan.count == 0:
 
-        def fresh(index: int, step: int) -> Pairs:
-            round = pick(config.seed, step, config.rounds)
-            return speak(agent, utterances(system, role, source.batch(index), round, max_tokens=config.max_tokens))
+        def fresh(index: int) -> Pairs:
+            batch, round = plan.batch(index)
+            rows = [row for _, row in batch]
+            return speak(agent, utterances(system, role, rows, round, max_tokens=config.max_tokens))
 
         return fresh
     numbers: dict[tuple[Hashable, int], int] = {}
     said: list[Utterance] = []
     batches: list[list[int]] = []
-    for index in range(config.steps * config.accumulation):
-        round = pick(config.seed, index // config.accumulation, config.rounds)
-        batch = source.named_batch(index)
+    for index in range(plan.count):
+        batch, round = plan.batch(index)
         new = {(name, round): row for name, row in batch if (name, round) not in numbers}
         if new:
             numbers.update({name: len(said) + place for place, name in enumerate(new)})
             said += utterances(system, role, list(new.values()), round, max_tokens=config.max_tokens)
         batches.append([numbers[name, round] for name, _ in batch])
-    cache = cache if isinstance(cache, PairCache) else PairCache(cache)
     shelf = cache.fill(system, role, said, progress=progress)
     places = [Place.of(one) for one in said]
-    return lambda index, step: shelf.pairs([places[number] for number in batches[index]])
+    return lambda index: shelf.pairs([places[number] for number in batches[index]])
