@@ -14,9 +14,9 @@ from torch import Tensor
 from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
-from recmas.engine.continuation import Prefill, prefill_all
 from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
+from recmas.engine.prefill import Prefill, prefill_all
 from recmas_kernels import packed
 
 

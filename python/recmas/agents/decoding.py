@@ -8,8 +8,8 @@ import torch
 
 from recmas.agents.model import FrozenModel
 from recmas.agents.sampling import NotFiniteError, Sampler
-from recmas.engine.continuation import Prefill, prefill_all
 from recmas.engine.messages import Prompt
+from recmas.engine.prefill import Prefill, prefill_all
 
 _UNBOUNDED = 1 << 62
 Reply = Callable[[int, int, int], Sequence[int]]

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from recmas.agents.body import OwnLogits, body_of
+from recmas.agents.required import required
 from recmas.engine.continuation import positions_of
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Prompt
+from recmas.engine.prefill import forward_groups
 
 
 class PromptTooLongError(ValueError):
@@ -30,19 +34,25 @@ class FrozenModel:
         tokenizer: its tokenizer.
         name: begins error messages (the role).
 
+    Attributes:
+        decoder: the body that turns input embeddings into final-norm hidden states.
+
     Raises:
-        ValueError: a model whose logits this class cannot compute from hidden states.
+        ValueError: a model that does not prove what every agent needs (`recmas.agents.required`); one line that says
+            which proof failed. Weights on the meta device prove nothing; the first forward does then.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer, self.name = tokenizer, name
-        self.decoder: PreTrainedModel = model.get_decoder()
+        try:
+            self.decoder: PreTrainedModel = body_of(model)
+        except ValueError as error:
+            raise ValueError(f"agent {name!r}: a {model.config.model_type} model is refused: {error}") from None
         self._config = model.config.get_text_config(decoder=True)
-        self._logits_factor = _logits_factor(self._config, name)
-        self._softcap: float | None = getattr(self._config, "final_logit_softcapping", None)
-        if model.get_output_embeddings() is None:
-            raise ValueError(f"agent {name!r}: {type(model).__name__} has no LM head")
+        self._own_logits: OwnLogits | None = None
+        if self.device.type != "meta":
+            self._own_logits = self._proved()
 
     @property
     def hidden_size(self) -> int:
@@ -102,25 +112,24 @@ class FrozenModel:
         Returns:
             ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
         """
+        if begun is None and (groups := forward_groups(self.decoder, prompt.mask, target_mask)):
+            parts = [self.hidden(_rows(prompt, rows), targets[rows], target_mask[rows]) for rows in groups]
+            order = torch.cat(groups).argsort()
+            return torch.cat(parts)[order]
         length = targets.shape[1]
         mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
         embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
         self.check_context(mask.sum(dim=1).tolist())
         held = 0 if begun is None else begun.get_seq_length()
-        output = self.decoder(
-            inputs_embeds=embeds[:, held:],
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, held:],
-            past_key_values=begun,
-            use_cache=begun is not None,
-        )
+        states = DecoderCall(self.decoder)(embeds[:, held:], mask, positions_of(mask)[:, held:], begun)
         first = prompt.mask.shape[1] - 1 - held
-        return output.last_hidden_state[:, first : first + length]
+        return states[:, first : first + length]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., vocabulary]`` of final-norm hidden states ``[..., d]``, with the model's own scale and cap."""
-        logits = self.model.get_output_embeddings()(hidden) * self._logits_factor
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+        """Logits ``[..., vocabulary]`` of final-norm hidden states ``[..., d]``, by the model's own forward."""
+        if self._own_logits is None:
+            self._own_logits = self._proved()
+        return self._own_logits(hidden)
 
     def check_context(self, lengths: Sequence[int], room: int = 0) -> None:
         """Raise PromptTooLongError for the longest of prompts of so many positions if it does not fit.
@@ -135,14 +144,16 @@ class FrozenModel:
             problem = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
             raise PromptTooLongError(problem, lengths.index(longest))
 
+    def _proved(self) -> OwnLogits:
+        found = required(self.model, self.decoder)
+        if found.refusal:
+            kind = self.decoder.config.model_type
+            raise ValueError(f"agent {self.name!r}: a {kind} model is refused: {found.refusal}")
+        return OwnLogits(self.model, found.path, found.kind)
 
-def _logits_factor(config: Any, name: str) -> float:
-    """The factor between LM head and logits, for the families known to have one."""
-    family = str(config.model_type)
-    if (factor := getattr(config, "logit_scale", None)) is not None and family.startswith("cohere"):
-        return float(factor)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        if not family.startswith("granite"):
-            raise ValueError(f"agent {name!r}: how a {family} model scales its logits is not known here")
-        return 1.0 / float(divisor)
-    return 1.0
+
+def _rows(prompt: Prompt, rows: Tensor) -> Prompt:
+    """Some rows of a batch, without the padding that none of them needs."""
+    mask = prompt.mask[rows]
+    first = mask.shape[1] - int(mask.sum(dim=1).max())
+    return Prompt(prompt.embeds[rows, first:], mask[:, first:])

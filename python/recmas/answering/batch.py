@@ -13,8 +13,8 @@ from recmas.agents.model import PromptTooLongError
 from recmas.answering.answers import Answers, Handoff
 from recmas.answering.plan import Plan
 from recmas.config.pattern import Visit
-from recmas.engine.continuation import Prefill
 from recmas.engine.messages import Latents, Message
+from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse, Reading
 from recmas.prompts.rows import Fields
 from recmas.system.system import Turn

@@ -23,6 +23,7 @@ COMMANDS = {
     "lab": "the relay lab: build, questions, eval, demo",
     "convert": "read and write the reference implementation's systems and links",
     "inspect": "show a system's parts, and what its latents look like",
+    "check": "prove what a model can do as an agent, with the numbers",
     "info": "show versions, what is built and which kernels serve; of a system, the memory that it will take",
 }
 DESCRIPTION = """Recursive multi-agent systems whose agents pass latent thoughts instead of text.

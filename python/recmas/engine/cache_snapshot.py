@@ -16,8 +16,6 @@ from recmas.engine.continuation import Continuation, length_dependent
 from recmas.engine.growing_cache import GrowingLayer, GrowingSlidingLayer, new_cache
 
 Ids = Sequence[Sequence[int]]
-RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
-"""Families with recurrent states that are known to continue from one by several positions at once."""
 
 
 @dataclass
@@ -92,20 +90,14 @@ class Snapshot:
 
 def unsupported(decoder: PreTrainedModel, cache: DynamicCache) -> str:
     """Why nothing can be kept of this model's cache; empty if it can."""
-    config = decoder.config
     if torch.is_grad_enabled():
         return "gradients are kept"
-    if length_dependent(config):
+    if length_dependent(decoder.config):
         return "the model's position encoding depends on the length of its input"
     for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            if config.model_type not in RECURRENT or not hasattr(layer, "activate_past_recording"):
-                return f"a {config.model_type} model continues its recurrent states by single positions only"
-        elif type(layer) not in (GrowingLayer, GrowingSlidingLayer, DummyLayer):
+        if type(layer) not in (GrowingLayer, GrowingSlidingLayer, DummyLayer, LinearAttentionLayer):
             return f"a cache layer of type {type(layer).__name__} cannot be copied"
-    if not cache.layers or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        return "the model's attention is of an unknown kind"
-    return ""
+    return "" if cache.layers else "the model keeps no cache"
 
 
 def common_columns(rows: Ids, others: Ids, pads: Sequence[int], last: int) -> int:

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer, StaticLayer
 
+from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import unsupported
-from recmas.engine.continuation import Continuation
+from recmas.engine.continuation import Continuation, Past
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.growing_cache import GrowingSlidingLayer
 
 _KINDS = {False: "full_attention", True: "sliding_attention"}
@@ -39,7 +41,7 @@ class FixedShapeContinuation:
 
     def __init__(self, past: Continuation, rows: int, columns: int, *, compiled: bool = False) -> None:
         embedding = past.decoder.get_input_embeddings().weight
-        self.rows, self.columns, self._decoder = rows, columns, past.decoder
+        self.rows, self.columns, self._call = rows, columns, DecoderCall(past.decoder)
         self._dtype, device = embedding.dtype, embedding.device
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -85,28 +87,21 @@ class FixedShapeContinuation:
         return hidden
 
     def _body(self, embeds: Tensor) -> Tensor:
-        output = self._decoder(
-            inputs_embeds=embeds,
-            attention_mask=self._masks,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
+        return self._call(embeds, self._masks, self._positions, self._cache)[:, -1]
 
 
-def unfit(past: Continuation) -> str:
+def unfit(past: Past) -> str:
     """Why this model cannot be continued at fixed shapes; empty if it can."""
     decoder = past.decoder
+    if not isinstance(past, Continuation):
+        return "the batch does not grow on one cache"
     if reason := unsupported(decoder, past.cache):
         return reason
     if decoder.config._attn_implementation not in ("sdpa", "eager"):
         return f"masks of {decoder.config._attn_implementation} attention are not made here"
-    if not getattr(decoder.config, "rope_parameters", None):
-        return "the model's positions are not rotary"
     if not any(hasattr(layer, "keys") for layer in past.cache.layers):
         return "no layer of the model attends"
-    return ""
+    return missing(decoder, "fixed shapes")
 
 
 def bucket(batch: int, length: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas.engine.continuation import Continuation
+from recmas.engine.continuation import Continuation, Past
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket, unfit
 from recmas.engine.messages import run_link
 
@@ -58,26 +58,29 @@ class Rollouts:
         self._moves, self._failed = 0, ""
         self._buckets: dict[tuple[object, ...], _Bucket] = {}
 
-    def __call__(
-        self, past: Continuation, hidden: Tensor, steps: int, link: Link, *, weights_stay: bool = True
-    ) -> Tensor:
+    def __call__(self, past: Past, hidden: Tensor, steps: int, link: Link, *, weights_stay: bool = True) -> Tensor:
         """The rollout ``[B, m, d]`` of a batch whose prompt `past` has read; `steps` at least 1.
 
         A graph captured over weights that do not stay (offload) would hold addresses of memory that is freed.
         """
-        unfitting = unfit(past)
-        self.reason = self._uncaptured(hidden, steps, link, weights_stay) or unfitting
+        self.reason = self._uncaptured(hidden, steps, link, weights_stay)
+        fixed = steps > 1 and (self.fixed_shapes or self.compiled)
+        if fixed or not self.reason:
+            unfitting = unfit(past)
+            self.reason, fixed = self.reason or unfitting, fixed and not unfitting
         if not self.reason:
             assert isinstance(link, nn.Module)
+            assert isinstance(past, Continuation)
             try:
                 with _BUFFERS:
                     return self._bucket(past, steps).replay(past, hidden, steps, link, self)
-            except RuntimeError as error:  # whatever a model does that cannot be captured, and memory that is short
+            except Exception as error:  # whatever a model does that cannot be captured, and memory that is short
                 self._buckets.clear()
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 self._failed = self.reason = f"no graph could be captured: {reason}"
                 warnings.warn(f"the latent rollout goes on without CUDA graphs: {self.reason}", stacklevel=2)
-        if steps > 1 and (self.fixed_shapes or self.compiled) and not unfitting:
+        if fixed:
+            assert isinstance(past, Continuation)
             with _BUFFERS:
                 return self._bucket(past, steps).run(past, hidden, steps, link)
         dtype = past.decoder.get_input_embeddings().weight.dtype

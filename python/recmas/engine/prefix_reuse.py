@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
+from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import Ids, Snapshot, common_columns, unsupported
-from recmas.engine.continuation import Continuation, Prefill, prefill_all
+from recmas.engine.continuation import Continuation, Past
 from recmas.engine.messages import Prompt
+from recmas.engine.prefill import Prefill, missing_padding, prefill_all, uncached
 
 SHARED_POSITIONS = 64
 """Positions that must be saved before a prefix common to all rows is read by itself, which costs a small forward."""
@@ -57,12 +59,14 @@ class PrefixReuse:
 
     Args:
         enabled: False reads every prompt in one piece.
+        proved: the model need not prove its prefix reuse: this is the proof.
 
     Attributes:
         last: the reading of the latest prompts.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, *, proved: bool = False) -> None:
+        self._proved = proved
         self._off = "" if enabled else "prefix reuse is off"
         self._held: dict[str, Snapshot] = {}
         self.last = Reading()
@@ -77,9 +81,7 @@ class PrefixReuse:
         """
         self.last = Reading()
 
-        def prefill(
-            decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None
-        ) -> tuple[Continuation, Tensor]:
+        def prefill(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None) -> tuple[Past, Tensor]:
             if not self._off:
                 try:
                     return self._prefill(role, upcoming, decoder, prompt, room, context)
@@ -89,7 +91,7 @@ class PrefixReuse:
                     self._held.clear()
                     self._off = "memory ran out, so snapshots were dropped"
             positions = int(prompt.mask.sum())
-            self.last = Reading(positions, positions, self._off)
+            self.last = Reading(positions, positions, self._unproved(decoder, prompt) or self._off)
             return prefill_all(decoder, prompt, room, context)
 
         return prefill
@@ -102,15 +104,18 @@ class PrefixReuse:
         prompt: Prompt,
         room: int,
         context: int | None,
-    ) -> tuple[Continuation, Tensor]:
+    ) -> tuple[Past, Tensor]:
         past = Continuation(decoder, prompt.mask, room, context)
         prefix, pads = prompt.prefix, [int(count) for count in (prompt.mask == 0).sum(dim=1)]
         width = prompt.mask.shape[1]
         positions = computed = len(pads) * width - sum(pads)
         reason = "the prompt's tokens are not known" if prefix is None else unsupported(decoder, past.cache)
+        reason = self._unproved(decoder, prompt) or reason
+        if not reason and (upcoming is not None or self._held or _shared(past, prefix or [], pads, width - 1)):
+            reason = "" if self._proved else missing(decoder, "prefix reuse")
         if reason or prefix is None:
             self.last = Reading(positions, computed, reason)
-            return past, past.feed(prompt.embeds)
+            return prefill_all(decoder, prompt, room, context)
 
         mine = [snapshot for snapshot in self._held.values() if snapshot.decoder is decoder]
         held = [snapshot for snapshot in mine if snapshot.device == prompt.embeds.device]
@@ -145,6 +150,13 @@ class PrefixReuse:
         if upcoming is not None and not recurrent and (role not in self._held or self._held[role].ids != prefix):
             self._held[role] = Snapshot.of(past, prefix, pads)
         return past, hidden
+
+    def _unproved(self, decoder: PreTrainedModel, prompt: Prompt) -> str:
+        """What this prompt cannot be read with, and so has no prefix to reuse."""
+        if self._proved:
+            return ""
+        slow = uncached(decoder) or missing_padding(decoder, prompt.mask)
+        return slow or missing(decoder, "several positions")
 
 
 def _shared(past: Continuation, prefix: Ids, pads: list[int], last: int) -> int:

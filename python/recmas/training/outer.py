@@ -26,6 +26,7 @@ from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
+from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
 from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
@@ -96,7 +97,8 @@ def outer_loss(
         agent, count = system.agents[visit.role], steps[visit.role]
         if not visit.final and (latents == "rollout" or count == 0):
             link = system.inner_links[visit.role]
-            if recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link):
+            repeats = recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link)
+            if repeats and proved(agent.decoder, "begun prefixes", prompt):
                 turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
             else:
                 turn.message = agent.think(prompt, count, link)
@@ -104,8 +106,8 @@ def outer_loss(
         tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
         if not visit.final:
             tokens = [row[:count] for row in tokens]
-        begun = prefixes.of(visit.role, agent, prompt)
-        with recomputing(agent.decoder, enabled=recompute):
+        begun = prefixes.of(visit.role, agent, prompt) if proved(agent.decoder, "begun prefixes", prompt) else None
+        with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
             speech = force(agent, prompt, tokens, begun=begun)
         if visit.final:
             said = speech.mask.bool()

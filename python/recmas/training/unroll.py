@@ -11,21 +11,23 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recmas.agents.agent import Agent
 from recmas.engine.continuation import length_dependent, positions_of
+from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Prompt
 
 Column = tuple["int | None", ...]
 """Of a batch of prompts: a token id per row, None for padding."""
+CacheClass = TypeVar("CacheClass", bound=Cache)
 
 
 class SharedPrefixes:
@@ -56,23 +58,16 @@ class SharedPrefixes:
             if 2 * common >= length and common >= least and (begun := cropped(cache, common)):
                 return begun
         cache = DynamicCache(config=agent.decoder.config)
-        kinds = {type(layer) for layer in cache.layers}
-        if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or length_dependent(agent.decoder.config):
+        if unforkable(cache) or length_dependent(agent.decoder.config):
             return None
         mask = prompt.mask[:, :length]
         with torch.no_grad():
-            agent.decoder(
-                inputs_embeds=prompt.embeds[:, :length],
-                attention_mask=mask,
-                position_ids=positions_of(mask),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            DecoderCall(agent.decoder)(prompt.embeds[:, :length], mask, positions_of(mask), cache)
         self._held[role] = known, cache
         return fork(cache)
 
 
-def fork(cache: DynamicCache) -> DynamicCache:
+def fork(cache: CacheClass) -> CacheClass:
     """A cache that grows by itself from what this one holds; such layers replace their keys and values as they grow."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
@@ -92,6 +87,12 @@ def cropped(cache: DynamicCache, length: int) -> DynamicCache | None:
     return forked
 
 
+def unforkable(cache: Cache) -> str:
+    """Why this cache has no forks: it keeps more of the past than keys and values; empty if it does not."""
+    kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    return f"a cache layer of type {kinds.pop().__name__} is not forked" if kinds else ""
+
+
 @contextmanager
 def recomputing(decoder: nn.Module, enabled: bool) -> Iterator[None]:
     """Within, each of the decoder's layers keeps its input alone and runs again in the backward."""
@@ -109,11 +110,13 @@ def recomputing(decoder: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``forward`` under a checkpoint; each of its runs appends to a fork of the cache as it now is."""
-    past = kwargs.get("past_key_values")
+    """``forward`` under a checkpoint; each of its runs appends to forks of the caches as they now are."""
 
     def run(*args: Any) -> Any:
-        given = kwargs if past is None else {**kwargs, "past_key_values": fork(past)}
-        return forward(*args, **given)
+        return forward(*map(_forked, args), **{name: _forked(value) for name, value in kwargs.items()})
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _forked(value: Any) -> Any:
+    return fork(value) if isinstance(value, Cache) else value
