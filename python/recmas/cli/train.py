@@ -39,6 +39,12 @@ def add_options(parser: CommandLineParser) -> None:
         command.add_argument(
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
         )
+        command.add_argument(
+            "--validation",
+            type=str,
+            default=None,
+            help="JSONL file as --data; the links with least loss on it are kept",
+        )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
         only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
         command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
@@ -93,6 +99,8 @@ def execute(options: Namespace) -> int:
     only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
     if stage != "outer" and chosen.cache != "off":
         only["cache"] = training.PairCache(logs / "pairs" if chosen.cache is None else chosen.cache, chosen.cache_dtype)
+    if chosen.validation is not None:
+        only["validation"] = training.read_rows(chosen.validation)
     read_spec(system)
     with ExitStack() as stack:
         if not new:

@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
 from recmas.config.pattern import Edge
+from recmas.prompts.rows import Fields
 from recmas.system.system import System
+from recmas.training import checkpoint
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import DataSource, RowSource, pick
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick
+from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
+from recmas_kernels import RecursiveLink
 
 Key = TypeVar("Key", bound="str | Edge")
 Cache = PairCache | str | os.PathLike[str]
-Batches = Callable[[int, int], Pairs]
-"""The pairs of batch ``index`` in ``step``."""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Key]):
+    """What distinguishes the stages that align links.
+
+    ``loss`` is called with system, key, pairs and the config's weights; ``examples``, with system, key and pairs, gives
+    rows that the link reads and what it should make of them.
+    """
+
+    name: str
+    loss: Callable[..., torch.Tensor]
+    examples: Callable[[System, Key, Pairs], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Batches of a run: how many, and the rows and the round of each; a row comes with what distinguishes it."""
+
+    count: int
+    batch: Callable[[int], tuple[Sequence[tuple[Hashable, Fields]], int]]
+
+
+Batches = Callable[[int], Pairs]
+"""The pairs of a schedule's batch."""
 
 
 def train_apart(
     system: System,
-    links: Mapping[Key, nn.Module],
-    loss: Callable[..., torch.Tensor],
+    links: Mapping[Key, RecursiveLink],
+    stage: Stage[Key],
     rows: RowSource,
     config: AlignmentConfig,
     *,
-    stage: str,
+    validation: RowSource | None,
     output: str | os.PathLike[str] | None,
     cache: Cache | None,
     resume: bool,
@@ -44,105 +71,148 @@ def train_apart(
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
     Everything is checked, the cache too, before the first run begins.
-
-    ``loss`` is called with system, key, pairs and the config's weights.
     """
     source = DataSource(rows, config.batch_size, config.seed)
+    schedule, measured = _schedule(source, config), _measured(validation, config)
     check_trainable(system)
-    names = {key: "-".join([stage, key] if isinstance(key, str) else [stage, *key]) for key in links}
+    senders = {key: key if isinstance(key, str) else key[0] for key in links}
+    names = {key: "-".join([stage.name, key] if isinstance(key, str) else [stage.name, *key]) for key in links}
     folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
     trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
-    senders = {key: key if isinstance(key, str) else key[0] for key in links}
+    others = [row for index in range(measured.count) for _, row in measured.batch(index)[0]]
     roles = dict.fromkeys(senders.values())
     for role in roles:
-        check_rows(system, role, source.rows, each_round_count(config.rounds))
+        for checked in (source.rows, others):
+            check_rows(system, role, checked, each_round_count(config.rounds))
     for key, folder in folders.items():
         if folder is not None:
             check_run(trained[key], config, folder, resume)
-    planned = _planned(system, roles, source, config, cache, progress)
+    planned = _planned(system, roles, [schedule, measured], config, cache, progress)
     if on_start is not None:
         on_start()
     for folder in folders.values():
         if folder is not None:  # so that a run that ends while its pairs are made can be resumed
             folder.mkdir(parents=True, exist_ok=True)
     made: dict[str, Batches] = {}
+    made_others: dict[str, Batches] = {}
     results: dict[Key, TrainingResult] = {}
     for key, parameters in trained.items():
-        role = senders[key]
+        role, folder = senders[key], folders[key]
         with only_trainable(system, parameters):
             if role not in made:
-                made[role] = planned.pop(role)()
+                made[role], made_others[role] = planned.pop(role)()
+            batches = made[role]
+            if folder is None or not checkpoint.checkpoints(folder):
+                pairs = (batches(index) for index in range(schedule.count))
+                _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
+            weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
+            loss = partial(_loss, system, key, stage, weights)
             results[key] = train(
                 parameters,
-                partial(_batch_loss, system, key, loss, made[role], config),
+                partial(_step_loss, loss, batches),
                 config,
                 name=names[key],
-                output=folders[key],
+                output=folder,
                 resume=resume,
                 progress=progress,
                 on_step=on_step,
+                validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
             )
     return results
 
 
-def _batch_loss(
-    system: System,
-    key: str | Edge,
-    loss: Callable[..., torch.Tensor],
-    batches: Batches,
-    config: AlignmentConfig,
-    index: int,
-    step: int,
-) -> torch.Tensor:
-    pairs = batches(index, step)
-    return loss(system, key, pairs, cosine_weight=config.cosine_weight, mse_weight=config.mse_weight)
+def _loss(system: System, key: Any, stage: Stage[Any], weights: Mapping[str, float], pairs: Pairs) -> torch.Tensor:
+    return stage.loss(system, key, pairs, **weights)
+
+
+def _step_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, index: int, step: int) -> torch.Tensor:
+    return loss(batches(index))
+
+
+def _mean_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, count: int) -> float:
+    """Over all batches, weighed by their pairs."""
+    total = pairs = 0.0
+    for index in range(count):
+        batch = batches(index)
+        total += loss(batch).item() * len(batch.ids)
+        pairs += len(batch.ids)
+    return total / pairs
+
+
+def _initialise(
+    link: RecursiveLink, config: AlignmentConfig, examples: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    if config.link_init == "identity":
+        to_identity(link)
+    elif config.link_init == "ridge":
+        to_ridge(link, examples)
+
+
+def _schedule(source: DataSource, config: AlignmentConfig) -> Schedule:
+    def batch(index: int) -> tuple[Sequence[tuple[Hashable, Fields]], int]:
+        return source.named_batch(index), pick(config.seed, index // config.accumulation, config.rounds)
+
+    return Schedule(config.steps * config.accumulation, batch)
+
+
+def _measured(validation: RowSource | None, config: AlignmentConfig) -> Schedule:
+    """All validation rows, in every round that may be drawn."""
+    rows = [] if validation is None else fixed_batches(validation, config.batch_size)
+    batches = [
+        ([((number, place), row) for place, row in enumerate(batch)], round)
+        for round in each_round_count(config.rounds)
+        for number, batch in enumerate(rows)
+    ]
+    return Schedule(len(batches), batches.__getitem__)
 
 
 def _planned(
     system: System,
     roles: Iterable[str],
-    source: DataSource,
+    schedules: Sequence[Schedule],
     config: AlignmentConfig,
     cache: Cache | None,
     progress: bool,
-) -> dict[str, Callable[[], Batches]]:
-    """By role, what makes every batch of a run: the same texts in the same order, and so the same loss, cached or not.
+) -> dict[str, Callable[[], list[Batches]]]:
+    """By role, what makes each schedule's batches; cached or not, the texts, their order and so the loss are the same.
 
     What goes into the cache is checked here, and written when the result is called.
     """
     if cache is None:
-        return {role: partial(_fresh, system, role, source, config) for role in roles}
+        return {role: partial(_fresh, system, role, schedules, config) for role in roles}
     cache = cache if isinstance(cache, PairCache) else PairCache(cache)
-    listed = {role: _listed(system, role, source, config) for role in roles}
-    plans = cache.plan(system, {role: said for role, (said, _) in listed.items()})
-    return {role: partial(_cached, plans[role], *listed[role], progress) for role in listed}
+    listed = {role: [_listed(system, role, schedule, config) for schedule in schedules] for role in roles}
+    plans = cache.plan(system, {role: [one for said, _ in lists for one in said] for role, lists in listed.items()})
+    return {role: partial(_cached, plans[role], lists, progress) for role, lists in listed.items()}
 
 
-def _fresh(system: System, role: str, source: DataSource, config: AlignmentConfig) -> Batches:
-    def batches(index: int, step: int) -> Pairs:
-        round = pick(config.seed, step, config.rounds)
-        said = utterances(system, role, source.batch(index), round, max_tokens=config.max_tokens)
+def _fresh(system: System, role: str, schedules: Sequence[Schedule], config: AlignmentConfig) -> list[Batches]:
+    def pairs(schedule: Schedule, index: int) -> Pairs:
+        batch, round = schedule.batch(index)
+        said = utterances(system, role, [row for _, row in batch], round, max_tokens=config.max_tokens)
         return speak(system.agents[role], said)
 
-    return batches
+    return [partial(pairs, schedule) for schedule in schedules]
 
 
-def _cached(plan: Plan, said: Sequence[Utterance], batches: Sequence[Sequence[int]], progress: bool) -> Batches:
+def _cached(plan: Plan, lists: Sequence[tuple[list[Utterance], list[list[int]]]], progress: bool) -> list[Batches]:
     shelf = plan.fill(progress=progress)
-    places = [Place.of(one) for one in said]
-    return lambda index, step: shelf.pairs([places[number] for number in batches[index]])
+
+    def pairs(places: Sequence[Place], batches: Sequence[Sequence[int]], index: int) -> Pairs:
+        return shelf.pairs([places[number] for number in batches[index]])
+
+    return [partial(pairs, [Place.of(one) for one in said], batches) for said, batches in lists]
 
 
 def _listed(
-    system: System, role: str, source: DataSource, config: AlignmentConfig
+    system: System, role: str, schedule: Schedule, config: AlignmentConfig
 ) -> tuple[list[Utterance], list[list[int]]]:
-    """What ``role`` says in a run, each once, and which of these every batch has."""
+    """What ``role`` says in a schedule, each once, and which of these every batch has."""
     numbers: dict[tuple[Hashable, int], int] = {}
     said: list[Utterance] = []
     batches: list[list[int]] = []
-    for index in range(config.steps * config.accumulation):
-        round = pick(config.seed, index // config.accumulation, config.rounds)
-        batch = source.named_batch(index)
+    for index in range(schedule.count):
+        batch, round = schedule.batch(index)
         new = {(name, round): row for name, row in batch if (name, round) not in numbers}
         if new:
             numbers.update({name: len(said) + place for place, name in enumerate(new)})

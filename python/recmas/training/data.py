@@ -101,6 +101,20 @@ class DataSource:
         return self._order[1][offset]
 
 
+def fixed_batches(rows: RowSource, size: int) -> list[Sequence[Fields]]:
+    """All rows in their order, so many at a time, for measuring.
+
+    Raises:
+        ValueError: no rows, or a callable, whose rows have no end.
+    """
+    if callable(rows):
+        raise ValueError("validation: expected a JSONL path or a sequence of rows, got a callable")
+    made = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
+    if not made:
+        raise ValueError("validation: expected at least one row, got an empty sequence")
+    return [made[first : first + size] for first in range(0, len(made), size)]
+
+
 def pick(seed: int, step: int, choices: int | Sequence[int]) -> int:
     """One of ``choices`` for this step, a pure function of ``(seed, step)``; an int stands for itself."""
     return choices if isinstance(choices, int) else random.Random(f"{seed}:{step}").choice(list(choices))

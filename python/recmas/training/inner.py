@@ -18,7 +18,7 @@ import torch
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
-from recmas.training.alignment import Cache, train_apart
+from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.data import RowSource
 from recmas.training.loop import OnStart, OnStep, TrainingResult
@@ -57,12 +57,18 @@ def inner_alignment(
     )
 
 
+def _examples(system: System, role: str, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    agent = system.agents[role]
+    return pairs.hidden.to(agent.device), agent.embed(pairs.ids.to(agent.device)[None])[0]
+
+
 def train_inner(
     system: System,
     rows: RowSource,
     config: InnerConfig | None = None,
     *,
     roles: Sequence[str] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     resume: bool = False,
@@ -78,6 +84,8 @@ def train_inner(
             (`recmas.training.data`).
         config: settings; None takes the defaults.
         roles: agents to train; None takes every agent that has an inner link.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of logs and checkpoints, one folder ``inner-<role>`` each; None keeps none.
         cache: `PairCache`, or its folder: every text runs through its agent once, and the losses are those of the run
             without, up to rounding; None runs the agent anew for every batch.
@@ -100,10 +108,10 @@ def train_inner(
     return train_apart(
         system,
         {role: system.inner_links[role] for role in chosen},
-        inner_alignment,
+        Stage("inner", inner_alignment, _examples),
         rows,
         config or InnerConfig(),
-        stage="inner",
+        validation=validation,
         output=output,
         cache=cache,
         resume=resume,

@@ -32,19 +32,26 @@ from recmas.files.signals import Pending, held_back
 from recmas.files.writing import naming
 from recmas.training import checkpoint
 from recmas.training.config import LoopConfig
+from recmas.training.validation import Validation
 
 LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the log; ``step`` counts finished steps, so the first is 1."""
+    """One line of the log; ``step`` counts finished steps, so the first is 1.
+
+    ``grad_norms`` are those of the links, where several are trained; ``validation`` is the loss on the validation rows
+    after the step, where it was measured.
+    """
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     seconds: float
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,12 @@ class TrainingResult:
         """Mean loss over the last tenth of the steps."""
         last = self.records[-max(1, len(self.records) // 10) :]
         return sum(record.loss for record in last) / len(last) if last else math.nan
+
+    @property
+    def best(self) -> StepRecord | None:
+        """The step after which the validation rows' loss was least; its links are the ones that were kept."""
+        measured = [record for record in self.records if record.validation is not None]
+        return min(measured, key=lambda record: record.validation or 0.0, default=None)
 
 
 Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
@@ -76,6 +89,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    validate: Callable[[], float] | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place.
 
@@ -89,14 +103,18 @@ def train(
         resume: continue from the folder's checkpoint if it has one.
         progress: show a bar where stderr is a terminal.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
+        validate: the loss on other data; a run that ends by itself leaves the best parameters it found.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
             a logged step) although ``resume`` is off, or a checkpoint that is damaged or of other settings or
             parameters. Nothing has been written then.
-        FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
+        FloatingPointError: loss or gradient is not finite; names step, batches and the last checkpoint. The parameters
+            keep their last good values.
     """
     _check(parameters)
+    if config.patience is not None and validate is None:
+        raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
     for key, parameter in parameters.items():
         if not parameter.requires_grad:
             raise ValueError(f"{key}: a trained parameter must require grad")
@@ -110,13 +128,19 @@ def train(
             stack.enter_context(one_writer(folder))
             pending = stack.enter_context(held_back())
             records = _open(folder, parameters, optimizer, config, resume)
+        found = {record.step: record.validation for record in records if record.validation is not None}
+        validation = Validation(validate, parameters, config, folder, found)
         bar = tqdm(total=config.steps, initial=len(records), desc=name, disable=None if progress else True, unit="step")
         stack.callback(_forget_gradients, parameters)
         stack.callback(bar.close)
         began = time.perf_counter()
         for step in range(len(records), config.steps):
-            value, norm = _step(parameters, optimizer, loss, config, step)
-            records.append(StepRecord(step + 1, value, norm, config.rate(step), time.perf_counter() - began))
+            if validation.exhausted:
+                break
+            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder)
+            seconds = time.perf_counter() - began
+            measured = validation.after(step + 1)
+            records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured))
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
             if folder is not None:
@@ -124,10 +148,11 @@ def train(
                     log.write(_line(records[-1]))
             stop = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
-            if folder is not None and (stop or due or step + 1 == config.steps):
+            if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
                 checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
             if stop:
-                break
+                return TrainingResult(len(records), records)
+        validation.restore()
     return TrainingResult(len(records), records)
 
 
@@ -137,8 +162,9 @@ def _step(
     loss: Loss,
     config: LoopConfig,
     step: int,
-) -> tuple[float, float]:
-    """One optimiser step; the mean loss and the gradient's norm before clipping."""
+    folder: Path | None,
+) -> tuple[float, float, dict[str, float]]:
+    """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, and by link if several."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulation):
@@ -147,13 +173,30 @@ def _step(
             value = piece / config.accumulation
             value.backward()
             total += value.item()
+    norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
+        first, stored = step * config.accumulation, [] if folder is None else checkpoint.checkpoints(folder)
+        batches = f"batch {first}" if config.accumulation == 1 else f"batches {first} to {part + first}"
+        good = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint before it"
+        raise FloatingPointError(
+            f"step {step + 1}, {batches}: loss {total}, gradient norm {norm}; lower the learning rate; {good}"
+        )
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
-    return total, norm
+    return total, norm, norms
+
+
+def _norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """Gradient norms by link: the first part of the parameters' names."""
+    links: dict[str, list[torch.Tensor]] = {}
+    for key, parameter in parameters.items():
+        if parameter.grad is not None:
+            links.setdefault(key.partition(".")[0], []).append(parameter.grad)
+    if len(links) < 2:
+        return {}
+    return {link: torch.nn.utils.get_total_norm(gradients).item() for link, gradients in links.items()}
 
 
 def _check(parameters: Mapping[str, nn.Parameter]) -> None:

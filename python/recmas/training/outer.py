@@ -24,7 +24,7 @@ from recmas.prompts.template import Slot
 from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts, target_tokens
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
@@ -135,6 +135,7 @@ def train_outer(
     config: OuterConfig | None = None,
     *,
     edges: Sequence[Edge] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -149,6 +150,8 @@ def train_outer(
             for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
         config: settings; None takes the defaults.
         edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of the log and the checkpoints; None keeps none.
         resume: go on where the folder's checkpoint stopped.
         progress: show a bar.
@@ -176,8 +179,12 @@ def train_outer(
     source = DataSource(rows, config.batch_size, config.seed)
     visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
     forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
-    source.check_targets(dict.fromkeys((visit.role, visit.round) for visit in forced))
-    source.check_fields(system, system.pattern.visits(config.most_rounds))
+    needed_texts = dict.fromkeys((visit.role, visit.round) for visit in forced)
+    others = [] if validation is None else fixed_batches(validation, config.batch_size)
+    checked = [source] if validation is None else [source, DataSource(validation, config.batch_size, config.seed)]
+    for rows_of in checked:
+        rows_of.check_targets(needed_texts)
+        rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
     check_trainable(system)
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
@@ -192,6 +199,15 @@ def train_outer(
             recompute=config.recompute,
             micro_batch=config.micro_batch,
         )
+
+    def validate() -> float:
+        """The mean over rows and the round counts that a step may draw."""
+        counts, total = each_round_count(config.rounds), 0.0
+        for rounds in counts:
+            for batch in others:
+                steps, latents = config.latent_steps, config.latents
+                total += outer_loss(system, batch, rounds, latent_steps=steps, latents=latents).item() * len(batch)
+        return total / (len(counts) * sum(map(len, others)))
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})
     for edge in chosen:
@@ -212,4 +228,5 @@ def train_outer(
             resume=resume,
             progress=progress,
             on_step=on_step,
+            validate=validate if others else None,
         )

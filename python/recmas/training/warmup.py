@@ -24,7 +24,7 @@ from recmas.config.system_json import edge_name
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
-from recmas.training.alignment import Cache, train_apart
+from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import WarmupConfig
 from recmas.training.data import RowSource
 from recmas.training.loop import OnStart, OnStep, TrainingResult
@@ -156,13 +156,20 @@ def warmup_alignment(
     mse_weight: float = 0.0,
 ) -> torch.Tensor:
     """The loss above over pairs of the edge's sender, a scalar."""
-    sender, receiver = (system.agents[role] for role in edge)
-    with torch.no_grad():
-        target, found = counterparts.embeddings(pairs.texts, pairs.lengths)
-        hidden = pairs.hidden[found.to(pairs.hidden.device)].to(sender.device)
-        latents = run_link(system.inner_links[edge[0]], hidden)
-    pred = run_link(system.outer_links[edge], latents.to(receiver.device))
+    latents, target = _examples(counterparts, system, edge, pairs)
+    pred = run_link(system.outer_links[edge], latents)
     return alignment_loss(pred, target, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+@torch.no_grad()
+def _examples(
+    counterparts: Counterparts, system: System, edge: Edge, pairs: Pairs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sender's latents where a token has a counterpart, and its embeddings, on the receiver's device."""
+    sender, receiver = (system.agents[role] for role in edge)
+    target, found = counterparts.embeddings(pairs.texts, pairs.lengths)
+    hidden = pairs.hidden[found.to(pairs.hidden.device)].to(sender.device)
+    return run_link(system.inner_links[edge[0]], hidden).to(receiver.device), target
 
 
 def train_warmup(
@@ -171,6 +178,7 @@ def train_warmup(
     config: WarmupConfig | None = None,
     *,
     edges: Sequence[Edge] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     resume: bool = False,
@@ -186,6 +194,8 @@ def train_warmup(
             or any text (`recmas.training.data`).
         config: settings; None takes the defaults.
         edges: (source, target) pairs to train; None takes every outer link.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of logs and checkpoints, one folder ``warmup-<source>-<target>`` each; None keeps none.
         cache: `PairCache`, or its folder, as for `train_inner`; all edges out of one agent share its pairs.
         resume: go on where the folder's checkpoints stopped.
@@ -210,10 +220,14 @@ def train_warmup(
     return train_apart(
         system,
         {edge: system.outer_links[edge] for edge in chosen},
-        lambda system, edge, pairs, **weights: warmup_alignment(counterparts[edge], system, edge, pairs, **weights),
+        Stage(
+            "warmup",
+            lambda system, edge, pairs, **weights: warmup_alignment(counterparts[edge], system, edge, pairs, **weights),
+            lambda system, edge, pairs: _examples(counterparts[edge], system, edge, pairs),
+        ),
         rows,
         config or WarmupConfig(),
-        stage="warmup",
+        validation=validation,
         output=output,
         cache=cache,
         resume=resume,
