@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
+from recmas.engine.abilities import missing
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket
 from recmas.engine.latent_rollout import BUCKETS, MOVES, Rollouts
 from recmas.engine.messages import Latents, Prompt
@@ -165,9 +166,13 @@ def test_few_buckets_are_kept():
 
 
 def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
-    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
-    absolute = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    absolute = Agent(
+        AutoModelForCausalLM.from_config(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)).float(),
+        tiny_tokenizer(),
+        name="x",
+    )
     absolute.rollouts = Rollouts(fixed_shapes=True)
+    assert "without fixed shapes" in missing(absolute.decoder, "fixed shapes")
     llama = fixed(tiny_agent("llama"))
     batch, _ = prompts(llama, (4, 2))
     with torch.no_grad():
@@ -181,6 +186,20 @@ def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
     kept = fixed(tiny_agent("llama"))
     assert kept.think(batch, 3, tiny_link(kept)).states.requires_grad
     assert not kept.rollouts._buckets
+
+
+@torch.no_grad()
+def test_positions_that_are_learned_run_at_fixed_shapes():
+    """As their proof says: no list of models decides."""
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
+    agent = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    agent.rollouts = Rollouts(fixed_shapes=True)
+    batch, rows = prompts(agent, (4, 2))
+    link = tiny_link(agent)
+    states = agent.think(batch, 3, link).states
+    assert agent.rollouts._buckets
+    for state, embeds in zip(states, rows, strict=True):
+        check_rollout(state, agent, embeds, 3, link)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text"])

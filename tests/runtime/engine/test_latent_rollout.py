@@ -10,7 +10,7 @@ from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.engine.messages import Prompt
 from tests.runtime.engine.plain_rollout import check_rollout, relative_error, uncached
-from tests.runtime.tiny import prompts, tiny_agent, tiny_link
+from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_tokenizer
 
 STEPS = 8
 LENGTHS = {"even": (9, 9, 9), "padded": (9, 3, 7)}
@@ -140,11 +140,14 @@ def test_context_overflow_is_told_before_the_model_runs():
         agent.think(batch, 10, tiny_link(agent))
 
 
-def test_unknown_logit_scaling_is_refused():
-    agent = tiny_agent("granite")
-    agent.model.config.model_type = "martian"
-    with pytest.raises(ValueError, match="how a martian model scales its logits"):
-        Agent(agent.model, agent.tokenizer, name="x")
+@torch.no_grad()
+def test_logits_of_an_unknown_kind_of_model_are_its_own():
+    model = tiny_agent("granite").model
+    model.config.model_type = "martian"
+    agent, ids = Agent(model, tiny_tokenizer(), name="x"), torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    assert relative_error(agent.logits(agent.decoder(ids).last_hidden_state), expected) < 1e-6
+    assert relative_error(model.lm_head(agent.decoder(ids).last_hidden_state), expected) > 0.1  # it scales them
 
 
 def test_a_prompt_that_a_later_agent_cannot_read_is_told_before_any_model_runs(monkeypatch):

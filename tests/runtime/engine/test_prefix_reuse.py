@@ -254,18 +254,14 @@ def reason(agent, prompt: Prompt) -> str:
     return prefixes.last.reason
 
 
-def test_what_cannot_be_reused_says_why(monkeypatch):
+def test_what_cannot_be_reused_says_why():
     agent = tiny_agent("llama")
     prompt = assemble(agent.embed, [[[5, 6, 7]]], {}, {}, pad_id=0, device="cpu")
     assert reason(agent, prompt) == "gradients are kept"
     with torch.no_grad():
         assert reason(agent, Prompt(prompt.embeds, prompt.mask)) == "the prompt's tokens are not known"
         assert reason(agent, prompt) == "no earlier prompt is held"
-        monkeypatch.setattr("recmas.engine.cache_snapshot.RECURRENT", ())
-        hybrid = tiny_agent("qwen3_5_text")
-        prompt = assemble(hybrid.embed, [[[5, 6, 7]]], {}, {}, pad_id=0, device="cpu")
-        assert "recurrent states by single positions only" in reason(hybrid, prompt)
-        agent.decoder.config.rope_parameters["rope_type"] = "dynamic"
+        agent.decoder.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 8}
         assert "depends on the length" in reason(agent, prompt)
 
 

@@ -120,5 +120,5 @@ def test_nothing_is_begun_where_nothing_can_be_spared():
     assert beginnings.of("agent", agent, prompt) is not None
     with torch.no_grad():
         assert beginnings.of("agent", agent, prompt) is None
-    agent.decoder.config.rope_parameters["rope_type"] = "dynamic"
+    agent.decoder.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 8}
     assert SharedPrefixes().of("agent", agent, prompt) is None
