@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from benchmarks.harness.time_bound import TimeBound, Unmeasured
 from benchmarks.harness.timing import Call
 from benchmarks.peers.link import link_peer, products
 from benchmarks.suites.cpu.link_grid import LinkCase, link_cases
-from recmas_kernels import FusedRecursiveLink
+from recmas_kernels import FusedRecursiveLink, packed
 from recmas_kernels.testing import make_link, make_rows
 
 cases = link_cases
@@ -58,7 +59,8 @@ def test_link(case: LinkCase, bench: Bench) -> None:
     link = make_link(case.config, case.dtype)
     x = make_rows(case.tokens, case.config.in_features, dtype=case.dtype)
     dy = make_rows(case.tokens, case.config.out_features, dtype=case.dtype, seed=2)
-    with torch.set_grad_enabled(case.training):
+    # In inference the weights are packed, as the runtime packs them for an answer; training reads them as stored.
+    with nullcontext() if case.training else packed(link), torch.set_grad_enabled(case.training):
         peers, unmeasured = within_bound(case, link, (x, dy), TimeBound())
         errors_of = training_errors if case.training else inference_errors
         errors = errors_of(link, case.tokens, peers, slow_eager="eager" in unmeasured)
