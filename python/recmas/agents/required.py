@@ -59,7 +59,10 @@ def _prove(model: PreTrainedModel, body: PreTrainedModel) -> Required:
     ids = probe_ids(body)
     try:
         recorded = Recorded(model, body, ids)
-        states: Tensor = body(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state
+        embeds = model.get_input_embeddings()(ids)
+        states: Tensor = body(inputs_embeds=embeds).last_hidden_state
+        if states.shape != embeds.shape:  # latents could not be fed back
+            raise ValueError(f"hidden states of {states.shape[-1]} features for embeddings of {embeds.shape[-1]}")
         causality = proof(body, "causality")
     except torch.OutOfMemoryError:
         raise

@@ -1,0 +1,97 @@
+"""What a model must prove before it becomes an agent, and its own way from hidden states to logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recmas.agents.agent import Agent
+from recmas.agents.checking import proofs_of, refusal, switched_off
+from tests.runtime.families.matrix import tiny
+from tests.runtime.tiny import prompts, tiny_model, tiny_tokenizer
+
+REFUSED = {
+    "bert": "causality: states before and after a later token was changed differ by ",
+    "xlm-roberta": "causality: ",
+    "reformer": "embeddings: ValueError: hidden states of 64 features for embeddings of 32$",
+    "cpmant": "no part of CpmAntForCausalLM turns input embeddings into hidden states$",
+    "deepseek_v4": "embeddings: AttributeError: ",
+    "prophetnet": "logits: ",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_refusal_names_the_proof(model_type):
+    with pytest.raises(ValueError, match=f"^agent 'x': a {model_type} model is refused: {REFUSED[model_type]}") as told:
+        Agent(tiny(model_type), tiny_tokenizer(), name="x")
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_an_encoder_with_causal_attention_is_a_decoder():
+    config = tiny("bert").config
+    config.is_decoder = True
+    agent = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    assert type(agent.decoder).__name__ == "BertModel"
+    assert agent.decode(prompts(agent, (4, 2))[0], 3)
+
+
+OWN = ["falcon_h1", "granite", "cohere", "gemma2", "recurrent_gemma", "nanochat", "modernbert-decoder", "llama4", "opt"]
+
+
+@pytest.mark.parametrize("model_type", OWN)
+@torch.no_grad()
+def test_logits_are_the_models_own(model_type):
+    """Multipliers, caps and transforms are large here: guessing one away would show."""
+    model = tiny(model_type)
+    for name in ("lm_head_multiplier", "logits_scaling", "logit_scale"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 3.0)
+    for part in model.modules():
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if isinstance(vars(part).get(name), float):
+                setattr(part, name, 3.0)
+    model.get_output_embeddings().weight.mul_(100)
+    agent = Agent(model, tiny_tokenizer(), name="x")
+    ids = torch.randint(10, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    states = agent.decoder(inputs_embeds=agent.embed(ids), use_cache=False).last_hidden_state
+    expected = model(input_ids=ids, use_cache=False).logits
+    rounding = 32 * torch.finfo(torch.float32).eps * expected.abs().max()  # of sums of 32 products, in any order
+    assert (agent.logits(states) - expected).abs().max() <= rounding
+    assert (agent.logits(states[:, -1]) - expected[:, -1]).abs().max() <= rounding
+
+
+def test_logits_follow_a_model_that_moves_and_keep_gradients():
+    agent = Agent(tiny_model("granite"), tiny_tokenizer(), name="x")
+    states = torch.randn(2, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(agent.logits(states).sum(), states)
+    assert gradient.abs().min() > 0
+    agent.to(dtype=torch.float64)
+    assert agent.logits(states.double()).dtype == torch.float64
+
+
+def test_a_model_on_the_meta_device_proves_nothing_yet():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    agent = Agent(model, tiny_tokenizer(), name="x")
+    assert agent.hidden_size == 32
+    assert agent._own_logits is None
+
+
+def test_broken_weights_are_refused():
+    model = tiny_model("llama")
+    model.config.rms_norm_eps = 2e-6  # a fingerprint of its own
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^agent 'x': a llama model is refused: embeddings: "):
+        Agent(model, tiny_tokenizer(), name="x")
+
+
+def test_what_is_off_in_words():
+    found = proofs_of(tiny("bart").eval())
+    assert list(switched_off(found)) == ["padding", "prefix reuse", "fixed shapes"]
+    assert switched_off(found)["padding"] == "rows of other lengths run apart"
+    assert not refusal(found)
+    found = proofs_of(tiny("bert").eval())
+    assert refusal(found) == "causality"
+    assert "cache" not in found
