@@ -277,5 +277,10 @@ def alignment_loss(
         expect_reference(_TRANSFORMS)
         return reference.alignment_loss(rows, table, ids, mask, *weights)
     if _direct(rows, table, ids, mask):
-        return autograd.Alignment.apply(rows, table, ids, mask, *weights)
+        try:
+            return autograd.Alignment.apply(rows, table, ids, mask, *weights)
+        except IndexError:
+            if ids is None:
+                raise
+            raise checks.outside("token_ids", ids, table.shape[0], mask) from None
     return ops.alignment_fwd(rows, table, ids, mask, *weights)[0]

@@ -17,7 +17,7 @@ from recmas.files.reading import check_regular, inside, read_json
 from recmas.files.safetensors_header import stored_tensors
 
 _MOST_FILES = 10_000
-_LAYERS = re.compile(r"(n|num|\w+)_(hidden_)?layers?|depth")
+_LAYERS = re.compile(r"(num_|n_)?(hidden_)?layers?|num_\w+_layers|depth")
 _PACKED = 16
 """Weights that one stored element may stand for, in a quantised checkpoint: 2 bits each in an int32."""
 

@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_are_touched():
     module, loss = regression()
     parameters = dict(module.named_parameters())
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+    with pytest.raises(FloatingPointError, match="step 1, batch 0: loss nan"):
         train(parameters, lambda i, s: loss(i, s) * math.nan, SmallConfig(), name="test", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 

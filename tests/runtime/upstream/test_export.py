@@ -105,7 +105,7 @@ def test_link_to_safetensors_and_back(tmp_path: Path, dtype: torch.dtype) -> Non
     assert link_to_safetensors(tmp_path, tmp_path / "of folder").residual == "identity"
     torch.save(states["adapter.pt"], tmp_path / "loose.pt")
     assert link_to_safetensors(tmp_path / "loose.pt", tmp_path / "told", adapter_type="2layer").residual == "none"
-    with pytest.raises(ValueError, match="do not tell whether the link has a residual"):
+    with pytest.raises(ValueError, match="do not say whether the link has a residual"):
         link_to_safetensors(tmp_path / "loose.pt", tmp_path / "ambiguous")
     assert not (tmp_path / "ambiguous").exists()
 
