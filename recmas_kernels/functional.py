@@ -235,7 +235,10 @@ def latent_handoff(
         return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
     learns = torch.is_grad_enabled() and (mapped.requires_grad or flat.requires_grad)
     send = serve.handoff_fwd if not learns and _direct(mapped, flat, slot_rows) else ops.handoff_fwd
-    return send(mapped, flat, slot_rows).view(embeds.shape)
+    try:
+        return send(mapped, flat, slot_rows).view(embeds.shape)
+    except IndexError:
+        raise checks.outside("slot_rows", slot_rows, flat.shape[0]) from None
 
 
 def alignment_loss(
