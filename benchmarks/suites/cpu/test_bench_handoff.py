@@ -125,6 +125,8 @@ def counts(vocabulary: int, features: int, steps: int, prompt: int = 8, batch: i
         latents = agent.think(start, steps, inner)
         latent_handoff(latents.states, outer, receiver, slot_rows=slot_rows, inplace=True)
 
+    latent_turn()
+    agent.decode(start, steps)  # what an agent proves at its first use is no part of a turn
     shared = count(lambda: agent.think(start, steps, lambda rows: rows))
     text, latent = count(lambda: agent.decode(start, steps)), count(latent_turn)
     return Counts(shared, text - shared, latent - shared)
