@@ -10,7 +10,7 @@ DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench native sanitize gpu clean
+.PHONY: help install demo test lint format docs bench native sanitize gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,19 +33,28 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
 
+# Two processes, each with the threads that its share of the processor has. Then, alone, what needs both cores.
+WORKERS ?= 2
 test: $(DEVELOPMENT) ## every test that this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
+		$(BIN)/python -m pytest -m 'not alone' -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m alone
 
-lint: $(DEVELOPMENT) ## ruff, mypy, clang-format
+lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: $(DEVELOPMENT) ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour), store it and draw its tables and plots
 	@mkdir -p build
@@ -54,10 +63,11 @@ bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
 
 native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks into another
-	$(call native_checks,build/native,-DRECMAS_SANITIZE=OFF)
+	$(call native_checks,build/native,-DRECMAS_SANITIZE=)
 
-sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=ON)
+sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=address)
+	$(call native_checks,build/sanitize-threads,-DRECMAS_SANITIZE=thread)
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
@@ -71,6 +81,6 @@ gpu: ## everything that needs a CUDA device, in nine minutes, with the active Py
 	PYTHON="$(PYTHON)" benchmarks/run_gpu.sh $(if $(DIR),"$(DIR)")
 
 clean: ## remove everything that building and testing made, .venv too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	rm -f recmas_kernels/*.so recmas_kernels/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
-"""Builds the two torch-free native modules with CMake and Ninja; everything else stands in pyproject.toml.
+"""Builds the three torch-free native modules with CMake and Ninja; everything else stands in pyproject.toml.
 
 ``pip install`` degrades: a module that cannot be built is left out, and the reason with the tail of the log goes
 into ``recmas_kernels/_build.json``, which ``python -m recmas_kernels.info`` shows. ``python setup.py build_ext`` is
-for people who want the modules, so there a failure is an error; so is it under RECMAS_BUILD_CPU=1 or
-RECMAS_BUILD_CUDA=1 (0 leaves the module out). RECMAS_CUDA_ARCHS, RECMAS_WERROR and MAX_JOBS go to CMake as they are.
+for people who want the modules, so there a failure is an error; so is it under RECMAS_BUILD_TENSORS=1,
+RECMAS_BUILD_CPU=1 or RECMAS_BUILD_CUDA=1 (0 leaves the module out). RECMAS_CUDA_ARCHS, RECMAS_WERROR and MAX_JOBS go to
+CMake as they are.
 """
 
 from __future__ import annotations
@@ -196,7 +197,11 @@ setup(
     packages=find_packages(include=["recmas_kernels*"]) + find_packages("python", include=["recmas*"]),
     package_dir={"recmas": "python/recmas"},
     package_data={"recmas_kernels": ["py.typed"], "recmas": ["py.typed"]},
-    ext_modules=[NativeModule("cpu", "csrc"), NativeModule("cuda", "csrc/cuda")],
+    ext_modules=[
+        NativeModule("tensors", "csrc/python"),
+        NativeModule("cpu", "csrc"),
+        NativeModule("cuda", "csrc/cuda"),
+    ],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
 )

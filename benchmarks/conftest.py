@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import Device, Limits, git_commit, versions
-from benchmarks.record import SCHEMA, Bench
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.machine import Device, Limits, git_commit, versions
+from benchmarks.harness.record import SCHEMA
 
 _MACHINE = pytest.StashKey[tuple[Device, Limits]]()
 

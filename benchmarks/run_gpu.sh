@@ -69,7 +69,7 @@ if ! command -v -- "$python" >/dev/null; then
   echo "run_gpu.sh cannot run: no Python called $python" >&2
   exit 2
 fi
-sanitizer=$("$python" -m benchmarks.gpu.preflight) || exit 2
+sanitizer=$("$python" -m benchmarks.harness.gpu.preflight) || exit 2
 
 mkdir -p -- "$folder" || exit 2
 rm -f -- "$folder"/{build,tests,sanitize,bench}.log "$folder"/{bench.json,summary.md}
@@ -126,19 +126,19 @@ tests() {
 sanitize() {
   local status=0 tool
   # Once without: Triton compiles here, and what fails here is no matter for a sanitizer.
-  "$python" -m benchmarks.gpu.small_shapes || return
+  "$python" -m benchmarks.harness.gpu.small_shapes || return
   for tool in memcheck racecheck; do
     echo "--- $tool"
     # Without torch's own allocator each tensor is an allocation, and a read past its end is one past an allocation's.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --target-processes application-only \
-      --error-exitcode 9 --print-limit 20 "$python" -m benchmarks.gpu.small_shapes || status=$?
+      --error-exitcode 9 --print-limit 20 "$python" -m benchmarks.harness.gpu.small_shapes || status=$?
   done
   return "$status"
 }
 
 # $1: seconds after which no further cell begins. Every cell that ended is in the file, however this ends.
 bench() {
-  "$python" -m pytest benchmarks/gpu -q -p no:cacheprovider -p no:benchmark --grid full \
+  "$python" -m pytest benchmarks/suites/gpu -q -p no:cacheprovider -p no:benchmark --grid full \
     --seconds "$1" --records "$folder/bench.json"
 }
 
@@ -166,7 +166,7 @@ done
   printf '%s\n' "# What ran" ""
   printf -- '- %s\n' "${outcomes[@]}"
   echo
-  if [[ -f $folder/bench.json ]]; then "$python" -m benchmarks.gpu.tables "$folder/bench.json"; fi
+  if [[ -f $folder/bench.json ]]; then "$python" -m benchmarks.report.gpu_tables "$folder/bench.json"; fi
 } >"$folder/summary.md"
 cat -- "$folder/summary.md"
 exit "$failed"

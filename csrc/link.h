@@ -127,10 +127,6 @@ int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute, Isa isa);
 Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, Isa isa,
                    int32_t threads);
 
-// Fills words[64] with the 64-bit words at 64 places spread over data[bytes]; shorter data is sampled whole.
-void sample_words(const void* data, int64_t bytes, uint64_t* words);
-bool words_match(const void* data, int64_t bytes, const uint64_t* words);
-
 int64_t link_forward_workspace(const LinkForward& call);  // bytes, 64-byte aligned by the caller
 Status link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes);
 int64_t link_backward_workspace(const LinkBackward& call);

@@ -1,26 +1,32 @@
 """Fused kernels for recursive multi-agent systems: RecursiveLinks, the latent handoff and the alignment loss.
 
-Importing this package needs torch only and loads, compiles, tunes and probes nothing.
+Public are the names in ``__all__``, the command ``python -m recmas_kernels.info``, and ``recmas_kernels.testing`` for
+tests and benchmarks. Importing this package needs torch only and loads, compiles, tunes and probes nothing.
 """
 
-from recmas_kernels.backends import BackendUnavailableError, explain, use_backend
-from recmas_kernels.backends.packing import clear_packed
-from recmas_kernels.functional import alignment_loss, latent_handoff, recursive_link
-from recmas_kernels.link import LinkConfig, RecursiveLink
-from recmas_kernels.modules import FusedRecursiveLink, fuse
-
-__version__ = "0.1.0"
+from recmas_kernels.backends.choice import BACKENDS, BackendUnavailableError, use_backend
+from recmas_kernels.backends.explain import explain
+from recmas_kernels.backends.packing import packed
+from recmas_kernels.config import LinkConfig
+from recmas_kernels.functional import Norm, alignment_loss, latent_handoff, recursive_link
+from recmas_kernels.fuse import fuse
+from recmas_kernels.fused_link import FusedRecursiveLink
+from recmas_kernels.link import RecursiveLink
+from recmas_kernels.version import __version__
 
 __all__ = [
+    "BACKENDS",
     "BackendUnavailableError",
     "FusedRecursiveLink",
     "LinkConfig",
+    "Norm",
     "RecursiveLink",
+    "__version__",
     "alignment_loss",
-    "clear_packed",
     "explain",
     "fuse",
     "latent_handoff",
+    "packed",
     "recursive_link",
     "use_backend",
 ]

@@ -16,14 +16,24 @@ from typing import Any
 
 import torch
 
-from recmas_kernels import __version__, backends, ops
-from recmas_kernels.backends import native, packing
+from recmas_kernels.backends import choice, native, packing
+from recmas_kernels.backends.call import Call
+from recmas_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "huggingface_hub", "numpy")
-MODULES = ("cpu", "cuda")
+MODULES = ("tensors", "cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (8, 512)  # latents of a rollout step, and of a training batch
 FEATURES = 1024
+ROWS = {  # op: what the page calls it
+    "link_fwd": "link, inference",
+    "link_fwd_train": "link, training forward",
+    "link_bwd": "link, training backward",
+    "handoff_fwd": "handoff into a copy",
+    "handoff_": "handoff in place",
+    "handoff_bwd": "handoff, backward",
+    "alignment_fwd": "alignment loss and gradient",
+}
 
 
 def collect() -> dict[str, Any]:
@@ -41,7 +51,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "modules": {name: built.get(name, {}) | _loaded(name) for name in MODULES},
         "instruction_set": _instruction_set(),
-        "requested_backend": backends.requested(),
+        "requested_backend": choice.requested(),
         "backends": {device: _backends(device) for device in _device_types()},
         "chosen": {device: _chosen(device) for device in _device_types()},
         "packed_weight_bytes": packing.packed_bytes(),
@@ -94,25 +104,25 @@ def _devices() -> list[str]:
 
 def _instruction_set() -> dict[str, str | None]:
     """The CPU kernels' variant in use, and why that one."""
-    reason = backends.load("cpu").unavailable()
+    reason = choice.load("cpu").unavailable()
     if reason is not None:
         return {"used": None, "reason": reason}
-    used, why = backends.load("cpu").instruction_set()
+    used, why = choice.load("cpu").instruction_set()
     return {"used": used, "reason": why}
 
 
-def _call(op: str, device: str, dtype: torch.dtype, tokens: int) -> backends.Call:
+def _call(op: str, device: str, dtype: torch.dtype, tokens: int) -> Call:
     hidden = FEATURES if op.startswith("link") else 0
     training = op in ("link_fwd_train", "link_bwd", "handoff_bwd")
-    return backends.Call(op, device, dtype, tokens, FEATURES, hidden, FEATURES, training)
+    return Call(op, device, dtype, tokens, FEATURES, hidden, FEATURES, training)
 
 
 def _backends(device: str) -> dict[str, str | None]:
-    """For each backend of the device's order, why it cannot serve at all; None if it can."""
+    """For each backend that is tried for the device, why it cannot serve at all; None if it can."""
     reasons: dict[str, str | None] = {}
-    for name in backends.ORDER[device]:
+    for name in choice.order(device):
         try:
-            module = backends.load(name)
+            module = choice.load(name)
         except ModuleNotFoundError as error:
             reasons[name] = f"this build does not contain it ({error})"
         else:
@@ -128,14 +138,14 @@ def _chosen(device: str) -> dict[str, dict[str, str]]:
             for dtype in DTYPES
             for tokens in TOKENS
         }
-        for op in ops.SCHEMAS
+        for op in ROWS
     }
 
 
-def _choice(call: backends.Call) -> str:
+def _choice(call: Call) -> str:
     try:
-        return backends.choose(call.op, call).__name__.rpartition(".")[2]
-    except backends.BackendUnavailableError:
+        return choice.choose(call).__name__.rpartition(".")[2]
+    except choice.BackendUnavailableError:
         return "none"
 
 
@@ -174,20 +184,20 @@ def render(info: dict[str, Any]) -> str:
         lines += ["", f"kernels for {device} tensors (dtype x tokens, width {FEATURES})"]
         table = info["chosen"][device]
         columns = list(next(iter(table.values())))
-        lines.append("  " + " " * 16 + "".join(f"{column:<16}" for column in columns))
-        lines += [f"  {op:<16}" + "".join(f"{table[op][column]:<16}" for column in columns) for op in table]
+        lines.append("  " + " " * 29 + "".join(f"{column:<16}" for column in columns))
+        lines += [f"  {ROWS[op]:<29}" + "".join(f"{table[op][column]:<16}" for column in columns) for op in table]
         lines += [f"  {name} cannot serve: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the page, or the JSON object; exit code 0 whatever is missing, since telling that is the job."""
+    """Print the page, or the JSON object. The exit code is 0 whatever is missing, since saying so is the job."""
     parser = argparse.ArgumentParser(prog="python -m recmas_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a page")
     options = parser.parse_args(arguments)
     try:
         info = collect()
-    except ValueError as error:  # RECMAS_BACKEND or RECMAS_CPU_ISA holds a name that nothing has
+    except ValueError as error:  # RECMAS_BACKEND or RECMAS_CPU_ISA names nothing that exists
         print(f"recmas_kernels.info: {error}", file=sys.stderr)
         return 2
     print(json.dumps(info, indent=1) if options.json else render(info))

@@ -1,84 +1,29 @@
-"""`LinkConfig`, the shape of a link, and `RecursiveLink`, the eager module that every kernel is measured against."""
+"""`RecursiveLink`, the link as an eager torch module: the peer that every kernel is measured against."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recmas_kernels import checkpoint
+from recmas_kernels.config import ACTIVATIONS, NORM_NAMES, LinkConfig
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_CHOICES = {
-    "kind": ("inner", "outer"),
-    "residual": ("identity", "linear", "none"),
-    "layers": (1, 2),
-    "activation": ("gelu", "gelu_tanh"),
-}
-NORM_NAMES = {"inner": ("pre_ln", "post_ln"), "outer": ("ln_source", "ln_target")}
 
-
-@dataclass(frozen=True)
-class LinkConfig:
-    """The shape of a RecursiveLink.
-
-    Attributes:
-        kind: "inner" (an agent to itself) or "outer" (to another agent); it decides the norms' parameter names.
-        in_features: width of the latents that are read.
-        hidden_features: width between the two projections; ignored by one-layer links.
-        out_features: width of the space that is written into.
-        residual: "identity" (in == out), "linear" (``residual_proj``) or "none".
-        norm: LayerNorm before the first projection and after the sum.
-        bias: biases in every projection (the norms always have one).
-        layers: 2, or 1 for the ablation without ``proj2``.
-        activation: "gelu" (exact erf) or "gelu_tanh".
-        eps: LayerNorm epsilon.
-    """
-
-    kind: str
-    in_features: int
-    hidden_features: int
-    out_features: int
-    residual: str
-    norm: bool = True
-    bias: bool = True
-    layers: int = 2
-    activation: str = "gelu"
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
-        for name in ("in_features", "hidden_features", "out_features"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}, expected a whole number >= 0")
-        if self.residual == "identity" and self.in_features != self.out_features:
-            raise ValueError(
-                f"residual='identity' needs in_features == out_features, got {self.in_features} and {self.out_features}"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LinkConfig:
-        """A config from a JSON object; unknown or missing keys raise ValueError naming them."""
-        known = {field: values[field] for field in cls.__dataclass_fields__ if field in values}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}")
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise ValueError(f"missing key: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as a JSON object."""
-        return asdict(self)
+def _check_device(device: torch.device | str | None) -> None:
+    """Raise ValueError or TypeError for what torch knows no device by."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}: {reason}") from None
 
 
 class RecursiveLink(nn.Module):
@@ -91,11 +36,20 @@ class RecursiveLink(nn.Module):
         config: the link's shape.
         device: where the parameters live.
         dtype: their dtype; float32 by default, as masters.
+
+    Raises:
+        TypeError: no `LinkConfig`, or no floating-point dtype.
+        ValueError: torch knows no such device.
     """
 
     def __init__(
         self, config: LinkConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        if not isinstance(config, LinkConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a LinkConfig")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype")
+        _check_device(device)
         super().__init__()
         self.config = config
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -158,26 +112,37 @@ class RecursiveLink(nn.Module):
         adapter_type: str | None = None,
     ) -> Self:
         """A link from the reference implementation's file, state dict or module; see `checkpoint.read_upstream`."""
-        from recmas_kernels import checkpoint
-
-        return checkpoint.build(cls, *checkpoint.read_upstream(source, adapter_type))
+        return cls._holding(*checkpoint.read_upstream(source, adapter_type))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
         """A link from a folder that `save_pretrained` wrote, or from a hub id of one."""
-        from recmas_kernels import checkpoint
+        return cls._holding(*checkpoint.read_link(source))
 
-        return checkpoint.build(cls, *checkpoint.read_link(source))
+    @classmethod
+    def _holding(cls, config: LinkConfig, state: Mapping[str, Tensor]) -> Self:
+        """A link of this shape that holds copies of ``state``, in the state's dtype; ValueError names a wrong key."""
+        link = cls(config, device="meta")
+        expected = {key: value.shape for key, value in link.state_dict().items()}
+        for key in sorted(expected.keys() ^ state.keys()):
+            problem = "missing" if key in expected else "not expected"
+            raise ValueError(f"key {key!r} is {problem} in a link of this shape")
+        for key, shape in expected.items():
+            if state[key].shape != shape:
+                raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(shape)}")
+            if not state[key].is_floating_point():
+                raise ValueError(f"key {key!r} has dtype {state[key].dtype}, expected a floating-point dtype")
+        copies = {key: value.detach().clone() for key, value in state.items()}
+        link.load_state_dict(copies, strict=True, assign=True)
+        return link
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, each replaced whole or not at all."""
-        from recmas_kernels import checkpoint
-
         checkpoint.write_link(directory, self.config, self.state_dict())
 
     @property
     def norm_out(self) -> nn.LayerNorm | None:
-        """The output norm, whose gain is the scale of what the link writes; None for a link without norms."""
+        """The output norm, whose gain is the scale of the rows that the link returns; None for a link without norms."""
         return getattr(self, NORM_NAMES[self.config.kind][1]) if self.config.norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +151,7 @@ class RecursiveLink(nn.Module):
         name_in, name_out = NORM_NAMES[config.kind]
         out = self.proj1(getattr(self, name_in)(x) if config.norm else x)
         if config.layers == 2:
-            out = self.proj2(F.gelu(out, approximate="tanh" if config.activation == "gelu_tanh" else "none"))
+            out = self.proj2(F.gelu(out, approximate=ACTIVATIONS[config.activation]))
         if config.residual == "identity":
             out = x + out
         elif config.residual == "linear":

@@ -1,9 +1,10 @@
-"""Whether something has to see every op go through torch's dispatcher, or wants rules that no kernel has.
+"""Whether anything observes ops, so that each must go through torch's dispatcher, or needs rules that no op has.
 
-A trip through the dispatcher costs about 4 us for an op of sixteen arguments. When nobody looks, `functional` calls the
-kernels without it. Looked for: compilation and export, dispatch modes (fake tensors, ``make_fx``, FLOP counters),
-function modes, ``torch.func`` transforms, forward-mode AD, ``torch.jit.trace`` and profilers; and gradients that are
-not the memory they seem to be (negated views, zeros without memory, the batches of ``is_grads_batched``).
+A call through the dispatcher costs about 4 us for an op of sixteen arguments. Unless something observes ops,
+`functional` calls the kernels without it. Observers are compilation and export, dispatch modes (fake tensors,
+``make_fx``, FLOP counters), function modes, ``torch.func`` transforms, forward-mode AD, ``torch.jit.trace`` and
+profilers. Gradients whose values are not those in memory (negated views, zeros without memory, the batches of
+``is_grads_batched``) need the dispatcher as well.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ try:
 except (AttributeError, ImportError):  # a torch that has moved one of them
 
     def observed() -> bool:
-        """True: this torch does not say whether anything observes ops, so every op goes through the dispatcher."""
+        """True: this torch does not show whether anything observes ops, so every op goes through the dispatcher."""
         return True
 
     def transformed() -> bool:
-        """False: this torch does not say whether a transform is under way; the ops raise torch's own errors then."""
+        """False: this torch does not show whether a transform is active; the ops raise torch's own errors then."""
         return False
 
     def is_ordinary(tensor: Tensor) -> bool:
-        """False: this torch does not say."""
+        """False: this torch does not show it."""
         return False
 
 else:
@@ -50,7 +51,7 @@ else:
         )
 
     def transformed() -> bool:
-        """Whether ``torch.func`` differentiates or batches, or forward-mode AD runs: rules that the ops do not have."""
+        """Whether ``torch.func`` differentiates or batches, or forward-mode AD runs; ops have no rules for these."""
         if torch.compiler.is_compiling():
             return False
         interpreter = peek_interpreter_stack()
@@ -62,5 +63,5 @@ else:
             return _dispatch_keys(torch.zeros(0, device=device_type)).raw_repr()
 
     def is_ordinary(tensor: Tensor) -> bool:
-        """Whether a tensor, no subclass, holds its numbers as they are: not negated, no implied zeros, no batch."""
+        """Whether a tensor is no subclass and its memory holds its values: not negated, no implied zeros, no batch."""
         return type(tensor) is Tensor and not _dispatch_keys(tensor).raw_repr() & ~_ordinary_keys(tensor.device.type)

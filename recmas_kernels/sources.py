@@ -10,18 +10,21 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".txt"}
-_PARTS = {"cpu": ("CMakeLists.txt", "link.h", "cpu"), "cuda": ("link.h", "cuda")}
+_READING = ("python/arguments.h", "python/link_arguments.*", "python/tensors.*")
+_PARTS = {
+    "tensors": ("link.h", "python/CMakeLists.txt", "python/plain_link.*", "python/tensors_module.cpp", *_READING),
+    "cpu": ("CMakeLists.txt", "link.h", "cpu/**/*", "python/cpu_*", "python/operands.h", *_READING),
+    "cuda": ("link.h", "cuda/**/*", "python/cuda_*"),
+}
 
 
 def digest(label: str, csrc: Path = CSRC) -> str | None:
-    """Digest of what ``_cpu`` or ``_cuda`` is compiled from; None where the sources are not beside the package."""
+    """Digest of what ``_<label>`` is compiled from; None where the sources are not beside the package."""
     if not (csrc / "link.h").is_file():
         return None
     total = hashlib.sha256()
-    for part in _PARTS[label]:
-        place = csrc / part
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.suffix in _SUFFIXES:
-                total.update(f"{path.relative_to(csrc).as_posix()}\n".encode())
-                total.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted({path for part in _PARTS[label] for path in csrc.glob(part)}):
+        if path.suffix in _SUFFIXES:
+            total.update(f"{path.relative_to(csrc).as_posix()}\n".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()[:16]

@@ -1,6 +1,5 @@
-// link.h's CPU entries: argument checks, then the kernels of the instruction set asked for. Built for the oldest
+// link.h's CPU entries: argument checks, then the kernels of the requested instruction set. Built for the oldest
 // processor, like everything outside kernels.cpp.
-#include <cstring>
 
 #include "kernels.h"
 
@@ -79,36 +78,6 @@ Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packe
   }
   kernels->pack_weight(weight, rows, columns, packed, compute, threads);
   return Status::ok;
-}
-
-namespace {
-
-constexpr int64_t kSamples = 64;
-
-// Place of sample i among `words` whole words: the first and the last are always among them.
-int64_t sample_place(int64_t i, int64_t words) { return words <= kSamples ? i : i * (words - 1) / (kSamples - 1); }
-
-uint64_t sample_at(const char* data, int64_t bytes, int64_t i) {
-  const int64_t words = bytes / 8;
-  uint64_t word = 0;
-  if (i < (words < kSamples ? words : kSamples)) {
-    std::memcpy(&word, data + 8 * sample_place(i, words), 8);
-  } else if (i == words) {  // fewer than 64 words: the bytes left over
-    std::memcpy(&word, data + 8 * words, static_cast<size_t>(bytes % 8));
-  }
-  return word;
-}
-
-}  // namespace
-
-void sample_words(const void* data, int64_t bytes, uint64_t* words) {
-  for (int64_t i = 0; i < kSamples; ++i) words[i] = sample_at(static_cast<const char*>(data), bytes, i);
-}
-
-bool words_match(const void* data, int64_t bytes, const uint64_t* words) {
-  uint64_t difference = 0;
-  for (int64_t i = 0; i < kSamples; ++i) difference |= words[i] ^ sample_at(static_cast<const char*>(data), bytes, i);
-  return difference == 0;
 }
 
 int64_t link_forward_workspace(const LinkForward& call) {

@@ -1,6 +1,6 @@
 // GELU and its derivative on vectors. Absolute error of gelu at most 4 * 2^-24 * max(1, |x|).
 //
-//     erf:   gelu(x) = x Phi(x),            Phi(-u) = exp(-u^2/2) q(u), q a polynomial (derive_gelu.py)
+//     erf:   gelu(x) = x Phi(x),            Phi(-u) = exp(-u^2/2) q(u), q a polynomial (tools/derive_gelu.py)
 //     tanh:  gelu(x) = x / (1 + exp(-2s)),  s = sqrt(2/pi) (x + 0.044715 x^3)
 //
 // As in torch, -inf gives NaN (inf * 0) and NaN stays NaN.

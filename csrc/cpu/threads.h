@@ -2,11 +2,15 @@
 // arithmetic depends on how many threads there are.
 #pragma once
 
+#include "types.h"
+
+#ifdef RECMAS_POSIX_THREADS
+#include "../tests/posix_threads.h"
+#else
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-#include "types.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
@@ -38,7 +42,13 @@ void run_team(int64_t threads, const Body& body) {
   body(Team{0, 1});
 }
 
-// Below about 4 microseconds of arithmetic a second thread costs more than it brings.
+}  // namespace recmas::cpu::RECMAS_ISA
+
+#endif
+
+namespace recmas::cpu::RECMAS_ISA {
+
+// Below about 4 microseconds of arithmetic a second thread costs more than it gains.
 inline int64_t useful_threads(int64_t threads, double flops) {
   const double most = flops / 400000.0;
   return most < static_cast<double>(threads) ? larger(static_cast<int64_t>(most), 1) : threads;

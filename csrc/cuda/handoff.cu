@@ -58,7 +58,7 @@ int64_t common_alignment(const void* rows, int64_t rows_stride, const void* tabl
 
 unsigned blocks_for(int64_t count) { return static_cast<unsigned>(count < kMaxBlocks ? count : kMaxBlocks); }
 
-// Calls launch(word) with a value of the word type of that many bytes, and answers with the launch's error.
+// Calls launch(word) with a value of the word type of that many bytes, and returns the launch's error.
 template <class Launch>
 int32_t with_word(int64_t bytes, Launch launch) {
   switch (bytes) {

@@ -181,7 +181,7 @@ class EmulatedBlock {
     bool done = false;
   };
 
-  // Threads that wait for one another, and what each of a warp brings for the others.
+  // Threads that wait for one another, and what each of a warp offers to the others.
   struct Meeting {
     int size = 0, arrived = 0;
     uint64_t generation = 0;

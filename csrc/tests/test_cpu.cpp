@@ -1,68 +1,12 @@
 // Native checks of the CPU kernels, for every instruction set this processor has, against plain double precision.
 // Outputs and workspaces start as NaN, so that a value nothing wrote shows, and lie between guard bands that no kernel
 // may touch. Under RECMAS_SANITIZE every buffer has its exact size instead, and AddressSanitizer sees stray reads, too.
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <limits>
-#include <random>
-#include <vector>
-
-#include "../cpu/kernels.h"
-#include "check.h"
+#include "link_case.h"
 
 namespace {
 
 using namespace recmas;
-using cpu::Form;
-
-const float kNan = std::numeric_limits<float>::quiet_NaN();
-
-std::vector<float> random_values(size_t count, unsigned seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> values(count);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t kGuard = 0;
-#else
-constexpr size_t kGuard = 64;
-#endif
-
-// `bytes` of NaN (all ones, in every floating type), 64-byte aligned, between two bands checked at the end.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) : bytes_(bytes) {
-    base_ = static_cast<unsigned char*>(std::aligned_alloc(64, (bytes + 2 * kGuard + 63) / 64 * 64));
-    std::memset(base_, kBand, bytes + 2 * kGuard);
-    std::memset(base_ + kGuard, 0xff, bytes);
-  }
-  static Guarded floats(size_t count) { return Guarded(count * sizeof(float)); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() {
-    bool touched = false;
-    for (size_t i = 0; i < kGuard; ++i) touched |= base_[i] != kBand || base_[kGuard + bytes_ + i] != kBand;
-    CHECK(!touched, "a kernel wrote outside a buffer of %zu bytes", bytes_);
-    std::free(base_);
-  }
-  void* get() const { return base_ + kGuard; }
-  float* data() const { return reinterpret_cast<float*>(base_ + kGuard); }
-  std::vector<float> values() const { return std::vector<float>(data(), data() + bytes_ / sizeof(float)); }
-
- private:
-  static constexpr unsigned char kBand = 0xaa;
-  size_t bytes_;
-  unsigned char* base_;
-};
-
-Guarded workspace_of(int64_t bytes) { return Guarded(static_cast<size_t>(bytes)); }
+using namespace recmas::tests;
 
 const cpu::Kernels* kernels_of([[maybe_unused]] Isa isa) {
 #ifdef RECMAS_X86
@@ -71,19 +15,6 @@ const cpu::Kernels* kernels_of([[maybe_unused]] Isa isa) {
   if (isa == Isa::avx512_bf16) return &cpu::kernels_avx512_bf16;
 #endif
   return &cpu::kernels_baseline;
-}
-
-double gelu_exact(double x, Gelu kind, double* slope) {
-  const double pi = 3.14159265358979323846;
-  if (kind == Gelu::erf) {
-    const double phi = 0.5 * std::erfc(-x / std::sqrt(2.0));
-    *slope = phi + x * std::exp(-0.5 * x * x) / std::sqrt(2.0 * pi);
-    return x * phi;
-  }
-  const double inner = std::sqrt(2.0 / pi) * (x + 0.044715 * x * x * x);
-  const double t = std::tanh(inner), rate = std::sqrt(2.0 / pi) * (1.0 + 3.0 * 0.044715 * x * x);
-  *slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * rate;
-  return 0.5 * x * (1.0 + t);
 }
 
 void test_gelu(Isa isa, Gelu kind) {
@@ -111,120 +42,6 @@ void test_gelu(Isa isa, Gelu kind) {
         special_value[1], special_value[2]);
 }
 
-struct Shape {
-  int64_t tokens, in, hidden, out;
-  Residual residual;
-  bool norms, biases;
-};
-
-// Everything one link call needs, in fp32, with its exact result in double.
-struct Case {
-  Shape s;
-  std::vector<float> x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, dy;
-
-  explicit Case(const Shape& shape) : s(shape) {
-    const auto count = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
-    x = random_values(count(s.tokens, s.in), 1);
-    w1 = random_values(count(s.hidden, s.in), 2, 1.0f / std::sqrt(static_cast<float>(s.in)));
-    w2 = random_values(count(s.out, s.hidden), 3, 1.0f / std::sqrt(static_cast<float>(s.hidden)));
-    w3 = random_values(count(s.out, s.in), 4, 1.0f / std::sqrt(static_cast<float>(s.in)));
-    b1 = random_values(count(s.hidden, 1), 5);
-    b2 = random_values(count(s.out, 1), 6);
-    b3 = random_values(count(s.out, 1), 7);
-    gi = random_values(count(s.in, 1), 8);
-    ci = random_values(count(s.in, 1), 9);
-    go = random_values(count(s.out, 1), 10);
-    co = random_values(count(s.out, 1), 11);
-    dy = random_values(count(s.tokens, s.out), 12);
-  }
-
-  cpu::LinkConfig config(Isa isa, int threads) const {
-    return {{s.tokens, s.in, s.hidden, s.out}, s.residual, Gelu::erf, 1e-5f, Dtype::f32, isa, threads};
-  }
-
-  cpu::LinkWeights weights(Form form = Form::stored) const {
-    const auto vector = [](const std::vector<float>& v, bool present) {
-      return VectorView{present ? v.data() : nullptr, Dtype::f32};
-    };
-    const bool linear = s.residual == Residual::linear;
-    return {{w1.data(), Dtype::f32, form},
-            {w2.data(), Dtype::f32, form},
-            {linear ? w3.data() : nullptr, Dtype::f32, form},
-            vector(b1, s.biases),
-            vector(b2, s.biases),
-            vector(b3, s.biases && linear),
-            vector(gi, s.norms),
-            vector(ci, s.norms && s.biases),
-            vector(go, s.norms),
-            vector(co, s.norms && s.biases)};
-  }
-
-  // y [tokens, out] of the mathematics in double, for the given rows.
-  std::vector<double> forward(const std::vector<float>& rows) const {
-    std::vector<double> y(static_cast<size_t>(s.tokens * s.out));
-    std::vector<double> u(static_cast<size_t>(s.in)), a(static_cast<size_t>(s.hidden)), z(static_cast<size_t>(s.out));
-    for (int64_t t = 0; t < s.tokens; ++t) {
-      const float* row = rows.data() + t * s.in;
-      for (int64_t i = 0; i < s.in; ++i) u[i] = row[i];
-      if (s.norms) normalise(u, gi, s.biases ? &ci : nullptr);
-      for (int64_t h = 0; h < s.hidden; ++h) {
-        double p = s.biases ? b1[h] : 0.0, slope;
-        for (int64_t i = 0; i < s.in; ++i) p += u[i] * w1[h * s.in + i];
-        a[h] = gelu_exact(p, Gelu::erf, &slope);
-      }
-      for (int64_t o = 0; o < s.out; ++o) {
-        double sum = s.biases ? b2[o] : 0.0;
-        for (int64_t h = 0; h < s.hidden; ++h) sum += a[h] * w2[o * s.hidden + h];
-        if (s.residual == Residual::identity) sum += row[o];
-        if (s.residual == Residual::linear) {
-          sum += s.biases ? b3[o] : 0.0;
-          for (int64_t i = 0; i < s.in; ++i) sum += static_cast<double>(row[i]) * w3[o * s.in + i];
-        }
-        z[o] = sum;
-      }
-      if (s.norms) normalise(z, go, s.biases ? &co : nullptr);
-      for (int64_t o = 0; o < s.out; ++o) y[t * s.out + o] = z[o];
-    }
-    return y;
-  }
-
-  static void normalise(std::vector<double>& v, const std::vector<float>& gain, const std::vector<float>* bias) {
-    double mean = 0.0, squares = 0.0;
-    for (const double value : v) mean += value / static_cast<double>(v.size());
-    for (const double value : v) squares += (value - mean) * (value - mean) / static_cast<double>(v.size());
-    for (size_t i = 0; i < v.size(); ++i) {
-      v[i] = (v[i] - mean) / std::sqrt(squares + 1e-5) * gain[i] + (bias ? (*bias)[i] : 0.0f);
-    }
-  }
-};
-
-std::vector<float> run_forward(const Case& c, const cpu::LinkWeights& weights, Isa isa, int threads,
-                               std::vector<float>* pre = nullptr, std::vector<float>* z = nullptr,
-                               std::vector<float>* stats = nullptr) {
-  const size_t tokens = static_cast<size_t>(c.s.tokens), outs = tokens * static_cast<size_t>(c.s.out);
-  const Guarded y = Guarded::floats(outs);
-  const Guarded kept_pre = Guarded::floats(tokens * static_cast<size_t>(c.s.hidden));
-  const Guarded kept_z = Guarded::floats(outs), kept_stats = Guarded::floats(4 * tokens);
-  cpu::LinkForward call{};
-  call.config = c.config(isa, threads);
-  call.weights = weights;
-  call.x = {c.x.data(), c.s.in, Dtype::f32};
-  call.y = {y.data(), Dtype::f32};
-  if (pre != nullptr) {
-    call.pre = {kept_pre.data(), Dtype::f32};
-    call.z = {c.s.norms ? kept_z.data() : nullptr, Dtype::f32};
-    call.stats = kept_stats.data();
-  }
-  const int64_t bytes = cpu::link_forward_workspace(call);
-  CHECK(bytes > 0, "workspace %lld", static_cast<long long>(bytes));
-  const Guarded workspace = workspace_of(bytes);
-  CHECK(cpu::link_forward(call, workspace.get(), bytes - 1) == Status::workspace_too_small, "short workspace taken");
-  const Status status = cpu::link_forward(call, workspace.get(), bytes);
-  CHECK(status == Status::ok, "link_forward status %d", static_cast<int>(status));
-  if (pre != nullptr) *pre = kept_pre.values(), *z = kept_z.values(), *stats = kept_stats.values();
-  return y.values();
-}
-
 double largest_error(const std::vector<float>& actual, const std::vector<double>& exact) {
   double error = 0.0, scale = 1e-300;
   for (size_t i = 0; i < exact.size(); ++i) {
@@ -238,52 +55,6 @@ double largest_error(const std::vector<float>& actual, const std::vector<double>
 // fp32 sums of n terms of random sign: about sqrt(n) roundings, and a norm divides by the spread.
 double tolerance(const Shape& s) {
   return 16.0 * std::sqrt(static_cast<double>(s.in + s.hidden + 16)) * std::ldexp(1.0, -24);
-}
-
-struct Gradients {
-  std::vector<float> dx, dw1, db1, dw2, db2, dw3, db3, dgi, dci, dgo, dco;
-};
-
-Gradients run_backward(const Case& c, Isa isa, int threads) {
-  std::vector<float> pre, z, stats;
-  run_forward(c, c.weights(), isa, threads, &pre, &z, &stats);
-  Gradients g;
-  cpu::LinkBackward call{};
-  call.config = c.config(isa, threads);
-  call.weights = c.weights();
-  call.dy = {c.dy.data(), c.s.out, Dtype::f32};
-  call.x = {c.x.data(), c.s.in, Dtype::f32};
-  call.pre = {pre.data(), c.s.hidden, Dtype::f32};
-  call.z = {z.data(), c.s.out, Dtype::f32};
-  call.stats = stats.data();
-  struct Wanted {
-    Wanted(std::vector<float>& to, size_t count) : result(&to), kept(count * sizeof(float)) {}
-    std::vector<float>* result;
-    Guarded kept;
-  };
-  std::deque<Wanted> wanted;
-  const auto want = [&](std::vector<float>& result, size_t count, bool present) {
-    if (!present) return Output{nullptr, Dtype::f32};
-    wanted.emplace_back(result, count);
-    return Output{wanted.back().kept.data(), Dtype::f32};
-  };
-  call.dx = want(g.dx, c.x.size(), true);
-  call.dw1 = want(g.dw1, c.w1.size(), true);
-  call.db1 = want(g.db1, c.b1.size(), c.s.biases);
-  call.dw2 = want(g.dw2, c.w2.size(), true);
-  call.db2 = want(g.db2, c.b2.size(), c.s.biases);
-  call.dw3 = want(g.dw3, c.w3.size(), c.s.residual == Residual::linear);
-  call.db3 = want(g.db3, c.b3.size(), c.s.residual == Residual::linear && c.s.biases);
-  call.dnorm_in_weight = want(g.dgi, c.gi.size(), c.s.norms);
-  call.dnorm_in_bias = want(g.dci, c.ci.size(), c.s.norms && c.s.biases);
-  call.dnorm_out_weight = want(g.dgo, c.go.size(), c.s.norms);
-  call.dnorm_out_bias = want(g.dco, c.co.size(), c.s.norms && c.s.biases);
-  const int64_t bytes = cpu::link_backward_workspace(call);
-  const Guarded workspace = workspace_of(bytes);
-  const Status status = cpu::link_backward(call, workspace.get(), bytes);
-  CHECK(status == Status::ok, "link_backward status %d", static_cast<int>(status));
-  for (const Wanted& w : wanted) *w.result = w.kept.values();
-  return g;
 }
 
 // The loss dy . y along one parameter direction, by central differences in double, against the gradient.
@@ -338,7 +109,9 @@ void test_link(Isa isa, const Shape& s) {
   CHECK(largest_error(from_panels, exact) <= tolerance(s), "packed isa %d: error %g", static_cast<int>(isa),
         largest_error(from_panels, exact));
 
-  const Gradients g = run_backward(c, isa, 3);
+  Kept kept;
+  run_forward(c, c.weights(), isa, 3, &kept);
+  const Gradients g = run_backward(c, c.weights(), kept, isa, 3);
   check_direction(c, "dx", &Case::x, g.dx, s, isa);
   check_direction(c, "dw1", &Case::w1, g.dw1, s, isa);
   check_direction(c, "dw2", &Case::w2, g.dw2, s, isa);
@@ -349,7 +122,7 @@ void test_link(Isa isa, const Shape& s) {
   if (s.norms) check_direction(c, "dgo", &Case::go, g.dgo, s, isa);
   if (s.norms && s.biases) check_direction(c, "dci", &Case::ci, g.dci, s, isa);
   if (s.norms && s.biases) check_direction(c, "dco", &Case::co, g.dco, s, isa);
-  const Gradients again = run_backward(c, isa, 3);
+  const Gradients again = run_backward(c, c.weights(), kept, isa, 3);
   CHECK(std::memcmp(g.dw1.data(), again.dw1.data(), g.dw1.size() * sizeof(float)) == 0, "dw1 differs between runs");
 }
 
@@ -419,18 +192,6 @@ void test_alignment(Isa isa) {
   CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::row_out_of_range, "an id outside the table was read");
 }
 
-void test_samples() {
-  std::vector<uint8_t> data(8 * 1000 + 3);
-  uint64_t words[64];
-  for (const int64_t bytes : {int64_t{3}, int64_t{16}, int64_t{8003}}) {
-    std::fill(data.begin(), data.end(), uint8_t{7});
-    cpu::sample_words(data.data(), bytes, words);
-    CHECK(cpu::words_match(data.data(), bytes, words), "unchanged data of %lld bytes", static_cast<long long>(bytes));
-    data[0] = 8;
-    CHECK(!cpu::words_match(data.data(), bytes, words), "changed data of %lld bytes", static_cast<long long>(bytes));
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -448,7 +209,6 @@ int main() {
     test_alignment(isa);
   }
   test_handoff();
-  test_samples();
   if (failures == 0)
     std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
   return failures == 0 ? 0 : 1;

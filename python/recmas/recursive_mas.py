@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from torch import nn
 from recmas.agents.agent import Agent
 from recmas.answering.answers import Answer, Answers
 from recmas.answering.options import AnswerOptions
-from recmas.answering.plan import OnMessage, Plan
+from recmas.answering.plan import OnAnswers, OnMessage, Plan
 from recmas.answering.run import Question, answer, stream
+from recmas.config.parts import Trust
 from recmas.config.pattern import Pattern
 from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
 from recmas.devices.placement import Devices, place
@@ -28,9 +29,21 @@ if TYPE_CHECKING:
 
 
 class RecursiveMAS(System):
-    """A recursive multi-agent system: a `System` that answers, and is written to and read from folders.
+    """A recursive multi-agent system.
 
-    Arguments and errors are those of `recmas.system.system.System`.
+    Args:
+        agents: one per role of the pattern; roles may share one `Agent`.
+        inner_links: by role, ``d -> d``, for every agent that sends.
+        outer_links: by (source, target), ``d_source -> d_target``.
+        pattern: which agent reads whose messages.
+        settings: prompt, chat and decoding by role; None makes plain prompts.
+        defaults: rounds and latent steps where a call names none.
+        edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        offload: devices that the agents work on, while their weights and links stay in host memory; None leaves them
+            where they are.
+
+    Raises:
+        ValueError: roles, widths, templates or slots that do not fit together; one line that names what is wrong.
     """
 
     @classmethod
@@ -109,8 +122,10 @@ class RecursiveMAS(System):
         *,
         offload: bool = False,
         compile: bool = False,
+        allow_outside: bool = False,
+        allow_hub: bool = False,
     ) -> Self:
-        """A system from its folder.
+        """A system from its folder, which is data: what it may lead to is said here, and not there.
 
         Args:
             folder: holds ``system.json``. Roles that name one model, with one dtype and on one device, share it.
@@ -121,14 +136,18 @@ class RecursiveMAS(System):
             offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
             compile: as for `Agent`.
+            allow_outside: load models and links from other folders, too, where the system names any.
+            allow_hub: load models from the hub, too, where the system names any; else the hub is never asked.
 
         Raises:
-            ValueError: a file that is missing, damaged or does not fit; one line naming it.
+            ValueError: a file that is missing, damaged, too large or does not fit, or that the folder may not lead to;
+                one line naming it.
         """
-        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile)
+        trust = Trust(allow_outside, allow_hub)
+        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile, trust)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the system into `folder`; nothing half-written ever replaces a good file.
+        """Write the system into `folder`; one that is there is replaced whole, or stays whole if this is cut short.
 
         Agents that came from a local folder, or were built in memory, are written under ``agents/<role>/``.
         """
@@ -145,6 +164,8 @@ class RecursiveMAS(System):
         *,
         on_message: OnMessage | None = None,
         on_text: Callable[[int, str], object] | None = None,
+        on_answers: OnAnswers | None = None,
+        skip: Collection[int] = (),
         progress: Callable[[int], object] | None = None,
         **changes: Any,
     ) -> Answers:
@@ -156,6 +177,9 @@ class RecursiveMAS(System):
             options: how; None is `AnswerOptions` with its defaults.
             on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
             on_text: called with the number of a row and the next piece of its answer, as it is written.
+            on_answers: called with the numbers of a batch's rows and their answers, in this order, when they are done.
+            skip: numbers of rows whose answers are known: batches of only such rows are left out, and answers there
+                stay empty. So what is left of a run that was cut short is answered as it would have been.
             progress: called with the number of rows after each visit of an agent (less than 0 takes some back).
             changes: fields of `AnswerOptions`, in place of those of `options`: ``answer(rows, rounds=2, seed=1)``.
 
@@ -165,7 +189,16 @@ class RecursiveMAS(System):
             TypeError: a change that is no option.
         """
         chosen = AnswerOptions.of(options, **changes)
-        return answer(Plan(self, chosen, on_message=on_message, on_text=on_text, progress=progress), rows)
+        plan = Plan(
+            self,
+            chosen,
+            on_message=on_message,
+            on_text=on_text,
+            on_answers=on_answers,
+            skip=skip,
+            progress=progress,
+        )
+        return answer(plan, rows)
 
     def stream(
         self,

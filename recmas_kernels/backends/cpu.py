@@ -1,50 +1,34 @@
-"""The compiled CPU kernels: which calls they take, allocation, and the native calls.
-
-The only caller of ``_cpu``. Importing torch first is not a detail: the module then shares torch's OpenMP runtime.
-"""
+"""The compiled CPU kernels: which calls they take, allocation, and the native calls. The only caller of ``_cpu``."""
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends import Call, native, packing
+from recmas_kernels.backends import native, packing, settings
+from recmas_kernels.backends.call import Call
+from recmas_kernels.reference import LinkArguments
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
+_CPU = torch.device("cpu")  # named in every allocation: the default device may be another
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
-_RESIDUALS = {"none": 0, "identity": 1, "linear": 2}
-_GELUS = {"none": 0, "tanh": 1}
-_LEAST_PACKED = 4096  # elements: smaller weights lie in the first-level cache, packed or not
+_VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
+_LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
+_MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
-
-Parameters = tuple[
-    Tensor,
-    Tensor | None,
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
 
 
 @cache
 def _native() -> ModuleType:
-    module = native.load("cpu")
-    module.connect(torch, getattr(Tensor, "__dlpack_c_exchange_api__", None))
-    return module
+    return native.load("cpu")
 
 
 @cache
 def unavailable() -> str | None:
-    """Why no CPU tensor can be served; None if it can. Asked once, then remembered."""
+    """Why no CPU tensor can be served; None if it can. Found out once, then remembered."""
     try:
         _native()
     except ImportError as error:
@@ -56,8 +40,8 @@ def unavailable() -> str | None:
 def _isa() -> int:
     """The instruction set in use: the processor's best, or a lower one named by RECMAS_CPU_ISA."""
     best = _native().best_isa()
-    name = os.environ.get("RECMAS_CPU_ISA")
-    if not name:
+    name = settings.cpu_isa()
+    if name is None:
         return best
     if name not in ISAS:
         raise ValueError(f"RECMAS_CPU_ISA is {name!r}, expected one of {', '.join(ISAS)}")
@@ -68,7 +52,7 @@ def _isa() -> int:
 
 def instruction_set() -> tuple[str, str]:
     """``(name, reason)`` of the kernels in use."""
-    if os.environ.get("RECMAS_CPU_ISA"):
+    if settings.cpu_isa() is not None:
         return ISAS[_isa()], "asked for by RECMAS_CPU_ISA"
     return ISAS[_isa()], "the best that this processor and build have"
 
@@ -79,180 +63,119 @@ def declines(call: Call) -> str | None:
         return None
     if call.dtype not in _DTYPES:
         return f"the kernels have no {str(call.dtype).removeprefix('torch.')}"
-    if call.op != "alignment_fwd" and 0 in (call.in_features, call.hidden_features, call.out_features):
+    if 0 in (call.in_features, call.out_features) or (call.op != "alignment_fwd" and call.hidden_features == 0):
         return "a size is 0"
     return None
 
 
-def _served(tensor: Tensor, compute: torch.dtype) -> Tensor:
-    """A weight matrix the kernels can read: contiguous, in fp32 or the compute dtype."""
-    if tensor.dtype is not compute and tensor.dtype is not torch.float32:
-        tensor = tensor.to(compute)
-    return tensor.contiguous()
+def _matrix(weight: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """A weight matrix that the kernels can read: contiguous, in fp32 or the compute dtype."""
+    if weight is None:
+        return None
+    return (weight if weight.dtype in (compute, torch.float32) else weight.to(compute)).contiguous()
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """A bias or gain the kernels can read: contiguous, in fp32, bf16 or fp16."""
-    return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)).contiguous()
+def _vector(vector: Tensor | None) -> Tensor | None:
+    """A bias or gain that the kernels can read: contiguous, in fp32, bf16 or fp16."""
+    if vector is None:
+        return None
+    return (vector if vector.dtype in _DTYPES else vector.to(torch.float32)).contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """Rows that the kernels can read: contiguous along the last dimension, in fp32, bf16 or fp16."""
     if tensor.dtype not in _DTYPES:
         tensor = tensor.to(torch.float32)
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _all_readable(parameters: Parameters, compute: torch.dtype) -> Parameters:
-    return tuple(  # type: ignore[return-value]
-        t if t is None else _served(t, compute) if t.dim() == 2 else _readable(t) for t in parameters
-    )
-
-
-def is_plain_link(residual: str, mixed: bool, *tensors: Tensor | None) -> bool:
-    """Whether x and the ten parameters are plain tensors that fit each other and need no conversion, on any device.
-
-    One native look at all of them (0.4 us); False also means "look closely". ``mixed`` allows parameters of another
-    floating-point dtype than x's, as under autocast.
-    """
-    return unavailable() is None and _native().link_is_plain(residual, mixed, *tensors)
+def _readable(arguments: LinkArguments) -> LinkArguments:
+    """The same call with tensors that the kernels can read, converted where they are not."""
+    x, compute = _rows(arguments.x), arguments.dtype
+    matrices = {name: _matrix(getattr(arguments, name), compute) for name in ("w1", "w2", "w3")}
+    vectors = {name: _vector(getattr(arguments, name)) for name in _VECTORS}
+    return arguments._replace(x=x, **matrices, **vectors)  # type: ignore[arg-type]
 
 
 def _form(weight: Tensor | None, compute: torch.dtype, isa: int) -> Tensor | bool:
-    """How a weight matrix that may be packed is read: its panels; or, until it has them, whether in their order."""
-    if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not packing.packable(weight):
+    """How the kernel reads a weight matrix: its packed panels; or, as it is stored, summed in panel order or not."""
+    if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not weight.is_contiguous():
         return False
-    panels = packing.lookup(_native(), weight, (compute, isa), _pack)
+    panels = packing.lookup(weight, (compute, isa), _pack)
     return True if panels is None else panels
 
 
 def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
     compute, isa = layout
-    panels = torch.empty(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape), dtype=torch.uint8)
+    panels = torch.empty(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape), dtype=torch.uint8, device=_CPU)
     _native().pack_weight(isa, torch.get_num_threads(), _DTYPES[compute], weight, panels)
     return panels
 
 
 def _forward(
-    x: Tensor,
-    parameters: Parameters,
-    residual: str,
-    gelu: str,
-    eps: float,
-    compute: torch.dtype,
-    may_pack: bool,
-    saved: tuple[Tensor | None, Tensor | None, Tensor | None],
+    arguments: LinkArguments, in_place: bool, pre: Tensor | None, z: Tensor | None, stats: Tensor | None
 ) -> Tensor:
-    """y; ``saved`` (pre, z, stats) is filled for the backward pass."""
-    w1, _, w2, _, w3 = parameters[:5]
+    """y; ``pre``, ``z`` and ``stats`` are filled for the backward pass, where they are given.
+
+    ``in_place``: few rows read weights in place, summed in an order that packed copies do not have.
+    """
+    x, w1, w2 = arguments.x, arguments.w1, arguments.w2
     isa, tokens, out_features = _isa(), x.shape[0], w2.shape[0]
-    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=_CPU)
     if tokens == 0:
         return y
-    settings = (isa, torch.get_num_threads(), _DTYPES[compute], _RESIDUALS[residual], _GELUS[gelu], eps)
+    threads, run = torch.get_num_threads(), _native().link_forward
     forms: tuple[Tensor | bool, ...] = (False, False, False)
-    if may_pack:
-        forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(w3, compute, isa))
-    if _native().link_forward(*settings, x, *parameters, *forms, y, *saved):
+    if not in_place or tokens > _MOST_STREAMED:
+        compute = arguments.dtype
+        forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(arguments.w3, compute, isa))
+    if run(isa, threads, arguments, *forms, y, pre, z, stats):
         return y
-    rows, parameters = _rows(x), _all_readable(parameters, compute)
-    converted = torch.empty(tokens, out_features, dtype=rows.dtype)
-    if not _native().link_forward(*settings, rows, *parameters, *forms, converted, *saved):
+    readable = _readable(arguments)
+    converted = torch.empty(tokens, out_features, dtype=readable.x.dtype, device=_CPU)
+    if not run(isa, threads, readable, *forms, converted, pre, z, stats):
         raise AssertionError("converted tensors are readable")
     return converted.to(x.dtype)
 
 
-def link_fwd(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    may_pack: bool,
-) -> Tensor:
-    """y ``[T, out]`` in x's dtype; weights that stay what they are are packed on their second sighting."""
-    parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-    return _forward(x, parameters, residual, gelu, eps, dtype, may_pack, (None, None, None))
+def link_fwd(arguments: LinkArguments) -> Tensor:
+    """y ``[T, out]`` in x's dtype; weights inside a `packed` scope are read from their packed copies."""
+    return _forward(arguments, False, None, None, None)
 
 
-def link_fwd_train(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
-    parameters = (w1, b1, w2, b2, w3, b3, gi, ci, go, co)
-    tokens = x.shape[0]
-    pre = torch.empty(tokens, w1.shape[0], dtype=dtype)
-    z = torch.empty(0, dtype=dtype) if go is None else torch.empty(tokens, w2.shape[0], dtype=dtype)
+    tokens, dtype = arguments.x.shape[0], arguments.dtype
+    has_norm_in, has_norm_out = arguments.norm_in_weight is not None, arguments.norm_out_weight is not None
+    pre = torch.empty(tokens, arguments.w1.shape[0], dtype=dtype, device=_CPU)
+    z = torch.empty((tokens, arguments.w2.shape[0]) if has_norm_out else (0,), dtype=dtype, device=_CPU)
     # The kernel writes the rows of the norms that exist.
-    allocate = torch.zeros if gi is None or go is None else torch.empty
-    stats = allocate(4, tokens, dtype=torch.float32)
-    y = _forward(x, parameters, residual, gelu, eps, dtype, False, (pre, None if go is None else z, stats))
+    allocate = torch.empty if has_norm_in and has_norm_out else torch.zeros
+    stats = allocate(4, tokens, dtype=torch.float32, device=_CPU)
+    y = _forward(arguments, True, pre, z if has_norm_out else None, stats)
     return y, pre, z, stats
 
 
 def link_bwd(
-    dy: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    needs: list[bool],
+    arguments: LinkArguments, dy: Tensor, pre: Tensor, z: Tensor, stats: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)``; ``[0]`` where ``needs`` is False."""
-    inputs = (x, w1, b1, w2, b2, w3, b3, gi, ci, go, co)
+    """Gradients of ``arguments.tensors``, in that order and in their dtypes; ``[0]`` where ``needs`` is False."""
+    x, tensors = arguments.x, arguments.tensors
     # The kernels write fp32, bf16 and fp16; a gradient of another dtype leaves through fp32.
     outputs = [
-        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32)
+        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32, device=_CPU)
         if need and tensor is not None
         else None
-        for need, tensor in zip(needs, inputs, strict=True)
+        for need, tensor in zip(needs, tensors, strict=True)
     ]
     if x.shape[0] == 0:
         outputs = [None if grad is None else grad.zero_() for grad in outputs]
     else:
-        settings = (_isa(), torch.get_num_threads(), _DTYPES[dtype], _RESIDUALS[residual], _GELUS[gelu], eps)
-        kept: tuple[Tensor | None, ...] = (dy, x, pre, None if go is None else z, stats, *inputs[1:])
-        if not _native().link_backward(*settings, *kept, *outputs):
-            parameters = _all_readable((w1, b1, w2, b2, w3, b3, gi, ci, go, co), dtype)
-            rows = (_rows(dy), _rows(x), _rows(pre), None if go is None else _rows(z), stats.contiguous())
-            if not _native().link_backward(*settings, *rows, *parameters, *outputs):
+        isa, threads, run = _isa(), torch.get_num_threads(), _native().link_backward
+        sums = None if arguments.norm_out_weight is None else z
+        if not run(isa, threads, arguments, dy, pre, sums, stats, *outputs):
+            rows = (_rows(dy), _rows(pre), None if sums is None else _rows(sums), stats.contiguous())
+            if not run(isa, threads, _readable(arguments), *rows, *outputs):
                 raise AssertionError("converted tensors are readable")
     return tuple(
         x.new_empty(0)
@@ -260,17 +183,15 @@ def link_bwd(
         else grad
         if grad.dtype is tensor.dtype
         else grad.to(tensor.dtype)
-        for grad, tensor in zip(outputs, inputs, strict=True)
+        for grad, tensor in zip(outputs, tensors, strict=True)
     )
 
 
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]``, slot_rows int64 unique."""
-    if embeds.shape[1] > 1 and embeds.stride(1) != 1:
-        raise ValueError(f"embeds have stride {embeds.stride(1)} between elements, expected 1")
     rows = rows.to(embeds.dtype)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    _native().handoff_scatter(rows, slot_rows.contiguous(), embeds, embeds.element_size())
+    _native().handoff_scatter(rows, slot_rows.contiguous(), embeds)
 
 
 def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
@@ -285,7 +206,7 @@ def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
     slots = slot_rows.contiguous()
     dembeds = dy.clone(memory_format=torch.contiguous_format)
     drows = dy.new_empty(slots.shape[0], dy.shape[1])
-    _native().handoff_take(dembeds, slots, drows, dy.element_size())
+    _native().handoff_take(dembeds, slots, drows)
     return drows, dembeds
 
 
@@ -298,10 +219,10 @@ def alignment_fwd(
     mse_weight: float,
     embed_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; the formula stands in ``reference.alignment_fwd``."""
+    """``(loss fp32 scalar, gradient [T, d] in pred's dtype)``; see the formula in ``reference.alignment_fwd``."""
     tokens, features = pred.shape
-    loss = torch.zeros((), dtype=torch.float32)
-    grad = torch.empty(tokens, features, dtype=pred.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=_CPU)
+    grad = torch.empty(tokens, features, dtype=pred.dtype, device=_CPU)
     if grad.numel() == 0:
         return loss, grad
     rows, table = _rows(pred), _rows(target)

@@ -1,7 +1,7 @@
-"""The compiled CUDA kernels: allocation and the pointer call, on torch's current stream.
+"""The compiled CUDA kernels: which calls they take, allocation, and the native calls on torch's current stream.
 
-The only caller of ``_cuda``. That module holds the handoff and the link's forward for few tokens; the rest is
-declined, and the next backend in the table serves it.
+The only caller of ``_cuda``, which has the handoff and the link's forward over few tokens. Other calls are declined,
+and the next backend in the table serves them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends import Call, native
+from recmas_kernels.backends import native
+from recmas_kernels.backends.call import Call
+from recmas_kernels.reference import LinkArguments
 
 OLDEST_CAPABILITY = (8, 0)  # sm_80 is the oldest code in the module
 _HANDOFF = ("handoff_fwd", "handoff_", "handoff_bwd")
@@ -30,7 +32,7 @@ def _native() -> ModuleType:
 
 @cache
 def unavailable() -> str | None:
-    """Why no CUDA tensor can be served on this machine; None if it can. Asked once, then remembered."""
+    """Why no CUDA tensor can be served on this machine; None if it can. Found out once, then remembered."""
     try:
         module = _native()
     except ImportError as error:
@@ -59,7 +61,7 @@ def declines(call: Call) -> str | None:
     if call.op in _HANDOFF:
         return None
     if call.op not in _LINK:
-        return f"the CUDA module has no {call.op}; it holds the handoff and the link's forward"
+        return f"the CUDA module has no {call.op}; it has the handoff and the link's forward"
     if call.dtype not in _DTYPES:
         return f"the kernels have no {str(call.dtype).removeprefix('torch.')}"
     if call.tokens > MOST_TOKENS:
@@ -114,34 +116,17 @@ def _workspace_bytes(sizes: tuple[int, int, int, int], compute: int, norm_in: bo
     return _native().link_forward_workspace(sizes, compute, norm_in, norm_out)
 
 
-def _forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    saved: tuple[Tensor, Tensor, Tensor] | None,
-) -> Tensor:
-    """y; ``saved`` (pre, z, stats) is filled for the backward pass."""
+def _forward(arguments: LinkArguments, pre: Tensor | None, z: Tensor | None, stats: Tensor | None) -> Tensor:
+    """y; ``pre``, ``z`` and ``stats`` are filled for the backward pass, where they are given."""
+    x, w1, b1, w2, b2, w3, b3, gain_in, bias_in, gain_out, bias_out, residual, gelu, eps, dtype = arguments
     rows = _rows(x)
     sizes = (x.shape[0], x.shape[1], w1.shape[0], w2.shape[0])
     y = torch.empty(sizes[0], sizes[3], dtype=rows.dtype, device=x.device)
     if sizes[0] == 0:
         return y.to(x.dtype)
     matrices = [_matrix(weight, dtype) for weight in (w1, w2, w3)]
-    vectors = [_vector(vector) for vector in (b1, b2, b3, gi, ci, go, co)]
-    pre, z, stats = saved if saved is not None else (None, None, None)
-    workspace_bytes = _workspace_bytes(sizes, _DTYPES[dtype], gi is not None, go is not None)
+    vectors = [_vector(vector) for vector in (b1, b2, b3, gain_in, bias_in, gain_out, bias_out)]
+    workspace_bytes = _workspace_bytes(sizes, _DTYPES[dtype], gain_in is not None, gain_out is not None)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
     with torch.cuda.device(x.device):
         _native().link_forward(
@@ -155,7 +140,7 @@ def _forward(
             _DTYPES[rows.dtype],
             [_address(matrix) for matrix in matrices],
             [(0, 0) if vector is None else (vector.data_ptr(), _DTYPES[vector.dtype]) for vector in vectors],
-            (y.data_ptr(), _address(pre), 0 if go is None else _address(z), _address(stats)),
+            (y.data_ptr(), _address(pre), _address(z), _address(stats)),
             workspace.data_ptr(),
             workspace_bytes,
             x.device.index,
@@ -164,51 +149,19 @@ def _forward(
     return y.to(x.dtype)
 
 
-def link_fwd(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-    may_pack: bool,
-) -> Tensor:
-    """y ``[T, out]`` in x's dtype; weights are streamed as they lie, so there is nothing to pack."""
-    return _forward(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, None)
+def link_fwd(arguments: LinkArguments) -> Tensor:
+    """y ``[T, out]`` in x's dtype; weights are read as they are stored, so there is nothing to pack."""
+    return _forward(arguments, None, None, None)
 
 
-def link_fwd_train(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor | None,
-    b3: Tensor | None,
-    gi: Tensor | None,
-    ci: Tensor | None,
-    go: Tensor | None,
-    co: Tensor | None,
-    residual: str,
-    gelu: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, pre [T, hidden], z [T, out] or [0], stats [4, T])``; pre and z in the compute dtype, stats fp32."""
-    tokens, out_features = x.shape[0], w2.shape[0]
+    x, w1, w2, dtype = arguments.x, arguments.w1, arguments.w2, arguments.dtype
+    has_norm_out, tokens = arguments.norm_out_weight is not None, x.shape[0]
     pre = torch.empty(tokens, w1.shape[0], dtype=dtype, device=x.device)
-    z = torch.empty((0,) if go is None else (tokens, out_features), dtype=dtype, device=x.device)
+    z = torch.empty((tokens, w2.shape[0]) if has_norm_out else (0,), dtype=dtype, device=x.device)
     stats = torch.zeros(4, tokens, dtype=torch.float32, device=x.device)
-    y = _forward(x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, residual, gelu, eps, dtype, (pre, z, stats))
+    y = _forward(arguments, pre, z if has_norm_out else None, stats)
     return y, pre, z, stats
 
 

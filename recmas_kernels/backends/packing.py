@@ -1,114 +1,133 @@
-"""Packed CPU weights: a weight's copy in the layout the kernels stream, kept as long as the weight stays what it was.
+"""Packed CPU weights: copies in the layout that the kernels stream, kept for the time of a `packed` scope.
 
-Rollouts call the same link thousands of times, so its weights are laid out once, on the second sighting. A stale copy
-would be a silent wrong answer, so an entry holds only while all of this does:
-
-- the Parameter object is alive (a weakref's callback deletes the entry with it),
-- its ``_version``, address, shape and layout are those of packing time; the entry holds ``weight.detach()``, so that
-  the address cannot be given to another tensor meanwhile,
-- 64 sampled words of its memory are those of packing time: fused optimisers, ``.data`` writes and broadcasts bump no
-  version. ``RECMAS_CHECK=1`` compares the whole weight instead.
+A copy cannot know that its weight was written: fused optimisers, writes through ``.data`` and other processes bump no
+version. So copies exist only inside a scope whose owner promises not to write, and everywhere else the kernels read
+weights as they are stored. Both ways sum in the same order, so a scope changes no bit of any result.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-from types import ModuleType
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 
-from recmas_kernels.backends import setting
-
-SAMPLED_WORDS = 64  # as csrc/link.h says
+from recmas_kernels.backends import settings
 
 Layout = tuple[torch.dtype, int]  # compute dtype, instruction set
-Stamp = tuple[int, int, torch.Size, Layout]
+Packable = nn.Module | Tensor
+Stamp = tuple[int, int, torch.Size]
 
 
 class _Entry:
-    __slots__ = ("packed", "pin", "samples", "stamp", "watch", "whole")
+    """A weight inside a scope. It is held, so that its ``id`` is no other tensor's meanwhile."""
 
-    def __init__(self, weight: Tensor, stamp: Stamp, watch: weakref.ref[Tensor]) -> None:
-        self.watch = watch
-        self.stamp = stamp
-        self.pin = weight.detach()
-        self.packed: Tensor | None = None
-        self.samples: Tensor | None = None
+    __slots__ = ("name", "panels", "pin", "scopes", "stamp", "weight", "whole")
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        self.name, self.weight, self.scopes = name, weight, 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.panels: dict[Layout, Tensor] = {}
+        self.stamp: Stamp | None = None
+        self.pin: Tensor | None = None  # keeps the address of `stamp` from being given to another tensor
         self.whole: Tensor | None = None  # RECMAS_CHECK=1 only
 
 
 _entries: dict[int, _Entry] = {}
+_lock = threading.Lock()
 
 
-def _is_checked() -> bool:
-    return setting("RECMAS_CHECK") == "1"
+@contextmanager
+def packed(*links: Packable | Iterable[Packable]) -> Iterator[None]:
+    """Let the CPU kernels keep packed copies of these links' weights inside the block.
 
+    A packed weight is read once, in order, at the speed of memory; without the scope each call lays its weights out
+    anew. Inside the block nobody may write the weights other than by ``load_state_dict`` or by moving the module:
+    these, and in-place operations of torch, are noticed; a write past autograd (``.data``, a fused optimiser, another
+    process) is not. ``RECMAS_CHECK=1`` compares every weight in full at each use.
 
-def _unchanged(native: ModuleType, weight: Tensor, entry: _Entry) -> bool:
-    if _is_checked():  # an entry from before it was asked for holds no whole copy, and is made anew
-        return entry.whole is not None and torch.equal(weight.detach().view(torch.uint8), entry.whole)
-    return native.words_match(weight, weight.nbytes, entry.samples)
+    Blocks nest, and several threads may be in them; the copies are made at the first use, and dropped at the end of the
+    last block that names their weight. Results are the same bits inside and outside. Weights on other devices are
+    never copied.
 
+    Args:
+        links: modules (their parameters), weights, or iterables of them.
 
-def packable(weight: Tensor) -> bool:
-    """Whether copies of ``weight`` may be kept: a contiguous Parameter that is not an inference tensor."""
-    return isinstance(weight, Parameter) and weight.is_contiguous() and not weight.is_inference()
-
-
-def lookup(
-    native: ModuleType, weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]
-) -> Tensor | None:
-    """The packed form of a `packable` CPU weight in ``layout``, or None on its first sighting.
-
-    ``pack(weight, layout)`` makes it; ``native`` is the compiled module, which samples and compares memory.
+    Raises:
+        TypeError: something else was given.
+        RuntimeError: from a link, under ``RECMAS_CHECK=1``: a weight was written inside the block.
     """
-    key = id(weight)
-    entry = _entries.get(key)
-    stamp = (weight._version, weight.data_ptr(), weight.shape, layout)
-    if entry is not None and entry.watch() is weight and entry.stamp == stamp:
-        if entry.packed is None:
-            _fill(native, weight, entry, pack)
-            return entry.packed
-        if _unchanged(native, weight, entry):
-            return entry.packed
-    _entries[key] = _Entry(weight, stamp, weakref.ref(weight, lambda watch: _expire(key, watch)))
-    return None
+    weights = list(_weights(links))
+    with _lock:
+        for name, weight in weights:
+            _entries.setdefault(id(weight), _Entry(name, weight)).scopes += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for _, weight in weights:
+                entry = _entries[id(weight)]
+                entry.scopes -= 1
+                if entry.scopes == 0:
+                    del _entries[id(weight)]
 
 
-def _fill(native: ModuleType, weight: Tensor, entry: _Entry, pack: Callable[[Tensor, Layout], Tensor]) -> None:
-    samples = torch.empty(SAMPLED_WORDS, dtype=torch.int64)
-    native.sample_words(weight, samples)
-    entry.samples = samples
-    if _is_checked():
-        entry.whole = weight.detach().view(torch.uint8).clone()
-    entry.packed = pack(weight, entry.stamp[3])
+def _weights(links: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(links, nn.Module):
+        yield from links.named_parameters()
+    elif isinstance(links, Tensor):
+        yield f"a weight {tuple(links.shape)}", links
+    elif isinstance(links, Iterable) and not isinstance(links, str):
+        for link in links:
+            yield from _weights(link)
+    else:
+        raise TypeError(f"packed() was given a {type(links).__name__}, expected modules or tensors")
 
 
-def _expire(key: int, watch: weakref.ref[Tensor]) -> None:
-    entry = _entries.get(key)
-    if entry is not None and entry.watch is watch:  # the id may already belong to a newer weight
-        del _entries[key]
+def lookup(weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]) -> Tensor | None:
+    """The packed form of a contiguous CPU weight in ``layout``, made by ``pack``; None outside of its scopes."""
+    entry = _entries.get(id(weight))
+    if entry is None:
+        return None
+    if settings.checks():
+        _expect_unwritten(entry)
+    stamp = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape)
+    if entry.stamp != stamp:
+        entry.forget()
+        entry.pin, entry.stamp = weight.detach(), stamp
+        if settings.checks():
+            entry.whole = _bytes(weight).clone()
+    panels = entry.panels.get(layout)
+    if panels is None:
+        panels = entry.panels[layout] = pack(weight, layout)
+    return panels
+
+
+def _expect_unwritten(entry: _Entry) -> None:
+    if entry.panels and entry.whole is None:  # packed before the variable was set
+        entry.forget()
+    if entry.whole is not None and not torch.equal(_bytes(entry.weight), entry.whole):
+        raise RuntimeError(f"{entry.name} was written inside packed(), whose copies hold its former values")
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.detach().view(torch.uint8)
 
 
 def forget(weights: Iterable[Tensor]) -> None:
-    """Drop the packed copies of ``weights``, if any."""
+    """Drop the packed copies of ``weights``, if any; inside their scopes the next use makes new ones."""
+    if not _entries:
+        return
     for weight in weights:
-        _entries.pop(id(weight), None)
-
-
-def clear_packed() -> None:
-    """Drop every packed copy of every weight; the next calls read the weights themselves and pack again.
-
-    Call it after writing *part* of a weight past autograd, through ``.data`` or numpy: such a write bumps no version,
-    and one that changes a few rows can miss the sampled words. Optimisers, ``load_state_dict`` and in-place ops need
-    no call.
-    """
-    _entries.clear()
+        entry = _entries.get(id(weight))
+        if entry is not None:
+            entry.forget()
 
 
 def packed_bytes() -> int:
     """Bytes that packed copies hold at present."""
-    return sum(entry.packed.nbytes for entry in list(_entries.values()) if entry.packed is not None)
+    return sum(panels.nbytes for entry in list(_entries.values()) for panels in list(entry.panels.values()))

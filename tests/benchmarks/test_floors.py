@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floors
-from benchmarks.floors import Work
+from benchmarks.harness import floors
+from benchmarks.harness.floors import Work
 from recmas_kernels import LinkConfig
-from tests.kernels.helpers import configs, eager_twin, make_link, make_rows
+from recmas_kernels.testing import configs, eager_twin, make_link, make_rows
 
 BF16 = 2
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.baselines import PRODUCTS
-from benchmarks.floors import Work
-from benchmarks.gpu import bench
-from benchmarks.gpu.bench import PRODUCTS_LT, GpuBench
-from benchmarks.gpu.forecast import ROWS
-from benchmarks.gpu.run import Run
-from benchmarks.record import Labels
-from benchmarks.timing import Call
+from benchmarks.harness.floors import Work
+from benchmarks.harness.gpu import bench
+from benchmarks.harness.gpu.bench import PRODUCTS_LT, GpuBench
+from benchmarks.harness.gpu.forecast import ROWS
+from benchmarks.harness.gpu.run_file import RunFile
+from benchmarks.harness.names import PRODUCTS
+from benchmarks.harness.record import Labels
+from benchmarks.harness.timing import Call
 from tests.benchmarks.test_gpu_tables import HEAD, FakeLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> GpuBench:
     monkeypatch.setattr(bench.cuda, "clock_and_temperature", lambda: (1980.0, 40.0))
     monkeypatch.setattr(bench, "CELL_WARM_SECONDS", 0.0)
     monkeypatch.setattr(bench, "CELL_SECONDS", 0.0)
-    return GpuBench(Run(None, dict), torch.device("cpu"), FakeLimits(), HEAD["device"])
+    return GpuBench(RunFile(None, dict), torch.device("cpu"), FakeLimits(), HEAD["device"])
 
 
 def calls(microseconds: float, count: int = 17) -> Callable[[], list[Call]]:
@@ -115,7 +115,7 @@ def test_bare_calls_are_timed_by_the_hosts_clock(gpu_bench: GpuBench) -> None:
 def test_without_a_device_every_call_runs_and_nothing_is_kept() -> None:
     ran: list[int] = []
     builders = {"fused": lambda: [lambda: ran.append(0), lambda: ran.append(1)], "eager": lambda: [lambda: None]}
-    untimed = GpuBench(Run(None, dict), torch.device("cpu"))
+    untimed = GpuBench(RunFile(None, dict), torch.device("cpu"))
     untimed.measure(LABELS, builders, WORK, {})
     assert ran == [0, 1]
     assert untimed.run.records == []
@@ -128,7 +128,7 @@ FAKE_DEVICE = """
 import pytest
 import torch
 from contextlib import nullcontext
-from benchmarks.gpu import bench, cuda, limits
+from benchmarks.harness.gpu import bench, cuda, limits
 from tests.benchmarks.test_gpu_tables import FakeLimits
 
 
@@ -179,7 +179,17 @@ def session(
     facts["l2_bytes"] = 4096 if small else facts["l2_bytes"]  # small operands would need thousands of copies
     (tmp_path / "fake_device.py").write_text(FAKE_DEVICE.format(facts=facts, small=small) if device else "")
     records = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/gpu", "-q", "-p", "fake_device", "--records", str(records)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/suites/gpu",
+        "-q",
+        "-p",
+        "fake_device",
+        "--records",
+        str(records),
+    ]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
@@ -225,7 +235,7 @@ def test_a_whole_session_from_cells_to_its_page(tmp_path: Path) -> None:
     asked = {answer["question"][0] for answer in content["recmas"]["answers"]}
     assert asked == {"3", "4", "5"}
     summary = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.tables", str(records)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.report.gpu_tables", str(records)], cwd=ROOT, capture_output=True, text=True
     )
     assert summary.returncode == 0, summary.stderr
     assert "0 of 15 rows of the forecast measured" in summary.stdout

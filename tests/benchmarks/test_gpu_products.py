@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.gpu.test_bench_products_gpu import OURS, PAIRS, PLAIN, draw
-from benchmarks.gpu.tuned import Tuned
+from benchmarks.harness.gpu.tuned import Tuned
+from benchmarks.suites.gpu.test_bench_products import OURS, PAIRS, PLAIN, draw
 
 pytest.importorskip("triton")
 

@@ -7,26 +7,14 @@ import math
 
 import pytest
 
-from benchmarks.gpu import schedule
-from benchmarks.gpu.forecast import ROWS
-from benchmarks.gpu.shapes import AUTOTUNED_RANK, INNER, LinkCase, link_cases
-from benchmarks.timing import AGAIN, MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.harness.gpu import schedule
+from benchmarks.harness.gpu.forecast import ROWS
+from benchmarks.harness.names import AGAIN
+from benchmarks.harness.timing import MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.suites.gpu.link_grid import AUTOTUNED_RANK, INNER, LinkCase, link_cases
+from tests.benchmarks.fake_clock import FakeClock
 
 L2 = 50 * 2**20
-
-
-class FakeClock:
-    """Wall time that passes only where it is told to."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def __call__(self) -> float:
-        return self.time
-
-    def takes(self, seconds: float) -> float:
-        self.time += seconds
-        return seconds
 
 
 @pytest.mark.parametrize("bytes_per_call", [1, 4096, 16_800_000, 28_300_000, L2, 5 * L2, 20 * L2])

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import floors, report
-from benchmarks.gpu import tables
-from benchmarks.gpu.forecast import ROWS, misses, verdict
-from benchmarks.gpu.run import Run
-from benchmarks.gpu.shapes import INNER
-from benchmarks.record import SCHEMA, Labels, make_record
+from benchmarks.harness import floors
+from benchmarks.harness.gpu.forecast import ROWS, misses, verdict
+from benchmarks.harness.gpu.run_file import RunFile
+from benchmarks.harness.record import SCHEMA, Labels, make_record
+from benchmarks.report import __main__ as report
+from benchmarks.report import gpu_tables
+from benchmarks.suites.gpu.link_grid import INNER
 
 HEAD = {
     "schema": SCHEMA,
@@ -91,7 +92,7 @@ def test_nothing_is_judged_without_a_forecast() -> None:
 
 def test_a_cell_measured_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    run = Run(path, lambda: dict(HEAD))
+    run = RunFile(path, lambda: dict(HEAD))
     run.add(record(9.0, eager=18.0))
     run.add(record(9.0, tokens=32, row="inner T=32, cold", eager=18.0))
     run.add(record(8.8, eager=18.0, **{"compile-max": 11.0}))
@@ -106,12 +107,12 @@ def test_a_cell_measured_again_takes_the_place_of_the_first(tmp_path: Path) -> N
 
 def test_a_run_file_exists_before_the_first_cell_ends(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    Run(path, lambda: dict(HEAD)).save()
+    RunFile(path, lambda: dict(HEAD)).save()
     assert json.loads(path.read_text())["benchmarks"] == []
 
 
 def whole_run(path: Path) -> Path:
-    run = Run(path, lambda: dict(HEAD))
+    run = RunFile(path, lambda: dict(HEAD))
     run.add(record(9.0, eager=18.0, compile=17.0, products=8.0))
     run.add(record(12.0, tokens=8, row=None, eager=18.0))
     run.answer("2: gap", "one store", t_us={"plain": {"p50": 1.3}}, failed={"dependent launch": "RuntimeError: no"})
@@ -120,7 +121,7 @@ def whole_run(path: Path) -> Path:
 
 
 def test_the_short_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tables.main([str(whole_run(tmp_path / "bench.json"))]) == 0
+    assert gpu_tables.main([str(whole_run(tmp_path / "bench.json"))]) == 0
     page = capsys.readouterr().out
     assert "1 of 15 rows of the forecast measured, 1 hit." in page
     assert "| inner T=1, cold | 5.6 | 8.5–10 | 9 | 62.2 | 16–20, 18 | 15–19, 17 |" in page
@@ -132,7 +133,7 @@ def test_the_short_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_another_device_is_not_held_to_the_forecast() -> None:
-    text = tables.forecast_table([record(9.0, row=None)], "Fake A100")
+    text = gpu_tables.forecast_table([record(9.0, row=None)], "Fake A100")
     assert text.startswith("The forecast is for an H100; no row of it was measured on Fake A100.")
 
 
@@ -154,7 +155,7 @@ def test_a_run_is_stored_and_drawn_by_the_common_report(tmp_path: Path, capsys: 
 def test_a_file_that_is_no_run_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     path = tmp_path / "bench.json"
     path.write_text(content)
-    assert tables.main([str(path)]) == 2
+    assert gpu_tables.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path} is no GPU run")
     assert error.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import preflight, small_shapes
+from benchmarks.harness.gpu import preflight, small_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
@@ -18,16 +18,16 @@ SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 # Answers as the real one would, and says what it was asked; a phase named in FAIL fails, one in HANG never ends.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  "-m benchmarks.gpu.preflight") echo "$FAKE_SANITIZER"; exit 0 ;;
+  "-m benchmarks.harness.gpu.preflight") echo "$FAKE_SANITIZER"; exit 0 ;;
   "setup.py build_ext --inplace") phase=build ;;
   "-m recmas_kernels.info") echo info; exit 0 ;;
   "-c import xdist") exit 1 ;;
   "-m pytest -m gpu"*) phase=tests ;;
-  "-m benchmarks.gpu.small_shapes") phase=sanitize ;;
-  "-m pytest benchmarks/gpu"*)
+  "-m benchmarks.harness.gpu.small_shapes") phase=sanitize ;;
+  "-m pytest benchmarks/suites/gpu"*)
     phase=bench
     echo '{}' >"${@: -1}" ;;
-  "-m benchmarks.gpu.tables"*) echo "the table"; exit 0 ;;
+  "-m benchmarks.report.gpu_tables"*) echo "the table"; exit 0 ;;
   *) echo "not expected: $*"; exit 77 ;;
 esac
 echo "$phase: $*"

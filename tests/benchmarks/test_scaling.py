@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.scaling import Power, non_negative, whole
+from benchmarks.harness.scaling import Power, non_negative, whole
 
 
 def noisy(times, rounds=9, seed=0):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.shapes import Goal
-from benchmarks.timing import AGAIN, WARMUP_ROUNDS, Quantiles, Ratio, measure
+from benchmarks.harness.goals import Goal
+from benchmarks.harness.names import AGAIN
+from benchmarks.harness.timing import WARMUP_ROUNDS, Quantiles, Ratio, measure
 
 
 class FakeBenchmark:
@@ -85,9 +86,9 @@ def test_goal(goal: Goal, ratio: Ratio, microseconds: float, missed: str | None)
 def test_variants_take_turns() -> None:
     calls: list[str] = []
     variants = {name: lambda name=name: calls.append(name) for name in ("fused", "eager", "addmm")}
-    samples = measure(FakeBenchmark(), variants, rounds=8, prepare=lambda call: None)
-    assert samples is not None
-    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(
+    measured = measure(FakeBenchmark(), variants, rounds=8, prepare=lambda call: None)
+    assert measured is not None
+    assert {name: len(values) for name, values in measured.samples.items()} == dict.fromkeys(
         ("fused", "eager", "addmm", "eager" + AGAIN), 8
     )
     timed = calls[-8 * 4 :]
@@ -110,9 +111,9 @@ def test_each_timed_call_is_prepared() -> None:
 def test_warms_up_before_it_records() -> None:
     calls: list[str] = []
     variants = {"fused": lambda: calls.append("fused"), "eager": lambda: calls.append("eager")}
-    samples = measure(FakeBenchmark(), variants, seconds=0, prepare=lambda call: None)
-    assert samples is not None
-    assert calls.count("fused") == WARMUP_ROUNDS + len(samples["eager"])
+    measured = measure(FakeBenchmark(), variants, seconds=0, prepare=lambda call: None)
+    assert measured is not None
+    assert calls.count("fused") == WARMUP_ROUNDS + len(measured.samples["eager"])
 
 
 def test_disabled_runs_each_variant_once() -> None:

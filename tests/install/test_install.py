@@ -13,7 +13,9 @@ import pytest
 
 from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, run
 
+pytestmark = pytest.mark.alone  # compilers take every core
 HAS_NVCC = shutil.which("nvcc") is not None
+LEFT_OUT = {f"RECMAS_BUILD_{module}": "0" for module in ("TENSORS", "CPU", "CUDA")}
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 REFERENCE_FORWARD = (
     "import torch, recmas_kernels as r; link = r.FusedRecursiveLink.inner(8); "
@@ -26,8 +28,9 @@ def test_editable_under_isolation(environment: Environment, sources: Path) -> No
     assert outcome.returncode == 0, outcome.output
     info = environment.info()
     assert Path(info["folder"]) == sources / "recmas_kernels"
-    assert info["modules"]["cpu"]["status"] == "built"
-    assert info["modules"]["cpu"]["loads"]
+    for name in ("tensors", "cpu"):
+        assert info["modules"][name]["status"] == "built"
+        assert info["modules"][name]["loads"]
     assert info["instruction_set"]["used"]
     assert info["chosen"]["cpu"]["link_fwd"]["float32 x 8"] == "cpu"
     if HAS_NVCC:
@@ -59,7 +62,7 @@ def test_wheel_from_sdist_without_nvcc(environment: Environment, sources: Path, 
     assert built.returncode == 0, built.output
     (wheel,) = (tmp_path / "wheel").glob("recmas_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert f"recmas_kernels/_cpu{EXTENSION_SUFFIX}" in names
+    assert {f"recmas_kernels/_{module}{EXTENSION_SUFFIX}" for module in ("tensors", "cpu")} <= set(names)
     assert {"recmas_kernels/_build.json", "recmas_kernels/py.typed", "recmas/py.typed"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"recmas_kernels", "recmas"}, "nothing else leaks in"
     shutil.rmtree(sources)
@@ -78,7 +81,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Path]:
     """An editable install without a compiler, over modules that an earlier build had left."""
     folder = tmp_path_factory.mktemp("bare")
     environment, sources = Environment(folder), copy_sources(folder / "sources")
-    for name in (f"_cpu{EXTENSION_SUFFIX}", f"_cuda{EXTENSION_SUFFIX}", "_cpu.another-python.so"):
+    built = [f"_{module}{EXTENSION_SUFFIX}" for module in ("tensors", "cpu", "cuda")]
+    for name in (*built, "_cpu.another-python.so"):
         (sources / "recmas_kernels" / name).write_bytes(b"built from older sources")
     outcome = environment.pip_install("-e", sources, **NO_COMPILER)
     assert outcome.returncode == 0, outcome.output
@@ -114,6 +118,19 @@ def test_importing_the_package_loads_nothing_compiled(bare: tuple[Environment, P
     assert outcome.returncode == 0, outcome.output
 
 
+def test_a_module_whose_build_fails_takes_no_other_down(environment: Environment, sources: Path) -> None:
+    """The kernels do not compile; what every backend needs to look at tensors does, and serves."""
+    (sources / "csrc" / "cpu" / "handoff.cpp").write_text('#error "these kernels cannot compile"\n', encoding="utf-8")
+    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0")
+    assert outcome.returncode == 0, outcome.output
+    modules = environment.info()["modules"]
+    assert "these kernels cannot compile" in modules["cpu"]["reason"]
+    assert modules["tensors"]["loads"]
+    looked = "from recmas_kernels.backends import tensors; assert tensors._native() is not None; "
+    forward = environment.run("-c", looked + REFERENCE_FORWARD)
+    assert forward.returncode == 0, forward.output
+
+
 def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources: Path) -> None:
     """CMake starts and fails: the reason and the tail of what it printed reach ``info``."""
     (sources / "csrc" / "link.h").write_text('#error "these sources cannot compile"\n', encoding="utf-8")
@@ -125,11 +142,11 @@ def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources:
     assert module["log"][-1].startswith("ninja: build stopped")
 
 
-@pytest.mark.parametrize(("module", "broken"), [("cpu", NO_COMPILER), ("cuda", NO_NVCC)])
+@pytest.mark.parametrize(("module", "broken"), [("tensors", NO_COMPILER), ("cpu", NO_COMPILER), ("cuda", NO_NVCC)])
 def test_a_module_that_was_asked_for_must_build(
     environment: Environment, sources: Path, module: str, broken: dict[str, str]
 ) -> None:
-    switches = {"RECMAS_BUILD_CPU": "0", "RECMAS_BUILD_CUDA": "0"} | {f"RECMAS_BUILD_{module.upper()}": "1"}
+    switches = LEFT_OUT | {f"RECMAS_BUILD_{module.upper()}": "1"}
     outcome = environment.pip_install("-e", sources, **switches, **broken)
     assert outcome.returncode != 0
     assert f"recmas_kernels._{module} not built" in outcome.output
@@ -149,6 +166,6 @@ def test_build_ext_is_loud_without_a_compiler(sources: Path) -> None:
 
 
 def test_build_ext_does_not_expect_cuda_without_nvcc(sources: Path) -> None:
-    switches = {"RECMAS_BUILD_CPU": "0", **NO_NVCC}
+    switches = {"RECMAS_BUILD_TENSORS": "0", "RECMAS_BUILD_CPU": "0", **NO_NVCC}
     outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, switches)
     assert outcome.returncode == 0, outcome.output

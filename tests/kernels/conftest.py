@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recmas_kernels import backends, use_backend
+from recmas_kernels import use_backend
+from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.choice import refusal
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per backend that serves CPU tensors, by name: a named backend never falls back."""
-    reason = backends.refusal(
-        request.param, backends.Call("handoff_fwd", "cpu", torch.float32, 1, 8, 0, 8, training=False)
-    )
+    reason = refusal(request.param, Call("handoff_fwd", "cpu", torch.float32, 1, 8, 0, 8, training=False))
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     with use_backend(request.param):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from recmas_kernels import alignment_loss, use_backend
-from tests.kernels.helpers import LOW_PRECISION, check_budget, make_rows, name_of, poisoned_allocations
+from recmas_kernels.testing import LOW_PRECISION, check_budget, make_rows, name_of, poisoned_allocations
 
 
 def plain(pred, target, mask, cosine_weight, mse_weight):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from recmas_kernels import LinkConfig, recursive_link, use_backend
-from recmas_kernels.backends import Call, cpu
-from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
-from tests.kernels.helpers import (
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.call import Call
+from recmas_kernels.reference import LinkArguments
+from recmas_kernels.testing import (
     LOW_PRECISION,
+    Noise,
     check_budget,
     check_link,
     configs,
@@ -22,9 +23,9 @@ from tests.kernels.helpers import (
     make_link,
     make_rows,
     name_of,
-    relative_error,
     run,
 )
+from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -146,9 +147,8 @@ def test_rounding_to_16_bits_is_torchs(isa):
     zero = torch.zeros(32, 32)
     for dtype in (torch.bfloat16, torch.float16):
         # z leaves in the compute dtype; with zero weights it is x rounded once.
-        z = cpu.link_fwd_train(
-            x, zero, None, zero, None, None, None, None, None, torch.ones(32), None, "identity", "none", 1e-5, dtype
-        )[2]
+        tensors = (x, zero, None, zero, None, None, None, None, None, torch.ones(32), None)
+        z = cpu.link_fwd_train(LinkArguments(*tensors, "identity", "none", 1e-5, dtype))[2]
         flushed = x.abs() < torch.finfo(torch.float32).tiny  # bf16 hardware takes subnormal fp32 as 0
         assert torch.equal(z[~flushed], x.to(dtype)[~flushed])
 
@@ -221,34 +221,7 @@ def test_any_shape(tokens, in_features, hidden_features, out_features, dtype, re
     dy = laid_out(make_rows(tokens, out_features, dtype=dtype, seed=2), layouts[1])
     with instruction_set(isa), guarded_allocations():
         fused = run(link, x, dy)
-    exact_link = eager_twin(link, torch.float64)
-    truth = run(exact_link, x.double(), dy.double())
-    eager = run(eager_twin(link, dtype), x, dy)
-    eps = torch.finfo(dtype).eps
-    # At these sizes a result may be one number that is almost cancelled, and on which eager may be lucky. So what
-    # counts is the most that eager loses anywhere, that inputs one eps away change this result, and that a random sum
-    # as long as the longest one here rounds.
-    with torch.no_grad():
-        for parameter in exact_link.parameters():
-            parameter.copy_(nudged(parameter, eps))
-    near = run(exact_link, nudged(x.double(), eps), nudged(dy.double(), eps))
-    longest = max(tokens, in_features, hidden_features)
-    results = [("y", fused.y, eager.y, near.y, truth.y)]
-    results += [
-        (name, fused.grads[name], eager.grads[name], near.grads[name], truth.grads[name]) for name in truth.grads
-    ]
-    lost = max(relative_error(peer, exact) for _, _, peer, _, exact in results)
-    for name, actual, _, neighbour, exact in results:
-        assert actual.shape == exact.shape
-        assert torch.isfinite(actual).all(), name
-        budget = 2 * max(lost, relative_error(neighbour, exact), eps / 2 * longest**0.5) + eps
-        assert relative_error(actual, exact) <= budget, name
-
-
-def nudged(tensor: Tensor, eps: float) -> Tensor:
-    """Every element one eps away, up or down at random."""
-    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(3)).double() * 2 - 1
-    return tensor * (1 + eps * signs)
+    Noise(link, x, dy, dtype).check(fused, run(eager_twin(link, dtype), x, dy))
 
 
 def test_an_instruction_set_that_is_unknown_or_absent_is_an_error():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from recmas_kernels import reference
 from recmas_kernels.backends import cpu
+from recmas_kernels.testing import LOW_PRECISION, make_rows, name_of
 from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
-from tests.kernels.helpers import LOW_PRECISION, make_rows, name_of
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ANY_SHAPE = settings(

@@ -7,8 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from recmas_kernels import backends, use_backend
+from recmas_kernels import use_backend
 from recmas_kernels.backends import cuda
+from recmas_kernels.backends.call import Call
 
 SLOTS = torch.tensor([7, 0, 3])
 
@@ -51,7 +52,7 @@ def test_unusable_backend_says_why():
 
 
 def test_any_handoff_is_taken():
-    call = backends.Call("handoff_fwd", "cuda", torch.float64, 4000, 0, 0, 0, training=False)
+    call = Call("handoff_fwd", "cuda", torch.float64, 4000, 0, 0, 0, training=False)
     assert cuda.declines(call) is None
 
 

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recmas_kernels import LinkConfig, backends, use_backend
-from recmas_kernels.backends import cuda
-from tests.kernels.helpers import (
+from recmas_kernels import LinkConfig, use_backend
+from recmas_kernels.backends import choice, cuda
+from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.explain import explain_call
+from recmas_kernels.testing import (
     LOW_PRECISION,
     check_budget,
     check_link,
@@ -28,7 +30,7 @@ from tests.kernels.helpers import (
     poisoned_allocations,
 )
 
-CALL = backends.Call("link_fwd", "cuda", torch.bfloat16, 4, 2048, 2048, 2048, training=False)
+CALL = Call("link_fwd", "cuda", torch.bfloat16, 4, 2048, 2048, 2048, training=False)
 CONFIGS = {
     **configs(),
     "released": LinkConfig("inner", 1024, 1024, 1024, "identity"),
@@ -62,11 +64,11 @@ def test_explain_tells_device_driver_and_alignment(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(driver_version=lambda: 13010))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    text = backends.explain_call(CALL._replace(hidden_features=1543))
+    text = explain_call(CALL._replace(hidden_features=1543))
     assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1; w1 by 16 bytes, w2 by 2 bytes" in text
-    assert "w2 by 4 bytes" in backends.explain_call(CALL._replace(hidden_features=1542))
+    assert "w2 by 4 bytes" in explain_call(CALL._replace(hidden_features=1542))
     handoff = CALL._replace(op="handoff_fwd", hidden_features=0)
-    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1)" in backends.explain_call(handoff)
+    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1)" in explain_call(handoff)
 
 
 @pytest.fixture
@@ -284,8 +286,8 @@ def test_not_a_number_reaches_its_row_and_no_other(serving):
 @pytest.mark.gpu
 def test_few_tokens_go_here_and_many_elsewhere(serving):
     with use_backend("auto"):
-        assert backends.choose("link_fwd", CALL) is cuda
-        assert backends.choose("link_fwd", CALL._replace(tokens=33)) is not cuda
+        assert choice.choose(CALL) is cuda
+        assert choice.choose(CALL._replace(tokens=33)) is not cuda
 
 
 @pytest.mark.gpu

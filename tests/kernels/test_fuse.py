@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recmas_kernels import FusedRecursiveLink, RecursiveLink, fuse
-from tests.kernels.helpers import check_budget, make_rows
+from recmas_kernels.testing import check_budget, make_rows
 
 
 class ForeignInner(nn.Module):
@@ -106,7 +106,7 @@ def test_what_is_no_link_is_left_alone():
 
 
 def test_an_ambiguous_link_is_an_error():
-    with pytest.raises(ValueError, match="no adapter_type, which tells its residual"):
+    with pytest.raises(ValueError, match="no adapter_type, which names its residual"):
         fuse(nn.Sequential(ForeignInner(8, adapter_type=None)))
 
 
@@ -158,6 +158,91 @@ def test_wrapped_and_hooked_links_are_left_alone_and_reported():
     for link, reason in ((wrapped, "proj1 is a .*Wrapped"), (hooked, "proj2 has hooks"), (extended, "lora")):
         with pytest.warns(UserWarning, match=reason):
             assert fuse(link) is link
+
+
+class Subclass(RecursiveLink):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Gated(ForeignInner):
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+
+class Dropped(ForeignInner):
+    """Drops values in training, by a module or by a function."""
+
+    def __init__(self, module: bool) -> None:
+        super().__init__(8)
+        self.dropout = nn.Dropout(0.5 if module else 0.0)
+        self.rate = 0.0 if module else 0.5
+
+    def forward(self, x):
+        return super().forward(self.dropout(F.dropout(x, self.rate, self.training)))
+
+
+def with_buffer():
+    link = RecursiveLink.inner(8)
+    link.register_buffer("scale", torch.ones(8))
+    return link
+
+
+def with_hook(register):
+    link = RecursiveLink.inner(8)
+    getattr(link, register)(lambda *args: None)
+    return link
+
+
+def with_forward():
+    link = RecursiveLink.inner(8)
+    link.forward = lambda x: 0 * x
+    return link
+
+
+CARRYING = [
+    (lambda: Subclass.inner(8), "it is a .*Subclass"),
+    (Gated, "it has a parameter gate of its own"),
+    (with_buffer, "it has a buffer scale of its own"),
+    (lambda: Dropped(module=True), "dropout drops values in training"),
+    (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),
+    (lambda: with_hook("register_state_dict_post_hook"), "it has hooks"),
+    (lambda: with_hook("register_load_state_dict_post_hook"), "it has hooks"),
+    (with_forward, "it has a forward of its own"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), CARRYING, ids=[reason for _, reason in CARRYING])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_link_that_carries_more_is_left_alone(make, reason, training):
+    link = make().train(training)
+    model = nn.Sequential(link)
+    with pytest.warns(UserWarning, match=f"fuse: 0 is left as it is: {reason}"):
+        assert fuse(model)[0] is link
+
+
+def test_dropout_in_a_function_is_found_in_either_mode():
+    for training in (False, True):
+        link = Dropped(module=False).train(training)
+        with pytest.raises(ValueError, match="does not compute"):
+            fuse(link)
+        assert all(part.training == training for part in link.modules())
+
+
+def test_plain_attributes_move_along():
+    link = RecursiveLink.inner(8)
+    link.role = "planner"
+    assert fuse(link).role == "planner"
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(device):
+    link = RecursiveLink.inner(8)
+    with torch.device(device):
+        fused = fuse(link)
+    assert isinstance(fused, FusedRecursiveLink)
+    assert fused.proj1.weight is link.proj1.weight
 
 
 def test_nothing_is_reported_without_cause():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recmas_kernels import FusedRecursiveLink, alignment_loss, latent_handoff
-from tests.kernels.helpers import configs, make_link, make_rows, run
+from recmas_kernels.testing import configs, make_link, make_rows, run
 from tests.kernels.test_modes import USES, in_turn
 
 pytestmark = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recmas_kernels import FusedRecursiveLink, latent_handoff, use_backend
-from tests.kernels.helpers import LOW_PRECISION, make_rows, name_of, poisoned_allocations
+from recmas_kernels.testing import LOW_PRECISION, make_rows, name_of, poisoned_allocations
 
 SLOTS = torch.tensor([1, 2, 6, 9])
 
@@ -82,7 +82,7 @@ def test_expanded_gradients(backend):
         ({"slot_rows": SLOTS[:3]}, "slot_rows names 3 rows for 4 latents"),
         ({"source_rows": SLOTS[:, None]}, "source_rows is torch.int64 of shape"),
         ({"slot_rows": SLOTS.to("meta")}, "embeds is on cpu and slot_rows is on meta"),
-        ({"embeds": torch.zeros(10, 9)}, "the link writes 8 features, embeds has 9"),
+        ({"embeds": torch.zeros(10, 9)}, "the link returns 8 features, embeds has 9"),
         ({"hidden": torch.zeros(4, 8, requires_grad=True), "inplace": True}, "only for inference"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recmas_kernels import LinkConfig, recursive_link, use_backend
-from tests.kernels.helpers import (
+from recmas_kernels.testing import (
     LOW_PRECISION,
     check_budget,
     check_link,

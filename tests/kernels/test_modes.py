@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
-from tests.kernels.helpers import check_budget, configs, eager_twin, make_link, make_rows, run
+from recmas_kernels.testing import check_budget, configs, eager_twin, make_link, make_rows, run
 
 CONFIGS = {kind: configs()[kind] for kind in ("inner", "outer")}
 TOKENS = (3, 8, 40, 700)

@@ -14,9 +14,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recmas_kernels import FusedRecursiveLink, ops, recursive_link
-from recmas_kernels.backends import cpu
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels import FusedRecursiveLink, ops, recursive_link, serve
+from recmas_kernels.backends import tensors
+from recmas_kernels.testing import make_link, make_rows
 
 FORWARD, TRAINING = "recmas::link_fwd", ["recmas::link_fwd_train", "recmas::link_bwd"]
 
@@ -57,15 +57,17 @@ def ours(names: list[str]) -> list[str]:
     return [name for name in names if name.startswith("recmas::")]
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.skipif(tensors._native() is None, reason="needs recmas_kernels._tensors")
 def test_nobody_observing_leaves_the_dispatcher_out(link, monkeypatch):
     called = []
 
-    def noting(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: called.append(name) or launch(*args)
+    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: called.append(name) or run(*args)
 
-    direct = {op: noting(op.name(), launch) for op, launch in ops._DIRECT.items()}
-    monkeypatch.setattr(ops, "_DIRECT", direct)
+    for name in (FORWARD, *TRAINING):
+        op = name.removeprefix("recmas::")
+        monkeypatch.setattr(serve, op, noting(name, getattr(serve, op)))
+        monkeypatch.setattr(ops, op, None)  # the op itself cannot be called
     train(link)
     with torch.no_grad():
         link(make_rows(3, 8))
@@ -101,9 +103,10 @@ def test_modes(link, mode):
 
 
 def test_flop_counters(link):
+    """The counter's own hooks make a module call its layers; the function's op is seen."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.recmas.link_fwd: lambda *_, **__: 7})
     with counter, torch.no_grad():
-        link(make_rows(3, 8))
+        recursive_link(make_rows(3, 8), make_rows(8, 8), make_rows(8, 8, seed=2))
     assert counter.get_total_flops() == 7
 
 

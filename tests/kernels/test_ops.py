@@ -7,8 +7,11 @@ import torch
 from torch.library import opcheck
 
 from recmas_kernels import LinkConfig, ops
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.testing import make_link, make_rows
 
+LINK_FWD, LINK_FWD_TRAIN, LINK_BWD = (
+    getattr(torch.ops.recmas, op).default for op in ("link_fwd", "link_fwd_train", "link_bwd")
+)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 CONFIGS = {
     "inner": LinkConfig("inner", 8, 6, 8, "identity"),
@@ -29,13 +32,13 @@ def arguments(config: LinkConfig) -> tuple:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_link_ops(kind):
     call = arguments(CONFIGS[kind])
-    opcheck(ops.link_fwd, (*call, False), test_utils=CHECKS)
-    opcheck(ops.link_fwd_train, call, test_utils=CHECKS)
-    y, pre, z, stats = ops.link_fwd_train(*call)
+    opcheck(LINK_FWD, (*call, False), test_utils=CHECKS)
+    opcheck(LINK_FWD_TRAIN, call, test_utils=CHECKS)
+    y, pre, z, stats = LINK_FWD_TRAIN(*call)
     for needs in ([True] * 11, [True] + [False] * 10):
         needs = [need and tensor is not None for need, tensor in zip(needs, call[:11], strict=True)]
         for kept in ((pre, z, stats), (None, None, None)):
-            opcheck(ops.link_bwd, (torch.ones_like(y), call[0], *kept, *call[1:], needs), test_utils=CHECKS)
+            opcheck(LINK_BWD, (torch.ones_like(y), call[0], *kept, *call[1:], needs), test_utils=CHECKS)
 
 
 def test_row_ops():

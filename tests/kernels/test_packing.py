@@ -1,18 +1,20 @@
-"""Packed weights: a copy is used while the weight is what it was, and never after, whatever changed it."""
+"""Packed weights: only inside a scope, at whose end nothing is left of them; the same bits inside and outside."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import io
+import multiprocessing
 import pickle
+import threading
 
 import pytest
 import torch
 
-from recmas_kernels import FusedRecursiveLink, clear_packed, use_backend
+from recmas_kernels import FusedRecursiveLink, latent_handoff, packed, recursive_link, use_backend
 from recmas_kernels.backends import cpu, packing
-from tests.kernels.helpers import make_link, make_rows
+from recmas_kernels.testing import configs, make_link, make_rows
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 WIDTH = 96  # 9216 elements: large enough to be packed
@@ -20,19 +22,10 @@ CONFIG = FusedRecursiveLink.inner(WIDTH).config
 
 
 @pytest.fixture(autouse=True)
-def no_packed_weights():
-    clear_packed()
+def nothing_stays_packed():
     with use_backend("cpu"):
         yield
-    clear_packed()
-
-
-def packed_link(dtype: torch.dtype = torch.float32) -> FusedRecursiveLink:
-    """A link whose weights are packed."""
-    link = make_link(CONFIG, dtype)
-    call(link), call(link)
-    assert packing.packed_bytes() > 0
-    return link
+    assert not packing._entries
 
 
 def call(link: FusedRecursiveLink) -> torch.Tensor:
@@ -41,7 +34,7 @@ def call(link: FusedRecursiveLink) -> torch.Tensor:
 
 
 def check_current(link: FusedRecursiveLink) -> None:
-    """Three calls (streamed, packing, packed) give what the weights of this moment give."""
+    """Calls give what the weights of this moment give."""
     with use_backend("reference"):
         expected = call(link)
     tolerance = 64 * torch.finfo(expected.dtype).eps
@@ -55,20 +48,103 @@ def train_step(link: FusedRecursiveLink, optimizer: torch.optim.Optimizer) -> No
     optimizer.zero_grad()
 
 
-def test_packs_on_the_second_sighting():
+def test_nothing_is_packed_outside_of_a_scope():
     link = make_link(CONFIG)
-    call(link)
+    for _ in range(3):
+        call(link)
+        link(make_rows(4, WIDTH))
     assert packing.packed_bytes() == 0
-    call(link)
-    size = packing.packed_bytes()
-    assert size >= 2 * WIDTH * WIDTH * 4
-    call(link)
-    assert packing.packed_bytes() == size
+
+
+def test_a_scope_packs_at_the_first_use_and_forgets_at_its_end():
+    link = make_link(CONFIG)
+    with packed(link):
+        assert packing.packed_bytes() == 0
+        call(link)
+        size = packing.packed_bytes()
+        assert size >= 2 * WIDTH * WIDTH * 4
+        call(link)
+        assert packing.packed_bytes() == size
+    assert packing.packed_bytes() == 0
+
+
+def test_an_error_ends_the_scope_too():
+    link = make_link(CONFIG)
+    with pytest.raises(ValueError, match="x has shape"), packed(link):
+        link(make_rows(4, WIDTH + 1))
+    assert not packing._entries
+
+
+def test_scopes_nest():
+    link, other = make_link(CONFIG), make_link(CONFIG, seed=5)
+    with packed(link):
+        with packed([link, other]):
+            call(link), call(other)
+            both = packing.packed_bytes()
+        assert packing.packed_bytes() == both / 2
+        call(link)
+        assert packing.packed_bytes() == both / 2
+
+
+def test_scopes_of_several_threads():
+    link, barrier, results = make_link(CONFIG), threading.Barrier(4), []
+    expected = call(link)
+
+    def work():
+        for _ in range(5):
+            with packed(link):
+                barrier.wait()
+                results.append(torch.equal(call(link), expected))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 20
+
+
+def test_what_can_be_packed():
+    link = make_link(CONFIG)
+    model = torch.nn.ModuleDict({"link": link})
+    w1, w2 = make_rows(WIDTH, WIDTH), make_rows(WIDTH, WIDTH, seed=2)
+    for links in (link, model, [link], (link for _ in range(1)), model.values()):
+        with packed(links):
+            call(link)
+            assert packing.packed_bytes() > 0
+    with packed(w1, w2):
+        recursive_link(make_rows(4, WIDTH), w1, w2)
+        assert packing.packed_bytes() > 0
+    for wrong, name in (("link", "str"), (3, "int"), ([None], "NoneType")):
+        with pytest.raises(TypeError, match=rf"packed\(\) was given a {name}, expected modules"), packed(wrong):
+            pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["inner", "outer"])
+def test_a_scope_changes_no_bit(kind, dtype):
+    """In inference and in training, on both sides of the number of rows that are read in place."""
+    values = configs()[kind].to_dict()
+    for size in ("in_features", "hidden_features", "out_features"):
+        values[size] *= 3
+    link = make_link(type(CONFIG)(**values), dtype)
+    for tokens in (1, 4, 16, 17, 33):
+        x = make_rows(tokens, link.config.in_features, dtype=dtype)
+        with torch.no_grad():
+            expected = link(x)
+        trained = link(x)
+        with packed(link):
+            with torch.no_grad():
+                assert torch.equal(link(x), expected)
+            assert packing.packed_bytes() > 0
+            assert torch.equal(link(x), trained)
 
 
 def test_panels_of_16_bit_weights_take_half_the_room():
-    packed_link(torch.bfloat16)
-    assert packing.packed_bytes() < 1.2 * 2 * WIDTH * WIDTH * 2
+    link = make_link(CONFIG, torch.bfloat16)
+    with packed(link):
+        call(link)
+        assert packing.packed_bytes() < 1.2 * 2 * WIDTH * WIDTH * 2
 
 
 OPTIMIZERS = {
@@ -83,9 +159,11 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_steps(name):
-    link = packed_link()
+    link = make_link(CONFIG)
     optimizer = OPTIMIZERS[name](list(link.parameters()))
     for _ in range(2):
+        with packed(link):
+            call(link)
         train_step(link, optimizer)
         check_current(link)
 
@@ -120,137 +198,170 @@ def in_place_without_grad(link):
         link.proj1.weight.mul_(1.5)
 
 
-MUTATIONS = [
-    ema_through_data,
-    write_through_numpy,
-    swap_data,
-    load_other_state,
-    replace_parameter,
-    round_trip,
-    in_place_without_grad,
-]
+def partial_write(link):
+    link.proj1.weight.data[3:5] = 100.0
 
 
-@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
-def test_mutations(mutate):
-    link = packed_link()
-    before = call(link)
-    mutate(link)
+def handoff_into_a_weight(link):
+    with torch.no_grad():
+        rows, slots = make_rows(2, WIDTH, seed=7), torch.tensor([5, 0])
+        latent_handoff(rows, torch.nn.Identity(), link.proj1.weight, slot_rows=slots, inplace=True)
+
+
+def _write_shared(weight):
+    weight[1] = 50.0
+
+
+def another_process(link):
+    if not link.proj2.weight.is_shared():
+        link.share_memory()
+    process = multiprocessing.get_context("spawn").Process(target=_write_shared, args=(link.proj2.weight.detach(),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+SEEN = [swap_data, load_other_state, replace_parameter, round_trip, in_place_without_grad, handoff_into_a_weight]
+UNSEEN = [ema_through_data, write_through_numpy, partial_write, another_process]
+
+
+@pytest.mark.parametrize("write", [*SEEN, *UNSEEN], ids=lambda f: f.__name__)
+def test_writes_outside_of_a_scope(write):
+    link = make_link(CONFIG)
+    with packed(link):
+        before = call(link)
+    write(link)
     check_current(link)
-    if mutate is not round_trip:
-        assert not torch.equal(call(link), before)
+    assert write is round_trip or not torch.equal(call(link), before)
+    with packed(link):
+        check_current(link)
+
+
+@pytest.mark.parametrize("write", SEEN, ids=lambda f: f.__name__)
+def test_writes_that_show_inside_of_a_scope(write):
+    link = make_link(CONFIG)
+    with packed(link):
+        call(link)
+        write(link)
+        check_current(link)
+
+
+@pytest.mark.parametrize("write", [in_place_without_grad, *UNSEEN], ids=lambda f: f.__name__)
+def test_full_checks_find_every_write_inside_of_a_scope(write, monkeypatch):
+    monkeypatch.setenv("RECMAS_CHECK", "1")
+    link = make_link(CONFIG)
+    if write is another_process:
+        link.share_memory()
+    with packed(link):
+        call(link)
+        write(link)
+        with pytest.raises(RuntimeError, match=r"^proj\d.weight was written inside packed\(\)"):
+            call(link)
+    check_current(link)
+
+
+def test_full_checks_may_begin_inside_of_a_scope(monkeypatch):
+    link = make_link(CONFIG)
+    with packed(link):
+        call(link)
+        partial_write(link)
+        monkeypatch.setenv("RECMAS_CHECK", "1")
+        check_current(link)
+        link.proj1.weight.data[:1] += 1
+        with pytest.raises(RuntimeError, match="written inside packed"):
+            call(link)
 
 
 def test_another_dtype():
-    link = packed_link()
-    link.to(torch.bfloat16)
-    check_current(link)
-    link.to(torch.float32)
-    check_current(link)
+    link = make_link(CONFIG)
+    with packed(link):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            link.to(dtype)
+            check_current(link)
 
 
 def test_autocast_packs_in_the_compute_dtype():
-    link = packed_link()
+    link = make_link(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        first = [call(link) for _ in range(3)]
-        with use_backend("reference"):
-            expected = call(link)
-    torch.testing.assert_close(first[2], expected, rtol=0.05, atol=0.05)
-    assert torch.equal(first[0], first[2])
-    check_current(link)
+        expected = call(link)
+        with packed(link):
+            assert torch.equal(call(link), expected)
+    with packed(link), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(link), expected)
 
 
-def test_freezing_and_unfreezing():
-    link = packed_link()
-    for requires_grad in (False, True):
-        link.requires_grad_(requires_grad)
-        check_current(link)
-        assert packing.packed_bytes() > 0
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda link: pickle.loads(pickle.dumps(link))], ids=["deepcopy", "pickle"]
+)
 def test_copies_have_weights_of_their_own(duplicate):
-    link = packed_link()
-    other = duplicate(link)
-    in_place_without_grad(other)
-    check_current(other)
-    check_current(link)
-    assert not torch.equal(call(other), call(link))
+    link = make_link(CONFIG)
+    with packed(link):
+        call(link)
+        other = duplicate(link)
+        partial_write(other)
+        check_current(other)
+        check_current(link)
+        assert not torch.equal(call(other), call(link))
 
 
 def test_saving_holds_no_packed_weights():
-    link = packed_link()
-    buffer = io.BytesIO()
-    torch.save(link.state_dict(), buffer)
+    link = make_link(CONFIG)
+    with packed(link):
+        call(link)
+        buffer = io.BytesIO()
+        torch.save(link.state_dict(), buffer)
     assert buffer.tell() < 3 * WIDTH * WIDTH * 4
 
 
-def test_a_weight_that_dies_takes_its_copy_along():
-    link = packed_link()
-    del link
+def weights_alive() -> int:
     gc.collect()
-    assert packing.packed_bytes() == 0
-    assert not packing._entries
+    return sum(type(value) is torch.nn.Parameter and value.numel() == WIDTH * WIDTH for value in gc.get_objects())
 
 
-def test_an_address_that_is_reused_is_no_sighting():
-    for seed in range(20):
-        link = make_link(CONFIG, seed=seed)
-        check_current(link)
-        del link
-
-
-def test_forget_and_clear():
-    link = packed_link()
-    whole = packing.packed_bytes()
-    packing.forget([link.proj1.weight])
-    assert 0 < packing.packed_bytes() < whole
-    clear_packed()
-    assert packing.packed_bytes() == 0
-    check_current(link)
-
-
-def test_apply_forgets():
-    link = packed_link()
-    link.to(torch.float64)
-    assert packing.packed_bytes() == 0
-
-
-def test_not_packed_tensors_that_are_no_parameters_and_inference_tensors():
+def test_nothing_is_pinned_after_a_scope():
+    before = weights_alive()
     link = make_link(CONFIG)
-    with torch.inference_mode():
-        frozen = FusedRecursiveLink(CONFIG)
-    for _ in range(3):
-        torch.func.functional_call(link, dict(link.state_dict()), (make_rows(4, WIDTH),))
-        call(frozen)
-    assert packing.packed_bytes() == 0
+    with packed(link):
+        call(link)
+    assert weights_alive() == before + 2
+    del link
+    assert weights_alive() == before
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("scope", [False, True])
+def test_tensors_can_be_swapped(scope):
+    link, other = make_link(CONFIG), make_link(CONFIG, seed=5)
+    with packed(link if scope else []):
+        call(link)
+        link.load_state_dict(other.state_dict())
+        check_current(link)
+        link.to(torch.float64).to(torch.float32)
+        check_current(link)
+    torch.utils.swap_tensors(link.proj1.weight, torch.nn.Parameter(torch.zeros(WIDTH, WIDTH)))
+    check_current(link)
 
 
 def test_small_weights_are_not_packed():
     link = make_link(FusedRecursiveLink.inner(8).config)
-    with torch.no_grad():
-        for _ in range(3):
-            link(make_rows(4, 8))
-    assert packing.packed_bytes() == 0
+    with packed(link), torch.no_grad():
+        link(make_rows(4, 8))
+        assert packing.packed_bytes() == 0
 
 
-def test_no_packing_while_weights_learn():
-    link = make_link(CONFIG)
-    for _ in range(3):
-        link(make_rows(4, WIDTH))
-    assert packing.packed_bytes() == 0
-
-
-def test_the_full_comparison_sees_what_samples_miss(monkeypatch):
-    link = packed_link()
-    weight = link.proj1.weight.detach().view(-1)
-    for checked in ("1", "0", "1"):  # it may be asked for at any time
-        monkeypatch.setenv("RECMAS_CHECK", checked)
-        if checked == "1":
-            call(link), call(link)
-            weight.numpy()[3] += 100.0  # between two samples, and no version is bumped
+def test_inference_tensors():
+    with torch.inference_mode():
+        link = make_link(CONFIG)
+    with packed(link):
         check_current(link)
-    assert packing.packed_bytes() > 0
+        assert packing.packed_bytes() > 0
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -258,8 +369,9 @@ def test_compiled_callables_use_the_weights_of_the_moment():
     link = make_link(CONFIG)
     compiled = torch.compile(link, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for _ in range(3):
-            compiled(make_rows(4, WIDTH))
-        in_place_without_grad(link)
-        torch.testing.assert_close(compiled(make_rows(4, WIDTH)), call(link))
+        with packed(link):
+            assert torch.equal(compiled(make_rows(4, WIDTH)), call(link))
+            assert packing.packed_bytes() > 0
+        partial_write(link)
+        assert torch.equal(compiled(make_rows(4, WIDTH)), call(link))
     check_current(link)

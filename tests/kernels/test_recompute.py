@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from recmas_kernels import FusedRecursiveLink, recursive_link
-from tests.kernels.helpers import configs, make_link, make_rows
+from recmas_kernels.testing import configs, make_link, make_rows
 
 TOKENS = 7
 

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from recmas_kernels import FusedRecursiveLink, alignment_loss, latent_handoff, use_backend
-from recmas_kernels.backends import BackendUnavailableError
-from tests.kernels.helpers import configs, eager_twin, make_link, make_rows
+from recmas_kernels import (
+    BackendUnavailableError,
+    FusedRecursiveLink,
+    alignment_loss,
+    latent_handoff,
+    use_backend,
+)
+from recmas_kernels.testing import configs, eager_twin, make_link, make_rows
 
 KINDS = ("inner", "outer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recmas.agents.model import FrozenModel
 from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas_kernels import packed
 
 
 class Agent(FrozenModel):
@@ -52,6 +54,8 @@ class Agent(FrozenModel):
         *,
         name: str | None = None,
         compile: bool = False,
+        root: Path | None = None,
+        offline: bool = False,
     ) -> Agent:
         """Load a model and its tokenizer from a folder, or from the hub where no such folder exists.
 
@@ -59,13 +63,24 @@ class Agent(FrozenModel):
         Of a model of text and images, the text part is the agent. A RecursiveLink may stand beside the model, as in the
         reference implementation's releases: it is left alone.
 
+        Args:
+            path_or_id: folder or hub id.
+            dtype: "auto" is the checkpoint's.
+            device: where the model is to be.
+            trust_remote_code: for transformers.
+            name: begins error messages.
+            compile: as for `Agent`.
+            root: a folder that holds the model's and that nobody vouches for: nothing outside of it is read, and
+                nothing is allocated that its files do not hold (`recmas.agents.model_folder`).
+            offline: never ask the hub.
+
         Raises:
             ValueError: an unknown dtype, a folder that is a PEFT adapter or cannot be loaded, an unknown hub id, an
                 encoder with a decoder, or a model that does not prove what an agent needs; one line.
         """
         source = os.fspath(path_or_id)
         name = name or Path(source).name
-        model, tokenizer = load_model(source, dtype, device, trust_remote_code, name)
+        model, tokenizer = load_model(source, dtype, device, trust_remote_code, name, root, offline)
         return cls(model, tokenizer, name=name, source=source, compile=compile)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -110,7 +125,8 @@ class Agent(FrozenModel):
             return Latents(prompt.embeds.new_zeros(prompt.embeds.shape[0], 0, prompt.embeds.shape[2]))
         self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = prefill(self.decoder, prompt, steps - 1, None)
-        return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
+        with packed(link) if weights_stay and isinstance(link, torch.nn.Module) else nullcontext():
+            return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
 
     def write(
         self,

@@ -54,18 +54,21 @@ def switched_off(proofs: dict[str, Proof]) -> dict[str, str]:
     return {name: text for name, text in WITHOUT.items() if name in proofs and not proofs[name].holds}
 
 
-def off_of_checkpoint(source: str, dtype: str, trust_remote_code: bool, name: str, others: tuple[str, ...] = ()) -> str:
+def off_of_checkpoint(
+    source: str, dtype: str, name: str, others: tuple[str, ...] = (), *, trust_remote_code: bool, root: Path | None
+) -> str:
     """What is off for a model on disk, in a line: proved now where it is small, else how to have it proved.
 
     Args:
         source: folder or hub id.
-        dtype, trust_remote_code, name: as `load_model` takes them.
+        dtype, name: as `load_model` takes them.
         others: as for `proofs_of`.
+        trust_remote_code, root: as for `load_model`.
     """
     folder = Path(source)
     if not folder.is_dir() or sum(file.stat().st_size for file in folder.glob("*.safetensors")) > SMALL:
         return f"recmas check {source} proves what it can do"
-    model, _ = load_model(source, dtype, "cpu", trust_remote_code, name)
+    model, _ = load_model(source, dtype, "cpu", trust_remote_code, name, root, offline=True)
     proofs = proofs_of(model.requires_grad_(False).eval(), others)
     if refused := refusal(proofs):
         return f"refused: {refused}: {proofs[refused]}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from recmas.agents.model import FrozenModel
-from recmas.agents.sampling import Sampler
+from recmas.agents.sampling import NotFiniteError, Sampler
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import Prefill, prefill_all
 
@@ -45,6 +45,9 @@ def write(
         rows: number of each row in the run, for its random stream.
         reply: see `Reply`.
         prefill: reads the prompt.
+
+    Raises:
+        FloatingPointError: logits that are not finite; names agent and row.
     """
     batch, context = prompt.embeds.shape[0], model.context_length
     used = prompt.mask.sum(dim=1).tolist()
@@ -59,7 +62,12 @@ def write(
     past, hidden = prefill(model.decoder, prompt, max(left) - 1, context)
     while True:
         choosing = {row for row in going if not unread[row]}
-        tokens = sampler.choose(model.logits(hidden), choosing).tolist() if choosing else []
+        try:
+            tokens = sampler.choose(model.logits(hidden), choosing).tolist() if choosing else []
+        except NotFiniteError as error:
+            raise FloatingPointError(
+                f"agent {model.name!r}: the logits of row {rows[error.row]} are not finite in {model.dtype}"
+            ) from None
         grown = {}
         for row in sorted(choosing):
             token = tokens[row]

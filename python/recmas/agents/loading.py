@@ -11,14 +11,22 @@ import torch
 import transformers
 
 from recmas.agents.body import body_of
+from recmas.agents.classes import class_of
+from recmas.agents.model_folder import check_model_folder
 from recmas.dtypes import DTYPES
 
 
 def load_model(
-    source: str, dtype: str | torch.dtype, device: str | torch.device, trust_remote_code: bool, name: str
+    source: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    trust_remote_code: bool,
+    name: str,
+    root: Path | None = None,
+    offline: bool = False,
 ) -> tuple[Any, Any]:
     """Model on `device` and tokenizer; see `Agent.from_pretrained`."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import is_gguf_available
 
     if isinstance(dtype, str) and dtype not in DTYPES:
@@ -32,16 +40,20 @@ def load_model(
             raise ValueError(f"agent {name!r}: {source} is a PEFT adapter; merge it into its base model first")
     elif folder.is_absolute() or where.startswith(".") or where.count("/") > 1:
         raise ValueError(f"agent {name!r}: no such folder: {where}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
+    weights: dict[str, Any] = {}
+    if root is not None and folder.is_dir():
+        check_model_folder(folder, root, f"agent {name!r}", trust_remote_code)
+        weights["use_safetensors"] = True  # never a pickle
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    plain: dict[str, Any] = {}
     if gguf:
         options["gguf_file"] = gguf
         if hasattr(transformers, "GgufConfig"):  # newer versions would keep the file's blocks
-            plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, info = _of_any_class(
-            where, dtype=wanted, output_loading_info=True, **options, **plain, **_past_links(where)
+        config = AutoConfig.from_pretrained(where, **options)
+        model, info = class_of(config).from_pretrained(
+            where, dtype=wanted, output_loading_info=True, **options, **weights, **_past_links(where)
         )
         _check_complete(model, info["missing_keys"])
         if gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
@@ -62,9 +74,14 @@ def load_model(
     return model.to(device), tokenizer
 
 
+def is_gguf(source: str) -> bool:
+    """Whether a source names a GGUF file; a system keeps such a model's weights as plain ones."""
+    return source.endswith(".gguf")
+
+
 def gguf_parts(source: str) -> tuple[str, str]:
     """Folder or hub id, and file, of ``FILE.gguf`` or ``FOLDER-OR-ID:FILE.gguf``; no file for any other source."""
-    if not source.endswith(".gguf"):
+    if not is_gguf(source):
         return source, ""
     where, colon, file = source.rpartition(":")
     return (where, file) if colon else (str(Path(source).parent), Path(source).name)
@@ -82,34 +99,6 @@ def _check_complete(model: Any, missing: Collection[str]) -> None:
         raise ValueError(
             f"{len(lacking)} weights of {type(model).__name__} are not in the checkpoint, {lacking[0]} among them"
         )
-
-
-def _of_any_class(where: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model that a checkpoint holds, and transformers' report on loading it.
-
-    It is a causal one, or one of text and images, whose text part may be causal.
-
-    Raises:
-        ValueError: neither, or an encoder and a decoder, which answer nothing without each other.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    known = {name: options[name] for name in ("trust_remote_code", "gguf_file") if name in options}
-    config = AutoConfig.from_pretrained(where, **known)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type} models are an encoder and a decoder; an agent is a decoder alone")
-    try:
-        return AutoModelForCausalLM.from_pretrained(where, **options)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText.from_pretrained(where, **options)
-    for name in config.architectures or ():  # a text part that was saved by itself has no entry of its own
-        kind = getattr(transformers, name, None)
-        if kind is not None and kind.config_class is type(config) and hasattr(kind, "generate"):
-            return kind.from_pretrained(where, **{key: options[key] for key in options if key != "trust_remote_code"})
-    raise ValueError(f"transformers knows no causal language model of type {config.model_type}")
 
 
 def _past_links(source: str) -> dict[str, Any]:

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+class NotFiniteError(ArithmeticError):
+    """Logits that are not finite; `row` is their place in the batch."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row} of the batch")
+        self.row = row
+
+
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling with one random stream per row.
 
@@ -27,9 +35,17 @@ class Sampler:
         """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``; only the rows in `drawing` use their stream.
 
         The ids of the other rows mean nothing.
+
+        Raises:
+            NotFiniteError: NaN among a drawing row's logits, or nothing but infinities: no token is the most likely.
         """
+        highest, likeliest = logits.max(dim=-1)  # a NaN counts as the highest
+        if not (finite := highest.isfinite()).all():
+            for row in sorted(drawing):
+                if not finite[row]:
+                    raise NotFiniteError(row)
         if self._temperature == 0:
-            return logits.argmax(dim=-1)
+            return likeliest
         probabilities, order = (logits.float() / self._temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         below = probabilities.cumsum(dim=-1) - probabilities
         kept = probabilities.masked_fill(below >= self._top_p, 0.0)
@@ -40,7 +56,8 @@ class Sampler:
         cumulative = kept.cumsum(dim=-1)
         threshold = uniform[:, None] * cumulative[:, -1:]
         place = torch.searchsorted(cumulative, threshold, right=True)
-        place = place.clamp_(max=(kept > 0).sum(dim=-1, keepdim=True) - 1)
+        last = (kept > 0).sum(dim=-1, keepdim=True) - 1  # -1 where a row that draws nothing holds NaN
+        place = place.clamp_(max=last).clamp_(min=0)
         return order.gather(1, place).squeeze(1)
 
 

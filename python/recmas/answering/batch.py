@@ -45,10 +45,13 @@ class Batch:
         self.started = time.perf_counter()
         try:
             for turn in self.system.walk(self.rows, self.plan.rounds):
-                if turn.visit.final:
-                    yield from self.write_answers(turn, in_pieces)
-                else:
-                    self.send(turn)
+                try:
+                    if turn.visit.final:
+                        yield from self.write_answers(turn, in_pieces)
+                    else:
+                        self.send(turn)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
                 self.account(turn)
         except PromptTooLongError as error:
             raise ValueError(f"row {self.numbers[error.row]}: {error}") from error
@@ -67,6 +70,9 @@ class Batch:
         agent, link, steps = self.system.agents[role], self.system.inner_links[role], self.plan.latent_steps[role]
         stay = self.system.offloader is None
         latents = agent.think(turn.prompt, steps, link, prefill=self.prefill(turn.visit), weights_stay=stay)
+        if not (finite := latents.states.isfinite().flatten(1).all(dim=1)).all():
+            row = self.numbers[finite.tolist().index(False)]
+            raise FloatingPointError(f"agent {role!r}: the latents of row {row} are not finite in {agent.dtype}")
         for result in self.answers:
             result.latent_steps[role] = result.latent_steps.get(role, 0) + steps
         return latents

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from recmas.answering.answers import Answers
 from recmas.answering.options import AnswerOptions
 from recmas.config.pattern import Visit
 from recmas.config.system_json import Decoding
@@ -13,6 +14,7 @@ from recmas.engine.messages import Message
 from recmas.system.system import System
 
 OnMessage = Callable[[Visit, Message], Message]
+OnAnswers = Callable[[Sequence[int], Answers], object]
 
 
 class Plan:
@@ -21,7 +23,7 @@ class Plan:
     Args:
         system: whose agents answer.
         options: as asked for.
-        on_message, on_text, progress: as `RecursiveMAS.answer` takes them.
+        on_message, on_text, on_answers, skip, progress: as `RecursiveMAS.answer` takes them.
 
     Attributes:
         rounds: of the run.
@@ -39,6 +41,8 @@ class Plan:
         *,
         on_message: OnMessage | None = None,
         on_text: Callable[[int, str], object] | None = None,
+        on_answers: OnAnswers | None = None,
+        skip: Collection[int] = (),
         progress: Callable[[int], object] | None = None,
     ) -> None:
         self.system, self.options = system, options
@@ -50,4 +54,5 @@ class Plan:
         self.decoding: dict[str, Decoding] = {
             role: replace(setting.decoding, **changes) for role, setting in system.settings.items()
         }
-        self.on_message, self.on_text, self.progress = on_message, on_text, progress
+        self.on_message, self.on_text, self.on_answers = on_message, on_text, on_answers
+        self.skip, self.progress = skip, progress

@@ -8,7 +8,7 @@ import torch
 
 from recmas.answering.answers import Answer, Answers
 from recmas.answering.batch import Batch
-from recmas.answering.batching import batches
+from recmas.answering.batching import Batches, batches
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
 from recmas.prompts.rows import Fields, read_row
@@ -24,24 +24,35 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
     fields = _checked(plan, rows)
     answers, queue = Answers(Answer() for _ in fields), batches(plan, fields)
     try:
-        for numbers in queue:
-            part = Answers(Answer() for _ in numbers)
-            batch, shown = Batch(plan, part, fields, numbers), False
-            try:
-                for row, piece in batch.run(in_pieces=plan.on_text is not None):
-                    assert plan.on_text is not None
-                    shown = True
-                    plan.on_text(row, piece)
-            except torch.OutOfMemoryError:
-                if shown or not queue.halve():  # text that was shown cannot be taken back
-                    raise
-                if plan.progress is not None:
-                    plan.progress(-batch.visited)
-            else:
-                answers.fill(part, numbers)
+        with plan.system.packed_links():
+            _answer(plan, fields, queue, answers)
     finally:
         plan.system.unload_weights()
     return answers
+
+
+def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
+    for numbers in queue:
+        if all(number in plan.skip for number in numbers):
+            if plan.progress is not None:
+                plan.progress(len(numbers) * len(list(plan.system.pattern.visits(plan.rounds))))
+            continue
+        part = Answers(Answer() for _ in numbers)
+        batch, shown = Batch(plan, part, fields, numbers), False
+        try:
+            for row, piece in batch.run(in_pieces=plan.on_text is not None):
+                assert plan.on_text is not None
+                shown = True
+                plan.on_text(row, piece)
+        except torch.OutOfMemoryError:
+            if shown or not queue.halve():  # text that was shown cannot be taken back
+                raise
+            if plan.progress is not None:
+                plan.progress(-batch.visited)
+        else:
+            answers.fill(part, numbers)
+            if plan.on_answers is not None:
+                plan.on_answers(numbers, part)
 
 
 def stream(plan: Plan, row: Question) -> Generator[str, None, Answer]:
@@ -51,10 +62,11 @@ def stream(plan: Plan, row: Question) -> Generator[str, None, Answer]:
     def pieces() -> Generator[str, None, Answer]:
         answers = Answers([Answer()])
         try:
-            for _, piece in Batch(plan, answers, fields, [0]).run(in_pieces=True):
-                if plan.on_text is not None:
-                    plan.on_text(0, piece)
-                yield piece
+            with plan.system.packed_links():
+                for _, piece in Batch(plan, answers, fields, [0]).run(in_pieces=True):
+                    if plan.on_text is not None:
+                        plan.on_text(0, piece)
+                    yield piece
         finally:
             plan.system.unload_weights()
         return answers[0]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from recmas.cli.parser import CommandLineParser, one_line
 
@@ -28,13 +33,22 @@ command; every option can also stand in a YAML file given with --config."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 after a one-line error, 1 after one of recmas itself, 130 after an interrupt."""
+    """Run one command.
+
+    Returns:
+        0 on success, 2 after a one-line error, 1 after one of recmas itself; 130, 143 or 129 after SIGINT, SIGTERM or
+        SIGHUP.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words)
+        with _ending_signals():
+            return _run(words)
     except KeyboardInterrupt:
         print("recmas: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except Ended as end:
+        print(f"recmas: ended by {signal.Signals(end.number).name}", file=sys.stderr)
+        return 128 + end.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -49,6 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "" if traced else "; recmas --traceback COMMAND shows where it arose"
         print(f"recmas: internal error: {kind}: {one_line(error)}{advice}", file=sys.stderr)
         return 1
+
+
+class Ended(BaseException):
+    """SIGTERM or SIGHUP has arrived; what is open is closed on the way out, as after an interrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise Ended(number)
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise `Ended`, unless they are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(words: list[str]) -> int:

@@ -15,6 +15,8 @@ from recmas.answering.options import MODES, AnswerOptions
 from recmas.cli.fields import SWITCH_OFF, add_fields, read_fields
 from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
 from recmas.dtypes import DTYPES
+from recmas.files.json_lines import to_lines
+from recmas.files.reading import check_output as refuse_special
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -54,6 +56,10 @@ def add_device(parser: CommandLineParser) -> None:
         help="of models and links; auto: models as the system says, links float32",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="load models and links that the system names in other folders"
+    )
+    parser.add_argument("--allow-hub", action="store_true", help="load models that the system names on the hub")
 
 
 def add_offload(parser: CommandLineParser) -> None:
@@ -109,10 +115,25 @@ def add_tools(parser: CommandLineParser) -> None:
         "--tools",
         type=NAMES,
         default=[],
-        help="tools that the answering agent may call: python, which runs the model's programs under resource limits, "
-        "NOT in a security sandbox",
+        help="tools that the answering agent may call: python, which runs the model's programs in a sandbox (recmas "
+        "info says in which)",
     )
     parser.add_argument("--max-tool-calls", type=NonNegativeInt, default=5, help="calls of tools per answer")
+    add_unsafe(parser, "the programs of --tools")
+
+
+def add_unsafe(parser: CommandLineParser, what: str) -> None:
+    """Whether foreign code may run without a sandbox."""
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help=f"run {what} WITHOUT a sandbox: as this user, with its files, processes and network",
+    )
+
+
+def sandbox(options: Namespace) -> str | None:
+    """The sandbox that `add_unsafe`'s option asks for; None is the first that works here."""
+    return "none" if options.unsafe else None
 
 
 def toolbox(options: Namespace) -> Toolbox | tuple[()]:
@@ -124,7 +145,7 @@ def toolbox(options: Namespace) -> Toolbox | tuple[()]:
     for name in options.tools:
         if name not in SHIPPED:
             raise ValueError(f"--tools: unknown tool {name!r}; there is {', '.join(SHIPPED)}")
-    return Toolbox([SHIPPED[name]() for name in options.tools], max_calls=options.max_tool_calls)
+    return Toolbox([SHIPPED[name](sandbox(options)) for name in options.tools], max_calls=options.max_tool_calls)
 
 
 def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None]:
@@ -135,11 +156,12 @@ def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
-    """The system that `add_system`'s options name, served by the backend they name."""
+def loaded(options: Namespace, folder: Path | None = None) -> Iterator[RecursiveMAS]:
+    """The system that `add_system`'s options name (or that in `folder`), served by the backend they name."""
     from recmas.config.system_json import read_spec
 
-    read_spec(options.system)  # a broken file ends here, before torch has loaded
+    system = options.system if folder is None else folder
+    read_spec(system)  # a broken file ends here, before torch has loaded
     import torch
     import transformers
 
@@ -149,12 +171,14 @@ def loaded(options: Namespace) -> Iterator[RecursiveMAS]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):
         yield RecursiveMAS.from_pretrained(
-            options.system,
+            system,
             options.device,
             dtype,
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),
+            allow_outside=options.allow_outside,
+            allow_hub=options.allow_hub,
         )
 
 
@@ -169,6 +193,7 @@ def check_output(path: str | None) -> None:
         return
     if Path(path).is_dir():
         raise ValueError(f"--output: {path} is a folder, expected the name of a JSONL file")
+    refuse_special(Path(path))
     above = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"--output: {above} is a file, expected a folder to write {Path(path).name} into")
@@ -178,9 +203,8 @@ def write_lines(path: str, records: list[dict[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all."""
     from recmas.files import write_atomically
 
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), "".join(lines))
+    write_atomically(Path(path), to_lines(records))
 
 
 def read_questions(options: Namespace) -> list[dict[str, object]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recmas.cli.common import dump
+from recmas.cli.common import add_unsafe, dump, sandbox
 from recmas.cli.parser import CommandLineParser
 from recmas.upstream.clone import CODE_FORMS
 from recmas.upstream.styles import STYLES, TASKS
@@ -45,7 +46,7 @@ def _add_upstream(parser: CommandLineParser) -> None:
         "--code",
         type=str,
         required=True,
-        help="your clone of the reference implementation; its prompt builders are imported and called",
+        help="your clone of the reference implementation; its prompt builders are run, in a sandbox",
     )
     parser.add_argument("--style", type=str, required=True, help=f"which released system: {', '.join(STYLES)}")
     parser.add_argument(
@@ -80,6 +81,7 @@ def _add_upstream(parser: CommandLineParser) -> None:
         help="keep oddities of its prompts: a fixed round number, mathematical feedback on code, GPQA's answer format",
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the system to make")
+    add_unsafe(parser, "the clone's prompt builders")
 
 
 def _add_safetensors(parser: CommandLineParser) -> None:
@@ -91,9 +93,13 @@ def _add_safetensors(parser: CommandLineParser) -> None:
 def _add_pt(parser: CommandLineParser) -> None:
     parser.add_argument("source", type=str, help="folder of a link or of a system")
     parser.add_argument("out", type=str, help=".pt file to write for a link, folder to make for a system")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="read models and links that the system names in other folders"
+    )
 
 
 def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
+    from recmas.config.parts import needed_flags
     from recmas.upstream import convert_upstream
 
     overrides = {}
@@ -111,6 +117,7 @@ def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
         task=options.task,
         code_form=options.code_form,
         reference_quirks=options.reference_quirks,
+        sandbox=sandbox(options),
     )
     inner = sum(agent.inner_link is not None for agent in spec.agents.values())
     summary = {
@@ -125,6 +132,8 @@ def _upstream(options: Namespace) -> tuple[dict[str, Any], str]:
         f"{options.out}: {len(spec.agents)} agents, {inner} inner and {len(spec.outer_links)} outer links, "
         f"{spec.defaults.rounds} rounds of {spec.defaults.latent_steps} latent steps; models stay where they are"
     )
+    flags = needed_flags(Path(options.out), spec)
+    text += f"; commands load it with {' '.join(flags)}"
     return summary, text
 
 
@@ -139,5 +148,5 @@ def _safetensors(options: Namespace) -> tuple[dict[str, Any], str]:
 def _pt(options: Namespace) -> tuple[dict[str, Any], str]:
     from recmas.upstream import to_pt
 
-    written = [str(path) for path in to_pt(options.source, options.out)]
+    written = [str(path) for path in to_pt(options.source, options.out, allow_outside=options.allow_outside)]
     return {"written": written}, f"{options.out}: {len(written)} state dicts"

@@ -57,7 +57,8 @@ def add_options(parser: CommandLineParser) -> None:
         "--metric",
         default="exact",
         choices=list(METRICS),
-        help="exact (whole text), last_word, choice (a letter) or math (needs the eval extra)",
+        help="exact (whole text), last_word (case and punctuation count in both), choice (a letter) or math (needs the "
+        "eval extra)",
     )
     parser.add_argument(
         "--mode",
@@ -96,7 +97,7 @@ def execute(options: Namespace) -> int:
     asked = answer_options(options, DECODING, tools=toolbox(options))
     with loaded(options) as mas:
         from recmas.evaluation.summary import table
-        from recmas.evaluation.sweep import sweep
+        from recmas.evaluation.sweeps import sweep
 
         summaries = sweep(
             mas,

@@ -1,4 +1,4 @@
-"""``recmas info``: the kernel package's own page; with a system, the memory it will take and what is off for it."""
+"""``recmas info``: kernels and sandboxes; with a system, the memory that it will take and what is off for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_options(parser: CommandLineParser) -> None:
         nargs="?",
         default=None,
         help="folder of a system: show the memory that it will take, without loading it, and what is off for its "
-        "models, small ones of which are loaded for that alone (default: show the kernels)",
+        "models, small ones of which are loaded for that alone (default: show the kernels and the sandbox of tools)",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
@@ -36,9 +36,7 @@ def add_options(parser: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     if options.system is None:
-        from recmas_kernels import info
-
-        return info.main(["--json"] if options.json else [])
+        return _machine(options.json)
     from recmas.sizing.report import memory_table, render
 
     table = memory_table(
@@ -53,6 +51,8 @@ def execute(options: Namespace) -> int:
         prompt_tokens=options.prompt_tokens,
         batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
+        allow_outside=options.allow_outside,
+        allow_hub=options.allow_hub,
     )
     off = _off(options)
     if options.json:
@@ -70,16 +70,38 @@ def _off(options: Namespace) -> dict[str, str]:
     import transformers
 
     from recmas.agents.checking import off_of_checkpoint
-    from recmas.config.model_source import model_source
+    from recmas.config.parts import Trust, model_source
     from recmas.config.system_json import read_spec
     from recmas.training.proofs import TRAINING
 
     transformers.utils.logging.disable_progress_bar()
-    folder, found = Path(options.system), {}
+    folder, trust = Path(options.system), Trust(options.allow_outside, options.allow_hub)
+    spec, root = read_spec(folder), None if trust.outside else folder
+    found: dict[str, str] = {}
     told: dict[tuple[str, str], str] = {}
-    for role, agent in read_spec(folder).agents.items():
-        model = model_source(folder, role, agent.model), agent.dtype if options.dtype == "auto" else options.dtype
+    for role, agent in spec.agents.items():
+        dtype = agent.dtype if options.dtype == "auto" else options.dtype
+        model = model_source(folder, spec, role, trust), dtype
         if model not in told:
-            told[model] = off_of_checkpoint(*model, options.trust_remote_code, role, tuple(TRAINING))
+            code = options.trust_remote_code
+            told[model] = off_of_checkpoint(*model, role, tuple(TRAINING), trust_remote_code=code, root=root)
         found[role] = told[model]
     return found
+
+
+def _machine(as_json: bool) -> int:
+    """What runs here: kernels, and the sandbox of tools and foreign code."""
+    from recmas.sandbox import reasons
+    from recmas_kernels import info
+
+    kernels, sandboxes = info.collect(), reasons()
+    if as_json:
+        dump({**kernels, "sandboxes": sandboxes})
+        return 0
+    chosen = next((name for name, reason in sandboxes.items() if reason is None), None)
+    print(info.render(kernels))
+    print(f"\nsandbox of tools and foreign code: {chosen or 'none, so they run with --unsafe only'}")
+    for name, reason in sandboxes.items():
+        if name != chosen:
+            print(f"  {name}: {reason or 'works, too'}")
+    return 0

@@ -63,6 +63,7 @@ def execute(options: Namespace) -> int:
             raise ValueError(f"--models: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
     import transformers
 
+    from recmas.config.parts import needed_flags
     from recmas.dtypes import DTYPES
     from recmas.recursive_mas import RecursiveMAS
 
@@ -86,7 +87,10 @@ def execute(options: Namespace) -> int:
         dump({"system": str(folder), "links": len(links), "link_parameters": parameters})
     else:
         print(f"{folder}: {len(mas.agents)} agents, {len(links)} untrained links of {parameters:,} parameters in all")
-        print("edit the prompts in system.json, then train the links: recmas train inner | warmup | outer")
+        flags = "".join(f" {flag}" for flag in needed_flags(folder, mas.spec()))
+        print(f"edit the prompts in system.json, then train the links: recmas train inner | warmup | outer{flags}")
+        if flags:
+            print(f"its models are not in the folder, so every command that loads it needs{flags}")
     return 0
 
 

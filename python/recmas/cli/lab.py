@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recmas.cli.common import add_system, chosen_backend, dump, loaded, write_lines
+from recmas.cli.common import add_system, check_output, chosen_backend, dump, loaded, write_lines
 from recmas.cli.parser import COUNTS, CommandLineParser
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _questions(options: Namespace) -> None:
 
     if options.count < 1:
         raise ValueError(f"--count: {options.count} is not positive")
+    check_output(options.output)
     write_lines(options.output, questions("test", options.seed, options.hops, options.count))
     print(f"{options.count} questions in {options.output}")
 

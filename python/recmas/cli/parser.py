@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
@@ -123,7 +124,9 @@ PAIRS = Kind("ROLE=VALUE,...", read_pairs)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
+    """An exception's message on one line; the system's own errors as FILE: what happened."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recmas.answering.options import AnswerOptions
 from recmas.cli.common import (
     add_answering,
     add_compile,
@@ -20,12 +24,17 @@ from recmas.cli.common import (
     write_lines,
 )
 from recmas.cli.parser import CommandLineParser
+from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 from recmas.prompts.rows import read_row
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from recmas.answering.answers import Answers
+    from recmas.answering.answers import Answer, Answers
+    from recmas.recursive_mas import RecursiveMAS
+
+_NO_PART = ("batch_size", "prefix_reuse", "trace", "tools")
+"""Options that change no answer but by rounding, and what `keys_of` writes down otherwise."""
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -44,52 +53,106 @@ def add_options(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--stream", action="store_true", help="print answers as they are written, one question at a time"
     )
-    parser.add_argument("--output", type=str, default=None, help="write answers here, a JSON object per line")
+    parser.add_argument(
+        "--output",
+        type=str,
+        default=None,
+        help="write answers here as they come, a JSON object per line; a run that was cut short goes on from it",
+    )
 
 
 def execute(options: Namespace) -> int:
+    from recmas.files.locks import one_writer
+
     rows = read_questions(options)
     if options.stream and options.json:
         raise ValueError("--stream prints text as it is written; it cannot be had with --json")
     check_output(options.output)
     asked = answer_options(options, tools=toolbox(options), batch_size=1 if options.stream else options.batch_size)
-    printer = _Printer()
-    with loaded(options) as mas:
+    output = None if options.output is None else Path(options.output)
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(one_writer(output))
+        mas = stack.enter_context(loaded(options))
         from tqdm.auto import tqdm
 
         rounds = mas.defaults.rounds if options.rounds is None else options.rounds
         visits = len(list(mas.pattern.visits(rounds)))
+        keys = keys_of(mas, rows, asked)
+        done = {} if output is None else read_answers(output, keys)
+        printer = _Printer({number: str(known["text"]) for number, known in done.items()})
+
+        def note(numbers: Sequence[int], answers: Answers) -> None:
+            """Answers are on the disk as soon as they are there."""
+            new = [
+                record(rows[number], answer, number, keys[number])
+                for number, answer in zip(numbers, answers, strict=True)
+                if number not in done
+            ]
+            if output is not None:
+                append_lines(output, new)
+            done.update({made["index"]: made for made in new})
+
         hidden = True if options.stream else None  # None: where stderr is not a terminal
         with tqdm(total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=hidden) as bar:
             on_text = printer if options.stream else None
-            answers = mas.answer(rows, asked, on_text=on_text, progress=bar.update)
-    records = [record(row, answers, index) for index, row in enumerate(rows)]
-    if options.output is not None:
-        write_lines(options.output, records)
+            known = set(done)
+            answers = mas.answer(rows, asked, on_text=on_text, on_answers=note, skip=known, progress=bar.update)
+        records = [done[number] for number in range(len(rows))]
+        if output is not None:
+            write_lines(options.output, records)  # in the order of the rows
     if options.json:
         reading = {stage: asdict(how) for stage, how in answers.reading.items()}
         dump({"answers": records, "seconds": answers.seconds, "reading": reading})
     elif options.stream:
         printer.close(len(rows))
     elif options.output is None:
-        for index, answer in enumerate(answers):
-            print(f"{index}: {answer.text}")
+        for made in records:
+            print(f"{made['index']}: {made['text']}")
     if not options.json:
-        steps = sum(sum(answer.latent_steps.values()) for answer in answers)
-        tokens = sum(sum(answer.text_tokens.values()) for answer in answers)
-        seconds = sum(answers.seconds.values())
-        reused = sum(how.positions - how.computed for how in answers.reading.values())
-        read = f"{sum(how.positions for how in answers.reading.values())} prompt positions ({reused} reused)"
-        answered = "1 answer" if len(answers) == 1 else f"{len(answers)} answers"
-        print(f"{answered}, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s")
+        print(_account(answers, records, len(known)))
     return 0
 
 
-class _Printer:
-    """Prints the pieces of one answer after another, each under its number."""
+def _account(answers: Answers, records: Sequence[dict[str, Any]], known: int) -> str:
+    """What this run did, as a line."""
+    steps = sum(sum(made["latent_steps"].values()) for made in records)
+    tokens = sum(sum(made["text_tokens"].values()) for made in records)
+    seconds = sum(answers.seconds.values())
+    reused = sum(how.positions - how.computed for how in answers.reading.values())
+    read = f"{sum(how.positions for how in answers.reading.values())} prompt positions ({reused} reused)"
+    answered = "1 answer" if len(records) == 1 else f"{len(records)} answers"
+    earlier = f" ({known} of them known)" if known else ""
+    return f"{answered}{earlier}, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s"
 
-    def __init__(self) -> None:
-        self._begun = 0
+
+def keys_of(mas: RecursiveMAS, rows: Sequence[dict[str, object]], asked: AnswerOptions) -> list[str]:
+    """What distinguishes each row's answer: system, options, row and its number; not which rows share a batch."""
+    from recmas.evaluation.fingerprint import digest, key_of
+
+    tools = asked.toolbox
+    how = {field.name: getattr(asked, field.name) for field in fields(asked) if field.name not in _NO_PART}
+    how["tools"] = [sorted(tools.tools), tools.max_calls, tools.max_output] if tools.tools else []
+    whole = digest(mas)
+    return [key_of(whole, how, number, row) for number, row in enumerate(rows)]
+
+
+def read_answers(output: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The answers that an earlier call of this run has written, by row."""
+
+    def known(line: dict[str, Any]) -> dict[str, Any]:
+        if not 0 <= line["index"] < len(keys) or line["key"] != keys[line["index"]]:
+            raise OtherRunError
+        return line
+
+    return {line["index"]: line for line in read_lines(output, known, "an answer of recmas run", '{"index": ')}
+
+
+class _Printer:
+    """Prints the pieces of one answer after another, each under its number; `known` are texts of earlier answers."""
+
+    def __init__(self, known: Mapping[int, str]) -> None:
+        self._begun, self._known = 0, known
 
     def __call__(self, row: int, piece: str) -> None:
         self._begin(row)
@@ -102,15 +165,16 @@ class _Printer:
 
     def _begin(self, row: int) -> None:
         while self._begun <= row:
-            print(f"\n{self._begun}: " if self._begun else "0: ", end="")
+            known = self._known.get(self._begun, "")
+            print(f"\n{self._begun}: {known}" if self._begun else f"0: {known}", end="")
             self._begun += 1
 
 
-def record(row: dict[str, object], answers: Answers, index: int) -> dict[str, Any]:
+def record(row: dict[str, object], answer: Answer, index: int, key: str) -> dict[str, Any]:
     """One answer as JSON."""
-    answer = answers[index]
     return {
         "index": index,
+        "key": key,
         "question": read_row(row, index).get("question"),
         "text": answer.text,
         "tokens": answer.tokens,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import add_system, dump, loaded
 from recmas.cli.fields import add_fields, read_fields
 from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, CommandLineParser
+from recmas.files.reading import inside
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -25,11 +27,23 @@ def add_options(parser: CommandLineParser) -> None:
     for stage, summary in STAGES.items():
         command = CommandLineParser(description=f"Train {summary}.")
         add_system(command)
+        aligned = stage != "outer"
         command.add_argument(
-            "--data", type=str, required=True, help='JSONL file; rows carry "targets": {role: text or [text per round]}'
+            "--data",
+            type=str,
+            required=not aligned,
+            help='JSONL file; rows carry "targets": {role: text or [text per round]}',
         )
+        if aligned:
+            _add_pairs(command)
         command.add_argument(
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
+        )
+        command.add_argument(
+            "--validation",
+            type=str,
+            default=None,
+            help="JSONL file as --data; the links with least loss on it are kept",
         )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
         only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
@@ -38,22 +52,68 @@ def add_options(parser: CommandLineParser) -> None:
         stages.add_subcommand(stage, command, help=summary)
 
 
+def _add_pairs(command: CommandLineParser) -> None:
+    """What the stages have that align links on pairs."""
+    command.add_argument(
+        "--texts",
+        type=str,
+        default=None,
+        help='instead of --data: any texts, a JSONL file or a data set of the hub; rows carry "text", and "prompt" '
+        "where the text answers one",
+    )
+    command.add_argument(
+        "--cache",
+        type=str,
+        default=None,
+        help="folder of the states that texts leave in their frozen agent, so that each text runs once; its size is "
+        "announced; off runs the agents for every batch (default: training/pairs in the output)",
+    )
+    command.add_argument(
+        "--cache-dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the cache; auto: the agent's"
+    )
+
+
 def execute(options: Namespace) -> int:
     from recmas import training
+    from recmas.config.system_json import read_spec
+    from recmas.files.locks import one_writer
+    from recmas.system.folder import check_place, is_new
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
     given = read_fields(chosen, config_class, KINDS)
     config = config_class(**{name: _setting(name, value) for name, value in given.items()})
-    rows = training.read_rows(chosen.data)
-    output = Path(chosen.system if chosen.output is None else chosen.output)
+    rows = _rows(chosen)
+    system = Path(chosen.system)
+    output = system if chosen.output is None else Path(chosen.output)
+    logs = output / "training"
+    new = output.resolve() != system.resolve()
+    if new:
+        check_place(output)
+    if new and not is_new(output):
+        _check_resumable(output, stage, chosen.resume)
+        new, system = False, output  # it began as the system that it was made of
+    for path in (logs, *logs.glob("*")):
+        inside(output, str(path.relative_to(output)), str(output))
     train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
     only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
-    with loaded(chosen) as mas:
-        if chosen.output is not None:
-            mas.save_pretrained(output)
-        logs = output / "training"
-        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, **only)
+    if stage != "outer" and chosen.cache != "off":
+        only["cache"] = training.PairCache(logs / "pairs" if chosen.cache is None else chosen.cache, chosen.cache_dtype)
+    if chosen.validation is not None:
+        only["validation"] = training.read_rows(chosen.validation)
+    read_spec(system)
+    with ExitStack() as stack:
+        if not new:
+            stack.enter_context(one_writer(output))
+        mas = stack.enter_context(loaded(chosen, system))
+
+        def start() -> None:
+            """All has been checked: only now is anything written."""
+            if new:
+                mas.save_pretrained(output)
+                stack.enter_context(one_writer(output))
+
+        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
         mas.save_pretrained(output)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
@@ -67,6 +127,27 @@ def execute(options: Namespace) -> int:
             print(f"{name}: loss {done['loss']:.4f} after {done['steps']} steps")
         print(f"trained system in {output}, logs in {logs}")
     return 0
+
+
+def _rows(options: Namespace) -> list[dict[str, object]]:
+    """The rows of --data or --texts."""
+    from recmas import training
+
+    texts = options.get("texts")
+    if (options.data is None) == (texts is None):
+        raise ValueError("give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID")
+    return training.read_rows(options.data) if texts is None else training.read_texts(texts)
+
+
+def _check_resumable(output: Path, stage: str, resume: bool) -> None:
+    """Raise ValueError unless `output` holds a system, with a run of this stage that is to be resumed."""
+    if not resume:
+        raise ValueError(
+            f"--output: {output} holds a system already; go on with its training (--resume), train it in place "
+            f"(recmas train {stage} {output}), or choose another folder"
+        )
+    if not any((output / "training").glob(f"{stage}*")):
+        raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
 
 
 def _config_class(stage: str) -> Any:

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from recmas.files.reading import shown
+
 COMBINE = ("slots", "mean", "weighted")
 EXCHANGE = ("stage", "all")
 
 Edge = tuple[str, str]
+MAX_ROUNDS, MAX_ROLES, MAX_NAME = 256, 64, 64
+"""Far more than anybody runs, and little enough that no system that was downloaded can ask for the whole machine."""
 
 
 class Visit(NamedTuple):
@@ -48,21 +52,25 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, str) or any(isinstance(stage, str) for stage in self.stages):
-            raise ValueError(f"stages: {self.stages!r} has a string where a tuple of roles was expected")
+            raise ValueError(f"stages: {shown(self.stages)} has a string where a tuple of roles was expected")
         object.__setattr__(self, "stages", tuple(tuple(stage) for stage in self.stages))
         if not self.stages or not all(self.stages):
-            raise ValueError(f"stages: {self.stages!r} has no stage or an empty one")
+            raise ValueError(f"stages: {shown(self.stages)} has no stage or an empty one")
         if len(self.stages[-1]) != 1:
-            raise ValueError(f"stages: the last stage is {self.stages[-1]!r}, expected the one agent that answers")
+            raise ValueError(f"stages: the last stage is {shown(self.stages[-1])}, expected the one agent that answers")
+        if len(self.roles) > MAX_ROLES:
+            raise ValueError(f"stages: {len(self.roles)} roles, at most {MAX_ROLES} are possible")
         for role in self.roles:
             if not isinstance(role, str) or not role.replace("_", "a").replace("-", "a").isalnum():
-                raise ValueError(f"stages: role {role!r} is not a name of letters, digits, '_' and '-'")
+                raise ValueError(f"stages: role {shown(role)} is not a name of letters, digits, '_' and '-'")
+            if len(role) > MAX_NAME:
+                raise ValueError(f"stages: role {role[:MAX_NAME]}... has more than {MAX_NAME} characters")
             if self.roles.count(role) > 1:
                 raise ValueError(f"stages: role {role!r} occurs twice")
         if self.combine not in COMBINE:
-            raise ValueError(f"combine: {self.combine!r} is not one of {', '.join(COMBINE)}")
+            raise ValueError(f"combine: {shown(self.combine)} is not one of {', '.join(COMBINE)}")
         if self.exchange not in EXCHANGE:
-            raise ValueError(f"exchange: {self.exchange!r} is not one of {', '.join(EXCHANGE)}")
+            raise ValueError(f"exchange: {shown(self.exchange)} is not one of {', '.join(EXCHANGE)}")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -108,12 +116,15 @@ class Pattern:
 
     def edges(self, rounds: int) -> set[Edge]:
         """Every (source, target) that a run of `rounds` rounds uses."""
-        return {(source, visit.role) for visit in self.visits(rounds) for source in visit.senders}
+        check_rounds(rounds)
+        return {(source, visit.role) for visit in self.visits(min(rounds, 2)) for source in visit.senders}
 
 
 def check_rounds(rounds: int) -> None:
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds: {rounds!r} is not a positive integer")
+    if rounds > MAX_ROUNDS:
+        raise ValueError(f"rounds: {rounds} is more than {MAX_ROUNDS}")
 
 
 SEQUENTIAL = Pattern((("planner",), ("critic",), ("solver",)))

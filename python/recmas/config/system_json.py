@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recmas.config.pattern import Edge, Pattern
+from recmas.config.pattern import MAX_ROUNDS, Edge, Pattern
 from recmas.dtypes import DTYPES
 from recmas.files import write_atomically
+from recmas.files.reading import read_json, shown
 
 FILE_NAME = "system.json"
 FORMAT = 1
+MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE = 1 << 16, 1 << 20, 1 << 20
+"""Latent steps of a message, tokens of a text, characters of a template: a downloaded system cannot ask for more."""
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is negative")
+        if self.max_new_tokens > MAX_TOKENS:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is more than {MAX_TOKENS}")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature} is not a finite number >= 0")
         if not 0.0 < self.top_p <= 1.0:
@@ -68,12 +73,20 @@ class Defaults:
 
 @dataclass
 class SystemSpec:
-    """A whole system: roles to agents, and (source, target) to the folder of that outer link."""
+    """A whole system: roles to agents, and (source, target) to the folder of that outer link.
+
+    Attributes:
+        edge_scores: file of the learned weights of joint slots; None where the pattern has none, or says not where.
+        sha256: of files' contents, by their path relative to the system's folder; files that are not named are not
+            compared.
+    """
 
     pattern: Pattern
     agents: dict[str, AgentSpec]
     outer_links: dict[Edge, str] = field(default_factory=dict)
     defaults: Defaults = field(default_factory=Defaults)
+    edge_scores: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def steps_by_role(
@@ -97,6 +110,8 @@ def steps_by_role(
     for role, count in steps.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"latent_steps: {count!r} for {role!r} is not an integer >= 0")
+        if count > MAX_STEPS:
+            raise ValueError(f"latent_steps: {count} for {role!r} is more than {MAX_STEPS}")
     return steps
 
 
@@ -113,13 +128,13 @@ def read_spec(folder: str | os.PathLike[str]) -> SystemSpec:
     """
     path = Path(folder) / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {Path(folder)} is not a system") from None
     except NotADirectoryError:
         raise ValueError(f"{Path(folder)}: is a file, expected the folder of a system") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     return _Reader(path).system(content)
 
 
@@ -149,8 +164,10 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
         "agents": agents,
         "outer_links": {edge_name(edge): path for edge, path in spec.outer_links.items()},
         "defaults": vars(spec.defaults),
+        "edge_scores": spec.edge_scores,
+        "sha256": spec.sha256 or None,
     }
-    write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(Path(folder) / FILE_NAME, json.dumps(_without_none(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def _without_none(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,12 +191,12 @@ class _Reader:
         self.path = path
 
     def fail(self, key: str, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: {key}: {problem}")
+        return ValueError(f"{self.path}: {key if len(key) <= 200 else key[:197] + '...'}: {problem}")
 
     def typed(self, value: Any, kind: type, key: str) -> Any:
         accepted: Any = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(key, f"{value!r} is not {_NAMES[kind]}")
+            raise self.fail(key, f"{shown(value)} is not {_NAMES[kind]}")
         return float(value) if kind is float else value
 
     def table(self, value: Any, key: str, required: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
@@ -203,9 +220,10 @@ class _Reader:
 
     def system(self, content: Any) -> SystemSpec:
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-            raise self.fail("format", f"{content['format']!r} is not {FORMAT}, the format this version reads")
+            raise self.fail("format", f"{shown(content['format'])} is not {FORMAT}, the format this version reads")
         required = {"format": int, "pattern": dict, "agents": dict}
-        table = self.table(content, "", required, {"outer_links": dict, "defaults": dict})
+        optional = {"outer_links": dict, "defaults": dict, "edge_scores": str, "sha256": dict}
+        table = self.table(content, "", required, optional)
         pattern = self.pattern(table["pattern"])
         agents = {role: self.agent(agent, f"agents.{role}") for role, agent in _without_none(table["agents"]).items()}
         for role in agents:
@@ -221,10 +239,17 @@ class _Reader:
                 raise self.fail(f"outer_links.{name}", "is not of the form source->target with roles of the pattern")
             links[source, target] = self.typed(folder, str, f"outer_links.{name}")
         counts = self.table(table.get("defaults", {}), "defaults", {}, {"rounds": int, "latent_steps": int})
-        for name, least in (("rounds", 1), ("latent_steps", 0)):
-            if counts.get(name, least) < least:
-                raise self.fail(f"defaults.{name}", f"{counts[name]} is less than {least}")
-        return SystemSpec(pattern, agents, links, Defaults(**counts))
+        self.between(counts, "rounds", 1, MAX_ROUNDS, "defaults")
+        self.between(counts, "latent_steps", 0, MAX_STEPS, "defaults")
+        digests = {name: self.typed(digest, str, f"sha256.{name}") for name, digest in table.get("sha256", {}).items()}
+        return SystemSpec(pattern, agents, links, Defaults(**counts), table.get("edge_scores"), digests)
+
+    def between(self, table: Mapping[str, Any], name: str, least: int, most: int, key: str) -> None:
+        value = table.get(name, least)
+        if value < least:
+            raise self.fail(f"{key}.{name}", f"{value} is less than {least}")
+        if value > most:
+            raise self.fail(f"{key}.{name}", f"{value} is more than {most}")
 
     def pattern(self, content: Any) -> Pattern:
         table = self.table(content, "pattern", {"stages": list}, {"combine": str, "exchange": str})
@@ -243,12 +268,17 @@ class _Reader:
         }
         table = self.table(content, key, {"model": str, "prompt": dict}, optional)
         if table.get("dtype", "auto") not in DTYPES:
-            raise self.fail(f"{key}.dtype", f"{table['dtype']!r} is not one of {', '.join(DTYPES)}")
-        if table.get("latent_steps", 0) < 0:
-            raise self.fail(f"{key}.latent_steps", f"{table['latent_steps']} is less than 0")
+            raise self.fail(f"{key}.dtype", f"{shown(table['dtype'])} is not one of {', '.join(DTYPES)}")
+        self.between(table, "latent_steps", 0, MAX_STEPS, key)
         prompt = self.table(table["prompt"], f"{key}.prompt", {}, {"first": str, "later": str})
         if not prompt:
             raise self.fail(f"{key}.prompt", "has neither first nor later")
+        for name, text in [
+            *((f"prompt.{name}", text) for name, text in prompt.items()),
+            ("system", table.get("system")),
+        ]:
+            if text is not None and len(text) > MAX_TEMPLATE:
+                raise self.fail(f"{key}.{name}", f"has {len(text)} characters, at most {MAX_TEMPLATE} are read")
         table["prompt"] = PromptSpec(**prompt)
         kinds = {"max_new_tokens": int, "temperature": float, "top_p": float}
         decoding = self.table(table.get("decoding", {}), f"{key}.decoding", {}, kinds)

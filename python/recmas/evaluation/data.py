@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-from recmas.prompts.jsonl import read_rows
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILE_ENDINGS = (".jsonl", ".json", ".txt")
+from recmas.prompts.source import read_source
 
 
 def read_data(
@@ -30,32 +24,12 @@ def read_data(
     Raises:
         ValueError: a broken file or data set, no rows, or a row without the field.
         FileNotFoundError: no such file, where the source cannot be a hub id.
-        ImportError: a hub id without the [eval] extra.
+        ImportError: a hub id without the [eval] or the [train] extra.
     """
-    if Path(source).exists() or source.endswith(_FILE_ENDINGS) or not _HUB_ID.fullmatch(source):
-        rows = read_rows(source)
-    else:
-        rows = _from_hub(source, split, subset)
-    rows = rows[:limit]
+    rows = read_source(source, split, subset)[:limit]
     if question_field != "question":
         for index, row in enumerate(rows):
             if question_field not in row:
                 raise ValueError(f"row {index}: no field {question_field!r} with the question")
             row["question"] = row[question_field]
-    return rows
-
-
-def _from_hub(source: str, split: str, subset: str | None) -> list[dict[str, object]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ImportError(
-            f"no file {source!r}, and a data set of the hub needs datasets: pip install 'recmas-kernels[eval]'"
-        ) from None
-    try:
-        rows = [dict(row) for row in load_dataset(source, subset, split=split)]
-    except Exception as error:  # datasets, the hub and their file readers each raise their own
-        raise ValueError(f"data set {source!r}: split {split!r} cannot be loaded: {error}") from error
-    if not rows:
-        raise ValueError(f"data set {source!r}: split {split!r} holds no rows")
     return rows

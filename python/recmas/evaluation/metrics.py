@@ -8,12 +8,12 @@ from typing import Any
 
 
 def _exact(text: str, expected: str) -> bool:
-    """Equal but for white space at the ends."""
+    """Equal, but for white space at the ends; case and punctuation count."""
     return text.strip() == expected.strip()
 
 
 def _last_word(text: str, expected: str) -> bool:
-    """The last words, white space between them, are equal."""
+    """The last words (what white space separates) are equal; case and punctuation count: "Paris." is not "Paris"."""
     return text.split()[-1:] == expected.split()[-1:]
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 
 MODES = ("latent", "text", "single", "loop")
-_BEGINNING = b'{"mode": "'  # of every line that `append` writes
+_BEGINNING = '{"mode": "'  # of every line that `append` writes
 
 
 class Cell(NamedTuple):
@@ -70,32 +70,16 @@ def read(path: Path, key: Callable[[Cell, int, int], str | None]) -> dict[str, R
     Raises:
         ValueError: a line that is no record, or one of another run; names file and line. The file stays as it is.
     """
-    if not path.exists():
-        return {}
-    *lines, cut = path.read_bytes().split(b"\n")
-    done: dict[str, Record] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = Record(**json.loads(line))
-            expected = key(record.cell, record.sample, record.index)
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a record of an evaluation") from None
-        if record.key != expected:
-            raise ValueError(
-                f"{path}, line {number}: of another system, other settings or other rows; use another file"
-            )
-        done[record.key] = record
-    if cut:
-        if not (cut.startswith(_BEGINNING) or _BEGINNING.startswith(cut)):
-            raise ValueError(f"{path}, line {len(lines) + 1}: not a record of an evaluation")
-        os.truncate(path, path.stat().st_size - len(cut))
-    return done
+
+    def record(line: dict[str, Any]) -> Record:
+        found = Record(**line)
+        if found.key != key(found.cell, found.sample, found.index):
+            raise OtherRunError
+        return found
+
+    return {done.key: done for done in read_lines(path, record, "a record of an evaluation", _BEGINNING)}
 
 
 def append(path: Path, records: Sequence[Record]) -> None:
     """Write records behind those that are there, to the disk itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, map(asdict, records))

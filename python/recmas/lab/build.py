@@ -17,13 +17,15 @@ import torch
 import transformers
 
 from recmas.agents.agent import Agent
-from recmas.config.system_json import FILE_NAME
+from recmas.files import write_atomically
+from recmas.files.json_lines import to_lines
 from recmas.lab.agents import relay_system
 from recmas.lab.grid import grid
 from recmas.lab.links import LinkSettings, train_links
 from recmas.lab.pretrain import PretrainSettings, pretrain
 from recmas.lab.world import ROLES, questions
 from recmas.recursive_mas import RecursiveMAS
+from recmas.system.folder import check_place
 from recmas_kernels import __version__
 
 RECORD, QUESTIONS = "lab.json", "questions.jsonl"
@@ -66,8 +68,9 @@ def build(
     """
     settings = settings or BuildSettings()
     place = Path(folder)
-    if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / FILE_NAME).exists()):
-        raise ValueError(f"{place}: exists and is not a system; nothing was built")
+    check_place(place)
+    if agents is not None and not (Path(agents) / RECORD).is_file():
+        raise ValueError(f"agents: {agents} is no built lab, it has no {RECORD}")
     record: dict[str, Any] = {
         "seed": seed,
         "link_seed": seed if link_seed is None else link_seed,
@@ -95,7 +98,7 @@ def build(
         system.to(dtype=torch.float16).save_pretrained(place)
     write_rows(place / QUESTIONS, questions("test", seed, (1, 2, 3), EXAMPLES))
     record["validation_accuracy"] = validation_accuracy(RecursiveMAS.from_pretrained(place), settings.validation)
-    (place / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_atomically(place / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -133,7 +136,7 @@ def _pretrain_into(task: tuple[str, Path, int, PretrainSettings, bool]) -> dict[
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
     """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(path, to_lines(rows))
 
 
 def _commit() -> str | None:

@@ -26,7 +26,7 @@ Rows = Callable[[int], list[dict[str, object]]]
 
 _ALIGNED: dict[str, Any] = {"batch_size": 64, "schedule": "linear", "rounds": (1, 2, 3)}
 _ANSWERED: dict[str, Any] = {"batch_size": 64, "schedule": "linear", "betas": (0.9, 0.99), "steps": 100}
-_ANSWERED |= {"recompute": False}  # models this small leave room for their activations
+_ANSWERED |= {"recompute": False, "micro_batch": 64}  # models this small leave room for their activations
 
 
 @dataclass(frozen=True)

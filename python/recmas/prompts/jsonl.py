@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
+from pathlib import Path
+
+from recmas.files.reading import open_regular, parse_json
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
@@ -12,18 +15,21 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
-        ValueError: a line is not a JSON object (names file and line), the file is not UTF-8 or holds no rows.
+        ValueError: a line is not a JSON object (names file and line), the file is no regular one, is not UTF-8 or holds
+            no rows.
     """
     rows: list[dict[str, object]] = []
     try:
-        with open(path, encoding="utf-8") as file:
+        if Path(path).is_dir():
+            raise IsADirectoryError
+        with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    row = parse_json(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
                 rows.append(row)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any, Protocol
@@ -11,7 +14,12 @@ from typing import Any, Protocol
 from recmas.prompts.rows import Messages, earlier
 from recmas.prompts.template import Slot, Template, shortened
 
+_MARK = re.compile(r"<recmas \d+ \d+>")  # the sentinels of `_Marks`
 PIECES = 4096  # texts between slots whose token ids an agent remembers
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that raises an error."""
 
 
 class Tokenizer(Protocol):
@@ -19,7 +27,7 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any: ...
 
     def __call__(self, text: str, **kwargs: Any) -> Any: ...
 
@@ -31,21 +39,33 @@ class PromptRenderer:
         tokenizer: a transformers tokenizer; must not change any more, since ids of recent pieces are kept: every round
             and every epoch says them again.
         chat: wrap the prompt as one user message in the tokenizer's chat template, with the generation prompt; False
-            takes the template as it is, special tokens only where written.
+            takes the template as it is, behind the tokenizer's own BOS, with other special tokens only where written.
         system: system message (chat only); joined into the user message where the chat template has no such role.
         name: begins error messages.
+        apply: the tokenizer's chat template, messages to text; None applies it here, without limits.
 
     Raises:
         ValueError: chat without a chat template, or a system message without chat.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool, system: str | None = None, *, name: str = "agent") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: bool,
+        system: str | None = None,
+        *,
+        name: str = "agent",
+        apply: Callable[[list[dict[str, Any]]], str] | None = None,
+    ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{name}: the tokenizer has no chat template; set chat to false")
         if system and not chat:
             raise ValueError(f"{name}: system is set but chat is false; write it into the template")
         self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
+        self._applied = self._apply_here if apply is None else apply
         self._system_role: bool | None = None
+        self._in_parts = False  # whether the chat template wants contents as lists of parts
+        self._first: list[int] | None = None  # ids that a plain prompt begins with
         self._ids = lru_cache(PIECES)(self._tokenised)
 
     def _tokenised(self, piece: str) -> array[int]:
@@ -58,32 +78,39 @@ class PromptRenderer:
 
         Roles in `texts` are inserted as text, like a field (several in a joint slot: one after the other, a line
         each); the others stay slots. The earlier messages of a chat stand before the prompt in the chat template.
+        What is inserted is plain text: a special token that it spells is tokenised as its characters.
 
         Raises:
-            ValueError: a missing field, a slot that the chat template dropped, a prompt with nothing in it, or earlier
-                messages without a chat template that takes them.
+            ValueError: a missing or null field, a chat template that fails, drops or changes the prompt or a slot, a
+                prompt with nothing in it, or earlier messages without a chat template that takes them.
         """
-        pieces: list[str | Slot] = []
-        for part in template.render(row):
-            if isinstance(part, Slot) and texts and all(role in texts for role in part.senders):
-                part = "\n".join(texts[role] for role in part.senders)
-            if isinstance(part, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += part
+        marks = _Marks([template.text, self.system or "", *_contents(row, texts)], self._special_tokens())
+        inserted = {role: marks.literal(text) for role, text in (texts or {}).items()}
+        fields = {name: marks.literal(_text(value, name)) for name, value in row.items() if name in template.fields}
+        pieces: list[str] = []
+        for part in template.render({**row, **fields}):
+            if isinstance(part, Slot) and all(role in inserted for role in part.senders):
+                pieces.append("\n".join(inserted[role] for role in part.senders))
             else:
-                pieces.append(part)
+                pieces.append(marks.slot(part) if isinstance(part, Slot) else part)
+        prompt = "".join(pieces)
         if self.chat:
-            pieces = self._in_chat(pieces, earlier(row))
+            before = tuple({**message, "content": marks.literal(message["content"])} for message in earlier(row))
+            prompt = self._chat_text(prompt, before)
         else:
             self.check_chat(row)
         segments: list[list[int] | Slot] = []
-        for piece in pieces:
+        for piece in marks.cut(prompt, self.name):
             if isinstance(piece, Slot):
                 segments.append(piece)
-            elif ids := self._ids(piece):
-                segments.append(list(ids))
+            elif ids := self._literal_ids(piece.text) if isinstance(piece, _Literal) else self._ids(piece):
+                if segments and isinstance(segments[-1], list):
+                    segments[-1] += ids
+                else:
+                    segments.append(list(ids))
         if not segments:
             raise ValueError(f"{self.name}: template {shortened(template.text)} renders to an empty prompt")
-        return segments
+        return segments if self.chat else self._begun(segments)
 
     def check_chat(self, row: Mapping[str, object]) -> None:
         """Raise ValueError if the row has earlier messages and no chat template takes them."""
@@ -92,23 +119,25 @@ class PromptRenderer:
         if before:
             self._chat_text("question", before)
 
-    def _in_chat(self, pieces: Sequence[str | Slot], conversation: Messages) -> list[str | Slot]:
-        """The chat template's text of the conversation and around the pieces, cut at the slots again."""
-        slots = [piece for piece in pieces if isinstance(piece, Slot)]
-        said = [message["content"] for message in conversation]
-        stem = _unused_stem([piece for piece in pieces if isinstance(piece, str)] + [self.system or "", *said])
-        sentinels = [f"{stem}{index}>" for index in range(len(slots))]
-        waiting = iter(sentinels)
-        text = self._chat_text(
-            "".join(piece if isinstance(piece, str) else next(waiting) for piece in pieces), conversation
-        )
-        cut: list[str | Slot] = []
-        for slot, sentinel in zip(slots, sentinels, strict=True):
-            if text.count(sentinel) != 1:
-                raise ValueError(f"{self.name}: slot {slot} occurs {text.count(sentinel)} times in the rendered prompt")
-            before, text = text.split(sentinel)
-            cut += [before, slot]
-        return [piece for piece in [*cut, text] if piece]
+    def _special_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer would not take apart."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return tuple(token.content for token in added.values() if token.special)
+
+    def _literal_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _begun(self, segments: list[list[int] | Slot]) -> list[list[int] | Slot]:
+        """A plain prompt behind the ids that the tokenizer's own pipeline puts first (BOS), once."""
+        if self._first is None:
+            alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+            whole = list(self.tokenizer("a")["input_ids"])
+            starts = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+            self._first = whole[: next(starts, 0)]
+        head = segments[0]
+        if not self._first or (isinstance(head, list) and head[: len(self._first)] == self._first):
+            return segments
+        return [self._first + head, *segments[1:]] if isinstance(head, list) else [list(self._first), *segments]
 
     def _chat_text(self, content: str, before: Messages) -> str:
         messages = [*before, {"role": "user", "content": content}]
@@ -120,35 +149,114 @@ class PromptRenderer:
                 messages.insert(0, {"role": "system", "content": system})
             else:
                 messages[0] = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
-        if not before:
-            return self._apply(messages)
-        from jinja2 import TemplateError
+        return self._rendered(messages)
 
-        try:
-            return self._apply(messages)
-        except TemplateError as error:
-            raise ValueError(f"{self.name}: the chat template refuses the messages: {error}") from None
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The chat template's text of messages, which must hold each of them as it is; parts where it takes parts."""
+        problem = ""
+        for in_parts in dict.fromkeys((self._in_parts, False, True)):
+            try:
+                text = self._apply(messages, in_parts)
+            except ChatTemplateError as error:
+                problem = problem or f"refuses the messages: {error}"
+                continue
+            said = (piece.strip() for message in messages for piece in _MARK.split(message["content"]))
+            lost = next((piece for piece in said if piece not in text), None)
+            if lost is None:
+                self._in_parts = in_parts
+                return text
+            problem = problem or f"drops or changes {shortened(lost)}"
+        raise ValueError(f"{self.name}: the chat template {problem}")
 
     def _takes_system_role(self) -> bool:
         """False where the chat template refuses a system message or silently drops it."""
-        from jinja2 import TemplateError
-
-        probe = _unused_stem([self.system or ""]).strip()  # chat templates trim
+        probe = unused_stem([self.system or ""]).strip()  # chat templates trim
+        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "question"}]
         try:
-            text = self._apply([{"role": "system", "content": probe}, {"role": "user", "content": "question"}])
-        except TemplateError:
+            return probe in self._rendered(messages)
+        except ValueError:
             return False
-        return probe in text
 
-    def _apply(self, messages: list[dict[str, str]]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
+    def _apply(self, messages: Sequence[Mapping[str, str]], in_parts: bool) -> str:
+        conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+        if in_parts:
+            for message in conversation:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        try:
+            return self._applied(conversation)
+        except ChatTemplateError:
+            raise
+        except ValueError as error:  # a limit
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def _apply_here(self, messages: list[dict[str, Any]]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # a template is a program of the model's author, and fails as programs do
+            kind, reason = type(error).__name__, " ".join(str(error).split())
+            raise ChatTemplateError(reason if kind == "TemplateError" and reason else f"{kind}: {reason}") from None
 
 
-def _unused_stem(texts: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class _Literal:
+    text: str
+
+
+class _Marks:
+    """Sentinels that stand for slots, and for inserted texts that spell special tokens, until the text is cut at them.
+
+    Args:
+        texts: all that the prompt is made of; no sentinel occurs in any of them.
+        special: special tokens.
+    """
+
+    def __init__(self, texts: Sequence[str], special: Sequence[str]) -> None:
+        self._stem, self._special = unused_stem(texts), special
+        self._marked: list[Slot | _Literal] = []
+
+    def _mark(self, what: Slot | _Literal) -> str:
+        self._marked.append(what)
+        return f"{self._stem}{len(self._marked) - 1}>"
+
+    def slot(self, slot: Slot) -> str:
+        """The sentinel of a slot, which must occur once in the rendered prompt."""
+        return self._mark(slot)
+
+    def literal(self, text: str) -> str:
+        """The text itself, or a sentinel for one that spells a special token."""
+        return self._mark(_Literal(text)) if any(token in text for token in self._special) else text
+
+    def cut(self, text: str, name: str) -> list[str | Slot | _Literal]:
+        """The text's pieces; ValueError unless every slot occurs once, in their own order."""
+        first, *others = re.split(rf"{re.escape(self._stem)}([0-9]+)>", text)
+        found, texts = list(map(int, others[::2])), others[1::2]
+        slots = [number for number, marked in enumerate(self._marked) if isinstance(marked, Slot)]
+        occurs = Counter(found)
+        for number in slots:
+            if occurs[number] != 1:
+                slot = self._marked[number]
+                raise ValueError(f"{name}: slot {slot} occurs {occurs[number]} times in the rendered prompt")
+        if [number for number in found if isinstance(self._marked[number], Slot)] != slots:
+            raise ValueError(f"{name}: the slots stand in another order in the rendered prompt")
+        pieces: list[str | Slot | _Literal] = [first]
+        for number, after in zip(found, texts, strict=True):
+            pieces += [self._marked[number], after]
+        return [piece for piece in pieces if piece != ""]
+
+
+def _contents(row: Mapping[str, object], texts: Mapping[str, str] | None) -> list[str]:
+    """All texts that may be inserted into a prompt."""
+    return [*map(str, row.values()), *(texts or {}).values(), *(message["content"] for message in earlier(row))]
+
+
+def _text(value: object, name: str) -> str:
+    if value is None:
+        raise ValueError(f"field {name!r} is null; write the text that stands there, or an empty one")
+    return str(value)
+
+
+def unused_stem(texts: Sequence[str]) -> str:
     """A sentinel's beginning that occurs in none of the texts; it cannot overlap itself, '<' only begins it."""
     stems = (f"<recmas {number} " for number in count())
     return next(stem for stem in stems if not any(stem in text for text in texts))

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_MARK = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _FIELD = re.compile(r"[A-Za-z_][\w.-]*")
 _FROM = re.compile(r"from:([\w-]+(?:,[\w-]+)*)")
 
@@ -41,25 +40,29 @@ class Template:
         self.text = text
         self._parts: list[str | _Field | Slot] = []
         position = 0
-        for mark in _MARK.finditer(text):
-            self._literal(text[position : mark.start()])
-            inner = mark.group(1).strip()
-            if sent := _FROM.fullmatch(inner):
-                self._parts.append(Slot(tuple(sent.group(1).split(","))))
-            elif _FIELD.fullmatch(inner):
-                self._parts.append(_Field(inner))
-            else:
-                raise ValueError(f"template {shortened(text)}: {mark.group(0)!r} is neither a field nor from:role")
-            position = mark.end()
+        while (start := text.find("{{", position)) >= 0:
+            end = text.find("}}", start + 2)
+            if end < 0:
+                raise ValueError(f"template {shortened(text)}: '{{{{' is never closed")
+            self._literal(text[position:start])
+            self._parts.append(self._mark(text[start + 2 : end]))
+            position = end + 2
         self._literal(text[position:])
         self.fields = tuple(dict.fromkeys(part.name for part in self._parts if isinstance(part, _Field)))
         self.slots = tuple(part for part in self._parts if isinstance(part, Slot))
 
     def _literal(self, text: str) -> None:
-        if "{{" in text:
-            raise ValueError(f"template {shortened(self.text)}: '{{{{' is never closed")
         if text:
             self._parts.append(text)
+
+    def _mark(self, written: str) -> _Field | Slot:
+        inner = written.strip()
+        if sent := _FROM.fullmatch(inner):
+            return Slot(tuple(sent.group(1).split(",")))
+        if _FIELD.fullmatch(inner):
+            return _Field(inner)
+        mark = shortened(f"{{{{{written}}}}}")
+        raise ValueError(f"template {shortened(self.text)}: {mark} is neither a field nor from:role")
 
     @property
     def senders(self) -> tuple[str, ...]:
@@ -103,6 +106,7 @@ class Template:
             ValueError: a field that the row lacks; names template and field.
         """
         rendered: list[str | Slot] = []
+        texts: list[str] = []  # since the last slot
         for part in self._parts:
             if isinstance(part, _Field):
                 if part.name not in row:
@@ -111,11 +115,12 @@ class Template:
                         f"template {shortened(self.text)}: no field {part.name!r} in the row, which has {known}"
                     )
                 part = str(row[part.name])
-            if isinstance(part, str) and rendered and isinstance(rendered[-1], str):
-                rendered[-1] += part
-            else:
-                rendered.append(part)
-        return rendered
+            if isinstance(part, str):
+                texts.append(part)
+                continue
+            rendered += ["".join(texts), part] if texts else [part]
+            texts = []
+        return [*rendered, "".join(texts)] if texts else rendered
 
 
 def shortened(text: str) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from recmas.files.safetensors_header import stored_tensors
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-LONGEST_HEADER = 100_000_000  # safetensors' own limit
 NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -41,23 +39,11 @@ def checkpoint_bytes(folder: Path) -> CheckpointBytes:
     """The weights of a model or link in `folder`.
 
     Raises:
-        ValueError: no safetensors files there, a shard of the index missing, or a file that is cut short or has no
-            readable header.
+        ValueError: as `recmas.files.safetensors_header.stored_tensors`.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: cannot be read: {error}") from None
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
     counts: dict[str, int] = {}
-    for file in files:
-        for tensor in _header(file).values():
-            kind = str(tensor["dtype"])
-            counts[kind] = counts.get(kind, 0) + math.prod(tensor["shape"])
+    for tensor in stored_tensors(folder):
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.elements
     return summed(counts)
 
 
@@ -68,21 +54,3 @@ def summed(counts: dict[str, int]) -> CheckpointBytes:
     stored = {kind: count * BYTES.get(kind, 1) for kind, count in counts.items()}
     packed = sum(size for kind, size in stored.items() if kind not in NAMES)
     return CheckpointBytes(sum(counts.values()), floating, packed, sum(stored.values()), NAMES.get(most, most))
-
-
-def _header(file: Path) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length < LONGEST_HEADER:
-                raise ValueError("no header")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        whole = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if (size := file.stat().st_size) < whole:
-            raise ValueError(f"{size} of {whole} bytes are there")
-        return dict(header)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; memory is estimated from safetensors files alone") from None
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{file}: is truncated or no safetensors file: {error}") from None

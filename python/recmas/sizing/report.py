@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from recmas.agents.loading import gguf_parts
-from recmas.config.model_source import model_key, model_source
-from recmas.config.system_json import SystemSpec, read_spec, steps_by_role
+from recmas.config.parts import Trust, model_key, model_source, part
+from recmas.config.system_json import SystemSpec, edge_name, read_spec, steps_by_role
 from recmas.devices.placement import Devices, Placement, place
 from recmas.sizing import BATCH_SIZE, SAFETY
 from recmas.sizing.checkpoint_bytes import CheckpointBytes, checkpoint_bytes, summed
@@ -88,6 +87,8 @@ def memory_table(
     prompt_tokens: int = PROMPT_TOKENS,
     batch_size: int = BATCH_SIZE,
     trust_remote_code: bool = False,
+    allow_outside: bool = False,
+    allow_hub: bool = False,
 ) -> MemoryTable:
     """What the system in `folder` will take; only configurations and headers of files are read.
 
@@ -105,11 +106,13 @@ def memory_table(
         prompt_tokens: of each prompt, messages aside.
         batch_size: rows at once.
         trust_remote_code: for transformers.
+        allow_outside, allow_hub: as `RecursiveMAS.from_pretrained` takes them.
 
     Raises:
-        ValueError: a file that is missing or damaged, an unknown role, or a device that cannot be used; one line.
+        ValueError: a file that is missing or damaged, a model that the folder may not lead to, an unknown role, or a
+            device that cannot be used; one line.
     """
-    folder = Path(folder)
+    folder, trust = Path(folder), Trust(allow_outside, allow_hub)
     spec = read_spec(folder)
     for name, count, least in (("prompt_tokens", prompt_tokens, 1), ("batch_size", batch_size, 1)):
         if count < least:
@@ -118,12 +121,12 @@ def memory_table(
     count = spec.defaults.rounds if rounds is None else rounds
     steps = steps_by_role(spec.agents, spec.defaults, latent_steps)
     lengths = _lengths(spec, mode, count, steps, max_new_tokens, prompt_tokens)
-    links = _links(folder, spec, dtype)
+    links = _links(folder, spec, dtype, trust)
     agents: list[AgentMemory] = []
     shapes: dict[str, ModelBytes] = {}
     models: dict[tuple[str, str, torch.device], str] = {}
     for role, agent in spec.agents.items():
-        source = model_source(folder, role, agent.model)
+        source = model_source(folder, spec, role, trust)
         wanted = agent.dtype if dtype == "auto" else dtype
         shares = models.setdefault((model_key(source), wanted, placement[role]), role)
         weights, shapes[role], known = _model(role, source, wanted, trust_remote_code)
@@ -166,15 +169,17 @@ def _lengths(
     )
 
 
-def _links(folder: Path, spec: SystemSpec, dtype: str) -> dict[str, int]:
+def _links(folder: Path, spec: SystemSpec, dtype: str, trust: Trust) -> dict[str, int]:
     """Bytes of the links on each agent's device."""
     wanted = "float32" if dtype == "auto" else dtype
     links = dict.fromkeys(spec.agents, 0)
     for role, agent in spec.agents.items():
         if agent.inner_link is not None:
-            links[role] += checkpoint_bytes(folder / agent.inner_link).bytes_in(wanted)
-    for (_, receiver), path in spec.outer_links.items():
-        links[receiver] += checkpoint_bytes(folder / path).bytes_in(wanted)
+            inner = part(folder, spec, agent.inner_link, f"inner link of {role!r}", trust)
+            links[role] += checkpoint_bytes(inner).bytes_in(wanted)
+    for edge, path in spec.outer_links.items():
+        outer = part(folder, spec, path, f"outer link {edge_name(edge)}", trust)
+        links[edge[1]] += checkpoint_bytes(outer).bytes_in(wanted)
     return links
 
 
@@ -183,8 +188,6 @@ def _model(role: str, source: str, dtype: str, trust_remote_code: bool) -> tuple
     from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
     from transformers import AutoConfig
 
-    if gguf_parts(source)[1]:
-        raise ValueError(f"agent {role!r}: the memory of {source} is not known before it is loaded: it is a GGUF file")
     folder = Path(source)
     cached = None if folder.is_dir() else try_to_load_from_cache(source, "config.json")
     if isinstance(cached, str):

@@ -1,125 +1,199 @@
-"""A system on disk: ``system.json``, ``links/<name>/`` and, for models that are not on the hub, ``agents/<role>/``."""
+"""A system on disk: ``system.json``, ``links/<name>/`` and, for models that are not on the hub, ``agents/<role>/``.
+
+``system.json`` names the folders of all parts, and renaming it into place is what replaces a system. A save writes its
+parts into folders that are not there yet, ``links/<name>.2/`` beside ``links/<name>/``, and removes what is no longer
+named when the new ``system.json`` is on the disk. Cut short at any moment it leaves the old system or the new one; the
+next save removes what it left.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from recmas.agents.agent import Agent
-from recmas.agents.loading import gguf_parts
-from recmas.config.model_source import model_key, model_source
-from recmas.config.pattern import Edge
+from recmas.agents.loading import is_gguf
+from recmas.config.parts import Trust, checksums, is_hub_id, model_key, model_source, part
+from recmas.config.pattern import Edge, Pattern
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas.devices.placement import Devices, Placement, place
-from recmas.files import sync
+from recmas.files import replacing, replacing_folder, sync
+from recmas.files.locks import one_writer
+from recmas.files.reading import check_regular, inside
+from recmas.files.writing import naming, sync_tree
 from recmas.system.system import System
 from recmas_kernels import FusedRecursiveLink
 
 SystemClass = TypeVar("SystemClass", bound=System)
+Free = Callable[[str], str]
 
 EDGE_SCORES = "links/edge_scores.safetensors"
 
 
-def describe(system: System) -> SystemSpec:
-    """What ``system.json`` says of `system`, with the paths that `save` gives to its parts."""
+def describe(system: System, folder: Path | None = None, free: Free = str) -> SystemSpec:
+    """What ``system.json`` says of `system`, checksums aside.
+
+    Args:
+        system: what is described.
+        folder: where it is to be; agents that were loaded from there stay where they are.
+        free: the path that a part gets for the one that a new system gives it.
+    """
     homes: dict[tuple[int, int], str] = {}
     agents = {}
     for role, agent in system.agents.items():
-        home = homes.setdefault((id(agent.model), id(agent.tokenizer)), f"agents/{role}")
-        model = home if agent.source is None or _is_local(agent) else agent.source
-        inner_link = f"links/{role}" if role in system.inner_links else None
-        agents[role] = replace(system.settings[role], model=model, inner_link=inner_link)
-    outer_links = {edge: f"links/{edge[0]}-{edge[1]}" for edge in system.outer_links}
-    return SystemSpec(system.pattern, agents, outer_links, system.defaults)
+        who = (id(agent.model), id(agent.tokenizer))
+        if who not in homes:
+            if _is_local(agent):
+                homes[who] = _home(agent, folder) or free(f"agents/{role}")
+            else:
+                homes[who] = str(agent.source)
+        inner_link = free(f"links/{role}") if role in system.inner_links else None
+        agents[role] = replace(system.settings[role], model=homes[who], inner_link=inner_link)
+    outer_links = {edge: free(f"links/{edge[0]}-{edge[1]}") for edge in system.outer_links}
+    edge_scores = free(EDGE_SCORES) if system.edge_scores else None
+    return SystemSpec(system.pattern, agents, outer_links, system.defaults, edge_scores)
+
+
+def check_place(folder: Path) -> None:
+    """Raise ValueError where a system cannot be saved: a file, or a folder of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder")
+    if not is_new(folder):
+        if not (folder / FILE_NAME).exists():
+            raise ValueError(f"{folder}: exists and is not a system; nothing was written")
+        for kind in ("links", "agents"):
+            inside(folder, kind, str(folder))
+
+
+def is_new(folder: Path) -> bool:
+    """Whether nothing stands at `folder`, or an empty folder."""
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def save(system: System, folder: Path) -> None:
-    """Write everything beside `folder`, sync it, then move it into place; what it replaces is deleted after that."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, expected a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
-        raise ValueError(f"{folder}: exists and is not a system; nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    spec = describe(system)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    fresh, replaced = beside / "fresh", beside / "replaced"
-    try:
-        _write(system, spec, fresh, folder)
-        for path in [fresh, *fresh.rglob("*")]:
-            sync(path)
-        _put_in_place(fresh, folder, replaced)
-    finally:
-        unfinished = (fresh / FILE_NAME).exists()
-        if not (unfinished and any(replaced.glob("*/*"))):  # else not even putting back went well: it stays
-            shutil.rmtree(beside)
+    """Write `system` into `folder`: a new one, or one that holds a system, which is replaced whole.
 
-
-def _put_in_place(fresh: Path, folder: Path, replaced: Path) -> None:
-    """Move every part of `fresh` into `folder`, ``system.json`` last, and what they replace into `replaced`.
-
-    On an exception before ``system.json`` is in place, everything goes back to where it was.
+    Raises:
+        ValueError: as `check_place`, a damaged ``system.json`` in the way, or another process is writing there.
+        OSError: the disk is full, and so on; names a path. The old system stays.
     """
-    parents = [folder, folder / "agents", folder / "links"]
-    made = [parent for parent in parents if not parent.exists()]
-    moves: list[tuple[Path, Path]] = []
+    check_place(folder)
+    if is_new(folder):
+        with replacing_folder(folder) as fresh:
+            _write(system, describe(system), fresh, SystemSpec(system.pattern, {}))
+        return
+    with one_writer(folder):
+        old = read_spec(folder)
+        names = {*_names(system.pattern), *_names(old.pattern)}
+        _sweep(folder, names)
+        try:
+            _write(system, describe(system, folder, lambda path: _free(folder, path)), folder, old)
+        finally:
+            _sweep(folder, names)  # the old parts, or those of a save that failed
 
-    def move(source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        moves.append((source, target))  # before it is done, that no interrupt can come between
-        os.replace(source, target)
 
-    try:
-        folder.mkdir(exist_ok=True)
-        for part in sorted(part for kind in ("agents", "links") for part in fresh.glob(f"{kind}/*")):
-            place = folder / part.relative_to(fresh)
-            if os.path.lexists(place):
-                move(place, replaced / part.relative_to(fresh))
-            move(part, place)
-        for parent in parents:
-            if parent.exists():
-                sync(parent)
-        os.replace(fresh / FILE_NAME, folder / FILE_NAME)
+def _write(system: System, spec: SystemSpec, folder: Path, old: SystemSpec) -> None:
+    """Write the parts that `spec` names, but for agents that `old` has there, and at last ``system.json`` itself."""
+    with naming(folder):
+        written: list[str] = []
+        for role, agent in system.agents.items():
+            home = spec.agents[role].model
+            if _is_local(agent) and home not in written and _home(agent, folder) != home:
+                _save_agent(agent, folder / home)
+                written.append(home)
+        for role, link in system.inner_links.items():
+            link.save_pretrained(folder / str(spec.agents[role].inner_link))
+            written.append(str(spec.agents[role].inner_link))
+        for edge, link in system.outer_links.items():
+            link.save_pretrained(folder / spec.outer_links[edge])
+            written.append(spec.outer_links[edge])
+        if spec.edge_scores is not None:
+            (folder / spec.edge_scores).parent.mkdir(parents=True, exist_ok=True)
+            scores = {edge_name(edge): score.detach().cpu() for edge, score in system.edge_scores.items()}
+            with replacing(folder / spec.edge_scores) as file:
+                file.write(to_safetensors(scores))
+            written.append(spec.edge_scores)
+        kept = {name: digest for name, digest in old.sha256.items() if _within(name, _parts(spec))}
+        spec.sha256 = kept | checksums(folder, written)
+        for name in written:
+            sync_tree(folder / name)
+        for parent in dict.fromkeys((folder / name).parent for name in written):
+            sync(parent)
         sync(folder)
-        sync(folder.parent)
-    except BaseException:
-        if (fresh / FILE_NAME).exists():
-            for source, target in reversed(moves):
-                if os.path.lexists(target) and not os.path.lexists(source):
-                    os.replace(target, source)
-            for parent in reversed(made):
-                if parent.exists():
-                    parent.rmdir()
-        raise
+        write_spec(folder, spec)
 
 
-def _write(system: System, spec: SystemSpec, fresh: Path, folder: Path) -> None:
-    written: set[str] = set()
-    for role, agent in system.agents.items():
-        home = spec.agents[role].model
-        in_place = agent.source is not None and Path(agent.source).resolve() == (folder / home).resolve()
-        if _is_local(agent) and home not in written and not in_place:
-            agent.save_pretrained(fresh / home)
-            written.add(home)
-    for role, link in system.inner_links.items():
-        link.save_pretrained(fresh / str(spec.agents[role].inner_link))
-    for edge, link in system.outer_links.items():
-        link.save_pretrained(fresh / spec.outer_links[edge])
-    if system.edge_scores:
-        (fresh / "links").mkdir(parents=True, exist_ok=True)
-        scores = {edge_name(edge): score.detach().cpu() for edge, score in system.edge_scores.items()}
-        save_file(scores, fresh / EDGE_SCORES)
-    fresh.mkdir(parents=True, exist_ok=True)
-    write_spec(fresh, spec)
+def _save_agent(agent: Agent, folder: Path) -> None:
+    try:
+        agent.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers each raise their own, and name no file
+        if "os error" not in str(error):
+            raise
+        raise OSError(f"{folder}: cannot be written: {error}") from None
+
+
+def _parts(spec: SystemSpec) -> set[str]:
+    """Paths of all parts that a ``system.json`` names."""
+    links = [agent.inner_link for agent in spec.agents.values()]
+    scores = (spec.edge_scores or EDGE_SCORES) if spec.pattern.combine == "weighted" else None
+    named = chain((agent.model for agent in spec.agents.values()), links, spec.outer_links.values(), [scores])
+    return {os.path.normpath(name) for name in named if name}
+
+
+def _names(pattern: Pattern) -> list[str]:
+    """Paths that a save gives to the parts of a system of this pattern, in a new folder."""
+    links = [*pattern.roles, *(f"{source}-{target}" for source, target in pattern.edges(2))]
+    return [EDGE_SCORES, *(f"links/{name}" for name in links), *(f"agents/{role}" for role in pattern.roles)]
+
+
+def _numbered(path: str) -> Iterable[str]:
+    """`path`, and the names that later saves may give to that part: ``links/planner``, ``links/planner.2``, ..."""
+    stem, suffix = os.path.splitext(path)
+    return chain([path], (f"{stem}.{number}{suffix}" for number in count(2)))
+
+
+def _free(folder: Path, path: str) -> str:
+    return next(name for name in _numbered(path) if not os.path.lexists(folder / name))
+
+
+def _sweep(folder: Path, names: Iterable[str]) -> None:
+    """Remove parts with names that saves give, unless ``system.json`` names them."""
+    kept = _parts(read_spec(folder))
+    for path in names:
+        for name in _numbered(path):
+            if not os.path.lexists(folder / name):
+                if name != path:
+                    break
+            elif not any(_within(named, [name]) or _within(name, [named]) for named in kept):
+                place = folder / name
+                shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+
+
+def _within(name: str, parts: Iterable[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}/") for part in parts)
+
+
+def _home(agent: Agent, folder: Path | None) -> str | None:
+    """The path of an agent that was loaded from `folder`, relative to it; None for others."""
+    if folder is None or agent.source is None or not Path(agent.source).is_dir():
+        return None
+    place, root = Path(agent.source).resolve(), folder.resolve()
+    return place.relative_to(root).as_posix() if place.is_relative_to(root) else None
+
+
+def _is_local(agent: Agent) -> bool:
+    return agent.source is None or Path(agent.source).is_dir() or is_gguf(agent.source) or not is_hub_id(agent.source)
 
 
 def load(
@@ -130,27 +204,34 @@ def load(
     trust_remote_code: bool,
     offload: bool,
     compile: bool,
+    trust: Trust,
 ) -> SystemClass:
     """The system in `folder`. See `RecursiveMAS.from_pretrained`."""
     spec = read_spec(folder)
+    sources = {role: model_source(folder, spec, role, trust) for role in spec.agents}
     visited = place(device, spec.pattern.roles)
     placement = place("cpu", spec.pattern.roles) if offload else visited
     link_dtype = torch.float32 if dtype is None else dtype
+
+    def link(name: str, path: str, role: str) -> FusedRecursiveLink:
+        where = part(folder, spec, path, name, trust)
+        return _load_link(where, name).to(placement[role], link_dtype)
+
     inner_links = {
-        role: _load_link(folder, agent.inner_link, f"inner link of {role!r}").to(placement[role], link_dtype)
+        role: link(f"inner link of {role!r}", agent.inner_link, role)
         for role, agent in spec.agents.items()
         if agent.inner_link is not None
     }
     outer_links = {
-        edge: _load_link(folder, path, f"outer link {edge_name(edge)}").to(placement[edge[1]], link_dtype)
-        for edge, path in spec.outer_links.items()
+        edge: link(f"outer link {edge_name(edge)}", path, edge[1]) for edge, path in spec.outer_links.items()
     }
-    edge_scores = _load_edge_scores(folder, outer_links, placement) if spec.pattern.combine == "weighted" else {}
-    models = {
-        role: (model_source(folder, role, agent.model), agent.dtype if dtype is None else dtype)
-        for role, agent in spec.agents.items()
-    }
-    agents = load_agents(models, placement, trust_remote_code, compile)
+    edge_scores = {}
+    if spec.pattern.combine == "weighted":
+        scores = part(folder, spec, spec.edge_scores or EDGE_SCORES, "edge_scores", trust)
+        edge_scores = _load_edge_scores(scores, outer_links, placement)
+    models = {role: (source, spec.agents[role].dtype if dtype is None else dtype) for role, source in sources.items()}
+    root = None if trust.outside else folder
+    agents = load_agents(models, placement, trust_remote_code, compile, root=root, offline=not trust.hub)
     try:
         return cls(
             agents,
@@ -167,7 +248,13 @@ def load(
 
 
 def load_agents(
-    models: Mapping[str, tuple[str, str | torch.dtype]], placement: Placement, trust_remote_code: bool, compile: bool
+    models: Mapping[str, tuple[str, str | torch.dtype]],
+    placement: Placement,
+    trust_remote_code: bool,
+    compile: bool,
+    *,
+    root: Path | None = None,
+    offline: bool = False,
 ) -> dict[str, Agent]:
     """An agent by role; roles that name the same model, dtype and device share one, whose name lists them all.
 
@@ -176,6 +263,7 @@ def load_agents(
         placement: device by role.
         trust_remote_code: for transformers.
         compile: as for `Agent`.
+        root, offline: as for `Agent.from_pretrained`.
     """
     shared: dict[tuple[str, str | torch.dtype, torch.device], Agent] = {}
     agents = {}
@@ -185,14 +273,20 @@ def load_agents(
             shared[key].name += f", {role}"
         else:
             shared[key] = Agent.from_pretrained(
-                source, dtype, placement[role], trust_remote_code, name=role, compile=compile
+                source,
+                dtype,
+                placement[role],
+                trust_remote_code,
+                name=role,
+                compile=compile,
+                root=root,
+                offline=offline,
             )
         agents[role] = shared[key]
     return agents
 
 
-def _load_link(folder: Path, path: str, name: str) -> FusedRecursiveLink:
-    place = folder / path
+def _load_link(place: Path, name: str) -> FusedRecursiveLink:
     if not place.is_dir():
         raise ValueError(f"{name}: no such folder: {place}")
     try:
@@ -202,16 +296,14 @@ def _load_link(folder: Path, path: str, name: str) -> FusedRecursiveLink:
         raise ValueError(f"{name}: {where}{error}") from None
 
 
-def _load_edge_scores(folder: Path, edges: Mapping[Edge, nn.Module], placement: Placement) -> dict[Edge, nn.Parameter]:
-    path = folder / EDGE_SCORES
+def _load_edge_scores(path: Path, edges: Mapping[Edge, nn.Module], placement: Placement) -> dict[Edge, nn.Parameter]:
     try:
+        check_regular(path)
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if missing := sorted(edge_name(edge) for edge in edges if edge_name(edge) not in stored):
         raise ValueError(f"{path}: no score for {', '.join(missing)}")
+    if wrong := sorted(edge_name(edge) for edge in edges if stored[edge_name(edge)].shape != ()):
+        raise ValueError(f"{path}: {wrong[0]} is no scalar")
     return {edge: nn.Parameter(stored[edge_name(edge)].to(placement[edge[1]])) for edge in edges}
-
-
-def _is_local(agent: Agent) -> bool:
-    return agent.source is None or Path(gguf_parts(agent.source)[0]).is_dir()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from recmas.agents.agent import Agent
+from recmas.agents.chat_template import ChatTemplate
 from recmas.config.pattern import Edge, Pattern, Visit
 from recmas.config.system_json import AgentSpec, Defaults, edge_name, steps_by_role
 from recmas.devices.offload import Offloader
@@ -21,10 +23,12 @@ from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
 from recmas.system.joint_link import JointLink, join
 from recmas.system.prompt_assembly import assemble
-from recmas_kernels import RecursiveLink
+from recmas_kernels import RecursiveLink, packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_ANY_TEXT = Template("{{text}}")
 
 
 @dataclass
@@ -88,7 +92,10 @@ class System:
         self._templates: dict[str, Template] = {}
         for role, setting in self.settings.items():
             tokenizer = self.agents[role].tokenizer
-            self._renderers[role] = PromptRenderer(tokenizer, setting.chat, setting.system, name=f"agent {role!r}")
+            name = f"agent {role!r}"
+            self._renderers[role] = PromptRenderer(
+                tokenizer, setting.chat, setting.system, name=name, apply=ChatTemplate(tokenizer)
+            )
             for text in (setting.prompt.first, setting.prompt.later):
                 if text is not None:
                     self._templates[text] = Template(text)
@@ -137,6 +144,15 @@ class System:
         """Under offload: copy what `role` works with to its device."""
         if self.offloader is not None:
             self.offloader.load(role)
+
+    def packed_links(self) -> AbstractContextManager[None]:
+        """For callers that write no weights inside: the links' weights packed (`recmas_kernels.packed`).
+
+        Under offload nothing is packed, since the weights that links work with do not stay.
+        """
+        if self.offloader is not None:
+            return nullcontext()
+        return packed(self.inner_links.values(), self.outer_links.values())
 
     def unload_weights(self) -> None:
         """Under offload: drop the copies on devices."""
@@ -189,6 +205,10 @@ class System:
         """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
         return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
 
+    def text_segments(self, role: str, text: str) -> list[list[int] | Slot]:
+        """Token ids of any text as `role`'s prompt: in its chat template where it has one."""
+        return self._renderers[role].segments(_ANY_TEXT, {"text": text})
+
     def prefix_ids(self, visit: Visit, rows: Sequence[Fields]) -> list[list[int]]:
         """Token ids that stand before the first slot of each row's prompt of one visit."""
         found: list[list[int]] = []
@@ -215,20 +235,21 @@ class System:
 
     def check_rows(self, rows: Sequence[Fields], rounds: int) -> None:
         """Raise ValueError, naming row number and field, if a row lacks a field that a template of the run names."""
-        readers = {
-            field: visit.role
-            for visit in self.pattern.visits(min(rounds, 2))
-            for field in self.template(visit.role, visit.round).fields
-        }
+        self.check_fields(rows, self.pattern.visits(min(rounds, 2)))
+        for row in rows:
+            if earlier(row):
+                for renderer in self._renderers.values():
+                    renderer.check_chat(row)
+
+    def check_fields(self, rows: Sequence[Fields], visits: Iterable[Visit]) -> None:
+        """`check_rows` for the templates of these visits alone."""
+        readers = {field: visit.role for visit in visits for field in self.template(visit.role, visit.round).fields}
         for index, row in enumerate(rows):
             for field, role in readers.items():
                 if field not in row:
                     raise ValueError(
                         f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
                     )
-            if earlier(row):
-                for renderer in self._renderers.values():
-                    renderer.check_chat(row)
 
     def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
         """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""

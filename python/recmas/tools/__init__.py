@@ -8,6 +8,7 @@ They wait while a tool runs, though, and calls run one at a time.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,8 @@ from recmas.tools.python import PythonTool
 
 __all__ = ["SHIPPED", "PythonTool", "Tool", "ToolCall", "Toolbox"]
 
-SHIPPED: dict[str, Callable[[], Tool]] = {"python": PythonTool}
+SHIPPED: dict[str, Callable[[str | None], Tool]] = {"python": lambda sandbox: PythonTool(sandbox=sandbox)}
+"""Tools by name, each made with the sandbox of its programs (None: the first that works here)."""
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _CUT = "\n[cut]"
 
@@ -35,7 +37,10 @@ class Tool(Protocol):
 
 @dataclass
 class ToolCall:
-    """One call: what the model wrote between the tags, and what it read then, before any cut to the context."""
+    """One call: what the model wrote between the tags, and what it read then, before any cut to the context.
+
+    In what it read, characters that do not show are escapes, and ``&lt;`` begins what looked like one of our tags.
+    """
 
     name: str
     text: str
@@ -71,6 +76,7 @@ class Toolbox:
             raise ValueError(f"max_output: {max_output} is less than {len(_CUT)}")
         self.max_calls, self.max_output = max_calls, max_output
         names = "|".join(map(re.escape, self.tools))
+        self._tag = re.compile(rf"<(?=/?\s*(?:{'|'.join(['result', *map(re.escape, self.tools)])})\b)", re.IGNORECASE)
         self._call = re.compile(rf"<({names})>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 
     def find(self, text: str) -> re.Match[str] | None:
@@ -88,9 +94,26 @@ class Toolbox:
             result = f"error: {type(error).__name__}: {message}"
         if not isinstance(result, str):
             raise TypeError(f"tools: {name!r} returned {type(result).__name__}, expected str")
+        result = self._plain(result)
         if len(result) > self.max_output:
             result = result[: self.max_output - len(_CUT)] + _CUT
         return ToolCall(name, text, result)
+
+    def _plain(self, text: str) -> str:
+        """`text` in which nothing passes for the end of the result or for a call.
+
+        Also not after a tokenizer's compatibility normalisation, which makes "<" of "＜": a text that holds a tag then
+        is normalised here.
+        """
+        shown = "".join(map(_shown, text.replace("\r\n", "\n")))
+        normal = unicodedata.normalize("NFKC", shown)
+        return self._tag.sub("&lt;", normal) if self._tag.search(normal) else shown
+
+
+def _shown(character: str) -> str:
+    """A character, or the escape of one that does not show: control, format, surrogate."""
+    hidden = character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
+    return character.encode("unicode_escape").decode() if hidden else character
 
 
 class Caller:

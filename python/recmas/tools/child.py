@@ -1,7 +1,6 @@
-"""The process in which a program of the python tool runs: ``python -I child.py CPU_SECONDS MEMORY FILE_SIZE``.
+"""Runs the program of a call of the python tool, which it reads from standard input; `sandbox.launch` has confined it.
 
-Reads the program from standard input. It limits itself before the program begins, because a function that runs between
-fork and exec can deadlock beside torch's threads.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import linecache
-import resource
 import sys
 import textwrap
 import traceback
@@ -53,22 +51,7 @@ def run(source: str) -> int:
     return 0
 
 
-def limit(seconds: int, memory: int, file_size: int) -> None:
-    """Bound this process; a limit that already is lower stays."""
-    wanted = {
-        resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: file_size,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, value in wanted.items():
-        _, hard = resource.getrlimit(kind)
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (bound, bound))
-
-
 if __name__ == "__main__":
     program = sys.stdin.buffer.read().decode("utf-8")
-    limit(*map(int, sys.argv[1:]))
     sys.argv = [NAME]
     sys.exit(run(program))

@@ -7,7 +7,8 @@
 All three change the system's links in place (``system.save_pretrained`` keeps them), take rows as a JSONL path, a
 sequence or a callable ``batch index -> rows`` (`recmas.training.data`), and run on one step loop
 (`recmas.training.loop`): with ``output=FOLDER`` they log and write checkpoints there, with ``resume=True`` they go on
-from them, bit for bit.
+from them, bit for bit. With ``cache=FOLDER`` the first two run each text through its frozen agent once
+(`recmas.training.pair_cache`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from recmas.prompts.jsonl import read_rows
 from recmas.training.config import InnerConfig, LoopConfig, OuterConfig, WarmupConfig
 
 if TYPE_CHECKING:
-    from recmas.training.data import DataSource
+    from recmas.training.data import DataSource, read_texts
     from recmas.training.inner import inner_loss, train_inner
     from recmas.training.loop import StepRecord, TrainingResult
     from recmas.training.outer import outer_loss, train_outer
+    from recmas.training.pair_cache import PairCache
     from recmas.training.warmup import train_warmup, warmup_loss
 
 _HOMES = {
     "DataSource": "data",
+    "PairCache": "pair_cache",
     "StepRecord": "loop",
+    "read_texts": "data",
     "TrainingResult": "loop",
     "inner_loss": "inner",
     "outer_loss": "outer",
@@ -43,12 +47,14 @@ __all__ = [
     "InnerConfig",
     "LoopConfig",
     "OuterConfig",
+    "PairCache",
     "StepRecord",
     "TrainingResult",
     "WarmupConfig",
     "inner_loss",
     "outer_loss",
     "read_rows",
+    "read_texts",
     "train_inner",
     "train_outer",
     "train_warmup",

@@ -1,110 +1,221 @@
-"""What the inner stage and the warm-up share: states under gold messages, and links trained apart from each other."""
+"""What the inner stage and the warm-up share: links trained apart from each other, on pairs made anew or cached."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
-from recmas.config.pattern import Edge, Pattern, Visit
+from recmas.config.pattern import Edge
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
+from recmas.training import checkpoint
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts
-from recmas.training.loop import OnStep, TrainingResult, train
-from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick
+from recmas.training.link_init import to_identity, to_ridge
+from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
+from recmas.training.pair_cache import PairCache, Place, Plan
+from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
+from recmas.training.teacher import check_trainable, named_parameters, only_trainable
+from recmas_kernels import RecursiveLink
 
 Key = TypeVar("Key", bound="str | Edge")
+Cache = PairCache | str | os.PathLike[str]
 
 
-def visit_of(pattern: Pattern, role: str, round: int) -> Visit:
-    """The visit of ``role`` in the last of ``round`` rounds."""
-    for visit in pattern.visits(round):
-        if visit.role == role and visit.round == round:
-            return visit
-    raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+@dataclass(frozen=True)
+class Stage(Generic[Key]):
+    """What distinguishes the stages that align links.
 
-
-def gold_messages(pattern: Pattern, role: str, round: int) -> list[tuple[str, int]]:
-    """(role, round) of the gold messages that `forced_with_gold` takes: the agent's own and its senders'."""
-    visit = visit_of(pattern, role, round)
-    return [(role, round), *zip(visit.senders, visit.sender_rounds, strict=True)]
-
-
-def forced_with_gold(
-    system: System, role: str, rows: Sequence[Fields], round: int, *, max_tokens: int | None = None
-) -> Speech:
-    """The message of ``role`` in ``round``, forced after a prompt that holds its senders' gold messages as text.
-
-    No link takes part, and no gradient is kept.
+    ``loss`` is called with system, key, pairs and the config's weights; ``examples``, with system, key and pairs, gives
+    rows that the link reads and what it should make of them.
     """
-    visit = visit_of(system.pattern, role, round)
-    texts = target_texts(rows, role, round)
-    with torch.no_grad():
-        senders = zip(visit.senders, visit.sender_rounds, strict=True)
-        prompt = system.prompt(visit, rows, {sender: target_texts(rows, sender, at) for sender, at in senders})
-        return force(system.agents[role], prompt, texts, max_tokens=max_tokens)
+
+    name: str
+    loss: Callable[..., torch.Tensor]
+    examples: Callable[[System, Key, Pairs], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Batches of a run: how many, and the rows and the round of each; a row comes with what distinguishes it."""
+
+    count: int
+    batch: Callable[[int], tuple[Sequence[tuple[Hashable, Fields]], int]]
+
+
+Batches = Callable[[int], Pairs]
+"""The pairs of a schedule's batch."""
 
 
 def train_apart(
     system: System,
-    links: Mapping[Key, nn.Module],
-    loss: Callable[..., torch.Tensor],
+    links: Mapping[Key, RecursiveLink],
+    stage: Stage[Key],
     rows: RowSource,
     config: AlignmentConfig,
     *,
-    stage: str,
+    validation: RowSource | None,
     output: str | os.PathLike[str] | None,
+    cache: Cache | None,
     resume: bool,
     progress: bool,
     on_step: OnStep | None,
+    on_start: OnStart | None,
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
-    ``loss`` is called as ``inner_loss`` and ``warmup_loss`` are: system, key, rows, round, and the config's weights.
+    Everything is checked, the cache too, before the first run begins.
     """
     source = DataSource(rows, config.batch_size, config.seed)
-    for key in links:
-        for round in each_round_count(config.rounds):
-            source.check_targets(gold_messages(system.pattern, key if isinstance(key, str) else key[0], round))
+    schedule, measured = _schedule(source, config), _measured(validation, config)
+    check_trainable(system)
+    senders = {key: key if isinstance(key, str) else key[0] for key in links}
+    names = {key: "-".join([stage.name, key] if isinstance(key, str) else [stage.name, *key]) for key in links}
+    folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
+    trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
+    others = [row for index in range(measured.count) for _, row in measured.batch(index)[0]]
+    roles = dict.fromkeys(senders.values())
+    for role in roles:
+        for checked in (source.rows, others):
+            check_rows(system, role, checked, each_round_count(config.rounds))
+    for key, folder in folders.items():
+        if folder is not None:
+            check_run(trained[key], config, folder, resume)
+    planned = _planned(system, roles, [schedule, measured], config, cache, progress)
+    if on_start is not None:
+        on_start()
+    for folder in folders.values():
+        if folder is not None:  # so that a run that ends while its pairs are made can be resumed
+            folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Batches] = {}
+    made_others: dict[str, Batches] = {}
     results: dict[Key, TrainingResult] = {}
-    for key in links:
-        name = "-".join([stage, key] if isinstance(key, str) else [stage, *key])
-        loss_of = partial(_batch_loss, system, key, loss, source, config)
-        parameters = named_parameters({name: links[key]})
+    for key, parameters in trained.items():
+        role, folder = senders[key], folders[key]
         with only_trainable(system, parameters):
+            if role not in made:
+                made[role], made_others[role] = planned.pop(role)()
+            batches = made[role]
+            if folder is None or not checkpoint.checkpoints(folder):
+                pairs = (batches(index) for index in range(schedule.count))
+                _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
+            weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
+            loss = partial(_loss, system, key, stage, weights)
             results[key] = train(
                 parameters,
-                loss_of,
+                partial(_step_loss, loss, batches),
                 config,
-                name=name,
-                output=None if output is None else os.path.join(output, name),
+                name=names[key],
+                output=folder,
                 resume=resume,
                 progress=progress,
                 on_step=on_step,
+                validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
             )
     return results
 
 
-def _batch_loss(
+def _loss(system: System, key: Any, stage: Stage[Any], weights: Mapping[str, float], pairs: Pairs) -> torch.Tensor:
+    return stage.loss(system, key, pairs, **weights)
+
+
+def _step_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, index: int, step: int) -> torch.Tensor:
+    return loss(batches(index))
+
+
+def _mean_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, count: int) -> float:
+    """Over all batches, weighed by their pairs."""
+    total = pairs = 0.0
+    for index in range(count):
+        batch = batches(index)
+        total += loss(batch).item() * len(batch.ids)
+        pairs += len(batch.ids)
+    return total / pairs
+
+
+def _initialise(
+    link: RecursiveLink, config: AlignmentConfig, examples: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    if config.link_init == "identity":
+        to_identity(link)
+    elif config.link_init == "ridge":
+        to_ridge(link, examples)
+
+
+def _schedule(source: DataSource, config: AlignmentConfig) -> Schedule:
+    def batch(index: int) -> tuple[Sequence[tuple[Hashable, Fields]], int]:
+        return source.named_batch(index), pick(config.seed, index // config.accumulation, config.rounds)
+
+    return Schedule(config.steps * config.accumulation, batch)
+
+
+def _measured(validation: RowSource | None, config: AlignmentConfig) -> Schedule:
+    """All validation rows, in every round that may be drawn."""
+    rows = [] if validation is None else fixed_batches(validation, config.batch_size)
+    batches = [
+        ([((number, place), row) for place, row in enumerate(batch)], round)
+        for round in each_round_count(config.rounds)
+        for number, batch in enumerate(rows)
+    ]
+    return Schedule(len(batches), batches.__getitem__)
+
+
+def _planned(
     system: System,
-    key: str | Edge,
-    loss: Callable[..., torch.Tensor],
-    source: DataSource,
+    roles: Iterable[str],
+    schedules: Sequence[Schedule],
     config: AlignmentConfig,
-    index: int,
-    step: int,
-) -> torch.Tensor:
-    return loss(
-        system,
-        key,
-        source.batch(index),
-        pick(config.seed, step, config.rounds),
-        cosine_weight=config.cosine_weight,
-        mse_weight=config.mse_weight,
-        max_tokens=config.max_tokens,
-    )
+    cache: Cache | None,
+    progress: bool,
+) -> dict[str, Callable[[], list[Batches]]]:
+    """By role, what makes each schedule's batches; cached or not, the texts, their order and so the loss are the same.
+
+    What goes into the cache is checked here, and written when the result is called.
+    """
+    if cache is None:
+        return {role: partial(_fresh, system, role, schedules, config) for role in roles}
+    cache = cache if isinstance(cache, PairCache) else PairCache(cache)
+    listed = {role: [_listed(system, role, schedule, config) for schedule in schedules] for role in roles}
+    plans = cache.plan(system, {role: [one for said, _ in lists for one in said] for role, lists in listed.items()})
+    return {role: partial(_cached, plans[role], lists, progress) for role, lists in listed.items()}
+
+
+def _fresh(system: System, role: str, schedules: Sequence[Schedule], config: AlignmentConfig) -> list[Batches]:
+    def pairs(schedule: Schedule, index: int) -> Pairs:
+        batch, round = schedule.batch(index)
+        said = utterances(system, role, [row for _, row in batch], round, max_tokens=config.max_tokens)
+        return speak(system.agents[role], said)
+
+    return [partial(pairs, schedule) for schedule in schedules]
+
+
+def _cached(plan: Plan, lists: Sequence[tuple[list[Utterance], list[list[int]]]], progress: bool) -> list[Batches]:
+    shelf = plan.fill(progress=progress)
+
+    def pairs(places: Sequence[Place], batches: Sequence[Sequence[int]], index: int) -> Pairs:
+        return shelf.pairs([places[number] for number in batches[index]])
+
+    return [partial(pairs, [Place.of(one) for one in said], batches) for said, batches in lists]
+
+
+def _listed(
+    system: System, role: str, schedule: Schedule, config: AlignmentConfig
+) -> tuple[list[Utterance], list[list[int]]]:
+    """What ``role`` says in a schedule, each once, and which of these every batch has."""
+    numbers: dict[tuple[Hashable, int], int] = {}
+    said: list[Utterance] = []
+    batches: list[list[int]] = []
+    for index in range(schedule.count):
+        batch, round = schedule.batch(index)
+        new = {(name, round): row for name, row in batch if (name, round) not in numbers}
+        if new:
+            numbers.update({name: len(said) + place for place, name in enumerate(new)})
+            said += utterances(system, role, list(new.values()), round, max_tokens=config.max_tokens)
+        batches.append([numbers[name, round] for name, _ in batch])
+    return said, batches

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SAFE_RATE = 1e-4
+LinkInit = Literal["default", "identity", "ridge"]
 Source = Literal["forced", "rollout"]
 
 
@@ -26,6 +27,9 @@ class LoopConfig:
         warmup_steps: steps over which the rate grows linearly to its peak.
         clip_norm: bound of the gradient's norm over all trained parameters.
         checkpoint_every: steps between checkpoints (one more is written at the end); 0 writes only that one.
+        validate_every: steps between two measurements of the validation rows, where there are any; one more follows the
+            last step.
+        patience: measurements in a row without a better one that end the run; None is as many as there are steps.
         seed: of the order of rows and of everything else that is drawn.
     """
 
@@ -39,12 +43,22 @@ class LoopConfig:
     warmup_steps: int = 10
     clip_norm: float = 1.0
     checkpoint_every: int = 100
+    validate_every: int = 100
+    patience: int | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("warmup_steps", 0)):
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("accumulation", 1),
+            ("warmup_steps", 0),
+            ("validate_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
         if self.checkpoint_every < 0:
             raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
         if not self.learning_rate > 0:
@@ -75,16 +89,21 @@ class AlignmentConfig(LoopConfig):
         cosine_weight: of one minus the cosine between link output and embedding.
         mse_weight: of their mean squared difference.
         max_tokens: only the first tokens of a message count; None takes all.
+        link_init: "default" begins with the links as they are; "identity" with their residual alone; "ridge" with the
+            linear map of the targets (`recmas.training.link_init`).
     """
 
     rounds: int | tuple[int, ...] = 1
     cosine_weight: float = 1.0
     mse_weight: float = 0.0
     max_tokens: int | None = None
+    link_init: LinkInit = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.rounds)
+        if self.link_init not in ("default", "identity", "ridge"):
+            raise ValueError(f"link_init must be 'default', 'identity' or 'ridge', got {self.link_init!r}")
         if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
             weights = f"{self.cosine_weight} and {self.mse_weight}"
             raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
@@ -119,7 +138,9 @@ class OuterConfig(LoopConfig):
         latents: "forced" reads them off under the gold message (at most one per token of it, end included); "rollout"
             lets each agent think as at inference, which needs no gold messages but the answer, and a longer graph.
         recompute: keep each layer's input alone and run the layer again in the backward, as the reference does: much
-            less memory, a third more time, the same bits. Rollouts keep everything.
+            less memory, a third more time, the same bits. Rollouts are run again step by step.
+        micro_batch: rows that are unrolled at once; a batch's gradients are gathered over its micro-batches. None takes
+            as many as keep the processor busy.
     """
 
     learning_rate: float = SAFE_RATE
@@ -127,10 +148,13 @@ class OuterConfig(LoopConfig):
     latent_steps: int | Mapping[str, int] | None = None
     latents: Source = "forced"
     recompute: bool = True
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.rounds)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 

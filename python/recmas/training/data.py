@@ -5,21 +5,25 @@ A row is a JSON object: the fields that the agents' templates name, and what eac
     {"question": "2 bako", "planner_sheet": "...",
      "targets": {"planner": "1 red", "critic": ["1 cat", "0 cat"], "solver": ["1 dilo", "0 dilo"]}}
 
-A target is one text, said in every round, or one text per round.
+A target is one text, said in every round, or one text per round. The stages that align links take any text as well,
+for every agent the same: ``{"text": "...", "prompt": "..."}``, the prompt optional.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Union
 
 import torch
 
 from recmas.agents.agent import Agent
+from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
+from recmas.prompts.source import read_source
+from recmas.system.system import System
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
 
@@ -60,6 +64,23 @@ class DataSource:
         for role, round in needed:
             target_texts(self._rows, role, round)
 
+    def check_fields(self, system: System, visits: Iterable[Visit]) -> None:
+        """Raise ValueError, as `System.check_fields`, if a row lacks a field that a prompt of these visits names."""
+        system.check_fields(self._rows, visits)
+
+    @property
+    def rows(self) -> Sequence[Fields]:
+        """All rows; none of a callable, whose rows are not known yet."""
+        return self._rows
+
+    def named_batch(self, index: int) -> list[tuple[Hashable, Fields]]:
+        """The rows of batch ``index``, each with what distinguishes it from all others of the run."""
+        rows = self.batch(index)
+        if not self._rows:
+            return [((index, place), row) for place, row in enumerate(rows)]
+        first = index * self._batch_size
+        return [(self._position(first + place), row) for place, row in enumerate(rows)]
+
     def batch(self, index: int) -> list[Fields]:
         """The rows of batch ``index`` (from 0)."""
         rows = list(self._make(index))
@@ -80,6 +101,20 @@ class DataSource:
         return self._order[1][offset]
 
 
+def fixed_batches(rows: RowSource, size: int) -> list[Sequence[Fields]]:
+    """All rows in their order, so many at a time, for measuring.
+
+    Raises:
+        ValueError: no rows, or a callable, whose rows have no end.
+    """
+    if callable(rows):
+        raise ValueError("validation: expected a JSONL path or a sequence of rows, got a callable")
+    made = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
+    if not made:
+        raise ValueError("validation: expected at least one row, got an empty sequence")
+    return [made[first : first + size] for first in range(0, len(made), size)]
+
+
 def pick(seed: int, step: int, choices: int | Sequence[int]) -> int:
     """One of ``choices`` for this step, a pure function of ``(seed, step)``; an int stands for itself."""
     return choices if isinstance(choices, int) else random.Random(f"{seed}:{step}").choice(list(choices))
@@ -91,10 +126,11 @@ def target_texts(rows: Sequence[Fields], role: str, round: int) -> list[str]:
     Raises:
         ValueError: a row has no text for this agent and round; names the row, the agent and what was found.
     """
-    return [_target_text(row, index, role, round) for index, row in enumerate(rows)]
+    return [target_text(row, index, role, round) for index, row in enumerate(rows)]
 
 
-def _target_text(row: Fields, index: int, role: str, round: int) -> str:
+def target_text(row: Fields, index: int, role: str, round: int) -> str:
+    """What agent ``role`` should say in ``round`` of one row; ``index`` begins error messages, as of `target_texts`."""
     targets = row.get("targets")
     if not isinstance(targets, Mapping):
         raise ValueError(f"row {index}: expected 'targets' to be an object of texts by agent, got {targets!r}")
@@ -110,23 +146,61 @@ def _target_text(row: Fields, index: int, role: str, round: int) -> str:
     return text
 
 
-def target_batch(
-    agent: Agent, texts: Sequence[str], *, max_tokens: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both int64 [batch, length], right padded, on the agent's device.
+def read_texts(source: str) -> list[dict[str, object]]:
+    """Any texts as rows, from a JSONL file or a data set on the hub (`recmas.prompts.source.read_source`).
 
-    Each text is tokenised without special tokens and ends with the end-of-sequence token; ``max_tokens`` keeps the
-    first tokens only. Padding repeats the end-of-sequence token and is masked.
+    Of each row, "text" and "prompt" are taken.
+
+    Raises:
+        ValueError: as `read_source`, or a row without a text or with a prompt that is none; names the row.
+        FileNotFoundError, ImportError: as `read_source`.
     """
+    rows = []
+    for index, row in enumerate(read_source(source, split="train")):
+        if "text" not in row:
+            raise ValueError(f"{source}: row {index}: no field 'text'; it has {', '.join(sorted(row)) or 'none'}")
+        text = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}
+        check_plain(text, index)
+        rows.append(text)
+    return rows
+
+
+def is_plain(row: Fields) -> bool:
+    """Whether a row is any text rather than a task's messages."""
+    return "text" in row and "targets" not in row
+
+
+def check_plain(row: Fields, index: int) -> str:
+    """The text of a row that is any text.
+
+    Raises:
+        ValueError: text or prompt is no text, or an empty one; names the row.
+    """
+    for key in ("prompt", "text"):
+        value = row.get(key, "absent")
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"row {index}: expected {key!r} to be a text that is not empty, got {value!r}")
+    return str(row["text"])
+
+
+def target_tokens(agent: Agent, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text: tokenised without special tokens, and the end-of-sequence token."""
     if not texts:
         raise ValueError("texts: expected at least one text")
     end = end_token(agent)
-    encoded = agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    tokens = [[*ids, end][:max_tokens] for ids in encoded]
-    length = max(len(ids) for ids in tokens)
-    ids = torch.tensor([row + [end] * (length - len(row)) for row in tokens], device=agent.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in tokens], device=agent.device)
-    return ids, mask
+    return [[*ids, end] for ids in agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def target_batch(agent: Agent, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both int64 ``[batch, length]``, right padded, on the agent's device.
+
+    Padding repeats the end-of-sequence token and is masked.
+    """
+    end, length = end_token(agent), max(map(len, tokens))
+    ids = [[*row, *[end] * (length - len(row))] for row in tokens]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in tokens]
+    ids_and_mask = torch.tensor([ids, mask], dtype=torch.long, device=agent.device)
+    return ids_and_mask[0], ids_and_mask[1]
 
 
 def end_token(agent: Agent) -> int:

@@ -18,10 +18,11 @@ import torch
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
-from recmas.training.alignment import forced_with_gold, train_apart
+from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.data import RowSource
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep, TrainingResult
+from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
 
 
@@ -36,17 +37,29 @@ def inner_loss(
     max_tokens: int | None = None,
 ) -> torch.Tensor:
     """The loss above over a batch of rows, a scalar; only the agent's inner link receives a gradient."""
-    speech = forced_with_gold(system, role, rows, round, max_tokens=max_tokens)
+    said = utterances(system, role, rows, round, max_tokens=max_tokens)
+    pairs = speak(system.agents[role], said)
+    return inner_alignment(system, role, pairs, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+def inner_alignment(
+    system: System, role: str, pairs: Pairs, *, cosine_weight: float = 1.0, mse_weight: float = 0.0
+) -> torch.Tensor:
+    """The loss above over pairs of the agent, a scalar."""
     agent = system.agents[role]
-    said = speech.mask.bool()
     return alignment_loss(
-        run_link(system.inner_links[role], speech.hidden[said]),
+        run_link(system.inner_links[role], pairs.hidden.to(agent.device)),
         agent.model.get_input_embeddings().weight,
-        token_ids=speech.ids[said],
+        token_ids=pairs.ids.to(agent.device),
         cosine_weight=cosine_weight,
         mse_weight=mse_weight,
         embed_scale=agent.embed_scale,
     )
+
+
+def _examples(system: System, role: str, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    agent = system.agents[role]
+    return pairs.hidden.to(agent.device), agent.embed(pairs.ids.to(agent.device)[None])[0]
 
 
 def train_inner(
@@ -55,22 +68,31 @@ def train_inner(
     config: InnerConfig | None = None,
     *,
     roles: Sequence[str] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
+    cache: Cache | None = None,
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[str, TrainingResult]:
     """Train inner links in place, one agent after the other; everything else stays frozen.
 
     Args:
         system: whose agents and links these are.
-        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets, or any text
+            (`recmas.training.data`).
         config: settings; None takes the defaults.
         roles: agents to train; None takes every agent that has an inner link.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of logs and checkpoints, one folder ``inner-<role>`` each; None keeps none.
+        cache: `PairCache`, or its folder: every text runs through its agent once, and the losses are those of the run
+            without, up to rounding; None runs the agent anew for every batch.
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per agent.
         on_step: called after every step with its record; a true answer ends that agent's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each agent's run did.
@@ -86,12 +108,14 @@ def train_inner(
     return train_apart(
         system,
         {role: system.inner_links[role] for role in chosen},
-        inner_loss,
+        Stage("inner", inner_alignment, _examples),
         rows,
         config or InnerConfig(),
-        stage="inner",
+        validation=validation,
         output=output,
+        cache=cache,
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

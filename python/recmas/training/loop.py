@@ -3,8 +3,9 @@
 A stage hands over the parameters it trains and a loss, a pure function of (batch index, step) and of the parameters.
 A run that is stopped and resumed then gives the bits of an uninterrupted one.
 
-The output folder holds ``log.jsonl`` (one line per step: step, loss, grad_norm, learning_rate, seconds) and
-``checkpoint.pt`` (parameters, optimiser, step, random state, settings), replaced as a whole or not at all.
+The output folder holds ``log.jsonl`` (one line per step: step, loss, grad_norm, learning_rate, seconds) and the two
+newest checkpoints (`recmas.training.checkpoint`). A signal that asks the process to end is held back until the step is
+done and a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,33 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from recmas.files import replacing, write_atomically
+from recmas.files import write_atomically
+from recmas.files.locks import one_writer
+from recmas.files.reading import inside, open_regular
+from recmas.files.signals import Pending, held_back
+from recmas.files.writing import naming
+from recmas.training import checkpoint
 from recmas.training.config import LoopConfig
+from recmas.training.validation import Validation
 
-CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the log; ``step`` counts finished steps, so the first is 1."""
+    """One line of the log; ``step`` counts finished steps, so the first is 1.
+
+    ``grad_norms`` are those of the links, where several are trained; ``validation`` is the loss on the validation rows
+    after the step, where it was measured.
+    """
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     seconds: float
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,15 @@ class TrainingResult:
         last = self.records[-max(1, len(self.records) // 10) :]
         return sum(record.loss for record in last) / len(last) if last else math.nan
 
+    @property
+    def best(self) -> StepRecord | None:
+        """The step after which the validation rows' loss was least; its links are the ones that were kept."""
+        measured = [record for record in self.records if record.validation is not None]
+        return min(measured, key=lambda record: record.validation or 0.0, default=None)
 
-Loss = Callable[[int, int], torch.Tensor]
+
+Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
+OnStart = Callable[[], object]
 OnStep = Callable[[StepRecord], "bool | None"]
 
 
@@ -69,51 +89,71 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    validate: Callable[[], float] | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place.
 
     Args:
         parameters: fp32 (or fp64) masters by name; the names are the keys of the checkpoint.
-        loss: ``loss(batch index, step)``, a scalar; the batch index counts from 0 over all steps and accumulations.
+        loss: ``loss(batch index, step)``, a scalar, or parts that add up to it, each made when it is asked for; the
+            batch index counts from 0 over all steps and accumulations.
         config: settings of the loop and of the stage; they are stored and compared on resume.
         name: of this run, shown beside the progress bar.
         output: folder for the log and checkpoints; None keeps neither.
         resume: continue from the folder's checkpoint if it has one.
         progress: show a bar where stderr is a terminal.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
+        validate: the loss on other data; a run that ends by itself leaves the best parameters it found.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
-            a logged step) although ``resume`` is off, or a checkpoint of other settings or parameters.
-        FloatingPointError: loss or gradient is not finite; names the step. The parameters keep their last good values.
+            a logged step) although ``resume`` is off, or a checkpoint that is damaged or of other settings or
+            parameters. Nothing has been written then.
+        FloatingPointError: loss or gradient is not finite; names step, batches and the last checkpoint. The parameters
+            keep their last good values.
     """
     _check(parameters)
+    if config.patience is not None and validate is None:
+        raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
+    for key, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise ValueError(f"{key}: a trained parameter must require grad")
     optimizer = _optimizer(parameters, config)
     folder = None if output is None else Path(output)
-    step, records = (0, []) if folder is None else _open(folder, parameters, optimizer, config, resume)
-    began = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=step, desc=name, disable=None if progress else True, unit="step")
-    try:
-        while step < config.steps:
-            value, norm = _step(parameters, optimizer, loss, config, step)
-            step += 1
-            records.append(StepRecord(step, value, norm, config.rate(step - 1), time.perf_counter() - began))
+    with ExitStack() as stack:
+        pending, records = Pending(), []
+        if folder is not None:
+            check_run(parameters, config, folder, resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(one_writer(folder))
+            pending = stack.enter_context(held_back())
+            records = _open(folder, parameters, optimizer, config, resume)
+        found = {record.step: record.validation for record in records if record.validation is not None}
+        validation = Validation(validate, parameters, config, folder, found)
+        bar = tqdm(total=config.steps, initial=len(records), desc=name, disable=None if progress else True, unit="step")
+        stack.callback(_forget_gradients, parameters)
+        stack.callback(bar.close)
+        began = time.perf_counter()
+        for step in range(len(records), config.steps):
+            if validation.exhausted:
+                break
+            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder)
+            seconds = time.perf_counter() - began
+            measured = validation.after(step + 1)
+            records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured))
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
             if folder is not None:
-                with open(folder / LOG, "a", encoding="utf-8") as log:
+                with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
-            stop = on_step is not None and bool(on_step(records[-1]))
-            due = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
-            if folder is not None and (stop or due or step == config.steps):
-                _save(folder / CHECKPOINT, parameters, optimizer, config, step)
+            stop = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
+            due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
+            if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
+                checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
             if stop:
-                break
-    finally:
-        bar.close()
-        for parameter in parameters.values():
-            parameter.grad = None
-    return TrainingResult(step, records)
+                return TrainingResult(len(records), records)
+        validation.restore()
+    return TrainingResult(len(records), records)
 
 
 def _step(
@@ -122,21 +162,41 @@ def _step(
     loss: Loss,
     config: LoopConfig,
     step: int,
-) -> tuple[float, float]:
-    """One optimiser step; the mean loss and the gradient's norm before clipping."""
+    folder: Path | None,
+) -> tuple[float, float, dict[str, float]]:
+    """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, and by link if several."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulation):
-        value = loss(step * config.accumulation + part, step) / config.accumulation
-        value.backward()
-        total += value.item()
+        made = loss(step * config.accumulation + part, step)
+        for piece in [made] if isinstance(made, torch.Tensor) else made:
+            value = piece / config.accumulation
+            value.backward()
+            total += value.item()
+    norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise FloatingPointError(f"step {step + 1}: loss {total}, gradient norm {norm}; lower the learning rate")
+        first, stored = step * config.accumulation, [] if folder is None else checkpoint.checkpoints(folder)
+        batches = f"batch {first}" if config.accumulation == 1 else f"batches {first} to {part + first}"
+        good = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint before it"
+        raise FloatingPointError(
+            f"step {step + 1}, {batches}: loss {total}, gradient norm {norm}; lower the learning rate; {good}"
+        )
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
-    return total, norm
+    return total, norm, norms
+
+
+def _norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """Gradient norms by link: the first part of the parameters' names."""
+    links: dict[str, list[torch.Tensor]] = {}
+    for key, parameter in parameters.items():
+        if parameter.grad is not None:
+            links.setdefault(key.partition(".")[0], []).append(parameter.grad)
+    if len(links) < 2:
+        return {}
+    return {link: torch.nn.utils.get_total_norm(gradients).item() for link, gradients in links.items()}
 
 
 def _check(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -145,8 +205,11 @@ def _check(parameters: Mapping[str, nn.Parameter]) -> None:
     for key, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{key}: trained parameters must be float32 masters, got {parameter.dtype}")
-        if not parameter.requires_grad:
-            raise ValueError(f"{key}: a trained parameter must require grad")
+
+
+def _forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.grad = None
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:
@@ -161,84 +224,59 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
 
+def check_run(parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path, resume: bool) -> None:
+    """Raise ValueError, before anything is written, where `train` would not begin, or go on, in this folder."""
+    _check(parameters)
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{above}: is a file, expected a folder for the run's log and checkpoints")
+    if folder.is_dir():
+        inside(folder, LOG, str(folder))
+    begun = next(_logged(folder / LOG), None) is not None or checkpoint.checkpoints(folder)
+    if begun and not resume:
+        raise ValueError(
+            f"{folder}: already holds a training run; go on with it (--resume, resume=True) "
+            "or choose another folder (--output, output=FOLDER)"
+        )
+    if (stored := checkpoint.load(folder)) is not None:
+        stored.check(parameters, _settings(config))
+        for _ in _logged(folder / LOG):
+            pass  # a damaged line is told here
+
+
 def _open(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     resume: bool,
-) -> tuple[int, list[StepRecord]]:
-    """Make the folder ready; the number of steps that its checkpoint, if any, has finished, and their records."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / CHECKPOINT, folder / LOG
-    if not resume and (checkpoint.exists() or next(_logged(log), None) is not None):
-        raise ValueError(
-            f"{folder}: already holds a training run; go on with it (--resume, resume=True) "
-            "or choose another folder (--output, output=FOLDER)"
-        )
-    step = _load(checkpoint, parameters, optimizer, config) if checkpoint.exists() else 0
-    records = [record for record in _logged(log) if record.step <= step]
-    write_atomically(log, "".join(map(_line, records)))
-    return step, records
+) -> list[StepRecord]:
+    """Make the folder ready and go on from its checkpoint, if any; the records of the steps that it has finished."""
+    check_run(parameters, config, folder, resume)  # again: now nobody else writes there
+    stored = checkpoint.load(folder)
+    steps = 0 if stored is None else stored.step
+    if stored is not None:
+        stored.restore(parameters, optimizer)
+    records = [record for record in _logged(folder / LOG) if record.step <= steps]
+    if [record.step for record in records] != list(range(1, steps + 1)):
+        raise ValueError(f"{folder / LOG}: lacks steps that {stored.path.name if stored else ''} has finished")
+    write_atomically(folder / LOG, "".join(map(_line, records)))
+    return records
 
 
 def _logged(log: Path) -> Iterator[StepRecord]:
     """Records of the log, but for a last line that a crash cut short."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    if not log.exists():
+        return
+    with open_regular(log) as file:
+        lines = file.read().decode(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
             try:
                 yield StepRecord(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise ValueError(f"{log}, line {number}: not a record of a training step") from None
 
 
 def _line(record: StepRecord) -> str:
     return json.dumps(dataclasses.asdict(record)) + "\n"
-
-
-def _save(
-    path: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: LoopConfig,
-    step: int,
-) -> None:
-    state = {
-        "settings": _settings(config),
-        "step": step,
-        "parameters": {key: p.detach() for key, p in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def _load(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: LoopConfig
-) -> int:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        stored, settings = state["parameters"], state["settings"]
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
-    for key, value in _settings(config).items():
-        if settings.get(key) != value:
-            raise ValueError(f"{path}: was made with {key} = {settings.get(key)!r}, this run has {value!r}")
-    if stored.keys() != parameters.keys():
-        other = sorted(stored.keys() ^ parameters.keys())
-        raise ValueError(f"{path}: trains other parameters than this run ({other[0]} is in one of them only)")
-    for key, parameter in parameters.items():
-        if stored[key].shape != parameter.shape:
-            found, expected = list(stored[key].shape), list(parameter.shape)
-            raise ValueError(f"{path}: {key} has shape {found}, expected {expected}")
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(stored[key])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return int(state["step"])

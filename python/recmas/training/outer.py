@@ -4,33 +4,71 @@ The pattern's visits run as they run at inference, through the same prompts and 
 agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
 positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
 cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
-`recmas.training.unroll` keeps that graph small.
+`recmas.training.unroll` and `recmas.training.rollout` keep that graph small, and a batch is taken in micro-batches.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from recmas.agents.agent import Agent
 from recmas.config.pattern import Edge
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
+from recmas.prompts.template import Slot
 from recmas.system.system import System
+from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
-from recmas.training.data import DataSource, RowSource, pick, target_texts
-from recmas.training.loop import OnStep, TrainingResult, train
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.proofs import proved
-from recmas.training.teacher import Speech, force, named_parameters, only_trainable
+from recmas.training.rollout import can_repeat, think
+from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
-LOGITS = 1 << 25  # 128 MiB of float32
+POSITIONS = {"cpu": 768}
+"""Positions of prompts and texts that a micro-batch takes at once, by kind of device: products no longer gain ..."""
+MOST_POSITIONS = 16384
+"""... and elsewhere."""
+
+
+def outer_losses(
+    system: System,
+    rows: Sequence[Fields],
+    rounds: int,
+    *,
+    latent_steps: int | Mapping[str, int] | None = None,
+    latents: Source = "forced",
+    recompute: bool = False,
+    micro_batch: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
+
+    Each part is made when it is asked for: who goes back through it before asking for the next one holds the graph of
+    one micro-batch only.
+
+    Args:
+        system, rows, rounds, latent_steps, latents, recompute: as for `outer_loss`.
+        micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
+    """
+    size = micro_batch or _fitting(system, rows, rounds, system.steps_by_role(latent_steps))
+    agent, last = system.agents[system.pattern.last], system.pattern.last
+    counts = [len(tokens) for tokens in target_tokens(agent, target_texts(rows, last, rounds))]
+    for first in range(0, len(rows), size):
+        part = outer_loss(
+            system,
+            rows[first : first + size],
+            rounds,
+            latent_steps=latent_steps,
+            latents=latents,
+            recompute=recompute,
+        )
+        yield part * (sum(counts[first : first + size]) / sum(counts))
 
 
 def outer_loss(
@@ -50,7 +88,7 @@ def outer_loss(
         rounds: r.
         latent_steps: of every agent or by role; None takes the system's own.
         latents: where they come from, as in `OuterConfig`.
-        recompute: run the layers again in the backward instead of keeping their activations; the same bits.
+        recompute: run layers and rollouts again in the backward instead of keeping their activations.
     """
     steps = system.steps_by_role(latent_steps)
     prefixes = SharedPrefixes()
@@ -58,38 +96,37 @@ def outer_loss(
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
         if not visit.final and (latents == "rollout" or count == 0):
-            turn.message = agent.think(prompt, count, system.inner_links[visit.role])
+            link = system.inner_links[visit.role]
+            repeats = recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link)
+            if repeats and proved(agent.decoder, "begun prefixes", prompt):
+                turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
+            else:
+                turn.message = agent.think(prompt, count, link)
             continue
-        texts = target_texts(rows, visit.role, visit.round)
+        tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
+        if not visit.final:
+            tokens = [row[:count] for row in tokens]
         begun = prefixes.of(visit.role, agent, prompt) if proved(agent.decoder, "begun prefixes", prompt) else None
         with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
-            speech = force(agent, prompt, texts, max_tokens=None if visit.final else count, begun=begun)
+            speech = force(agent, prompt, tokens, begun=begun)
         if visit.final:
-            return answer_loss(agent, speech)
+            said = speech.mask.bool()
+            return answer_loss(agent, speech.hidden[said], speech.ids[said]) / said.sum()
         states = run_link(system.inner_links[visit.role], speech.hidden)
         turn.message = Latents(states, speech.mask.sum(dim=1).cpu())
     raise AssertionError("the last visit of a pattern is final")
 
 
-def answer_loss(agent: Agent, speech: Speech) -> torch.Tensor:
-    """Mean cross entropy of what was said; the LM head sees the positions that predict it and no others.
-
-    Logits of more than `LOGITS` entries are made in parts, each once more in the backward, and never held together.
-    """
-    said = speech.mask.bool()
-    hidden, ids = speech.hidden[said], speech.ids[said]
-    rows = max(1, LOGITS // agent.model.get_output_embeddings().weight.shape[0])
-    if len(ids) <= rows:
-        return _cross_entropy(agent, hidden, ids) / len(ids)
-    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
-    losses = [checkpoint(_cross_entropy, agent, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.stack(losses).sum() / len(ids)
-
-
-def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum over rows ``hidden [N, d]`` and the token each should predict."""
-    logits = agent.logits(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="sum")
+def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping[str, int]) -> int:
+    """Rows of a micro-batch: as many as fill `POSITIONS`, the longest of them all."""
+    longest = 1
+    for visit in system.pattern.visits(min(rounds, 2)):
+        for row in rows:
+            parts = system.segments(visit, row)
+            slots = sum(steps[sender] for part in parts if isinstance(part, Slot) for sender in part.senders)
+            longest = max(longest, sum(len(part) for part in parts if not isinstance(part, Slot)) + slots)
+    kinds = {agent.device.type for agent in system.agents.values()}
+    return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
 
 
 def train_outer(
@@ -98,10 +135,12 @@ def train_outer(
     config: OuterConfig | None = None,
     *,
     edges: Sequence[Edge] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> TrainingResult:
     """Train outer links in place, all together; agents and inner links stay frozen.
 
@@ -111,10 +150,13 @@ def train_outer(
             for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
         config: settings; None takes the defaults.
         edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of the log and the checkpoints; None keeps none.
         resume: go on where the folder's checkpoint stopped.
         progress: show a bar.
         on_step: called after every step with its record; a true answer ends the run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Raises:
         ValueError: links that the rounds need are missing, an edge without a link, or rows that lack fields or targets.
@@ -137,32 +179,54 @@ def train_outer(
     source = DataSource(rows, config.batch_size, config.seed)
     visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
     forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
-    source.check_targets(dict.fromkeys((visit.role, visit.round) for visit in forced))
+    needed_texts = dict.fromkeys((visit.role, visit.round) for visit in forced)
+    others = [] if validation is None else fixed_batches(validation, config.batch_size)
+    checked = [source] if validation is None else [source, DataSource(validation, config.batch_size, config.seed)]
+    for rows_of in checked:
+        rows_of.check_targets(needed_texts)
+        rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
+    check_trainable(system)
 
-    def loss(index: int, step: int) -> torch.Tensor:
+    def loss(index: int, step: int) -> Iterator[torch.Tensor]:
         rounds = pick(config.seed, step, config.rounds)
         batch = source.batch(index)
-        return outer_loss(
+        return outer_losses(
             system,
             batch,
             rounds,
             latent_steps=config.latent_steps,
             latents=config.latents,
             recompute=config.recompute,
+            micro_batch=config.micro_batch,
         )
+
+    def validate() -> float:
+        """The mean over rows and the round counts that a step may draw."""
+        counts, total = each_round_count(config.rounds), 0.0
+        for rounds in counts:
+            for batch in others:
+                steps, latents = config.latent_steps, config.latents
+                total += outer_loss(system, batch, rounds, latent_steps=steps, latents=latents).item() * len(batch)
+        return total / (len(counts) * sum(map(len, others)))
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})
     for edge in chosen:
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
+    folder = None if output is None else Path(output, "outer")
+    if folder is not None:
+        check_run(parameters, config, folder, resume)
+    if on_start is not None:
+        on_start()
     with only_trainable(system, parameters):
         return train(
             parameters,
             loss,
             config,
             name="outer",
-            output=None if output is None else os.path.join(output, "outer"),
+            output=folder,
             resume=resume,
             progress=progress,
             on_step=on_step,
+            validate=validate if others else None,
         )

@@ -18,6 +18,7 @@ from recmas.agents.agent import Agent
 from recmas.engine.messages import Prompt
 from recmas.system.system import System
 from recmas.training.data import target_batch
+from recmas_kernels import packed
 
 
 class Speech(NamedTuple):
@@ -29,23 +30,17 @@ class Speech(NamedTuple):
 
 
 def force(
-    agent: Agent,
-    prompt: Prompt,
-    texts: Sequence[str],
-    *,
-    max_tokens: int | None = None,
-    begun: DynamicCache | None = None,
+    agent: Agent, prompt: Prompt, tokens: Sequence[Sequence[int]], *, begun: DynamicCache | None = None
 ) -> Speech:
-    """One forward of prompt and given texts.
+    """One forward of prompt and given tokens.
 
     Args:
         agent: speaks.
         prompt: the batch of prompts.
-        texts: one per row.
-        max_tokens: forces only the first tokens of each.
+        tokens: ids that each row says.
         begun: holds the prompt's first columns already, as `Agent.hidden` takes it.
     """
-    ids, mask = target_batch(agent, texts, max_tokens=max_tokens)
+    ids, mask = target_batch(agent, tokens)
     return Speech(agent.hidden(prompt, ids, mask, begun), ids, mask)
 
 
@@ -54,22 +49,32 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
     return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
 
 
-@contextmanager
-def only_trainable(system: System, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was."""
+def check_trainable(system: System) -> None:
+    """Raise ValueError for a system whose weights do not stay where they are."""
     if system.offloader is not None:
         raise ValueError(
             "offload: a system whose weights are on devices for visits only cannot be trained; load it without"
         )
+
+
+@contextmanager
+def only_trainable(system: System, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within, of all parameters of the system exactly these require grad; afterwards each flag is what it was.
+
+    The weights of links that do not learn are packed (`recmas_kernels.packed`): nothing may write them within.
+    """
+    check_trainable(system)
     modules: list[nn.Module] = [agent.model for agent in system.agents.values()]
-    modules += [*system.inner_links.values(), *system.outer_links.values()]
+    links = [*system.inner_links.values(), *system.outer_links.values()]
+    modules += links
     everything = [p for module in modules for p in module.parameters()] + list(system.edge_scores.values())
     flags = {p: p.requires_grad for p in everything}
     trained = set(parameters.values())
     try:
         for parameter in flags:
             parameter.requires_grad_(parameter in trained)
-        yield
+        with packed(link for link in links if trained.isdisjoint(link.parameters())):
+            yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

@@ -1,8 +1,8 @@
 """What keeps the graph of several rounds small: prefixes are read once, activations computed again instead of kept.
 
 What stands before a prompt's first slot depends on no link. Each agent reads it once per step, without gradients, and
-every visit goes on from its keys and values: the backward never enters it. That needs layers whose past is keys and
-values; recurrent ones read their whole prompts.
+every visit goes on from its keys and values, as far as it begins in the same way: the backward never enters it. That
+needs layers whose past is keys and values; recurrent ones read their whole prompts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from recmas.engine.continuation import length_dependent, positions_of
 from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Prompt
 
+Column = tuple["int | None", ...]
+"""Of a batch of prompts: a token id per row, None for padding."""
 CacheClass = TypeVar("CacheClass", bound=Cache)
 
 
@@ -32,37 +34,56 @@ class SharedPrefixes:
     """The prefixes of one step's prompts, by role: the last one each agent has read."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[list[list[int]], DynamicCache]] = {}
+        self._held: dict[str, tuple[list[Column], DynamicCache]] = {}
 
     def of(self, role: str, agent: Agent, prompt: Prompt) -> DynamicCache | None:
         """A cache that holds the prompts' first columns, up to where some row's first slot may begin.
 
-        None where there is nothing to spare: no gradient arrives at the prompt, it begins with a slot, or the model
+        None where there is nothing to spare: no gradients are recorded, the prompt begins with a slot, or the model
         keeps more of its past than keys and values, or reads a beginning otherwise than the whole.
         """
-        if not (torch.is_grad_enabled() and prompt.embeds.requires_grad) or prompt.prefix is None:
+        if not torch.is_grad_enabled() or prompt.prefix is None:
             return None
         pads = (prompt.mask == 0).sum(dim=1).tolist()
-        known = [[agent.pad_id] * pad + list(ids) for pad, ids in zip(pads, prompt.prefix, strict=True)]
-        length = min([*map(len, known), prompt.mask.shape[1] - 1])
-        if length <= max(pads):
+        rows = [[None] * pad + list(ids) for pad, ids in zip(pads, prompt.prefix, strict=True)]
+        length = min([*map(len, rows), prompt.mask.shape[1] - 1])
+        least = max(pads) + 1  # columns that show something of every row
+        if length < least:
             return None
-        known = [ids[:length] for ids in known]
-        if role not in self._held or self._held[role][0] != known:
-            cache = DynamicCache(config=agent.decoder.config)
-            if unforkable(cache) or length_dependent(agent.decoder.config):
-                return None
-            mask = prompt.mask[:, :length]
-            with torch.no_grad():
-                DecoderCall(agent.decoder)(prompt.embeds[:, :length], mask, positions_of(mask), cache)
-            self._held[role] = known, cache
-        return fork(self._held[role][1])
+        known = list(zip(*(row[:length] for row in rows), strict=True))
+        if role in self._held:
+            held, cache = self._held[role]
+            common = next((at for at, (a, b) in enumerate(zip(held, known, strict=False)) if a != b), None)
+            common = min(len(held), length) if common is None else common
+            if 2 * common >= length and common >= least and (begun := cropped(cache, common)):
+                return begun
+        cache = DynamicCache(config=agent.decoder.config)
+        if unforkable(cache) or length_dependent(agent.decoder.config):
+            return None
+        mask = prompt.mask[:, :length]
+        with torch.no_grad():
+            DecoderCall(agent.decoder)(prompt.embeds[:, :length], mask, positions_of(mask), cache)
+        self._held[role] = known, cache
+        return fork(cache)
 
 
 def fork(cache: CacheClass) -> CacheClass:
     """A cache that grows by itself from what this one holds; such layers replace their keys and values as they grow."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
+
+
+def cropped(cache: DynamicCache, length: int) -> DynamicCache | None:
+    """A fork that holds the first so many columns; None where a sliding window has lost some of them."""
+    forked = fork(cache)
+    for layer in forked.layers:
+        if layer.keys.shape[2] < layer.get_seq_length() > length:
+            return None
+        if length < layer.get_seq_length():
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
     return forked
 
 

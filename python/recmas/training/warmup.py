@@ -12,6 +12,7 @@ beyond the recipe of the paper; from random outer links the answer's cross entro
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,11 @@ from recmas.config.system_json import edge_name
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
-from recmas.training.alignment import forced_with_gold, train_apart
+from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import WarmupConfig
-from recmas.training.data import RowSource, target_texts
-from recmas.training.loop import OnStep, TrainingResult
+from recmas.training.data import RowSource
+from recmas.training.loop import OnStart, OnStep, TrainingResult
+from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
 
 Span = tuple[int, int]
@@ -41,6 +43,12 @@ def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:
         [index for index, (first, last) in enumerate(target) if max(start, first) < min(end, last)]
         for start, end in source
     ]
+
+
+def check_offsets(tokenizer: Any) -> None:
+    """Raise ValueError for a tokenizer that does not report character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
 
 
 def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[list[int]]]:
@@ -60,8 +68,7 @@ def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list
     """
     encoded = []
     for tokenizer in (source, target):
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
+        check_offsets(tokenizer)
         encoding = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
         special = set(tokenizer.all_special_ids)
         spans = [
@@ -73,32 +80,50 @@ def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list
     return [overlaps(a, b) for a, b in zip(source_spans, target_spans, strict=True)], target_ids
 
 
-def aligned_embeddings(
-    sender: Agent, receiver: Agent, texts: Sequence[str], length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the receiver would read in place of each of the sender's first ``length`` tokens.
+class Counterparts:
+    """What a receiver reads in place of a sender's tokens; of each text, found once.
 
-    Returns:
-        Mean embeddings ``[n, d]`` (fp32 at least) of those tokens that have a counterpart, in order of text and token,
-        and the mask bool ``[texts, length]`` that says which these are; both on the receiver's device.
+    Args:
+        sender: who says the texts.
+        receiver: whose tokens stand for the sender's.
     """
-    groups, ids = aligned_tokens(sender.tokenizer, receiver.tokenizer, texts)
-    found = torch.zeros(len(texts), length, dtype=torch.bool)
-    flat_ids: list[int] = []
-    owners: list[int] = []
-    count = 0
-    for row, (tokens, receiver_ids) in enumerate(zip(groups, ids, strict=True)):
-        for column, members in enumerate(tokens[:length]):
-            if members:
-                found[row, column] = True
-                flat_ids += [receiver_ids[member] for member in members]
-                owners += [count] * len(members)
-                count += 1
-    embeds = receiver.embed(torch.tensor([flat_ids], dtype=torch.long, device=receiver.device))[0]
-    embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
-    index = torch.tensor(owners, dtype=torch.long, device=receiver.device)
-    total = embeds.new_zeros(count, embeds.shape[-1]).index_add_(0, index, embeds)
-    return total / torch.bincount(index, minlength=count)[:, None], found.to(receiver.device)
+
+    def __init__(self, sender: Agent, receiver: Agent) -> None:
+        self._sender, self._receiver = sender, receiver
+        self._known: dict[str, tuple[array[int], array[int]]] = {}
+
+    def embeddings(self, texts: Sequence[str], lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the receiver would read in place of each of the first tokens of each text.
+
+        Args:
+            texts: of the sender.
+            lengths: tokens of each that count, n in all; an end of message may be among them.
+
+        Returns:
+            Mean embeddings ``[found, d]`` (fp32 at least) of those tokens that have a counterpart, in order of text and
+            token, and the mask bool ``[n]`` that says which these are; both on the receiver's device.
+        """
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if unknown:
+            groups, ids = aligned_tokens(self._sender.tokenizer, self._receiver.tokenizer, unknown)
+            for text, tokens, receiver_ids in zip(unknown, groups, ids, strict=True):
+                flat = array("i", [receiver_ids[member] for members in tokens for member in members])
+                self._known[text] = array("i", map(len, tokens)), flat
+        sizes: list[int] = []
+        members: list[int] = []
+        for text, length in zip(texts, lengths, strict=True):
+            counts, flat = self._known[text]
+            kept = counts[:length].tolist()
+            sizes += kept + [0] * (length - len(kept))
+            members += flat[: sum(kept)]
+        receiver = self._receiver
+        size = torch.tensor(sizes, dtype=torch.long, device=receiver.device)
+        found = size > 0
+        owners = torch.repeat_interleave(size[found])
+        embeds = receiver.embed(torch.tensor([members], dtype=torch.long, device=receiver.device))[0]
+        embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+        total = embeds.new_zeros(int(found.sum()), embeds.shape[-1]).index_add_(0, owners, embeds)
+        return total / size[found][:, None], found
 
 
 def warmup_loss(
@@ -115,14 +140,36 @@ def warmup_loss(
 
     End-of-message tokens and others without a counterpart do not count; a batch without any gives zero.
     """
-    speech = forced_with_gold(system, edge[0], rows, round, max_tokens=max_tokens)
-    sender, receiver = (system.agents[role] for role in edge)
-    with torch.no_grad():
-        texts = target_texts(rows, edge[0], round)
-        target, found = aligned_embeddings(sender, receiver, texts, speech.ids.shape[1])
-        latents = run_link(system.inner_links[edge[0]], speech.hidden[found.to(speech.hidden.device)])
-    pred = run_link(system.outer_links[edge], latents.to(receiver.device))
+    said = utterances(system, edge[0], rows, round, max_tokens=max_tokens)
+    pairs = speak(system.agents[edge[0]], said)
+    counterparts = Counterparts(system.agents[edge[0]], system.agents[edge[1]])
+    return warmup_alignment(counterparts, system, edge, pairs, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+def warmup_alignment(
+    counterparts: Counterparts,
+    system: System,
+    edge: Edge,
+    pairs: Pairs,
+    *,
+    cosine_weight: float = 1.0,
+    mse_weight: float = 0.0,
+) -> torch.Tensor:
+    """The loss above over pairs of the edge's sender, a scalar."""
+    latents, target = _examples(counterparts, system, edge, pairs)
+    pred = run_link(system.outer_links[edge], latents)
     return alignment_loss(pred, target, cosine_weight=cosine_weight, mse_weight=mse_weight)
+
+
+@torch.no_grad()
+def _examples(
+    counterparts: Counterparts, system: System, edge: Edge, pairs: Pairs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sender's latents where a token has a counterpart, and its embeddings, on the receiver's device."""
+    sender, receiver = (system.agents[role] for role in edge)
+    target, found = counterparts.embeddings(pairs.texts, pairs.lengths)
+    hidden = pairs.hidden[found.to(pairs.hidden.device)].to(sender.device)
+    return run_link(system.inner_links[edge[0]], hidden).to(receiver.device), target
 
 
 def train_warmup(
@@ -131,22 +178,30 @@ def train_warmup(
     config: WarmupConfig | None = None,
     *,
     edges: Sequence[Edge] | None = None,
+    validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
+    cache: Cache | None = None,
     resume: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
 ) -> dict[Edge, TrainingResult]:
     """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
 
     Args:
         system: whose agents and links these are; inner links trained before.
-        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry the senders' targets.
+        rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry the senders' targets,
+            or any text (`recmas.training.data`).
         config: settings; None takes the defaults.
         edges: (source, target) pairs to train; None takes every outer link.
+        validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
+            links with the least.
         output: folder of logs and checkpoints, one folder ``warmup-<source>-<target>`` each; None keeps none.
+        cache: `PairCache`, or its folder, as for `train_inner`; all edges out of one agent share its pairs.
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per edge.
         on_step: called after every step with its record; a true answer ends that edge's run.
+        on_start: called once, when everything has been checked and nothing has been written.
 
     Returns:
         What each edge's run did.
@@ -159,15 +214,24 @@ def train_warmup(
         if edge not in system.outer_links:
             known = ", ".join(map(edge_name, system.outer_links)) or "none at all"
             raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
+        for role in edge:
+            check_offsets(system.agents[role].tokenizer)
+    counterparts = {edge: Counterparts(system.agents[edge[0]], system.agents[edge[1]]) for edge in chosen}
     return train_apart(
         system,
         {edge: system.outer_links[edge] for edge in chosen},
-        warmup_loss,
+        Stage(
+            "warmup",
+            lambda system, edge, pairs, **weights: warmup_alignment(counterparts[edge], system, edge, pairs, **weights),
+            lambda system, edge, pairs: _examples(counterparts[edge], system, edge, pairs),
+        ),
         rows,
         config or WarmupConfig(),
-        stage="warmup",
+        validation=validation,
         output=output,
+        cache=cache,
         resume=resume,
         progress=progress,
         on_step=on_step,
+        on_start=on_start,
     )

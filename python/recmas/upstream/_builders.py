@@ -1,4 +1,4 @@
-"""Run as a program, apart from this one: imports prompt builders of a clone, calls them, writes their texts as JSON.
+"""Run as a program, in a sandbox: imports prompt builders of a clone, calls them, writes their texts as JSON.
 
 Reads ``{"folder", "calls": [{"module", "name", "arguments"}]}`` from standard input. A call is of a function, or of a
 constant when ``arguments`` is null; an argument ``args`` becomes an object with these attributes. Writes ``{"texts"}``

@@ -1,15 +1,13 @@
 """Prompt templates from the user's own clone of the reference implementation.
 
-Its prompt builders are called, in a process of their own, with a sentinel for the question; what they return is
-translated into a template: the sentinel becomes ``{{question}}``, their slot strings become ``{{from:role}}``.
+Its prompt builders are called, in a sandbox, with a sentinel for the question; what they return is translated into a
+template: the sentinel becomes ``{{question}}``, their slot strings become ``{{from:role}}``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +15,15 @@ from typing import Any
 
 from recmas.config.system_json import PromptSpec
 from recmas.prompts.template import Slot, Template
+from recmas.sandbox import Limits, choose, run
 from recmas.upstream.styles import Family
 
 CODE_FORMS = ("complete", "function")
 FUNCTION_FIELD = "fn_name"
 _MODULE_PLACES = ("inference", ".")  # of prompts.py in a clone, newest layout first
-_TIMEOUT_SECONDS = 300
+_WORKER = Path(__file__).with_name("_builders.py")
+_LIMITS = Limits(seconds=300.0, memory=8 << 30, output=4 << 20)  # memory: a clone's modules may load torch
+_MOST_TOLD = 500  # characters of an error of the clone's
 _FUNCTION_SENTINEL = "recmas_sentinel_function"
 _ROUND_NUMBER = re.compile(r"\bround\s+\d+\b", re.IGNORECASE)
 
@@ -53,32 +54,42 @@ class ClonePrompts:
 
 
 def read_prompts(
-    clone: Path, family: Family, task: str, *, code_form: str = "complete", reference_quirks: bool = False
+    clone: Path,
+    family: Family,
+    task: str,
+    *,
+    code_form: str = "complete",
+    reference_quirks: bool = False,
+    sandbox: str | None = None,
 ) -> ClonePrompts:
     """Templates of every role of `family`, translated from the clone's builders.
 
     Args:
-        clone: root of the clone; it is imported from and never written to.
+        clone: root of the clone; its code is run and its files are never written to.
         family: whose prompts.
         task: "math", "code" or "choice".
         code_form: on code, "complete" (a program that reads and prints) or "function" (rows have a field fn_name).
         reference_quirks: keep a round number that stands fixed in later rounds' prompts, the mathematical feedback
             prompt on code tasks, and the answer format the released runner uses for GPQA.
+        sandbox: "bubblewrap", "landlock", or "none": its code can then do whatever this user can. By default the first
+            of the two that works here.
 
     Raises:
-        ValueError: no clone, a module, function or slot it lacks, or a prompt that no template can express.
+        ValueError: no clone, no sandbox, a module, function or slot it lacks, or a prompt that no template can express.
     """
     folder = _module_folder(clone)
+    sandbox = choose(sandbox)
     recipes = _recipes(family, task, code_form, reference_quirks)
     questions = [_sentinel(number, task) for number in (1, 2)]
-    system, slot_text, asked = _constants(folder, family, task, recipes, questions)
+    system, slot_text, asked = _constants(folder, family, task, recipes, questions, sandbox)
     wanted = [
         (role, place, builder)
         for role, recipe in recipes.items()
         for place, builder in (("first", recipe.first), ("later", recipe.later))
         if builder is not None
     ]
-    texts = _run(folder, [_call(of.name, {"question": text, **of.arguments}) for text in asked for *_, of in wanted])
+    calls = [_call(of.name, {"question": text, **of.arguments}) for text in asked for *_, of in wanted]
+    texts = _run(folder, calls, sandbox)
     prompts = {role: PromptSpec() for role in recipes}
     for (role, place, builder), text, other in zip(wanted, texts[: len(wanted)], texts[len(wanted) :], strict=True):
         fixed_round = place == "later" and recipes[role].first is not None and not reference_quirks
@@ -93,7 +104,7 @@ def read_prompts(
 
 
 def _constants(
-    folder: Path, family: Family, task: str, recipes: Mapping[str, _Recipe], questions: list[str]
+    folder: Path, family: Family, task: str, recipes: Mapping[str, _Recipe], questions: list[str], sandbox: str
 ) -> tuple[str, dict[str, str], list[str]]:
     """The system message, the slot strings by name, and the questions as the reference's data loader gives them."""
     builders = [builder for recipe in recipes.values() for builder in (recipe.first, recipe.later) if builder]
@@ -106,7 +117,7 @@ def _constants(
     calls.append(
         _call("get_system_prompt", {"mas_design": "deliberation"}) if deliberates else _call("SYSTEM_PROMPT", None)
     )
-    *texts, system = _run(folder, calls)
+    *texts, system = _run(folder, calls, sandbox)
     return system, dict(zip(slots, texts[: len(slots)], strict=True)), texts[len(slots) :] or questions
 
 
@@ -213,27 +224,25 @@ def _module_folder(clone: Path) -> Path:
     raise ValueError(f"code: {clone} holds neither inference/prompts.py nor prompts.py; is it a clone of the code?")
 
 
-def _run(folder: Path, calls: list[dict[str, Any]]) -> list[str]:
+def _run(folder: Path, calls: list[dict[str, Any]], sandbox: str) -> list[str]:
     """The texts of `calls`, from an isolated interpreter that leaves no files in the clone."""
-    worker = Path(__file__).with_name("_builders.py")
-    request = json.dumps({"folder": str(folder), "calls": calls})
+    request = json.dumps({"folder": str(folder), "calls": calls}).encode()
+    done = run(_WORKER, request, sandbox, _LIMITS, more=[folder])
+    if done.stopped is not None:
+        raise ValueError(f"{folder}: its prompt builders were stopped {done.stopped}")
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-B", str(worker)],
-            input=request,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{folder}: its prompt builders did not return within {_TIMEOUT_SECONDS} s") from None
-    try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ValueError(f"{folder}: its prompt builders ended with status {done.returncode}: {last}") from None
-    if "error" in answer:
-        raise ValueError(f"{folder}: {' '.join(answer['error'].split())}")
-    return list(answer["texts"])
+        answer = json.loads(done.output)
+        error, texts = answer.get("error"), answer.get("texts")
+    except (ValueError, AttributeError, RecursionError):
+        last = (done.errors.decode("utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"{folder}: its prompt builders ended with status {done.status}: {_told(last)}") from None
+    if error is not None:
+        raise ValueError(f"{folder}: {_told(str(error))}")
+    if not isinstance(texts, list) or len(texts) != len(calls) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{folder}: its prompt builders did not give {len(calls)} texts")
+    return texts
+
+
+def _told(text: str) -> str:
+    """What the clone said as one line of bounded length, without what would steer a terminal."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:_MOST_TOLD]

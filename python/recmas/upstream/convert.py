@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from recmas.config.parts import checksums
 from recmas.config.pattern import Edge
 from recmas.config.system_json import AgentSpec, Decoding, Defaults, SystemSpec, edge_name, write_spec
+from recmas.files import replacing_folder
 from recmas.prompts.template import Template
 from recmas.upstream import weights as files
 from recmas.upstream.clone import CODE_FORMS, ClonePrompts, read_prompts
@@ -28,14 +29,14 @@ def convert_upstream(
     task: str = "math",
     code_form: str = "complete",
     reference_quirks: bool = False,
+    sandbox: str | None = None,
 ) -> SystemSpec:
     """Write the system of one released style into `out`: ``system.json`` and ``links/``; models are linked, not copied.
 
     Rounds, latent steps and sampling are those the reference implementation recommends for the style and task.
 
     Args:
-        code: the user's clone of the reference implementation; its prompt builders are imported from there and called
-            in a process of their own.
+        code: the user's clone of the reference implementation; its prompt builders are run, in a sandbox.
         style: one of `styles.STYLES`.
         out: folder to make; may exist if empty.
         weights: holds a folder per repository, under the repository's name or the role's; None takes the hub's.
@@ -44,6 +45,7 @@ def convert_upstream(
             (choice uses those of math).
         code_form: on code, "complete" programs or a "function" (rows then carry its name in the field fn_name).
         reference_quirks: keep oddities of the reference's prompts; see `clone.read_prompts`.
+        sandbox: in which the clone's code runs; see `clone.read_prompts`.
 
     Returns:
         What ``system.json`` says.
@@ -58,7 +60,12 @@ def convert_upstream(
         raise ValueError(f"code_form: {code_form!r} is not one of {', '.join(CODE_FORMS)}")
     place = new_folder(out)
     prompts = read_prompts(
-        Path(code).expanduser(), chosen.family, task, code_form=code_form, reference_quirks=reference_quirks
+        Path(code).expanduser(),
+        chosen.family,
+        task,
+        code_form=code_form,
+        reference_quirks=reference_quirks,
+        sandbox=sandbox,
     )
     places = files.find_places(chosen, None if weights is None else Path(weights).expanduser(), overrides or {})
     widths = {role: files.model_width(role, places[role]) for role in chosen.family.pattern.roles}
@@ -71,15 +78,13 @@ def convert_upstream(
         if role in senders
     }
     spec = _spec(chosen, task, places, prompts, inner, outer)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        fresh = Path(temporary, "system")
+    with replacing_folder(place) as fresh:
         for role, link in inner.items():
             link.save_pretrained(fresh / str(spec.agents[role].inner_link))
         for edge, link in outer.items():
             link.save_pretrained(fresh / spec.outer_links[edge])
+        spec.sha256 = checksums(fresh, [path.relative_to(fresh).as_posix() for path in fresh.glob("links/*")])
         write_spec(fresh, spec)
-        os.replace(fresh, place)
     return spec
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recmas.config.parts import Trust, model_source, part
 from recmas.config.pattern import Edge
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec
-from recmas.files import replacing, write_atomically
+from recmas.files import replacing, replacing_folder, write_atomically
 from recmas.upstream.convert import Folder, new_folder, read_link
 from recmas.upstream.styles import FAMILIES, OUTER, Family
 from recmas.upstream.weights import (
@@ -51,20 +50,22 @@ def link_to_safetensors(source: Folder, folder: Folder, *, adapter_type: str | N
     if adapter_type is None and path.name.startswith("adapter"):
         adapter_type = named_type(path.parent)
     link = read_link(path, adapter_type, "source")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        fresh = Path(temporary, "link")
+    with replacing_folder(place) as fresh:
         link.save_pretrained(fresh)
-        os.replace(fresh, place)
     return link.config
 
 
-def to_pt(source: Folder, out: Folder) -> list[Path]:
+def to_pt(source: Folder, out: Folder, *, allow_outside: bool = False) -> list[Path]:
     """Write a link or a system of ours in the files that the reference implementation loads.
 
     A link folder becomes one state dict ``out``, which must end in ``.pt``. A system becomes a folder ``out`` with a
     folder per role (``adapter.pt``, ``adapter_config.json`` and, where the model is local, symbolic links to its files)
     and ``outer/`` with its links, ``outerlink_config.json`` and ``outer_adapter_config.json``.
+
+    Args:
+        source: folder of a link or of a system.
+        out: file or folder to make.
+        allow_outside: models and links may be in other folders than the system's.
 
     Returns:
         What was written: the state dicts.
@@ -75,7 +76,7 @@ def to_pt(source: Folder, out: Folder) -> list[Path]:
     """
     folder, place = Path(source).expanduser(), new_folder(out)
     if (folder / FILE_NAME).is_file():
-        return _system_to_pt(folder, place)
+        return _system_to_pt(folder, place, Trust(allow_outside, hub=True))  # of the hub nothing is asked
     if not (folder / _LINK_CONFIG).is_file():
         raise ValueError(f"source: {folder} is neither a system (no {FILE_NAME}) nor a link (no {_LINK_CONFIG})")
     if place.suffix != ".pt" or place.is_dir():
@@ -111,19 +112,25 @@ def adapter_type(config: LinkConfig, where: str) -> str:
     return "_".join([*parts, "adapter"])
 
 
-def _system_to_pt(folder: Path, place: Path) -> list[Path]:
+def _system_to_pt(folder: Path, place: Path, trust: Trust) -> list[Path]:
     spec = read_spec(folder)
     family = _family(folder, spec)
-    inner = {role: _own_link(folder / agent.inner_link) for role, agent in spec.agents.items() if agent.inner_link}
-    outer = {edge: _own_link(folder / path) for edge, path in spec.outer_links.items()}
+    inner = {
+        role: _own_link(part(folder, spec, agent.inner_link, f"inner link of {role!r}", trust))
+        for role, agent in spec.agents.items()
+        if agent.inner_link
+    }
+    outer = {
+        edge: _own_link(part(folder, spec, path, f"outer link {edge_name(edge)}", trust))
+        for edge, path in spec.outer_links.items()
+    }
+    models = {role: Path(model_source(folder, spec, role, trust)) for role in spec.agents}
     types: dict[str | Edge, str] = {role: adapter_type(link.config, role) for role, link in inner.items()}
     types.update({edge: adapter_type(link.config, edge_name(edge)) for edge, link in outer.items()})
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        fresh = Path(temporary, "system")
-        for role, agent in spec.agents.items():
+    with replacing_folder(place) as fresh:
+        for role, model in models.items():
             (fresh / role).mkdir(parents=True)
-            _link_model(folder / agent.model, fresh / role)
+            _link_model(model, fresh / role)
             if role in inner:
                 _save(inner[role], fresh / role / INNER_WEIGHTS)
                 _write_json(fresh / role / INNER_CONFIG, {"adapter_type": types[role]})
@@ -145,7 +152,6 @@ def _system_to_pt(folder: Path, place: Path) -> list[Path]:
         }
         _write_json(fresh / OUTER / OUTER_CONFIG, companion)
         written = [path.relative_to(fresh) for path in sorted(fresh.glob("*/*.pt")) if not path.is_symlink()]
-        os.replace(fresh, place)
     return [place / path for path in written]
 
 

@@ -2,8 +2,8 @@
 
 One file per kernel family: ``rows`` (LayerNorm and the residual), ``activation`` (GELU), ``small_hidden`` (the whole
 link in one kernel), ``matmul`` (products with epilogues: ``product`` by pointers, ``persistent`` by tensor
-descriptors, ``epilogue`` what they share), ``gradients`` (of the weights), ``alignment``, ``handoff``; ``link`` strings
-them together as ``plan`` says. Nothing is imported, compiled or tuned before the first call that needs it.
+descriptors, ``epilogue`` what they share), ``gradients`` (of the weights), ``alignment``, ``handoff``; ``link`` calls
+them in the order that ``plan`` chooses. Nothing is imported, compiled or tuned before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recmas_kernels.backends import Call
+from recmas_kernels.backends.call import Call
 
 OLDEST_TRITON = (3, 5)
 OLDEST_CAPABILITY = (8, 0)
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def unavailable() -> str | None:
-    """Why no tensor can be served on this machine; None if it can. Asked once, then remembered."""
+    """Why no tensor can be served on this machine; None if it can. Found out once, then remembered."""
     try:
         import triton
     except ImportError as error:

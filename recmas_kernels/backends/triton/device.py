@@ -21,8 +21,8 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 class launching:
     """Around every launch of an op: makes the tensor's device current and words what Triton reports of a failure.
 
-    Triton launches on the current device, whatever the tensors are on; and it names neither op nor sizes. A kernel
-    cannot be loaded while a CUDA graph is being recorded: the first call of its kind must come before that.
+    Triton launches on the current device, not on that of the tensors, and its errors name neither op nor sizes. A
+    kernel cannot be loaded while a CUDA graph is being recorded: the first call of its kind must come before that.
     """
 
     def __init__(self, op: str, tensor: torch.Tensor) -> None:

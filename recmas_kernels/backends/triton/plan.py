@@ -161,7 +161,7 @@ def no_copy_engine(device: torch.device, dtype: torch.dtype) -> str | None:
         return "ROCm has no tensor descriptors"
     capability = _capability(device)
     if capability < (9, 0):
-        return f"sm_{capability[0]}{capability[1]} has no tensor descriptors; sm_90 brought them"
+        return f"sm_{capability[0]}{capability[1]} has no tensor descriptors; sm_90 is the first with them"
     if not _roomy(device):
         return f"a program has {_shared_memory(device) // 1024} KB of shared memory, its tiles take 200"
     return None

@@ -2,7 +2,7 @@
 
 For a block of tokens the first product accumulates the hidden tile in registers, GELU turns it into the operand of the
 second, whose result takes the residual and, with an output norm, is normalised after a second look at rows that this
-program has just written. From memory x is read once and y written once, whatever the norms: the second and third looks
+program has just written. From memory x is read once and y written once, with any norms: the second and third reads
 at a block of rows hit the L2 cache. So the kernel is bound by bytes where the separate products and passes would move
 three to five times as many. Both weights are read once per block of tokens, out of L2: that traffic, tokens / block *
 (in + out) * hidden elements, is what limits it for hidden widths above 256.
@@ -43,7 +43,7 @@ def _forward(
     co,  # [out] or None
     y,  # [T, out] contiguous
     pre,  # [T, hidden] contiguous, or None
-    z,  # [T, out] contiguous: the output norm's input; y itself where nobody needs it afterwards
+    z,  # [T, out] contiguous: the output norm's input; y itself where it is not needed afterwards
     stats,  # float32 [4, T]: mean_in, rstd_in, mean_out, rstd_out
     tokens,
     in_features,

@@ -1,4 +1,4 @@
-"""Answers of the tuner: kept in memory and, per device name and source fingerprint, in a file.
+"""The tuner's results: kept in memory and, per device name and source fingerprint, in a file.
 
 Nothing is ever timed unless RECMAS_TUNE=1; without it the tables of `plan` hold, and a file written by an earlier
 tuned run on the same kind of device, from the same sources, is followed.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from recmas_kernels.backends import settings
 from recmas_kernels.files import replace_file
 
 Option = TypeVar("Option")
@@ -27,7 +27,7 @@ _recalled: dict[tuple[object, ...], str | None] = {}  # spares a call the wordin
 
 def wanted(device: torch.device) -> bool:
     """Whether this call may be timed: RECMAS_TUNE=1, on a GPU, and not while a CUDA graph records it."""
-    if os.environ.get("RECMAS_TUNE") != "1" or device.type != "cuda":
+    if not settings.tunes() or device.type != "cuda":
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -50,10 +50,8 @@ def fingerprint() -> str:
 
 def path(name: str) -> Path:
     """Where the answers for devices called ``name`` are kept."""
-    root = os.environ.get("RECMAS_TUNE_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "recmas_kernels"
     safe = "".join(c if c.isalnum() else "-" for c in name)
-    return folder / f"{safe}-{fingerprint()}.json"
+    return settings.tune_folder() / f"{safe}-{fingerprint()}.json"
 
 
 def _load(where: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from recmas_kernels.backends.triton import alignment, handoff, link, plan, tuning  # noqa: E402
+from recmas_kernels.reference import LinkArguments  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}  # bytes that one program may use: 163, 99 and 227 KB
 # Registers per thread. A product may use all 255 of a thread; the passes must leave room for several programs per SM.
@@ -147,9 +148,9 @@ def call_link(monkeypatch, variant, tokens, in_features, hidden, out_features, r
     w1, w2 = meta(hidden, in_features, dtype=dtype), meta(out_features, hidden, dtype=dtype)
     norms = [vector(in_features)] * 2 + [vector(out_features)] * 2 if norm else [None] * 4
     weights = (w1, vector(hidden), w2, vector(out_features), w3, vector(out_features) if linear else None, *norms)
-    settings = (residual, "none", 1e-5, dtype)
-    y, pre, z, stats = link.link_fwd_train(x, *weights, *settings)
-    link.link_bwd(torch.empty_like(y), x, pre, z, stats, *weights, *settings, [True] * 11)
+    arguments = LinkArguments(x, *weights, residual, "none", 1e-5, dtype)
+    y, pre, z, stats = link.link_fwd_train(arguments)
+    link.link_bwd(arguments, torch.empty_like(y), pre, z, stats, [True] * 11)
 
 
 PASSES = {"_normalise", "_normalise_backward"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recmas_kernels import LinkConfig, alignment_loss, use_backend
-from tests.kernels.helpers import LOW_PRECISION, check_budget, check_link, configs, make_link, make_rows, name_of, run
+from recmas_kernels.testing import LOW_PRECISION, check_budget, check_link, configs, make_link, make_rows, name_of, run
 
 pytestmark = [
     pytest.mark.gpu,

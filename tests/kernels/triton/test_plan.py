@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 
-from recmas_kernels import backends
+from recmas_kernels import explain, use_backend
+from recmas_kernels.backends import choice
 from recmas_kernels.backends import triton as backend
-from tests.kernels.helpers import configs, make_link, make_rows
+from recmas_kernels.backends.call import Call
+from recmas_kernels.testing import configs, make_link, make_rows
 
 triton = pytest.importorskip("triton")
 
@@ -87,18 +89,18 @@ def test_a_tuned_answer_is_named(monkeypatch):
 
 
 def test_explain_shows_the_variants_of_the_backend_that_serves(monkeypatch):
-    monkeypatch.setitem(backends.ORDER, "cpu", ("triton", "reference"))
+    monkeypatch.setitem(choice.ORDER, "cpu", ("triton", "reference"))
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     outer = make_link(configs()["outer"])
-    text = backends.explain(outer, make_rows(3, 40))
+    text = explain(outer, make_rows(3, 40))
     assert text.splitlines()[:3] == [
         "link_fwd_train cpu float32 3 x 40 -> 46 -> 23:",
         "  triton: serves this call",
         "    library: the default",
     ]
     assert "    small: a W3 is a large product of its own" in text
-    with backends.use_backend("reference"):
-        assert "library" not in backends.explain(outer, make_rows(3, 40))
+    with use_backend("reference"):
+        assert "library" not in explain(outer, make_rows(3, 40))
 
 
 def test_wide_tiles_where_they_fill_the_device():
@@ -154,7 +156,7 @@ def test_persistent_tiles_are_no_default():
     ],
 )
 def test_declines_name_the_reason(change, reason):
-    call = backends.Call("link_fwd", "cuda", torch.bfloat16, 64, 2048, 2048, 2048, training=False)
+    call = Call("link_fwd", "cuda", torch.bfloat16, 64, 2048, 2048, 2048, training=False)
     found = backend.declines(call._replace(**change))
     assert found is None if reason is None else reason in found
 

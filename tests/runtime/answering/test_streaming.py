@@ -154,7 +154,7 @@ def test_command_line(mas, tmp_path, monkeypatch, capsys):
     command = ["run", "system", "--questions", "rows.jsonl", "--max-new-tokens", "6", "--temperature", "0.9"]
     assert main(command) == 0
     plain = capsys.readouterr().out
-    assert main([*command, "--stream", "--tools", "python", "--output", "answers.jsonl"]) == 0
+    assert main([*command, "--stream", "--tools", "python", "--unsafe", "--output", "answers.jsonl"]) == 0
     streamed = capsys.readouterr().out
     assert streamed.rpartition(" s\n")[0].rsplit(",", 1)[0] == plain.rpartition(" s\n")[0].rsplit(",", 1)[0]
     assert '"question": "fox"' in (tmp_path / "answers.jsonl").read_text().splitlines()[1]

@@ -14,7 +14,7 @@ from recmas.answering import batching
 from recmas.cli import main
 from recmas.devices.offload import Offloader
 from recmas.evaluation.baselines import looped_model, single_agent
-from recmas.evaluation.sweep import sweep
+from recmas.evaluation.sweeps import sweep
 from recmas.sizing.report import memory_table
 from recmas.training import InnerConfig, train_inner
 from tests.runtime.devices.test_placement import same

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
+from recmas.engine.abilities import missing
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket, unfit
 from recmas.engine.latent_rollout import BUCKETS, MOVES, Rollouts
 from recmas.engine.messages import Latents, Prompt
@@ -21,7 +22,7 @@ from recmas.engine.prefill import begin
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
-from tests.runtime.engine.test_latent_rollout import relative_error, uncached
+from tests.runtime.engine.plain_rollout import check_rollout, relative_error
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
 
 STEPS = 8
@@ -44,7 +45,7 @@ def test_fixed_shapes_give_the_uncached_rollout(agent, lengths):
     assert states.shape == (len(rows), STEPS, agent.hidden_size)
     assert len(agent.rollouts._buckets) == 1
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def test_batches_of_one_bucket_share_its_buffers_and_nothing_else(agent):
         batch, rows = prompts(agent, lengths, seed=len(addresses))
         states = agent.think(batch, STEPS, link).states
         for index, embeds in enumerate(rows):
-            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+            check_rollout(states[index], agent, embeds, STEPS, link)
         (held,) = agent.rollouts._buckets.values()
         addresses.append([buffer.data_ptr() for buffer in buffers(held.continuation)])
     assert all(found == addresses[0] for found in addresses)
@@ -128,8 +129,7 @@ def test_fixed_shapes_continue_a_reused_prefix(agent):
         prefill = prefixes.prefill("a", (lambda: heads) if round < 2 else None)
         states = agent.think(prompt, STEPS, link, prefill=prefill).states
         for row in range(2):
-            alone = uncached(agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], STEPS, link)
-            assert relative_error(states[row], alone) < 1e-5
+            check_rollout(states[row], agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], STEPS, link)
     assert prefixes.last.computed < prefixes.last.positions
 
 
@@ -142,7 +142,7 @@ def test_eager_attention_reads_the_same_masks(family):
     batch, rows = prompts(agent, (9, 3, 7))
     states = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 def test_buckets_are_a_little_larger():
@@ -167,23 +167,41 @@ def test_few_buckets_are_kept():
 
 
 def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
-    config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    distances = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
-    distances.rollouts = Rollouts(fixed_shapes=True)
+    absolute = Agent(
+        AutoModelForCausalLM.from_config(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)).float(),
+        tiny_tokenizer(),
+        name="x",
+    )
+    absolute.rollouts = Rollouts(fixed_shapes=True)
+    assert "without fixed shapes" in missing(absolute.decoder, "fixed shapes")
     llama = fixed(tiny_agent("llama"))
     batch, _ = prompts(llama, (4, 2))
     with torch.no_grad():
-        link = tiny_link(distances)
-        states = distances.think(prompts(distances, (4, 2))[0], 3, link).states
+        link = tiny_link(absolute)
+        states = absolute.think(prompts(absolute, (4, 2))[0], 3, link).states
         assert states.shape == (2, 3, 32)
-        assert not distances.rollouts._buckets
-        assert "bloom model without fixed shapes: " in unfit(begin(distances.decoder, batch.mask, 3, None))
+        assert not absolute.rollouts._buckets
+        assert "bloom model without fixed shapes: " in unfit(begin(absolute.decoder, batch.mask, 3, None))
         llama.think(batch, 3, tiny_link(llama))
         assert llama.rollouts.reason == "graphs are captured on CUDA; this is cpu"
         assert len(llama.rollouts._buckets) == 1
     kept = fixed(tiny_agent("llama"))
     assert kept.think(batch, 3, tiny_link(kept)).states.requires_grad
     assert not kept.rollouts._buckets
+
+
+@torch.no_grad()
+def test_positions_that_are_learned_run_at_fixed_shapes():
+    """As their proof says: no list of models decides."""
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
+    agent = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
+    agent.rollouts = Rollouts(fixed_shapes=True)
+    batch, rows = prompts(agent, (4, 2))
+    link = tiny_link(agent)
+    states = agent.think(batch, 3, link).states
+    assert agent.rollouts._buckets
+    for state, embeds in zip(states, rows, strict=True):
+        check_rollout(state, agent, embeds, 3, link)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text"])
@@ -198,7 +216,7 @@ def test_one_step_is_compiled_for_all_steps_and_batches_of_a_bucket(family, monk
         batch, rows = prompts(agent, lengths)
         states = agent.think(batch, STEPS, link).states
         for index, embeds in enumerate(rows):
-            assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+            check_rollout(states[index], agent, embeds, STEPS, link)
     assert counters["stats"]["unique_graphs"] == 1
     agent.think(prompts(agent, (80,))[0], STEPS, link)
     assert counters["stats"]["unique_graphs"] == 2
@@ -228,7 +246,7 @@ def test_the_compiled_step_gives_the_same_numbers():
     batch, rows = prompts(agent, (9, 3, 7))
     states = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 def test_a_system_compiles_the_agents_it_loads(tmp_path):

@@ -9,24 +9,11 @@ from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.engine.messages import Prompt
-from tests.runtime.tiny import prompts, tiny_agent, tiny_link
+from tests.runtime.engine.plain_rollout import check_rollout, relative_error, uncached
+from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_tokenizer
 
 STEPS = 8
 LENGTHS = {"even": (9, 9, 9), "padded": (9, 3, 7)}
-
-
-def uncached(agent: Agent, embeds: torch.Tensor, steps: int, link: torch.nn.Module) -> torch.Tensor:
-    """The rollout of one row, written plainly: the whole sequence anew for every step, no cache, no mask."""
-    states = []
-    for _ in range(steps):
-        hidden = agent.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
-        states.append(link(hidden))
-        embeds = torch.cat([embeds, states[-1][:, None]], dim=1)
-    return torch.cat(states)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -37,7 +24,7 @@ def test_cached_rollout_equals_the_uncached_one_row_by_row(agent, lengths):
     states = agent.think(batch, STEPS, link).states
     assert states.shape == (len(rows), STEPS, agent.hidden_size)
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, STEPS, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -47,7 +34,8 @@ def test_ragged_batch_equals_each_row_alone(agent):
     together = agent.think(batch, STEPS, link).states
     for index, embeds in enumerate(rows):
         alone = agent.think(Prompt(embeds, torch.ones(1, embeds.shape[1], dtype=torch.int64)), STEPS, link).states
-        assert relative_error(together[index], alone[0]) < 1e-5
+        check_rollout(together[index], agent, embeds, STEPS, link)
+        check_rollout(alone[0], agent, embeds, STEPS, link)
 
 
 @torch.no_grad()
@@ -66,7 +54,7 @@ def test_rollout_passes_the_sliding_window():
     batch, rows = prompts(agent, (13, 3))
     states = agent.think(batch, 12, link).states
     for index, embeds in enumerate(rows):
-        assert relative_error(states[index], uncached(agent, embeds, 12, link)) < 1e-5
+        check_rollout(states[index], agent, embeds, 12, link)
 
 
 def test_rollout_runs_neither_head_nor_hidden_state_lists(agent):
@@ -150,6 +138,16 @@ def test_context_overflow_is_told_before_the_model_runs():
     batch, _ = prompts(agent, (250,))
     with pytest.raises(ValueError, match="agent 'planner'.*250 positions and 9 latent steps.*context of 256"):
         agent.think(batch, 10, tiny_link(agent))
+
+
+@torch.no_grad()
+def test_logits_of_an_unknown_kind_of_model_are_its_own():
+    model = tiny_agent("granite").model
+    model.config.model_type = "martian"
+    agent, ids = Agent(model, tiny_tokenizer(), name="x"), torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    assert relative_error(agent.logits(agent.decoder(ids).last_hidden_state), expected) < 1e-6
+    assert relative_error(model.lm_head(agent.decoder(ids).last_hidden_state), expected) > 0.1  # it scales them
 
 
 def test_a_prompt_that_a_later_agent_cannot_read_is_told_before_any_model_runs(monkeypatch):

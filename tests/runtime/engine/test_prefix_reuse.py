@@ -14,7 +14,7 @@ from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefix_reuse import SHARED_POSITIONS, PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
-from tests.runtime.engine.test_latent_rollout import relative_error, uncached
+from tests.runtime.engine.plain_rollout import check_rollout, relative_error
 from tests.runtime.families.matrix import tiny
 from tests.runtime.tiny import VOCABULARY, tiny_agent, tiny_link, tiny_tokenizer
 
@@ -37,8 +37,9 @@ def spliced(agent, segments, seed: int) -> Prompt:
     return assemble(agent.embed, segments, latents, links, pad_id=agent.pad_id, device="cpu")
 
 
-def alone(agent, prompt: Prompt, row: int, link, steps: int) -> torch.Tensor:
-    return uncached(agent, prompt.embeds[row : row + 1, prompt.mask[row] == 1], steps, link)
+def row_of(prompt: Prompt, row: int) -> torch.Tensor:
+    """The row's own embeddings ``[1, T, d]``."""
+    return prompt.embeds[row : row + 1, prompt.mask[row] == 1]
 
 
 SHAPES = {
@@ -64,7 +65,7 @@ def test_rollouts_of_later_rounds_equal_uncached_ones(agent, before, after):
         prompt = spliced(agent, segments, seed=round)
         found = agent.think(prompt, STEPS, link, prefill=prefixes.prefill("a", (lambda: heads) if round < 2 else None))
         for row in range(len(heads)):
-            assert relative_error(found.states[row], alone(agent, prompt, row, link, STEPS)) < 1e-5
+            check_rollout(found.states[row], agent, row_of(prompt, row), STEPS, link)
         reused = prefixes.last.positions - prefixes.last.computed
         rest = STEPS + max(after)  # every row is fed as many
         totals = [head + STEPS + tail for head, tail in zip(before, after, strict=True)]
@@ -85,7 +86,7 @@ def test_a_first_prompt_serves_the_later_one_as_far_as_they_agree(agent):
         coming = (lambda: [[*head, 30] for head in heads]) if more else None
         found = agent.think(later, STEPS, link, prefill=prefixes.prefill("a", coming)).states
         for row in range(3):
-            assert relative_error(found[row], alone(agent, later, row, link, STEPS)) < 1e-5
+            check_rollout(found[row], agent, row_of(later, row), STEPS, link)
         agreeing = 12 + 5 + 9 + (3 if round == 3 else 0)
         assert prefixes.last.positions - prefixes.last.computed == agreeing
 
@@ -101,7 +102,7 @@ def test_rows_may_be_padded_otherwise_than_before(agent):
     later = spliced(agent, [[head, SLOT, [7] * more] for head, more in zip(heads, (2, 1, 3), strict=True)], seed=1)
     found = agent.think(later, STEPS, link, prefill=prefixes.prefill("a", None)).states
     for row in range(3):
-        assert relative_error(found[row], alone(agent, later, row, link, STEPS)) < 1e-5
+        check_rollout(found[row], agent, row_of(later, row), STEPS, link)
     reused = prefixes.last.positions - prefixes.last.computed
     assert reused == (0 if agent.decoder.config.model_type == "qwen3_5_text" else 11 + 3 + 9)
 
@@ -115,7 +116,7 @@ def test_a_single_column_with_padding_is_not_fed_to_a_recurrent_model():
         prompt.embeds = torch.where(prompt.mask[..., None] == 1, prompt.embeds, 7.0)
         found = agent.think(prompt, STEPS, link, prefill=prefixes.prefill("a", lambda: heads)).states
         for row in range(2):
-            assert relative_error(found[row], alone(agent, prompt, row, link, STEPS)) < 1e-5
+            check_rollout(found[row], agent, row_of(prompt, row), STEPS, link)
         assert prefixes.last.computed == prefixes.last.positions
 
 
@@ -130,7 +131,7 @@ def test_what_all_rows_begin_with_is_read_once(agent):
         )
         found = agent.think(prompt, STEPS, link, prefill=prefixes.prefill("a", None)).states
         for row in range(3):
-            assert relative_error(found[row], alone(agent, prompt, row, link, STEPS)) < 1e-5
+            check_rollout(found[row], agent, row_of(prompt, row), STEPS, link)
         ragged = len(set(lengths)) > 1
         pads = [max(lengths) - length for length in lengths]
         saved = 0 if recurrent and ragged else sum(70 - pad for pad in pads) - 70
@@ -262,7 +263,7 @@ def test_what_cannot_be_reused_says_why():
     with torch.no_grad():
         assert reason(agent, Prompt(prompt.embeds, prompt.mask)) == "the prompt's tokens are not known"
         assert reason(agent, prompt) == "no earlier prompt is held"
-        agent.decoder.config.rope_parameters.update(rope_type="longrope", original_max_position_embeddings=128)
+        agent.decoder.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 8}
         assert "depends on the length" in reason(agent, prompt)
         broken = Agent(tiny("jamba"), tiny_tokenizer(), name="x")
         assert "jamba model without several positions: " in reason(broken, prompt)
@@ -280,7 +281,7 @@ def test_a_recurrent_state_serves_its_own_cut_alone():
     found = agent.think(prompt, STEPS, link, prefill=prefixes.prefill("a", None)).states
     assert prefixes.last.reason == "no earlier prompt can be continued"
     for row in range(2):
-        assert relative_error(found[row], alone(agent, prompt, row, link, STEPS)) < 1e-5
+        check_rollout(found[row], agent, row_of(prompt, row), STEPS, link)
 
 
 @torch.no_grad()

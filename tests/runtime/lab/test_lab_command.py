@@ -100,7 +100,7 @@ def test_the_grid_as_text() -> None:
         ),
         (["questions", "q.jsonl", "--hops", "9"], "hops must be between 0 and 4, got 9"),
         (["questions", "q.jsonl", "--count", "0"], "--count: 0 is not positive"),
-        (["build", "."], ".: exists and is not a system; nothing was built"),
+        (["build", "."], ".: exists and is not a system; nothing was written"),
     ],
 )
 def test_what_cannot_be_is_one_line(

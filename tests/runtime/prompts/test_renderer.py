@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from recmas.prompts.renderer import PromptRenderer
@@ -143,7 +145,7 @@ def test_texts_fill_slots_and_the_others_stay():
 
 
 def test_a_chat_template_that_drops_or_repeats_a_slot_is_an_error():
-    drops = tiny_tokenizer("{{ messages[0].content[:3] }}")
+    drops = tiny_tokenizer("{{ messages[0].content | replace('recmas', '') }}")
     with pytest.raises(ValueError, match="agent 'x': slot {{from:planner}} occurs 0 times in the rendered prompt"):
         PromptRenderer(drops, chat=True, name="agent 'x'").segments(PLAN, {"question": "fox"})
     repeats = tiny_tokenizer("{{ messages[0].content }}{{ messages[0].content }}")
@@ -174,6 +176,70 @@ def test_a_piece_is_tokenised_once_and_handed_out_as_a_copy():
     expected = [list(first[0])]
     first[0].append(7)
     assert renderer.segments(QUESTION, {"question": "the fox"}) == expected
-    assert counting.calls == 1
+    assert counting.calls == 1 + 2  # the piece, and once what the pipeline puts before a prompt
     renderer.segments(QUESTION, {"question": "the dog"})
-    assert counting.calls == 2
+    assert counting.calls == 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content[:3] }}", "drops or changes 'Q fox"),
+        ("{{ messages[0].content | upper }}", "drops or changes 'Q fox"),
+        ("{{ messages[0].content | e }}<", "drops or changes 'Q <fox>"),
+        ("{{ tools[0].name }}{{ messages[0].content }}", "refuses the messages: UndefinedError"),
+        ("{{ messages[0].content + 1 }}", "refuses the messages: TypeError"),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+            "refuses the messages: no",
+        ),
+    ],
+)
+def test_a_chat_template_that_fails_or_changes_the_prompt_is_one_line(template, message):
+    renderer = PromptRenderer(tiny_tokenizer(template), chat=True, name="agent 'x'")
+    question = "<fox>" if "<fox>" in message else "fox"
+    with pytest.raises(ValueError, match=f"^agent 'x': the chat template {re.escape(message)}") as raised:
+        renderer.segments(PLAN, {"question": question})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_wants_parts_gets_parts():
+    tokenizer = tiny_tokenizer(
+        "{% for part in messages[0].content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}|"
+    )
+    renderer = PromptRenderer(tokenizer, chat=True)
+    for _ in range(2):
+        assert text_of(tokenizer, renderer.segments(Template("Q {{question}}"), {"question": "fox"})) == ["Q fox|"]
+
+
+def test_what_is_inserted_never_becomes_a_special_token():
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token
+    for renderer in (PromptRenderer(tokenizer, chat=False), PromptRenderer(tokenizer, chat=True)):
+        plain = renderer.segments(Template("Q {{question}}"), {"question": "fox"})
+        (ids,) = renderer.segments(Template("Q {{question}}"), {"question": f"fox {end} dog"})
+        assert ids.count(tokenizer.eos_token_id) == plain[0].count(tokenizer.eos_token_id)
+        sent = renderer.segments(PLAN, {"question": "fox"}, {"planner": end})
+        assert sent[0].count(tokenizer.eos_token_id) == plain[0].count(tokenizer.eos_token_id)
+    written = PromptRenderer(tokenizer, chat=False).segments(Template(f"Q {end}"), {})
+    assert written[0].count(tokenizer.eos_token_id) == 1  # a template is its author's
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_a_text():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    first = tokenizer.eos_token  # any token that is there
+    number = tokenizer.convert_tokens_to_ids(first)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, number)]
+    )
+    renderer = PromptRenderer(tokenizer, chat=False)
+    assert renderer.segments(Template("fox"), {})[0][0] == number
+    assert renderer.segments(Template(f"{first}fox"), {})[0].count(number) == 1
+    assert renderer.segments(Template("{{from:a}} fox"), {})[0] == [number]
+
+
+def test_a_null_field_is_an_error():
+    with pytest.raises(ValueError, match="field 'question' is null"):
+        PromptRenderer(tiny_tokenizer(), chat=False).segments(Template("{{question}}"), {"question": None})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -144,95 +143,6 @@ def test_saving_over_a_system_replaces_links_and_keeps_the_rest(mas, tmp_path):
     assert os.stat(tmp_path / "s" / "agents" / "planner" / "model.safetensors").st_ino == kept
     bias = RecursiveMAS.from_pretrained(tmp_path / "s").outer_links["planner", "critic"].proj1.bias
     assert torch.equal(bias, loaded.outer_links["planner", "critic"].proj1.bias)
-
-
-def test_a_failed_save_leaves_the_old_system(mas, tmp_path, monkeypatch):
-    mas.save_pretrained(tmp_path / "s")
-    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
-    monkeypatch.setattr("recmas.system.folder.write_spec", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        mas.save_pretrained(tmp_path / "s")
-    assert {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("moved", [False, True], ids=["before the move", "after the move"])
-@pytest.mark.parametrize("old", [True, False], ids=["over a system", "new"])
-def test_a_save_cut_short_at_any_move_leaves_the_old_system(mas, tmp_path, monkeypatch, old, moved):
-    def save_quickly(agent, place):
-        place.mkdir(parents=True)
-        (place / "weights").write_text(f"{id(agent)} {moved}")
-
-    monkeypatch.setattr(Agent, "save_pretrained", save_quickly)
-    folder, replace = tmp_path / "s", os.replace
-    changed = RecursiveMAS.create(mas.agents, SEQUENTIAL, rounds=2, latent_steps=2, seed=9)
-    changed.save_pretrained(tmp_path / "wanted")
-    wanted = files(tmp_path / "wanted")
-    shutil.rmtree(tmp_path / "wanted")
-    if old:
-        mas.save_pretrained(folder)
-    before, calls = files(tmp_path), 0
-
-    def cut(source, target):
-        nonlocal calls
-        calls += 1
-        if calls == stop and not moved:
-            raise KeyboardInterrupt
-        replace(source, target)
-        if calls == stop:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", cut)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no part of this
-    for stop in range(11, 100):  # before that links are written beside the system
-        calls = 0
-        try:
-            changed.save_pretrained(folder)
-        except KeyboardInterrupt:
-            if calls == stop and folder.exists() and files(folder) == wanted:
-                break  # the last move was done
-            assert files(tmp_path) == before
-            assert [path.name for path in tmp_path.iterdir()] == ["s"] * old
-        else:
-            break
-    assert stop > 15
-    assert files(folder) == wanted
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
-def test_what_cannot_be_put_back_stays_beside_the_system(mas, tmp_path, monkeypatch):
-    folder, replace = tmp_path / "s", os.replace
-    mas.save_pretrained(folder)
-    old = (folder / "agents" / "critic" / "model.safetensors").read_bytes()
-
-    def fail(source, target):
-        if ".s." in str(source) and str(target).startswith(str(folder)):
-            raise OSError("disk gone")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        mas.save_pretrained(folder)
-    assert [path.read_bytes() for path in tmp_path.glob(".s.*/replaced/agents/critic/model.safetensors")] == [old]
-
-
-def test_saving_syncs_every_folder_it_changed(mas, tmp_path, monkeypatch):
-    synced, fsync = set(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), fsync(handle)))
-    mas.save_pretrained(tmp_path / "s")
-    for path in [tmp_path, *(tmp_path).rglob("*")]:
-        assert path.stat().st_ino in synced, path
-
-
-def test_saving_into_a_folder_of_something_else_is_refused(mas, tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="exists and is not a system; nothing was written"):
-        mas.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_weighted_scores_are_stored_with_the_links(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from recmas.training.checkpoint import checkpoints, load
 from recmas.training.data import DataSource, pick, read_rows, target_texts
-from recmas.training.loop import CHECKPOINT, LOG, LoopConfig, train
+from recmas.training.loop import LOG, LoopConfig, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,9 @@ def test_schedules():
 def test_early_stop_keeps_a_checkpoint(tmp_path):
     module, result = run(SmallConfig(), output=tmp_path, on_step=lambda record: record.step == 7)
     assert result.steps == 7
-    stored = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert stored["step"] == 7
-    assert torch.equal(stored["parameters"]["0.weight"], module[0].weight)
+    stored = load(tmp_path)
+    assert stored.step == 7
+    assert torch.equal(stored.tensors["parameter.0.weight"], module[0].weight)
 
 
 def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path):
@@ -149,7 +150,7 @@ def test_a_run_without_a_checkpoint_is_still_a_run(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(SmallConfig(), output=tmp_path, on_step=crash)
-    assert not (tmp_path / CHECKPOINT).exists()
+    assert checkpoints(tmp_path) == []
     with pytest.raises(ValueError, match=r"already holds a training run.*--resume.*--output"):
         run(SmallConfig(), output=tmp_path)
 
@@ -164,8 +165,8 @@ def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
     (tmp_path / LOG).write_text("{}\n" + log)
     with pytest.raises(ValueError, match=r"log\.jsonl, line 1: not a record of a training step"):
         run(SmallConfig(), output=tmp_path, resume=True)
-    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a readable checkpoint"):
+    (tmp_path / LOG).write_text(log.partition("\n")[2])
+    with pytest.raises(ValueError, match=r"log\.jsonl: lacks steps that checkpoint-00000012"):
         run(SmallConfig(), output=tmp_path, resume=True)
 
 
@@ -173,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_are_touched():
     module, loss = regression()
     parameters = dict(module.named_parameters())
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+    with pytest.raises(FloatingPointError, match="step 1, batch 0: loss nan"):
         train(parameters, lambda i, s: loss(i, s) * math.nan, SmallConfig(), name="test", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 

@@ -28,8 +28,8 @@ from recmas.training import (
     InnerConfig,
     OuterConfig,
     WarmupConfig,
+    answer,
     inner_loss,
-    outer,
     outer_loss,
     train_inner,
     train_outer,
@@ -231,7 +231,8 @@ def test_unrolled_loss_and_gradients_equal_the_plain_loop(exact, rounds, latents
 
 def test_logits_made_in_parts_give_the_same_loss_and_gradients(exact, monkeypatch):
     loss = outer_loss(exact, ROWS, 2, latent_steps=STEPS)
-    monkeypatch.setattr(outer, "LOGITS", 3 * len(exact.agents["solver"].tokenizer))  # three rows at a time, of seven
+    monkeypatch.setattr(answer, "LEAST_ROWS", 3)  # three rows at a time, of seven
+    monkeypatch.setattr(answer, "LOGITS", {"cpu": 1})
     parted = outer_loss(exact, ROWS, 2, latent_steps=STEPS, recompute=True)
     torch.testing.assert_close(parted, loss, rtol=ROUNDING, atol=0)
     for a, b in zip(outer_gradients(exact, parted), outer_gradients(exact, loss), strict=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recmas.system.prompt_assembly import assemble
 from recmas.training.unroll import SharedPrefixes, recomputing
 from tests.runtime.tiny import FAMILIES, prompts, tiny_agent
 
@@ -74,15 +75,50 @@ def test_other_prompts_are_read_anew():
         )
 
 
+def test_a_prompt_that_goes_on_otherwise_shares_what_it_begins_with():
+    agent, beginnings = tiny_agent("llama"), SharedPrefixes()
+    prompt, _ = prompts(agent, LENGTHS)
+    width = prompt.mask.shape[1]
+    assert beginnings.of("agent", agent, prompt).get_seq_length() == width - 1  # without a slot: all but the last
+    known = [ids[:-4] for ids in prompt.prefix]
+    known = [[*ids[:-1], ids[-1] + 1] for ids in known]
+    ids = [[*first, *ids[-4:]] for first, ids in zip(known, prompt.prefix, strict=True)]
+    other = assemble(agent.embed, [[row] for row in ids], {}, {}, pad_id=agent.pad_id, device="cpu")
+    reads = count_reads(agent)
+    found = states_and_gradient(agent, other, beginnings, known=known)
+    assert reads == [4 + 1 + 4]  # from the token that differs on, and the forced ones
+    expected = states_and_gradient(agent, other)
+    assert close(found[0], expected[0])
+    assert close(found[1][:, width - 5 :], expected[1][:, width - 5 :])
+
+
+def count_reads(agent) -> list[int]:
+    """Positions of each forward of the decoder from now on."""
+    reads: list[int] = []
+    agent.decoder.register_forward_pre_hook(
+        lambda module, args, options: reads.append(options["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    return reads
+
+
+def test_a_sliding_window_that_lost_its_beginning_is_read_anew():
+    agent, beginnings = tiny_agent("mistral"), SharedPrefixes()
+    prompt, _ = prompts(agent, LENGTHS)
+    first = beginnings.of("agent", agent, prompt)
+    shorter = replace(prompt, prefix=[ids[:-3] for ids in prompt.prefix])
+    reads = count_reads(agent)
+    second = beginnings.of("agent", agent, shorter)
+    assert reads == [first.get_seq_length() + 1 - 3]
+    assert second.get_seq_length() == reads[0]
+
+
 def test_nothing_is_begun_where_nothing_can_be_spared():
     agent, beginnings = tiny_agent("llama"), SharedPrefixes()
     prompt, _ = prompts(agent, LENGTHS)
-    assert beginnings.of("agent", agent, prompt) is None  # no gradient arrives
-    prompt.embeds.requires_grad_()
     assert beginnings.of("agent", agent, replace(prompt, prefix=None)) is None
     assert beginnings.of("agent", agent, replace(prompt, prefix=[ids[:3] for ids in prompt.prefix])) is None
     assert beginnings.of("agent", agent, prompt) is not None
     with torch.no_grad():
         assert beginnings.of("agent", agent, prompt) is None
-    agent.decoder.config.rope_parameters.update(rope_type="longrope", original_max_position_embeddings=128)
+    agent.decoder.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 8}
     assert SharedPrefixes().of("agent", agent, prompt) is None

@@ -17,9 +17,11 @@ from recmas.upstream.styles import (
     SEQUENTIAL_FAMILY,
     Family,
 )
+from tests.runtime.sandbox.needed import needs_sandbox
 from tests.runtime.tiny import tiny_tokenizer
 from tests.runtime.upstream.fakes import BUILDERS, load_builders, write_clone
 
+pytestmark = needs_sandbox
 FAKE = load_builders()
 QUESTION = "How many {{mice}} fit?\n  {a} 3 < 4?"
 CHOICES = "Which?\nA. mice\nB. cats\nC. owls\nD. none"
@@ -195,3 +197,53 @@ def test_no_clone(tmp_path: Path) -> None:
         read_prompts(tmp_path / "absent", SEQUENTIAL_FAMILY, "math")
     with pytest.raises(ValueError, match="holds neither inference/prompts.py nor prompts.py"):
         read_prompts(tmp_path, SEQUENTIAL_FAMILY, "math")
+
+
+def hostile(tmp_path: Path, line: str) -> Path:
+    """A clone that does something else when its prompts are imported."""
+    return write_clone(tmp_path / "clone", builders=f"{line}\n{BUILDERS}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import os\nwhile True: os.write(1, bytes(1 << 20))", "OSError: [Errno 27] File too large"),
+        ("import os\nwhile True: os.write(2, bytes(1 << 20))", "OSError: [Errno 27] File too large"),
+        ("import os\nos.write(1, b'[' * 3_000_000)\nos._exit(0)", "ended with status 0"),
+        ("import os\nos.write(1, b'[1, 2]')\nos._exit(0)", "ended with status 0"),
+        ("import os\nos.write(1, b'{\"texts\": [3]}')\nos._exit(0)", "did not give 4 texts"),
+        ("raise ValueError('\\x1b[2J' + 'a\\n' * 10_000)", "ValueError: [2Ja a a"),
+        ("x = bytearray(1 << 36)", "MemoryError"),
+    ],
+)
+def test_a_hostile_clone_is_one_short_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n\x1b]*$") as caught:
+        read_prompts(hostile(tmp_path, line), SEQUENTIAL_FAMILY, "math")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_clone_reads_and_writes_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its module finds is what the sandbox leaves: none of our files, variables or sockets."""
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    monkeypatch.setenv("RECMAS_TEST_KEY", "key")
+    line = f"""
+import os, socket
+found = ["variable"] if "RECMAS_TEST_KEY" in os.environ else []
+for what, reach in (
+    ("file", lambda: open({str(secret)!r})),
+    ("socket", lambda: socket.socket()),
+    ("own file", lambda: open(__file__, "a")),
+):
+    try:
+        reach()
+        found.append(what)
+    except OSError:
+        pass
+assert not found, found
+"""
+    found = read_prompts(hostile(tmp_path, line), SEQUENTIAL_FAMILY, "math")
+    assert found.system == "Mind your manners."
+    with pytest.raises(ValueError, match=r"AssertionError: \['file', 'socket', 'own file'\]"):
+        read_prompts(hostile(tmp_path / "again", line), SEQUENTIAL_FAMILY, "math", sandbox="none")

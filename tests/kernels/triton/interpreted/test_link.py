@@ -10,7 +10,7 @@ import torch
 
 from recmas_kernels import LinkConfig, recursive_link, use_backend
 from recmas_kernels.backends.triton import plan
-from tests.kernels.helpers import check_budget, check_link, configs, make_link, make_rows, name_of, run
+from recmas_kernels.testing import check_budget, check_link, configs, make_link, make_rows, name_of, run
 
 CONFIGS = configs()
 VARIANTS = (plan.LIBRARY, plan.SMALL, plan.MATMUL)

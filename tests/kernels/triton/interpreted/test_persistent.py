@@ -9,7 +9,7 @@ from recmas_kernels import LinkConfig, recursive_link
 from recmas_kernels.backends.triton import persistent, plan, tuning
 from recmas_kernels.backends.triton.epilogue import PLAIN
 from recmas_kernels.backends.triton.product import Product
-from tests.kernels.helpers import check_link, make_link, make_rows, name_of, run
+from recmas_kernels.testing import check_link, make_link, make_rows, name_of, run
 
 # Every size is a multiple of eight and of nothing more: tiles are 32 x 64 x 16.
 CONFIGS = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from recmas_kernels import alignment_loss, latent_handoff
-from tests.kernels.helpers import check_budget, make_rows, name_of
+from recmas_kernels.testing import check_budget, make_rows, name_of
 
 SLOTS = torch.tensor([1, 2, 6, 9])
 

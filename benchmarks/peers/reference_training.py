@@ -1,0 +1,116 @@
+"""The reference implementation's outer training step, as an algorithm: what ours is measured against.
+
+Samples run one by one, each with its own backward. A sample's visits make one graph over all rounds: an agent reads its
+whole prompt and its gold text at once, without a cache; all layers' hidden states and the logits of all positions are
+computed in every visit; the latents it sends are among its hidden states; and the cross entropy of the last agent's
+answer is built in every round, although only the last one's is the loss. Only the first agent's first visit runs
+without gradients. Links and their order are ours, and so are the positions of the latents (those that
+predict the text's tokens; the reference takes those of the tokens), so that gradients must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.peers.reference_run import SLOT
+from recmas import RecursiveMAS
+from recmas.agents.agent import Agent
+from recmas.config.system_json import PromptSpec
+
+IGNORED = -100
+
+
+@contextmanager
+def recomputing(system: RecursiveMAS, enabled: bool) -> Iterator[None]:
+    """Within, if enabled, the models keep each layer's input alone and run the layer again in the backward.
+
+    The reference does so. Transformers asks for training mode, which changes nothing else in models without dropout.
+    """
+    models = [agent.model for agent in system.agents.values() if enabled]
+    for model in models:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.activation_checkpointing_disable()
+            model.eval()
+
+
+def reference_step(
+    system: RecursiveMAS,
+    links: Mapping[str, nn.Module],
+    prompts: Mapping[str, PromptSpec],
+    rows: Sequence[Mapping[str, object]],
+    rounds: int,
+    steps: int,
+) -> float:
+    """Add the gradients of the mean loss over the rows to the outer links'; the loss.
+
+    Args:
+        system: whose agents these are.
+        links: eager inner links by role, and outer ones by ``source->target``.
+        prompts: templates with ``{{question}}`` and at most one slot, by role in the order of the sequence.
+        rows: with ``question`` and ``targets``, one text per role.
+        rounds: r.
+        steps: at most so many latents are read off a text.
+    """
+    total = 0.0
+    for row in rows:
+        loss = _sample_loss(system, links, prompts, row, rounds, steps) / len(rows)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _sample_loss(
+    system: RecursiveMAS,
+    links: Mapping[str, nn.Module],
+    prompts: Mapping[str, PromptSpec],
+    row: Mapping[str, object],
+    rounds: int,
+    steps: int,
+) -> Tensor:
+    roles, losses, received = list(prompts), list[Tensor](), None
+    for visit in range(rounds * len(roles)):
+        role, receiver = roles[visit % len(roles)], roles[(visit + 1) % len(roles)]
+        agent, template = system.agents[role], prompts[role].at(visit // len(roles) + 1)
+        prompt = _prompt(agent, template.replace("{{question}}", str(row["question"])), received)
+        target = _target_ids(agent, str(row["targets"][role]))  # type: ignore[index]
+        embeds = torch.cat([prompt, agent.embed(target)])[None]
+        with torch.set_grad_enabled(visit > 0):
+            output = agent.model(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64),
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        if role == roles[-1]:
+            labels = torch.cat([target.new_full((len(prompt),), IGNORED), target])
+            losses.append(F.cross_entropy(output.logits[0, :-1].float().contiguous(), labels[1:], ignore_index=IGNORED))
+        if visit < rounds * len(roles) - 1:
+            first = len(prompt) - 1
+            states = output.hidden_states[-1][:, first : first + min(steps, len(target))]
+            received = links[f"{role}->{receiver}"](links[role](states))[0]
+    return losses[-1]
+
+
+def _prompt(agent: Agent, text: str, received: Tensor | None) -> Tensor:
+    """Input embeddings ``[T, d]``."""
+    pieces = []
+    for part, piece in enumerate(SLOT.split(text)):
+        if part > 0:
+            assert received is not None
+            pieces.append(received)
+        pieces.append(agent.embed(torch.tensor(agent.tokenizer(piece)["input_ids"], dtype=torch.int64)))
+    return torch.cat(pieces)
+
+
+def _target_ids(agent: Agent, text: str) -> Tensor:
+    return torch.tensor([*agent.tokenizer(text)["input_ids"], agent.tokenizer.eos_token_id])

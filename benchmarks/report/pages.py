@@ -1,0 +1,59 @@
+"""A CPU's page of results, and its part of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.report import tables
+
+
+def page(suites: dict[str, dict[str, Any]]) -> str:
+    """A device's page: where the numbers come from, the goals, and every table."""
+    device = next(iter(suites.values()))["device"]
+    parts = [
+        f"# {device['name']}, {device['threads']} threads",
+        "Drawn by `python -m benchmarks.report` from the JSON files beside it; how to read it: `benchmarks/README.md`.",
+        f"Caches {device['caches']}, instruction set {device['instruction_set']['used']}.",
+        tables.goals(record for suite in suites.values() for record in suite["records"]),
+    ]
+    for name, suite in suites.items():
+        limits, git = suite["limits"], suite["git"]
+        stream = ", ".join(f"{size} {tables.number(rate)}" for size, rate in limits["stream_gbps"].items())
+        product = ", ".join(f"{dtype} {tables.number(rate)}" for dtype, rate in limits["product_gflops"].items())
+        parts += [
+            f"## {name}",
+            f"Measured {suite['date']} at commit {git['commit']}{' with local changes' if git['dirty'] else ''}, "
+            + ", ".join(f"{package} {version}" for package, version in suite["versions"].items())
+            + f". Limits in the same run: streaming reads, GB/s by buffer: {stream}; products, GFLOP/s: {product}.",
+        ]
+        if name == "link" and tables.headline_records(suite["records"]):
+            parts.append("![time against tokens](link.svg)")
+        if name == "handoff":
+            parts.append("![text against latent handoff](handoff.svg)")
+        parts += _tables(name, suite["records"])
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(name: str, records: Sequence[tables.Record]) -> list[str]:
+    if name == "complexity":
+        return [tables.fit_table(records), *(tables.whole_table(record) for record in records if "turns" in record)]
+    parts = [tables.full_table(records), "Every implementation, median:", tables.peer_table(records)]
+    if left_out := tables.unmeasured_list(records):
+        parts += ["Not measured:", left_out]
+    return parts
+
+
+def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
+    """The README's part: one short table, how many goals are met, and where everything else is."""
+    suite = next(iter(suites.values()))
+    device, records = suite["device"], {name: suite["records"] for name, suite in suites.items()}
+    goals = tables.goals(record for members in records.values() for record in members).splitlines()[0]
+    return "\n\n".join(
+        [
+            f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}:",
+            tables.headline(records),
+            f"{goals} All cells, columns, plots and misses: "
+            f"[benchmarks/results/{slug}](benchmarks/results/{slug}/README.md).",
+        ]
+    )

@@ -1,0 +1,39 @@
+"""What distinguishes one run's answers from another's: the system, the settings, the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from recmas.config.system_json import edge_name
+from recmas.system.system import System
+
+SAMPLED = 1024  # about so many elements of each tensor of an agent stand for it
+
+
+def key_of(*described: Any) -> str:
+    """16 hexadecimal digits for anything that can be written down."""
+    text = json.dumps(described, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(system: System) -> str:
+    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights."""
+    found = hashlib.sha256(repr(system.pattern).encode())
+    for role, agent in system.agents.items():
+        found.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
+    tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
+    links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
+    for name, link in links.items():
+        tensors.update({f"{name}.{key}": value for key, value in link.state_dict().items()})
+    for role, agent in system.agents.items():
+        for key, value in [*agent.model.named_parameters(), *agent.model.named_buffers()]:
+            flat = value.detach().reshape(-1)
+            tensors[f"agent {role}.{key} {list(value.shape)}"] = flat[:: max(1, flat.numel() // SAMPLED)]
+    for name, value in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,58 @@
+"""Cross entropy of an answer: the LM head sees the positions that predict it, a few at a time, each of them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recmas.agents.agent import Agent
+
+LOGITS = {"cpu": 1 << 21}
+"""Logits that are held together, by kind of device: of as many positions as that makes ..."""
+MOST_LOGITS = 1 << 25
+"""... elsewhere ..."""
+LEAST_ROWS = 64
+"""... but of at least so many, for whose sake the head's weights are read once more."""
+
+
+def answer_loss(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies (fp32 at least) of tokens ``ids`` ``[n]`` after final-norm ``hidden`` ``[n, d]``."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.stack([_cross_entropy(agent, *part) for part in _parts(agent, hidden, ids)]).sum()
+    loss: torch.Tensor = _AnswerLoss.apply(hidden, ids, agent)
+    return loss
+
+
+class _AnswerLoss(torch.autograd.Function):
+    """Takes the gradient in the forward, part by part: neither logits nor their gradients outlive their part."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, ids: torch.Tensor, agent: Agent) -> torch.Tensor:
+        losses: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for part, expected in _parts(agent, hidden.detach(), ids):
+            with torch.enable_grad():
+                loss = _cross_entropy(agent, part.requires_grad_(), expected)
+                gradients += torch.autograd.grad(loss, part)
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None
+
+
+def _parts(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    held = LOGITS.get(hidden.device.type, MOST_LOGITS)
+    rows = max(LEAST_ROWS, held // agent.model.get_output_embeddings().weight.shape[0])
+    return list(zip(hidden.split(rows), ids.split(rows), strict=True))
+
+
+def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    logits = agent.logits(hidden)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="sum")

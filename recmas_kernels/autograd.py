@@ -1,0 +1,40 @@
+"""The derivatives of calls that leave the dispatcher out. The ops have the same ones; see ``derivatives.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recmas_kernels import derivatives, serve
+from recmas_kernels.derivatives import keep_link, link_gradients
+from recmas_kernels.reference import LinkArguments
+
+
+class Link(torch.autograd.Function):
+    """``apply(recompute, *LinkArguments) -> y [T, out]``, for plain tensors that nothing observes."""
+
+    @staticmethod
+    def forward(ctx: Any, recompute: bool, *values: Any) -> Tensor:
+        y, *intermediates = serve.link_fwd_train(LinkArguments._make(values))
+        keep_link(ctx, values, () if recompute else intermediates)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *link_gradients(ctx, ctx.needs_input_grad[1:12], dy, direct=True), None, None, None, None)
+
+
+class Alignment(torch.autograd.Function):
+    """``apply(pred, target, token_ids, mask, cosine_weight, mse_weight, embed_scale) -> loss``, as `Link`."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        loss, grad = serve.alignment_fwd(*values)
+        derivatives.keep_alignment(ctx, values, grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return derivatives.alignment_fwd_backward(ctx, dloss, None)

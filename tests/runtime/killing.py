@@ -1,0 +1,63 @@
+"""Processes that die in the middle of what they write."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from recmas.files.locks import one_writer
+
+CALLS = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "truncate")
+"""What changes names on the disk, or makes contents durable."""
+
+
+def killed_at(stop: int, moved: bool, action: Callable[[], object], calls: Sequence[str] = CALLS) -> bool:
+    """Whether a process of its own died by SIGKILL at the `stop`-th of these calls (after it, if `moved`), or ended."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    count = 0
+
+    def deadly(real):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == stop and not moved:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return real(*arguments, **options)
+            finally:
+                if count == stop:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    for name in calls:
+        setattr(os, name, deadly(getattr(os, name)))
+    try:
+        action()
+    finally:
+        os._exit(0)
+
+
+@contextmanager
+def another_writer(output: Path) -> Iterator[None]:
+    """Within, another process writes to `output`."""
+    ready, release = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with one_writer(output):
+            os.write(ready[1], b".")
+            os.read(release[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        yield
+    finally:
+        os.write(release[1], b".")
+        os.waitpid(child, 0)
+        for end in (*ready, *release):
+            os.close(end)
