@@ -95,7 +95,8 @@ def save(
         tensors |= {f"cuda_rng.{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     content = to_bytes(
         {name: value.cpu().contiguous() for name, value in tensors.items()},
-        metadata={"step": str(step), "settings": json.dumps(settings)},
+        # One entry: safetensors writes several in an order that differs from call to call, and the name is of the bytes.
+        metadata={"run": json.dumps({"step": step, "settings": settings})},
     )
     path = folder / f"checkpoint-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     with replacing(path) as file:
@@ -128,8 +129,8 @@ def load(folder: Path) -> Checkpoint | None:
         raise ValueError(f"{path}: is damaged, its sha256 is not the one in its name; {advice}")
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata()
+            run = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(path, tensors, int(about["step"]), json.loads(about["settings"]))
+        return Checkpoint(path, tensors, int(run["step"]), dict(run["settings"]))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error}); {advice}") from None

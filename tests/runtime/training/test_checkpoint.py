@@ -63,7 +63,7 @@ def test_a_checkpoint_of_other_shapes_changes_no_parameter(tmp_path):
     run(SmallConfig(steps=3), output=tmp_path)
     path = checkpoints(tmp_path)[0]
     path.unlink()
-    save_file({"parameter.0.weight": torch.zeros(2)}, path, metadata={"step": "3", "settings": "{}"})
+    save_file({"parameter.0.weight": torch.zeros(2)}, path, metadata={"run": '{"step": 3, "settings": {}}'})
     with pytest.raises(ValueError, match="is damaged"):  # its name tells
         run(SmallConfig(steps=3), output=tmp_path, resume=True)
 
