@@ -17,6 +17,7 @@ from recmas.system.system import System
 from recmas.training import checkpoint
 from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
+from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.pair_cache import PairCache, Place, Plan
@@ -84,6 +85,7 @@ def train_apart(
     for role in roles:
         for checked in (source.rows, others):
             check_rows(system, role, checked, each_round_count(config.rounds))
+            check_utterances(system, role, checked, each_round_count(config.rounds), config.max_tokens)
     for key, folder in folders.items():
         if folder is not None:
             check_run(trained[key], config, folder, resume)

@@ -25,6 +25,7 @@ from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
@@ -185,6 +186,7 @@ def train_outer(
     for rows_of in checked:
         rows_of.check_targets(needed_texts)
         rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
+        check_unrolled(system, rows_of.rows, config)
     check_trainable(system)
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
