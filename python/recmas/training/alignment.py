@@ -87,8 +87,7 @@ def train_apart(
             check_rows(system, role, checked, each_round_count(config.rounds))
             check_utterances(system, role, checked, each_round_count(config.rounds), config.max_tokens)
     for key, folder in folders.items():
-        if folder is not None:
-            check_run(trained[key], config, folder, resume)
+        check_run(trained[key], config, folder, resume, validated=validation is not None)
     planned = _planned(system, roles, [schedule, measured], config, cache, progress)
     if on_start is not None:
         on_start()

@@ -216,8 +216,7 @@ def train_outer(
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
-    if folder is not None:
-        check_run(parameters, config, folder, resume)
+    check_run(parameters, config, folder, resume, validated=validation is not None)
     if on_start is not None:
         on_start()
     with only_trainable(system, parameters):
