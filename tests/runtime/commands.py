@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import resource
@@ -65,9 +66,9 @@ class Started:
         return Ended(status, out, err, seconds, peak)
 
 
-def started(folder: Path, *words: str) -> Started:
-    """``recmas WORDS`` in `folder`."""
-    return Started(folder, _command, words)
+def started(folder: Path, *words: str, signal_at: tuple[int, int] | None = None) -> Started:
+    """``recmas WORDS`` in `folder`; `signal_at` is a signal, and after which call of `os.fsync` it arrives."""
+    return Started(folder, _command, words, signal_at)
 
 
 def recmas(folder: Path, *words: str) -> Ended:
@@ -75,9 +76,19 @@ def recmas(folder: Path, *words: str) -> Ended:
     return started(folder, *words).wait()
 
 
-def _command(words: tuple[str, ...]) -> int:
+def _command(words: tuple[str, ...], signal_at: tuple[int, int] | None) -> int:
     from recmas.cli import main
 
+    if signal_at is not None:
+        number, last = signal_at
+        calls, fsync = itertools.count(1), os.fsync
+
+        def deadly(handle: int) -> None:
+            fsync(handle)
+            if next(calls) == last:
+                os.kill(os.getpid(), number)
+
+        os.fsync = deadly
     return main(words)
 
 

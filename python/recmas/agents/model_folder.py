@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recmas.agents.classes import described
-from recmas.files.reading import check_regular, inside, read_json
+from recmas.files.reading import OUTSIDE, check_regular, inside, read_json
 from recmas.files.safetensors_header import stored_tensors
 
 _MOST_FILES = 10_000
@@ -59,7 +59,10 @@ def _check_files(folder: Path, root: Path, key: str) -> None:
             path, found = Path(place, name), found + 1
             if found > _MOST_FILES:
                 raise ValueError(f"{key}: {folder} holds more than {_MOST_FILES} files")
-            inside(root, os.path.normpath(Path(relative, path.relative_to(folder))), key)
+            try:
+                inside(root, os.path.normpath(Path(relative, path.relative_to(folder))), key)
+            except ValueError as error:
+                raise ValueError(f"{error}; {OUTSIDE}") from None
             if name in files:
                 check_regular(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from recmas.files.reading import inside
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+    from recmas.recursive_mas import RecursiveMAS
 
 STAGES = {
     "inner": "each agent's inner link, toward the embeddings of its own gold texts",
@@ -76,6 +79,7 @@ def _add_pairs(command: CommandLineParser) -> None:
 def execute(options: Namespace) -> int:
     from recmas import training
     from recmas.config.system_json import read_spec
+    from recmas.files import replacing_folder
     from recmas.files.locks import one_writer
     from recmas.system.folder import check_place, is_new
 
@@ -110,7 +114,10 @@ def execute(options: Namespace) -> int:
         def start() -> None:
             """All has been checked: only now is anything written."""
             if new:
-                mas.save_pretrained(output)
+                with replacing_folder(output) as fresh:
+                    mas.save_pretrained(fresh)
+                    for run in _runs(stage, only, mas):  # there from the start, so that it can always be resumed
+                        (fresh / logs.name / run).mkdir(parents=True)
                 stack.enter_context(one_writer(output))
 
         result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
@@ -148,6 +155,16 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
         )
     if not any((output / "training").glob(f"{stage}*")):
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
+
+
+def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str]:
+    """The folders of a command's runs."""
+    from recmas.training.alignment import run_name
+
+    if stage == "outer":
+        return [stage]
+    keys = (only["roles"] or system.inner_links) if stage == "inner" else (only["edges"] or system.outer_links)
+    return [run_name(stage, key) for key in keys]
 
 
 def _config_class(stage: str) -> Any:

@@ -54,6 +54,11 @@ Batches = Callable[[int], Pairs]
 """The pairs of a schedule's batch."""
 
 
+def run_name(stage: str, key: str | Edge) -> str:
+    """The folder of a link's run."""
+    return "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+
+
 def train_apart(
     system: System,
     links: Mapping[Key, RecursiveLink],
@@ -77,7 +82,7 @@ def train_apart(
     schedule, measured = _schedule(source, config), _measured(validation, config)
     check_trainable(system)
     senders = {key: key if isinstance(key, str) else key[0] for key in links}
-    names = {key: "-".join([stage.name, key] if isinstance(key, str) else [stage.name, *key]) for key in links}
+    names = {key: run_name(stage.name, key) for key in links}
     folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
     trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
     others = [row for index in range(measured.count) for _, row in measured.batch(index)[0]]
