@@ -83,10 +83,13 @@ def _parameters(folder: Path, key: str) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # A False is what keeps transformers from asking on the terminal whether to run the model's own code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = described(config)
     except Exception as error:  # transformers raises many kinds, and torch for sizes beyond 64 bits
+        if "trust_remote_code" in str(error):
+            return 0  # the loader refuses it, and says why
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{key}: cannot load {folder}: {reason}") from error
     return sum(weight.numel() for weight in model.parameters())

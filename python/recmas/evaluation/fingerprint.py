@@ -25,14 +25,17 @@ def key_of(*described: Any) -> str:
 def digest(system: System) -> str:
     """Of what decides a system's answers: prompts, models, tokenizers, all links, samples of agents' weights.
 
-    Where its parts lie decides nothing: a run goes on from another folder, or with a copy.
+    A prompt is also rendered, so that a chat template that writes the date makes another system of the same one. Where
+    the parts lie decides nothing: a run goes on from another folder, or with a copy.
     """
     found = hashlib.sha256(repr(system.pattern).encode())
     for role, agent in system.agents.items():
         setting = replace(system.settings[role], model="", inner_link=None)
-        chat = getattr(agent.tokenizer, "chat_template", None)
-        known = (role, agent.dtype, setting, system.defaults, described(agent), tokenizer_digest(agent.tokenizer), chat)
-        found.update(repr(known).encode())
+        found.update(repr((role, agent.dtype, setting, system.defaults, described(agent))).encode())
+        found.update(tokenizer_digest(agent.tokenizer).encode())
+    for visit in system.pattern.visits(2):
+        fields = system.template(visit.role, visit.round).fields
+        found.update(repr((visit, system.segments(visit, {name: name for name in fields}))).encode())
     tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
     links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
     for name, link in links.items():
