@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pytest import TerminalReporter
+import pytest
 
 from tests.torture.amounts import FULL, SEED
 
 
-def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not FULL:
         return
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]

@@ -79,9 +79,8 @@ def _add_pairs(command: CommandLineParser) -> None:
 def execute(options: Namespace) -> int:
     from recmas import training
     from recmas.config.system_json import read_spec
-    from recmas.files import replacing_folder
     from recmas.files.locks import one_writer
-    from recmas.system.folder import check_place, is_new
+    from recmas.system.folder import check_place, is_new, save
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
@@ -114,10 +113,8 @@ def execute(options: Namespace) -> int:
         def start() -> None:
             """All has been checked: only now is anything written."""
             if new:
-                with replacing_folder(output) as fresh:
-                    mas.save_pretrained(fresh)
-                    for run in _runs(stage, only, mas):  # there from the start, so that it can always be resumed
-                        (fresh / logs.name / run).mkdir(parents=True)
+                # With its runs' folders, so that it can be resumed whenever it ends.
+                save(mas, output, [f"{logs.name}/{run}" for run in _runs(stage, only, mas)])
                 stack.enter_context(one_writer(output))
 
         result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
