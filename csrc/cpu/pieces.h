@@ -42,12 +42,13 @@ inline Right piece_of(const Right& right, int64_t k, int64_t count) {
   return piece;
 }
 
-// Whether all weights are laid out on the way, and pieces of them stay in the first-level cache until they are read.
+// Whether all weights are transposed on the way; others are copied, row by row of memory, which pieces interrupted.
 template <int term_count>
-inline bool lays_out_pieces(const Term (&terms)[term_count], int64_t rows) {
+inline bool transposes(const Term (&terms)[term_count], int64_t rows) {
   bool all = true;
   for (const Term& term : terms) {
-    all = all && !term.right.packed() && !streams(term.right, term.left.bf16, rows) && !term.left.bf16;
+    const Right& right = term.right;
+    all = all && !right.packed() && right.transposed && !streams(right, term.left.bf16, rows) && !term.left.bf16;
   }
   return all;
 }

@@ -13,7 +13,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
               float* sums, const Start& start, const Finish& finish) {
   if (in_bands(terms[0].left.bf16, rows, columns, terms[0].right.k)) {
     multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
-  } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && lays_out_pieces(terms, rows)) {
+  } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && transposes(terms, rows)) {
     alignas(64) float few[kManyRows * kPanel];
     multiply_pieces(team, terms, rows, columns, 1, scratch, few, start, finish);
   } else {
