@@ -32,11 +32,13 @@ class Required:
         proofs: by name, in the order of `REQUIRED`.
         path: of the part that `OwnLogits` replaces; empty where none serves.
         kind: what that part returns.
+        embed_scale: factor that the body puts on the embeddings it looks up, and not on those that it is given.
     """
 
     proofs: dict[str, Proof]
     path: str = ""
     kind: type = object
+    embed_scale: float = 1.0
 
     @property
     def refusal(self) -> str:
@@ -72,8 +74,14 @@ def _prove(model: PreTrainedModel, body: PreTrainedModel) -> Required:
         return Required({"embeddings": Proof.raised(error)})
     # The same operations on the same numbers: nothing but the states' own rounding may differ.
     bound = slack(body) * torch.finfo(states.dtype).eps / 2
-    embeddings = Proof.of(distance(states, recorded.states), bound, REQUIRED["embeddings"])
-    found = Required({"embeddings": embeddings, "causality": causality})
+    found = Required({"embeddings": Proof.of(distance(states, recorded.states), bound, REQUIRED["embeddings"])})
+    for scale in () if found.proofs["embeddings"].holds else _factors(body):
+        states = DecoderCall.plain(body)(scale * embeds)
+        scaled = Proof.of(distance(states, recorded.states), bound, REQUIRED["embeddings"])
+        if scaled.holds:
+            found.proofs["embeddings"], found.embed_scale = scaled, scale
+            break
+    found.proofs["causality"] = causality
     found.proofs["logits"] = Proof(
         False, float("inf"), 0.0, f"{type(model).__name__} has no LM head on its body's states"
     )
@@ -85,6 +93,12 @@ def _prove(model: PreTrainedModel, body: PreTrainedModel) -> Required:
             found.path, found.kind = path, type(output)
             break
     return found
+
+
+def _factors(body: PreTrainedModel) -> list[float]:
+    """Numbers that a body keeps beside its parts; the one that it puts on its embeddings is among them."""
+    numbers = (value for value in vars(body).values() if isinstance(value, int | float))
+    return [float(number) for number in dict.fromkeys(numbers) if number not in (0, 1)]
 
 
 def _logits(model: PreTrainedModel, path: str, output: Any, recorded: Recorded, bound: float) -> Proof:

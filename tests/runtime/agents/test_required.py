@@ -62,6 +62,19 @@ def test_logits_are_the_models_own(model_type):
     assert (agent.logits(states[:, -1]) - expected[:, -1]).abs().max() <= rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_embeddings_are_scaled_as_the_body_scales_them(dtype):
+    """Falcon-H1 multiplies what it looks up, and not what it is given."""
+    agent = Agent(tiny("falcon_h1 with multipliers").to(dtype), tiny_tokenizer(), name="x")
+    ids = torch.tensor([[20, 30, 40, 50]])
+    table = agent.model.get_input_embeddings().weight
+    assert torch.equal(agent.embed(ids), 2 * table[ids])
+    assert agent.embed_scale == 2.0
+    states = agent.decoder(inputs_embeds=agent.embed(ids), use_cache=False).last_hidden_state
+    assert torch.equal(states, agent.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+
+
 def test_logits_follow_a_model_that_moves_and_keep_gradients():
     agent = Agent(tiny_model("granite"), tiny_tokenizer(), name="x")
     states = torch.randn(2, 32, requires_grad=True)

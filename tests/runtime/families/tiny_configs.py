@@ -144,9 +144,56 @@ for _types, _fields in _SPECIAL.items():
         SPECIAL[_type] = SPECIAL.get(_type, {}) | _fields
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A small configuration of a model type, and of all its parts."""
-    return CONFIG_MAPPING[model_type](**small(CONFIG_MAPPING[model_type]))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bert as a decoder": {"is_decoder": True},
+    "falcon with ALiBi": {"alibi": True},
+    "falcon_h1 with multipliers": {
+        "lm_head_multiplier": 3.0,
+        "embedding_multiplier": 2.0,
+        "key_multiplier": 0.5,
+        "attention_out_multiplier": 1.5,
+        "ssm_in_multiplier": 1.5,
+        "ssm_out_multiplier": 0.5,
+    },
+    "gpt_bigcode with keys for every head": {"multi_query": False},
+    "gpt_neox in sequence": {"use_parallel_residual": False},
+    "granite with multipliers": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "llama with YaRN": {
+        "rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    },
+    "llama with Llama 3's frequencies": {
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        }
+    },
+    "marian with scaled embeddings": {"scale_embedding": True},
+    "opt with narrow embeddings": {"word_embed_proj_dim": 16},
+    "phi3 with LongRoPE": {
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0] * (HEAD // 2),
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "original_max_position_embeddings": 12,
+        },
+    },
+    "qwen2 with sliding windows": {"use_sliding_window": True, "max_window_layers": 2},
+    "roberta as a decoder": {"is_decoder": True},
+}
+"""Settings of a type that make another computation of it."""
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """A small configuration of a model type, or of one of `VARIANTS`, and of all its parts."""
+    kind = CONFIG_MAPPING[name.partition(" ")[0]]
+    return kind(**{**small(kind), **VARIANTS.get(name, {})})
 
 
 def small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
