@@ -29,13 +29,13 @@ def commit() -> str:
     return asked.stdout.strip() or transformers.__version__  # a copy without its history
 
 
-def chosen() -> dict[str, list[str]]:
+def chosen() -> dict[str, tuple[str, ...]]:
     """Types and their checks in this run: of the same commit, the same."""
     if os.environ.get("RECMAS_FAMILIES") == "all":
-        return dict.fromkeys(CASES, list(CHECKS))
+        return dict.fromkeys(CASES, tuple(CHECKS))
     draw = random.Random(commit())
     first = draw.randrange(PARTS)
-    return {model_type: [draw.choice(list(CHECKS))] for model_type in CASES[first::PARTS]}
+    return {model_type: (draw.choice(list(CHECKS)),) for model_type in CASES[first::PARTS]}
 
 
 CHOSEN = chosen()
