@@ -75,6 +75,23 @@ def test_embeddings_are_scaled_as_the_body_scales_them(dtype):
     assert torch.equal(states, agent.decoder(input_ids=ids, use_cache=False).last_hidden_state)
 
 
+@torch.no_grad()
+def test_a_body_that_changes_its_embeddings_a_little_is_refused():
+    """In bfloat16, and through layers that forget the size of what they read: no factor explains the difference."""
+    model = tiny("llama").to(torch.bfloat16)
+    model.config.rms_norm_eps = 3e-6  # a fingerprint of its own
+    forward = model.model.forward
+
+    def shifted(input_ids=None, inputs_embeds=None, **options):
+        if inputs_embeds is None:
+            inputs_embeds = 1.05 * model.model.embed_tokens(input_ids)
+        return forward(inputs_embeds=inputs_embeds, **options)
+
+    model.model.forward = shifted
+    with pytest.raises(ValueError, match="^agent 'x': a llama model is refused: embeddings: states from token ids"):
+        Agent(model, tiny_tokenizer(), name="x")
+
+
 def test_logits_follow_a_model_that_moves_and_keep_gradients():
     agent = Agent(tiny_model("granite"), tiny_tokenizer(), name="x")
     states = torch.randn(2, 32, requires_grad=True)

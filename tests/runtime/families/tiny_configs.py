@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -60,10 +61,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "longcat_flash minicpm3 youtu dots3_note_text mistral4 mistral_large4_text": {"num_key_value_heads": HEADS},
     # positions in three dimensions
-    "glm4v_text paddleocr_vl_text qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text hunyuan_vl_text": {
+    "glm4v_text glm_ocr_text paddleocr_vl_text qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text hunyuan_vl_text": {
         "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}
     },
-    "glm4v_moe_text glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [0, 1, 1]}},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [0, 1, 1]}},
     # layers of every kind among the first four
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -193,7 +194,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def tiny_config(name: str) -> PreTrainedConfig:
     """A small configuration of a model type, or of one of `VARIANTS`, and of all its parts."""
     kind = CONFIG_MAPPING[name.partition(" ")[0]]
-    return kind(**{**small(kind), **VARIANTS.get(name, {})})
+    return kind(**copy.deepcopy({**small(kind), **VARIANTS.get(name, {})}))  # they write into what they are given
 
 
 def small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
