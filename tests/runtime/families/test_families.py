@@ -58,8 +58,6 @@ def test_what_holds_of_a_type(model_type):
     ("model_type", "check"),
     [
         ("jamba", "decoding with tool replies"),
-        ("recurrent_gemma", "rollout of a ragged batch"),
-        ("llama4_text", "rollout at fixed shapes"),
         ("bart", "teacher forcing"),
     ],
 )
