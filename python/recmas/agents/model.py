@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class FrozenModel:
         except ValueError as error:
             raise ValueError(f"agent {name!r}: a {model.config.model_type} model is refused: {error}") from None
         self._config = model.config.get_text_config(decoder=True)
+        self._scale = 1.0  # that the body, not its embedding module, puts on embeddings
         self._own_logits: OwnLogits | None = None
         if self.device.type != "meta":
             self._own_logits = self._proved()
@@ -75,30 +76,39 @@ class FrozenModel:
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a text: of the generation configuration and of the tokenizer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
+        ids = configured.reshape(-1).tolist() if isinstance(configured, Tensor) else configured
+        ids = list(ids) if isinstance(ids, Iterable) else [ids]
+        return frozenset(int(token) for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
 
     @property
     def pad_id(self) -> int:
-        """Fills padding, which nothing ever attends to."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
+        """Fills padding, which nothing ever attends to: any token that the model knows does."""
+        wanted = (self.tokenizer.pad_token_id, min(self.eos_ids, default=None), 0)
+        return next(token for token in wanted if token is not None and token < self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """Embeddings of the input table."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def embed_scale(self) -> float:
-        """Factor the input embedding module puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
+        """Factor that the model puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
         module = self.model.get_input_embeddings()
         scale = getattr(module, "embed_scale", 1.0)
-        return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+        own = scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+        return own * self._scale
 
     def embedding_rms(self) -> float:
         """Root mean square of an input embedding's entries, scale included."""
         weight = self.model.get_input_embeddings().weight
-        norm = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)).item()
         return norm / math.sqrt(weight.numel()) * self.embed_scale
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module."""
-        return self.model.get_input_embeddings()(ids)
+        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module, scaled."""
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        return embeds if self._scale == 1.0 else self._scale * embeds
 
     def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor, begun: DynamicCache | None = None) -> Tensor:
         """Hidden states at the positions that PREDICT each target token: one teacher-forced forward.
@@ -149,6 +159,7 @@ class FrozenModel:
         if found.refusal:
             kind = self.decoder.config.model_type
             raise ValueError(f"agent {self.name!r}: a {kind} model is refused: {found.refusal}")
+        self._scale = found.embed_scale
         return OwnLogits(self.model, found.path, found.kind)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from recmas.agents.fingerprint import described, tokenizer_digest
 from recmas.config.system_json import edge_name
 from recmas.system.system import System
 
@@ -21,10 +23,19 @@ def key_of(*described: Any) -> str:
 
 
 def digest(system: System) -> str:
-    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights."""
+    """Of what decides a system's answers: prompts, models, tokenizers, all links, samples of agents' weights.
+
+    A prompt is also rendered, so that a chat template that writes the date makes another system of the same one. Where
+    the parts lie decides nothing: a run goes on from another folder, or with a copy.
+    """
     found = hashlib.sha256(repr(system.pattern).encode())
     for role, agent in system.agents.items():
-        found.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
+        setting = replace(system.settings[role], model="", inner_link=None)
+        found.update(repr((role, agent.dtype, setting, system.defaults, described(agent))).encode())
+        found.update(tokenizer_digest(agent.tokenizer).encode())
+    for visit in system.pattern.visits(2):
+        fields = system.template(visit.role, visit.round).fields
+        found.update(repr((visit, system.segments(visit, {name: name for name in fields}))).encode())
     tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
     links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
     for name, link in links.items():

@@ -25,6 +25,7 @@ from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
@@ -149,7 +150,8 @@ def train_outer(
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets of every agent
             for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
         config: settings; None takes the defaults.
-        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use.
+        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use and that latents
+            pass: an agent of 0 latent steps sends none.
         validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
             links with the least.
         output: folder of the log and the checkpoints; None keeps none.
@@ -159,17 +161,23 @@ def train_outer(
         on_start: called once, when everything has been checked and nothing has been written.
 
     Raises:
-        ValueError: links that the rounds need are missing, an edge without a link, or rows that lack fields or targets.
+        ValueError: links that the rounds need are missing, an edge without a link or without latents, or rows that lack
+            fields or targets.
     """
     config = config or OuterConfig()
     system.check_run(config.most_rounds)
     steps = system.steps_by_role(config.latent_steps)
     needed = system.pattern.edges(config.most_rounds)
-    chosen = [edge for edge in system.outer_links if edge in needed] if edges is None else [(a, b) for a, b in edges]
+    passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
+    chosen = passed if edges is None else [(a, b) for a, b in edges]
+    if not passed:
+        raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
     for edge in chosen:
         if edge not in needed:
             known = ", ".join(map(edge_name, sorted(needed)))
             raise ValueError(f"edges: {edge_name(edge)} is not used by {config.most_rounds} rounds, only {known}")
+        if steps[edge[0]] == 0:
+            raise ValueError(f"edges: {edge_name(edge)} passes no latents: {edge[0]!r} has 0 latent steps")
     if config.most_rounds > 1 and config.learning_rate > SAFE_RATE:
         warnings.warn(
             f"learning_rate {config.learning_rate:g} through {config.most_rounds} rounds: more than {SAFE_RATE:g} tends"
@@ -185,6 +193,7 @@ def train_outer(
     for rows_of in checked:
         rows_of.check_targets(needed_texts)
         rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
+        check_unrolled(system, rows_of.rows, config)
     check_trainable(system)
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
@@ -214,8 +223,7 @@ def train_outer(
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
-    if folder is not None:
-        check_run(parameters, config, folder, resume)
+    check_run(parameters, config, folder, resume, validated=validation is not None)
     if on_start is not None:
         on_start()
     with only_trainable(system, parameters):

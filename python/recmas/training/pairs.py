@@ -14,11 +14,11 @@ import torch
 
 from recmas.agents.agent import Agent
 from recmas.config.pattern import Pattern, Visit
-from recmas.prompts.rows import Fields
+from recmas.prompts.rows import Fields, check_fields
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from recmas.system.system import System
-from recmas.training.data import check_plain, end_token, is_plain, target_text, target_tokens
+from recmas.training.data import check_plain, check_target, end_token, is_plain, target_text, target_tokens
 from recmas.training.teacher import force
 
 
@@ -54,17 +54,13 @@ def check_rows(system: System, role: str, rows: Sequence[Fields], rounds: Sequen
     """Raise ValueError, naming row and field, unless every row has what ``role`` reads and says in these rounds."""
     for round in rounds:
         visit = visit_of(system.pattern, role, round)
-        fields = system.template(role, round).fields
+        readers = dict.fromkeys(system.template(role, round).fields, role)
         for index, row in enumerate(rows):
             if is_plain(row):
                 check_plain(row, index)
                 continue
-            for field in fields:
-                if field not in row:
-                    raise ValueError(
-                        f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
-                    )
-            target_text(row, index, role, round)
+            check_fields(row, index, readers)
+            check_target(row, index, role, round)
             for sender, at in zip(visit.senders, visit.sender_rounds, strict=True):
                 target_text(row, index, sender, at)
 
