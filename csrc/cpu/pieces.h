@@ -15,19 +15,21 @@ constexpr int64_t kManyRows = 48;                              // the fewest tha
 constexpr int64_t kBandGroups = 24;                            // of kTileRows rows
 constexpr int64_t kPiecePanels = 64;                           // at a time
 
-inline bool in_bands(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  const int64_t fewest = k > kPiece ? kManyRows : 2 * kBandGroups * kTileRows;
+inline int64_t piece_count(int64_t k) { return (k + kPiece - 1) / kPiece; }
+
+// Of a product whose terms have so many pieces together.
+inline bool in_bands(bool bf16_left, int64_t rows, int64_t columns, int64_t pieces) {
+  const int64_t fewest = pieces > 1 ? kManyRows : 2 * kBandGroups * kTileRows;
   return RECMAS_ISA_LEVEL == 1 && !bf16_left && rows >= fewest && columns >= 16 * kPanel;
 }
 
-// What each thread needs for a product in bands; 0 for another.
-inline int64_t band_sums(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  return in_bands(bf16_left, rows, columns, k) && k > kPiece
-             ? smaller(panel_count(columns), kPiecePanels) * rows * kPanel
-             : 0;
+// What each thread needs for a product in bands; 0 for another. Never less for more rows, columns or pieces.
+inline int64_t band_sums(bool bf16_left, int64_t rows, int64_t columns, int64_t pieces) {
+  if (!in_bands(bf16_left, rows, columns, pieces) || pieces == 1) return 0;
+  return smaller(panel_count(columns), kPiecePanels) * rows * kPanel;
 }
-inline int64_t band_scratch(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  if (!in_bands(bf16_left, rows, columns, k)) return 0;
+inline int64_t band_scratch(bool bf16_left, int64_t rows, int64_t columns, int64_t pieces) {
+  if (!in_bands(bf16_left, rows, columns, pieces)) return 0;
   return smaller(panel_count(columns), kPiecePanels) * panel_bytes(Format::f32, kPiece);
 }
 

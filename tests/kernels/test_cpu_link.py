@@ -53,6 +53,17 @@ def test_several_blocks_of_tokens(isa, dtype):
 
 
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("hidden", [16, 128, 256, 300])
+def test_products_in_bands(isa, hidden, norm):
+    """Many rows go in bands and k in pieces (csrc/cpu/pieces.h): sums of one piece and several, of one term and two."""
+    for count, in_features, out_features, tokens in [(1, 300, 256, 288), (2, 130, 270, 520), (3, 256, 300, 600)]:
+        config = LinkConfig("outer", in_features, hidden, out_features, "linear", norm=norm)
+        x, dy = make_rows(tokens, in_features), make_rows(tokens, out_features, seed=2)
+        with threads(count), guarded_allocations():
+            check_link(make_link(config), x, dy)
+
+
+@pytest.mark.parametrize("norm", [False, True])
 def test_threads_wait_for_each_other_between_blocks(norm):
     """A linear residual reads the rows that the next block of tokens overwrites."""
     config = LinkConfig("outer", 64, 512, 64, "linear", norm=norm)
