@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from recmas.agents.model import FrozenModel
-from recmas.agents.sampling import NotFiniteError, Sampler
+from recmas.agents.sampling import NotFiniteError, RowName, Sampler
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import Prefill, prefill_all
 
@@ -26,7 +26,7 @@ def write(
     temperature: float,
     top_p: float,
     seed: Sequence[int],
-    rows: Sequence[int],
+    rows: Sequence[RowName],
     reply: Reply | None = None,
     prefill: Prefill = prefill_all,
 ) -> Iterator[dict[int, list[int]]]:
@@ -42,7 +42,7 @@ def write(
         temperature: 0 is greedy.
         top_p: nucleus, in (0, 1].
         seed: integers that name the run.
-        rows: number of each row in the run, for its random stream.
+        rows: name of each row in the run, for its random stream.
         reply: see `Reply`.
         prefill: reads the prompt.
 

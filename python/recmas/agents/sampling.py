@@ -8,6 +8,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+RowName = int | tuple[int, ...]
+"""What names a row's random stream, after the seed: its number within the run, or several integers."""
+
 
 class NotFiniteError(ArithmeticError):
     """Logits that are not finite; `row` is their place in the batch."""
@@ -24,12 +27,14 @@ class Sampler:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: smallest set of most likely tokens whose probability reaches this, in (0, 1].
         seed: integers that name the run.
-        rows: number of each row within the run; (seed, row) alone determine a row's random stream.
+        rows: name of each row within the run; (seed, row) alone determine a row's random stream.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[int]) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[RowName]) -> None:
         self._temperature, self._top_p = temperature, top_p
-        self._streams = [_stream(*seed, row) for row in rows] if temperature > 0 else []
+        self._streams = (
+            [_stream(*seed, *([row] if isinstance(row, int) else row)) for row in rows] if temperature > 0 else []
+        )
 
     def choose(self, logits: Tensor, drawing: Collection[int]) -> Tensor:
         """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``; only the rows in `drawing` use their stream.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +27,7 @@ _ANY_TEXT = Template("{{text}}")
 class Prompts:
     """The prompts of one agent: its templates, and the renderer that makes token ids of them."""
 
-    def __init__(self, role: str, setting: AgentSpec, agent: Agent) -> None:
-        tokenizer = agent.tokenizer
+    def __init__(self, role: str, setting: AgentSpec, tokenizer: Any, vocabulary: int) -> None:
         self.setting = setting
         self.renderer = PromptRenderer(
             tokenizer,
@@ -35,7 +35,7 @@ class Prompts:
             setting.system,
             name=f"agent {role!r}",
             apply=ChatTemplate(tokenizer),
-            vocabulary=agent.vocabulary,
+            vocabulary=vocabulary,
         )
         self._templates = {
             text: Template(text) for text in (setting.prompt.first, setting.prompt.later) if text is not None

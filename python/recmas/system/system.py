@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from recmas.agents.agent import Agent
+from recmas.config.outline import Outline
 from recmas.config.pattern import Edge, Pattern, Visit
-from recmas.config.system_json import AgentSpec, Defaults, edge_name, steps_by_role
+from recmas.config.system_json import AgentSpec, Defaults, edge_name
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
 from recmas.engine.messages import Message, Prompt
@@ -84,8 +85,11 @@ class System:
             for edge in self.outer_links:
                 self.edge_scores.setdefault(edge, nn.Parameter(torch.zeros((), device=self.agents[edge[1]].device)))
         self._check_widths()
-        self._prompts = {role: Prompts(role, setting, self.agents[role]) for role, setting in self.settings.items()}
-        self._check_templates(1)
+        self._prompts = {
+            role: Prompts(role, setting, self.agents[role].tokenizer, self.agents[role].vocabulary)
+            for role, setting in self.settings.items()
+        }
+        self.check_run(1, links=False)
         self.offloader = None if offload is None else self._new_offloader(place(offload, pattern.roles))
 
     def to(self, device: Devices | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -199,14 +203,15 @@ class System:
         """The template that `role` uses in `round`."""
         return self._prompts[role].template(round)
 
+    @property
+    def outline(self) -> Outline:
+        """The system without its models."""
+        inner, outer = self.inner_links.keys(), self.outer_links.keys()
+        return Outline(self.pattern, self.settings, self.defaults, inner, outer)
+
     def check_run(self, rounds: int, *, links: bool = True) -> None:
         """Raise ValueError, before any model runs, if a slot or (with `links`) a link for so many rounds is missing."""
-        edges = self.pattern.edges(rounds)
-        if links and (missing := sorted(edge_name(edge) for edge in edges - self.outer_links.keys())):
-            raise ValueError(f"rounds={rounds} needs outer links that the system lacks: {', '.join(missing)}")
-        if links and (without := sorted({source for source, _ in edges} - self.inner_links.keys())):
-            raise ValueError(f"rounds={rounds} needs inner links that the system lacks: {', '.join(without)}")
-        self._check_templates(rounds)
+        self.outline.check_run(rounds, links=links)
 
     def check_rows(self, rows: Sequence[Fields], rounds: int) -> None:
         """Raise ValueError, naming row number and field, if a row lacks a field that a template of the run names."""
@@ -224,7 +229,7 @@ class System:
 
     def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
         """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""
-        return steps_by_role(self.settings, self.defaults, asked)
+        return self.outline.steps_by_role(asked)
 
     def _new_offloader(self, placement: Placement) -> Offloader:
         parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
@@ -243,12 +248,6 @@ class System:
             if score.device != placement[edge[1]]:
                 moved = score.detach().to(placement[edge[1]])
                 self.edge_scores[edge] = nn.Parameter(moved, requires_grad=score.requires_grad)
-
-    def _check_templates(self, rounds: int) -> None:
-        joint = self.pattern.combine != "slots"
-        for visit in self.pattern.visits(min(rounds, 2)):
-            template = self.template(visit.role, visit.round)
-            template.check_senders(visit.senders, joint, f"agent {visit.role!r}, round {visit.round}")
 
     def _check_widths(self) -> None:
         width = {role: agent.hidden_size for role, agent in self.agents.items()}
