@@ -19,13 +19,13 @@ PATTERNS = {
     "distillation": DISTILLATION,
     "deliberation": DELIBERATION,
 }
-FAMILY_OF = ("qwen3", "llama", "qwen2", "granite")
+FAMILY_OF = ("qwen3", "granite", "llama", "granite")
 QUESTIONS = ["fox", "the lazy dog " * 4, "0 + 1 =", "what is the answer to everything? ", "plan", "?"]
 
 
 def tiny_system(pattern: Pattern, rounds: int = 2, steps: int = 3) -> RecursiveMAS:
     agents = {
-        role: tiny_agent(FAMILY_OF[index], role, 32 + 8 * index, index + 1) for index, role in enumerate(pattern.roles)
+        role: tiny_agent(FAMILY_OF[index], role, 32 + 8 * index, index + 11) for index, role in enumerate(pattern.roles)
     }
     system = RecursiveMAS.create(agents, pattern, rounds=rounds, latent_steps=steps, seed=0)
     for setting in system.settings.values():
