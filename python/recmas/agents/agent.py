@@ -15,9 +15,10 @@ from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
 from recmas.agents.sampling import RowName
-from recmas.engine.latent_rollout import Rollouts
+from recmas.engine.latent_rollout import rollout
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas.engine.stepper import Stepper
 from recmas.prompts.vocabulary import check_ids
 from recmas_kernels import packed
 
@@ -30,10 +31,11 @@ class Agent(FrozenModel):
         tokenizer: its tokenizer.
         name: begins error messages (the role).
         source: hub id or folder the model came from; None if it was built in memory.
-        compile: run the latent rollout's step through `torch.compile`, where the model can run at fixed shapes.
+        compile: run the decoder's step through `torch.compile`, latents and tokens alike, where the model can run at
+            fixed shapes.
 
     Attributes:
-        rollouts: how rollouts are run, and why the latest was not captured (`recmas.engine.latent_rollout`).
+        stepper: how single positions are run, and why the latest were not captured (`recmas.engine.stepper`).
 
     Raises:
         ValueError: a model whose logits this class cannot compute from hidden states.
@@ -44,7 +46,7 @@ class Agent(FrozenModel):
     ) -> None:
         super().__init__(model, tokenizer, name=name)
         self.source = source
-        self.rollouts = Rollouts(compiled=compile)
+        self.stepper = Stepper(compiled=compile)
 
     @classmethod
     def from_pretrained(
@@ -91,7 +93,7 @@ class Agent(FrozenModel):
         self.tokenizer.save_pretrained(folder)
 
     def to(self, *args: Any, **kwargs: Any) -> Agent:
-        self.rollouts.forget()
+        self.stepper.forget()
         self.model.to(*args, **kwargs)
         return self
 
@@ -128,7 +130,7 @@ class Agent(FrozenModel):
         self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = prefill(self.decoder, prompt, steps - 1, None)
         with packed(link) if weights_stay and isinstance(link, torch.nn.Module) else nullcontext():
-            return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
+            return Latents(rollout(past, hidden, steps, link, self.stepper, weights_stay=weights_stay))
 
     def write(
         self,
@@ -141,6 +143,7 @@ class Agent(FrozenModel):
         rows: Sequence[RowName] | None = None,
         reply: Reply | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> Iterator[dict[int, list[int]]]:
         """Write text step by step: after each, the token ids by which rows of the batch grew.
 
@@ -156,7 +159,7 @@ class Agent(FrozenModel):
             rows: name of each row in the run, usually its number; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.agents.decoding.Reply`); such ids are part of
                 the row, and do not count as written.
-            prefill: as for `think`.
+            prefill, weights_stay: as for `think`.
 
         Raises:
             ValueError: a prompt beyond the model's context, at once.
@@ -164,7 +167,19 @@ class Agent(FrozenModel):
         self.check_context(prompt.mask.sum(dim=1).tolist())
         seeds = [seed] if isinstance(seed, int) else seed
         numbers: Sequence[RowName] = range(prompt.embeds.shape[0]) if rows is None else rows
-        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply, prefill)
+        return write(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seeds,
+            numbers,
+            reply,
+            prefill,
+            stepper=self.stepper,
+            weights_stay=weights_stay,
+        )
 
     def decode(
         self,
@@ -176,10 +191,13 @@ class Agent(FrozenModel):
         *,
         rows: Sequence[RowName] | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> list[list[int]]:
         """`write` to its end: token ids per row, the end-of-text token included where one was written."""
         written: list[list[int]] = [[] for _ in range(prompt.embeds.shape[0])]
-        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill):
+        for grown in self.write(
+            prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill, weights_stay=weights_stay
+        ):
             for row, tokens in grown.items():
                 written[row] += tokens
         return written

@@ -101,6 +101,7 @@ class Worker:
             rows=[part.stream for part in parts],
             reply=caller,
             prefill=self._prefill(task),
+            weights_stay=self._weights_stay,
         )
         for step in steps:
             grown = {}
