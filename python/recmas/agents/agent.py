@@ -14,9 +14,11 @@ from torch import Tensor
 from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
-from recmas.engine.latent_rollout import Rollouts
+from recmas.agents.sampling import RowName
+from recmas.engine.latent_rollout import rollout
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas.engine.stepper import Stepper
 from recmas.prompts.vocabulary import check_ids
 from recmas_kernels import packed
 
@@ -29,10 +31,11 @@ class Agent(FrozenModel):
         tokenizer: its tokenizer.
         name: begins error messages (the role).
         source: hub id or folder the model came from; None if it was built in memory.
-        compile: run the latent rollout's step through `torch.compile`, where the model can run at fixed shapes.
+        compile: run the decoder's step through `torch.compile`, latents and tokens alike, where the model can run at
+            fixed shapes.
 
     Attributes:
-        rollouts: how rollouts are run, and why the latest was not captured (`recmas.engine.latent_rollout`).
+        stepper: how single positions are run, and why the latest were not captured (`recmas.engine.stepper`).
 
     Raises:
         ValueError: a model whose logits this class cannot compute from hidden states.
@@ -43,7 +46,7 @@ class Agent(FrozenModel):
     ) -> None:
         super().__init__(model, tokenizer, name=name)
         self.source = source
-        self.rollouts = Rollouts(compiled=compile)
+        self.stepper = Stepper(compiled=compile)
 
     @classmethod
     def from_pretrained(
@@ -90,7 +93,7 @@ class Agent(FrozenModel):
         self.tokenizer.save_pretrained(folder)
 
     def to(self, *args: Any, **kwargs: Any) -> Agent:
-        self.rollouts.forget()
+        self.stepper.forget()
         self.model.to(*args, **kwargs)
         return self
 
@@ -127,7 +130,7 @@ class Agent(FrozenModel):
         self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = prefill(self.decoder, prompt, steps - 1, None)
         with packed(link) if weights_stay and isinstance(link, torch.nn.Module) else nullcontext():
-            return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
+            return Latents(rollout(past, hidden, steps, link, self.stepper, weights_stay=weights_stay))
 
     def write(
         self,
@@ -137,14 +140,15 @@ class Agent(FrozenModel):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[RowName] | None = None,
         reply: Reply | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> Iterator[dict[int, list[int]]]:
         """Write text step by step: after each, the token ids by which rows of the batch grew.
 
         A row stops at an end-of-text token, at `max_new_tokens` or at the end of the model's context. Its random stream
-        depends on (seed, row number) alone, so its neighbours do not change it.
+        depends on (seed, name of the row) alone, so its neighbours do not change it.
 
         Args:
             prompt: the batch of prompts.
@@ -152,18 +156,30 @@ class Agent(FrozenModel):
             temperature: 0 is greedy.
             top_p: nucleus, in (0, 1].
             seed: one or more integers.
-            rows: number of each row in the run; None counts from 0.
+            rows: name of each row in the run, usually its number; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.agents.decoding.Reply`); such ids are part of
                 the row, and do not count as written.
-            prefill: as for `think`.
+            prefill, weights_stay: as for `think`.
 
         Raises:
             ValueError: a prompt beyond the model's context, at once.
         """
         self.check_context(prompt.mask.sum(dim=1).tolist())
         seeds = [seed] if isinstance(seed, int) else seed
-        numbers = range(prompt.embeds.shape[0]) if rows is None else rows
-        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply, prefill)
+        numbers: Sequence[RowName] = range(prompt.embeds.shape[0]) if rows is None else rows
+        return write(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seeds,
+            numbers,
+            reply,
+            prefill,
+            stepper=self.stepper,
+            weights_stay=weights_stay,
+        )
 
     def decode(
         self,
@@ -173,12 +189,15 @@ class Agent(FrozenModel):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[RowName] | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> list[list[int]]:
         """`write` to its end: token ids per row, the end-of-text token included where one was written."""
         written: list[list[int]] = [[] for _ in range(prompt.embeds.shape[0])]
-        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill):
+        for grown in self.write(
+            prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill, weights_stay=weights_stay
+        ):
             for row, tokens in grown.items():
                 written[row] += tokens
         return written

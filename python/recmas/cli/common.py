@@ -95,12 +95,12 @@ def add_answering(parser: CommandLineParser, names: Sequence[str] = ANSWERING) -
 
 
 def add_compile(parser: CommandLineParser) -> None:
-    """How the latent rollout runs."""
+    """How single steps run."""
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="run the step of the latent rollout through torch.compile, which takes about a minute for each bucket of "
-        "batch sizes and lengths, and a C++ compiler on a CPU",
+        help="run single steps, latents and tokens, through torch.compile, which takes about a minute for each bucket "
+        "of batch sizes and lengths, and a C++ compiler on a CPU",
     )
 
 

@@ -35,10 +35,10 @@ from recmas.agents.required import REQUIRED
 from recmas.config.system_json import PromptSpec
 from recmas.engine import abilities
 from recmas.engine.decoder_call import DecoderCall
-from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.engine.probe import Probe, moved, slack
+from recmas.engine.stepper import Stepper
 from recmas.prompts.template import Slot
 from recmas.sizing.model_bytes import model_bytes
 from recmas.system.prompt_assembly import assemble
@@ -251,9 +251,9 @@ def batch_of(agent: Agent, rows: list[list[int]]) -> Prompt:
 def rollout(agent: Agent, tested: Agent, lengths: tuple[int, ...] = LENGTHS, fixed_shapes: bool = False) -> float:
     link = tiny_link(agent)
     rows = rows_of(agent, lengths)
-    tested.rollouts = Rollouts(fixed_shapes=fixed_shapes)
+    tested.stepper = Stepper(fixed_shapes=fixed_shapes)
     found = tested.think(batch_of(tested, rows), STEPS, link).states
-    tested.rollouts = Rollouts()
+    tested.stepper = Stepper()
     return max(
         difference(states, plain_rollout(agent, agent.embed(torch.tensor([row])), link))
         for row, states in zip(rows, found, strict=True)
