@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../link.h"
 
@@ -106,6 +107,24 @@ RECMAS_ANYWHERE float round_to(Dtype dtype, float value) {
 RECMAS_ANYWHERE float gelu(float x, Gelu kind) {
   if (kind == Gelu::erf) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
   return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+template <class Element>
+RECMAS_ANYWHERE constexpr Dtype dtype_of() {
+  return sizeof(Element) == 4 ? Dtype::f32 : std::is_same_v<Element, Bf16> ? Dtype::bf16 : Dtype::f16;
+}
+
+// act(element) with a value of the type that a dtype names.
+template <class Act>
+auto with_element(Dtype dtype, Act act) {
+  switch (dtype) {
+    case Dtype::f32:
+      return act(float{});
+    case Dtype::bf16:
+      return act(Bf16{});
+    default:
+      return act(F16{});
+  }
 }
 
 constexpr int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
