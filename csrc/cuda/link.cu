@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 2) link_product(const __grid_constan
 }
 
 template <class Source, class Parameter, class Target, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 3) link_rows(const __grid_constant__ Rows rows) {
+__global__ void __launch_bounds__(kThreads) link_rows(const __grid_constant__ Rows rows) {
   __shared__ __align__(kPiece) char shared[kWarps * sizeof(float)];
   DeviceThread thread(shared);
   run_rows<Source, Parameter, Target, kWhole>(thread, rows);

@@ -60,9 +60,15 @@ RECMAS_ANYWHERE float from_float<float>(float value) {
 }
 template <>
 RECMAS_ANYWHERE Bf16 from_float<Bf16>(float value) {
+#ifdef __CUDA_ARCH__
+  Bf16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   const uint32_t bits = bits_as<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 template <>
 RECMAS_ANYWHERE F16 from_float<F16>(float value) {
