@@ -37,4 +37,10 @@ class Alignment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-        return derivatives.alignment_fwd_backward(ctx, dloss, None)
+        if dloss is None or torch.is_grad_enabled():
+            return derivatives.alignment_fwd_backward(ctx, dloss, None)
+        pred, target, token_ids, mask, grad = ctx.saved_tensors
+        if getattr(ctx, "scaled", False):  # the graph was retained, and the gradient that it kept was given away
+            grad = serve.alignment_fwd(pred, target, token_ids, mask, *ctx.weights)[1]
+        ctx.scaled = True
+        return serve.alignment_bwd(grad, dloss), *(None,) * 6
