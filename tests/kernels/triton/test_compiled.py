@@ -175,12 +175,18 @@ def test_small_variant(compiled, monkeypatch, width, hidden):
     check(compiled, {"_forward", "_backward", "_normalise_backward"}, warpgroups=hidden < 512)
 
 
-def test_candidates_of_an_outer_link(compiled, monkeypatch):
+@pytest.fixture
+def by_pointers(monkeypatch):
+    choose = tiles.choose
+    monkeypatch.setattr(tiles, "choose", lambda *given, described, **how: choose(*given, described=False, **how))
+
+
+def test_candidates_of_an_outer_link(compiled, monkeypatch, by_pointers):
     call_link(monkeypatch, NAME, 16384, 2048, 3072, 1536, "linear", norm=True)
     check(compiled, PASSES | {"_product", "_weight_gradients"})
 
 
-def test_candidates_of_an_inner_link(compiled, monkeypatch):
+def test_candidates_of_an_inner_link(compiled, monkeypatch, by_pointers):
     call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_product", "_weight_gradients"})
 
@@ -190,11 +196,11 @@ def test_candidates_of_an_inner_link(compiled, monkeypatch):
 def test_candidates_by_tensor_descriptors(compiled, monkeypatch, config):
     """Every tile, on every product of an outer and of an inner link."""
     choose = tiles.choose
-    monkeypatch.setattr(
-        tiles,
-        "choose",
-        lambda *given, described, **how: config if described else choose(*given, described=False, **how),
-    )
+
+    def by_descriptors(*given, described, **how):
+        return config if described else choose(*given, described=False, **how)
+
+    monkeypatch.setattr(tiles, "choose", by_descriptors)
     call_link(monkeypatch, NAME, 16384, 2048, 3072, 1536, "linear", norm=False)
     call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_persistent_product", "_weight_gradients"})
