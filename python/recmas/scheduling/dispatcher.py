@@ -20,7 +20,7 @@ from functools import partial
 from recmas.config.pattern import Visit
 from recmas.scheduling.executor import Ended, Executor, Failed, Wrote
 from recmas.scheduling.row import Row
-from recmas.scheduling.task import Piece, Task, Work
+from recmas.scheduling.task import Piece, Task, Took, Work
 
 LOSSES = 2
 """Batches that a row may lose before it goes by itself: it may be what ends the processes."""
@@ -104,13 +104,16 @@ class Dispatcher:
 
     def _loop(self) -> None:
         try:
+            patience = None
             while not self._closing:
                 with contextlib.suppress(queue.Empty):
-                    self._notes.get(timeout=self._patience())()
+                    self._notes.get(timeout=patience)()
                     while True:
                         self._notes.get_nowait()()
-                self._expire()
-                self._start()
+                now = time.monotonic()  # one for all: a window that ends between two readings would end unseen
+                self._expire(now)
+                self._start(now)
+                patience = self._patience(now)
         except Exception as error:  # a mistake of this module: whoever waits is told, and whoever comes
             self.broken = error
             for row in list(self._rows.values()):
@@ -118,13 +121,12 @@ class Dispatcher:
             while not self._closing:
                 self._notes.get()()
 
-    def _patience(self) -> float | None:
-        """Seconds until a window or a deadline ends."""
-        now = time.monotonic()
+    def _patience(self, now: float) -> float | None:
+        """Seconds until the first window or deadline that had not ended `now`."""
         ends = [row.deadline for row in self._rows.values() if row.deadline is not None]
         windows = (row.since + self.limits.window for row, _ in self._waiting.values() if row.entering)
         ends += [end for end in windows if end > now]
-        return max(0.0, min(ends) - now) if ends else None
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _add(self, row: Row) -> None:
         if self.broken is not None:
@@ -148,8 +150,7 @@ class Dispatcher:
             if row in under_way.rows:
                 under_way.task.dropped.add(under_way.rows.index(row))
 
-    def _expire(self) -> None:
-        now = time.monotonic()
+    def _expire(self, now: float) -> None:
         for row in [row for row in self._rows.values() if row.deadline is not None and row.deadline <= now]:
             self._drop(row, TimeoutError("the time for this request is over"))
 
@@ -158,9 +159,8 @@ class Dispatcher:
         for row in list(self._rows.values()):
             self._drop(row, RuntimeError("the system is shut down"))
 
-    def _start(self) -> None:
+    def _start(self, now: float) -> None:
         """Start all that can be started: what holds the row that came first goes first."""
-        now = time.monotonic()
         for key, (row, work) in sorted(self._waiting.items(), key=_arrival):
             if key not in self._waiting or not self._free(work.role):
                 continue
@@ -207,19 +207,23 @@ class Dispatcher:
         task, under_way = report.task, self._under_way[report.task.number]
         if isinstance(report, Wrote):
             for place, row in under_way.wanted():
-                if place in report.grown:
-                    self._to(row, partial(Row.grow, grown=report.grown[place]))
+                if (grown := report.grown.get(place)) is not None:
+                    self._to(row, partial(Row.grow, grown=grown))
+                    if grown.took is not None:
+                        self._end(under_way, place, row, grown.took)
             return
         del self._under_way[task.number]
         if isinstance(report, Failed):
             self._failed(report, under_way.wanted())
             return
-        count, account = len(under_way.rows), report.account
-        self._on_batch(task.work, count, account.seconds)
+        self._on_batch(task.work, len(under_way.rows), report.account.seconds)
         for place, row in under_way.wanted():
-            visit = task.parts[place].visit
-            step = partial(Row.end, visit=visit, place=place, rows=count, message=report.message, account=account)
-            self._to(row, step)
+            self._end(under_way, place, row, report.account.of(place), report.message)
+
+    def _end(self, under_way: _UnderWay, place: int, row: Row, took: Took, message: object = None) -> None:
+        visit = under_way.task.parts[place].visit
+        piece = Piece(message, place)
+        self._to(row, partial(Row.end, visit=visit, rows=len(under_way.rows), piece=piece, took=took))
 
     def _to(self, row: Row, step: Callable[[Row], None]) -> None:
         """Tell a row something; what goes wrong there is that row's own."""

@@ -131,7 +131,7 @@ class LocalExecutor:
             messages = {sender: _gathered(pieces) for sender, pieces in task.messages.items()}
             if task.work.latent_steps is not None:
                 ended = Ended(task, *worker.think(task, messages))
-            elif any(not part.visit.final for part in task.parts):
+            elif not task.work.final:
                 ended = Ended(task, *worker.text(task, messages))
             else:
                 account = Account()

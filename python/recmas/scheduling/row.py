@@ -11,7 +11,7 @@ from recmas.answering.answers import Answer
 from recmas.answering.manner import Manner
 from recmas.config.pattern import Visit
 from recmas.prompts.rows import Fields
-from recmas.scheduling.task import Account, Grown, Part, Piece, Work
+from recmas.scheduling.task import Grown, Part, Piece, Took, Work
 from recmas.system.walk import Walk
 
 
@@ -22,9 +22,10 @@ class VisitDone:
     Attributes:
         round, stage, role: which.
         rows: that were in the batch.
-        seconds: of the batch.
+        seconds: of the batch, until this row had ended.
         positions: of the row's prompt, messages included.
         latent_steps, text_tokens: of the message or answer.
+        complete: the text ends with an end-of-text token, not at a bound.
         nearest: by sender, per latent that was read: token and cosine.
     """
 
@@ -36,6 +37,7 @@ class VisitDone:
     positions: int
     latent_steps: int
     text_tokens: int
+    complete: bool = False
     nearest: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
@@ -144,21 +146,28 @@ class Row:
             self._shown = answer.text
             self.sink.text(answer.text[len(shown) :])
 
-    def end(self, visit: Visit, place: int, rows: int, message: object, account: Account) -> None:
-        """A visit has ended."""
-        self._walk.end(visit, Piece(message, place))
+    def end(self, visit: Visit, rows: int, piece: Piece, took: Took) -> None:
+        """A visit has ended, in a batch of so many rows."""
+        self._walk.end(visit, piece)
         self.losses = self.alone = 0
-        written = account.written[place] if account.written else 0
         answer, role = self.answer, visit.role
         if self._work(visit).latent_steps is None:
-            answer.text_tokens[role] = answer.text_tokens.get(role, 0) + written
+            answer.text_tokens[role] = answer.text_tokens.get(role, 0) + took.written
         else:
-            answer.latent_steps[role] = answer.latent_steps.get(role, 0) + account.latent_steps
-        if visit.final and account.tool_calls:
-            answer.tool_calls = account.tool_calls[place]
-        positions, nearest = account.positions[place], account.nearest.get(place, {})
+            answer.latent_steps[role] = answer.latent_steps.get(role, 0) + took.latent_steps
+        if visit.final:
+            answer.tool_calls = took.tool_calls
         done = VisitDone(
-            visit.round, visit.stage, role, rows, account.seconds, positions, account.latent_steps, written, nearest
+            visit.round,
+            visit.stage,
+            role,
+            rows,
+            took.seconds,
+            took.positions,
+            took.latent_steps,
+            took.written,
+            took.complete,
+            took.nearest,
         )
         self.sink.visited(done)
         self.since = time.monotonic()
@@ -178,4 +187,4 @@ class Row:
         if mode == "latent" and not visit.final:
             return Work(role, mode, manner.latent_steps[role])
         how = manner.decoding[role]
-        return Work(role, mode, None, how.temperature, how.top_p)
+        return Work(role, mode, None, how.temperature, how.top_p, visit.final)

@@ -10,6 +10,10 @@ from recmas.config.pattern import Visit
 from recmas.prompts.rows import Fields
 
 
+class RowError(ValueError):
+    """A row itself, nobody else, is why it is not answered: texts that it was sent exceed a context."""
+
+
 class Work(NamedTuple):
     """What an agent does; rows of equal work may share a batch, in whichever round each of them is.
 
@@ -18,6 +22,7 @@ class Work(NamedTuple):
         mode: what its prompts' slots hold: "latent" or "text".
         latent_steps: of the message; None where text is written.
         temperature, top_p: of that text.
+        final: the text is the answer, and shown as it grows.
     """
 
     role: str
@@ -25,6 +30,7 @@ class Work(NamedTuple):
     latent_steps: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    final: bool = False
 
 
 class Piece(NamedTuple):
@@ -77,12 +83,40 @@ class Task:
 
 
 @dataclass
+class Took:
+    """What a task took for one row.
+
+    Attributes:
+        seconds: until the row had ended.
+        positions: of its prompt, messages included.
+        latent_steps, written: tokens that the agent wrote, results of tools left out.
+        complete: the text ends with an end-of-text token, not at a bound.
+        nearest: by sender, per latent: token and cosine.
+        tool_calls: of the last agent.
+    """
+
+    seconds: float
+    positions: int
+    latent_steps: int = 0
+    written: int = 0
+    complete: bool = False
+    nearest: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    tool_calls: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class Grown:
-    """What one step of decoding added to a row: token ids, how many the agent wrote itself, and certain text."""
+    """What one step of decoding added to a row.
+
+    Attributes:
+        tokens: their ids, those of tools' results included.
+        text: that became certain.
+        took: where the row has ended.
+    """
 
     tokens: list[int]
-    written: int
     text: str
+    took: Took | None = None
 
 
 @dataclass
@@ -93,6 +127,7 @@ class Account:
         seconds: from its begin to its end.
         positions: of the prompts, messages included.
         latent_steps, written: of each row; tokens that the agent wrote, results of tools left out.
+        complete: rows whose text ends with an end-of-text token.
         nearest: by row and sender, per latent: token and cosine.
         tool_calls: of the last agent.
     """
@@ -101,5 +136,18 @@ class Account:
     positions: list[int] = field(default_factory=list)
     latent_steps: int = 0
     written: list[int] = field(default_factory=list)
+    complete: set[int] = field(default_factory=set)
     nearest: dict[int, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
     tool_calls: list[list[Any]] = field(default_factory=list)
+
+    def of(self, place: int) -> Took:
+        """What it took for one row."""
+        return Took(
+            self.seconds,
+            self.positions[place],
+            self.latent_steps,
+            self.written[place] if self.written else 0,
+            place in self.complete,
+            self.nearest.get(place, {}),
+            list(self.tool_calls[place]) if self.tool_calls else [],
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +11,11 @@ from functools import partial
 import torch
 
 from recmas.agents.detokenizer import Detokenizer
+from recmas.agents.model import PromptTooLongError
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse
-from recmas.scheduling.task import Account, Grown, Task
+from recmas.scheduling.task import Account, Grown, RowError, Task
 from recmas.system.member import Member
 from recmas.system.nearest import nearest_tokens
 from recmas.tools import Caller, Toolbox
@@ -51,7 +53,7 @@ class Worker:
         """The latents of a task's rows.
 
         Raises:
-            ValueError: a prompt beyond the model's context.
+            RowError: a prompt beyond the model's context.
             FloatingPointError: latents that are not finite.
         """
         started = time.perf_counter()
@@ -72,7 +74,8 @@ class Worker:
     def write(self, task: Task, messages: Mapping[str, Message], account: Account) -> Iterator[dict[int, Grown]]:
         """Write the texts of a task's rows; after every step, what it added, by place in the batch.
 
-        A row ends at its own `max_new_tokens`; the batch when all its rows have ended or been dropped.
+        A row ends with an end-of-text token, at its own `max_new_tokens` or at the end of the context, and what it took
+        comes with its last step; the batch ends when all its rows have ended or been dropped.
 
         Args:
             task: what is done.
@@ -80,7 +83,7 @@ class Worker:
             account: filled in by the end.
 
         Raises:
-            ValueError: a prompt beyond the model's context.
+            RowError: a prompt beyond the model's context.
             FloatingPointError: logits that are not finite.
         """
         started = time.perf_counter()
@@ -88,10 +91,21 @@ class Worker:
         prompt, begun = self._prompt(task, messages)
         account.positions, account.nearest = begun.positions, begun.nearest
         account.written = [0] * len(parts)
-        calls = self._toolbox.tools and all(part.visit.final for part in parts)
+        calls = self._toolbox.tools and work.final
         caller = Caller(self._toolbox, len(parts), agent.text, agent.literal) if calls else None
+        account.tool_calls = [[] for _ in parts] if caller is None else caller.calls
         pieces = [Detokenizer(agent.text) for _ in parts]
         going = {place for place, part in enumerate(parts) if part.max_new_tokens > 0}
+        ends = agent.eos_ids
+        context = math.inf if agent.context_length is None else agent.context_length
+        space = [context - positions + 1 for positions in account.positions]
+
+        def reply(place: int, token: int, room: int) -> list[int]:
+            """What tools say to a row that goes on."""
+            assert caller is not None
+            last = account.written[place] + 1 == parts[place].max_new_tokens
+            return caller(place, token, 0 if last else room) if place in going else []
+
         steps = agent.write(
             prompt,
             max(part.max_new_tokens for part in parts),
@@ -99,25 +113,29 @@ class Worker:
             work.top_p,
             (),
             rows=[part.stream for part in parts],
-            reply=caller,
+            reply=None if caller is None else reply,
             prefill=self._prefill(task),
             weights_stay=self._weights_stay,
         )
         for step in steps:
             grown = {}
-            for place, tokens in step.items():
-                if place in going:
-                    account.written[place] += 1
-                    grown[place] = Grown(tokens, 1, pieces[place].add(tokens))
-                    if account.written[place] == parts[place].max_new_tokens:
-                        going.discard(place)
+            account.seconds = time.perf_counter() - started
+            for place in sorted(going & step.keys()):
+                tokens = step[place]
+                account.written[place] += 1
+                space[place] -= len(tokens)
+                grown[place] = Grown(tokens, pieces[place].add(tokens))
+                complete = tokens[0] in ends  # what follows it is a tool's
+                if complete or account.written[place] == parts[place].max_new_tokens or space[place] <= 0:
+                    going.discard(place)
+                    account.complete |= {place} if complete else set()
+                    grown[place].text += pieces[place].finish()
+                    grown[place].took = account.of(place)
             yield grown
             going -= task.dropped
             if not going:
                 break
             self._load_weights()
-        yield {place: Grown([], 0, piece.finish()) for place, piece in enumerate(pieces)}
-        account.tool_calls = [[] for _ in parts] if caller is None else caller.calls
         account.seconds = time.perf_counter() - started
 
     def text(self, task: Task, messages: Mapping[str, Message]) -> tuple[list[str], Account]:
@@ -133,6 +151,10 @@ class Worker:
         parts = task.parts
         prompt = self.member.prompt([part.visit for part in parts], [part.fields for part in parts], messages)
         account = Account(positions=prompt.mask.sum(dim=1).tolist())
+        try:
+            self.member.agent.check_context(account.positions)
+        except PromptTooLongError as error:
+            raise RowError(str(error)) from error
         for place, part in enumerate(parts):
             for sender in part.visit.senders if part.nearest else ():
                 message = messages[sender]

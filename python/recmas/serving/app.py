@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from importlib.resources import files
@@ -14,10 +13,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from recmas.answering.answers import Answer
 from recmas.scheduling.row import VisitDone
-from recmas.serving.errors import ApiError
+from recmas.serving.errors import ApiError, Draining
 from recmas.serving.keys import ApiKeys
 from recmas.serving.protocol import ChatRequest, Reply, event, read_request, usage
 from recmas.serving.service import Asked, Service
@@ -40,6 +40,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "the server is being shut down"},
     504: {"description": "there was no answer in time"},
 }
+_LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _CHAT: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -47,7 +48,10 @@ _CHAT: dict[str, Any] = {
     },
     "security": [{}, {"key": []}],
 }
-_PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 
 def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
@@ -61,7 +65,7 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
     _describe(app)
     _answer_errors(app)
     if keys is None and service.settings.loopback:  # a page of another site may not make its name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, service.settings.host])
 
     def check_key(request: Request) -> None:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
@@ -97,15 +101,18 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
     @app.post("/v1/chat/completions", responses=_ERRORS, openapi_extra=_CHAT)
     async def chat(request: Request) -> Response:
         """Answer the last message of a chat."""
-        check_key(request)
-        if not service.ready:
-            raise ApiError(503, "the server is being shut down", "draining", headers={"Retry-After": "30"})
-        asked_for = read_request(await _body(request, service.settings.max_body))
-        asked = await service.ask(asked_for)
-        reply = Reply(secrets.token_hex(12), service.name)
+        try:
+            check_key(request)
+            if not service.ready:
+                raise Draining
+            asked_for = read_request(await _body(request, service.settings.max_body))
+            asked = await service.ask(asked_for)
+        except ApiError:
+            service.metrics.requests.labels("refused").inc()
+            raise
+        reply = Reply(asked.name, service.name)
         if asked_for.stream:
-            stream = _stream(service, asked, asked_for, reply)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _Stream(service, asked, _stream(asked, asked_for, reply))
         return JSONResponse(await _whole(service, asked, asked_for, reply, request))
 
     return app
@@ -142,7 +149,7 @@ async def _whole(service: Service, asked: Asked, wanted: ChatRequest, reply: Rep
                 visits.append(item)
             elif isinstance(item, Answer):
                 shown = [asdict(visit) for visit in visits] if wanted.trace else None
-                return reply.whole(item, _finish(asked, visits), usage(item, asked.positions), shown)
+                return reply.whole(item, _finish(visits), usage(item, asked.positions), shown)
         raise AssertionError("an answer ends the news")
 
     async def until_gone() -> None:
@@ -160,13 +167,27 @@ async def _whole(service: Service, asked: Asked, wanted: ChatRequest, reply: Rep
         service.drop(asked)  # where this request was cancelled
 
 
-async def _stream(service: Service, asked: Asked, wanted: ChatRequest, reply: Reply) -> AsyncIterator[bytes]:
+class _Stream(StreamingResponse):
+    """An answer as it is written; nobody computes it any more when the client has left, whether it had begun or not."""
+
+    def __init__(self, service: Service, asked: Asked, pieces: AsyncIterator[bytes]) -> None:
+        super().__init__(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._service, self._asked = service, asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.drop(self._asked)
+
+
+async def _stream(asked: Asked, wanted: ChatRequest, reply: Reply) -> AsyncIterator[bytes]:
     """The answer as it is written, with the visits where a trace is wanted."""
     visits: list[VisitDone] = []
     news = aiter(asked.news())
+    coming = asyncio.ensure_future(anext(news))
     try:
         yield reply.chunk({"role": "assistant", "content": ""})
-        coming = asyncio.ensure_future(anext(news))
         while True:
             done, _ = await asyncio.wait({coming}, timeout=SILENCE)
             if not done:
@@ -180,7 +201,7 @@ async def _stream(service: Service, asked: Asked, wanted: ChatRequest, reply: Re
                 if wanted.trace:
                     yield reply.beside(recmas={"visit": asdict(item)})
             elif isinstance(item, Answer):
-                yield reply.chunk({}, _finish(asked, visits))
+                yield reply.chunk({}, _finish(visits))
                 if wanted.stream_options is not None and wanted.stream_options.include_usage:
                     yield reply.beside(usage=usage(item, asked.positions))
                 break
@@ -189,14 +210,13 @@ async def _stream(service: Service, asked: Asked, wanted: ChatRequest, reply: Re
     except ApiError as error:
         yield event(error.body)
     finally:
-        service.drop(asked)
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
 
 
-def _finish(asked: Asked, visits: list[VisitDone]) -> str:
+def _finish(visits: list[VisitDone]) -> str:
     """Why the text ends: by itself, or at its bound."""
-    assert asked.row is not None
-    bound = asked.row.manner.decoding[visits[-1].role].max_new_tokens
-    return "length" if visits[-1].text_tokens >= bound else "stop"
+    return "stop" if visits[-1].complete else "length"
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
+
+from recmas.scheduling.task import RowError
+
+_LOG = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -34,13 +40,28 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def of_failure(error: Exception) -> ApiError:
-    """What a row's failure is to whoever asked."""
-    message = " ".join(str(error).split()) or type(error).__name__
+class Draining(ApiError):
+    """The server is being shut down."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is being shut down", "draining", headers={"Retry-After": "30"})
+
+
+def of_refusal(error: ValueError) -> ApiError:
+    """What is wrong with a request, by whoever checked it as the one row of a run."""
+    if isinstance(error, ApiError):
+        return error
+    return ApiError(400, re.sub("^row 0[:,] ", "", " ".join(str(error).split())), "invalid_value")
+
+
+def of_failure(error: Exception, name: str) -> ApiError:
+    """What a row's failure is to whoever asked; what only the operator may read goes to the log, under `name`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, TimeoutError):
-        return ApiError(504, message, "timeout")
-    if isinstance(error, ValueError):
-        return ApiError(400, message, "invalid_value")
-    return ApiError(500, message, "failed")
+        return ApiError(504, str(error), "timeout")
+    if isinstance(error, RowError):
+        return of_refusal(error)
+    if not isinstance(error, ConnectionAbortedError):
+        _LOG.error("%s failed", name, exc_info=error)
+    return ApiError(500, f"this request failed; the server's log says why, under {name}", "failed")

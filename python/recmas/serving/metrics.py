@@ -39,7 +39,7 @@ class Metrics:
 
     def summary(self) -> str:
         """How requests ended, as a line."""
-        ends = ("answered", "refused", "failed", "late", "left")
+        ends = ("answered", "refused", "failed", "late", "left", "drained")
         counts = [int(self.registry.get_sample_value("recmas_requests_total", {"outcome": end}) or 0) for end in ends]
         return ", ".join(f"{end} {count}" for end, count in zip(ends, counts, strict=True))
 

@@ -6,7 +6,8 @@ import json
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from recmas.answering.answers import Answer
 from recmas.answering.options import AnswerOptions
@@ -15,6 +16,22 @@ from recmas.serving.errors import ApiError
 from recmas.serving.settings import ServeSettings
 
 Name = Annotated[str, Field(max_length=64)]
+
+_NOT_DONE: dict[str, list[Any]] = {
+    "n": [1],
+    "stop": [[]],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "logit_bias": [{}],
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+}
+"""OpenAI's fields that this server does not do, and the values at which they ask for nothing."""
 
 
 class TextPart(BaseModel):
@@ -43,8 +60,9 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """A request for one answer.
 
-    `mode`, `rounds`, `latent_steps`, `fields` and `trace` are ours (``extra_body`` of the official client); fields that
-    bear no influence on the answer are taken and left alone, all others are refused.
+    `mode`, `rounds`, `latent_steps`, `fields` and `trace` are ours (``extra_body`` of the official client). Null stands
+    for a field that is left out. Fields that bear no influence on the answer, and others of OpenAI's at values that ask
+    for nothing, are taken and left alone; all others are refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -57,7 +75,6 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float | None, Field(ge=0, le=100, allow_inf_nan=False)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    n: Literal[1] = 1
     mode: Literal["latent", "text"] = "latent"
     rounds: Annotated[int | None, Field(ge=1)] = None
     latent_steps: Annotated[int, Field(ge=0)] | dict[Name, Annotated[int, Field(ge=0)]] | None = None
@@ -66,6 +83,27 @@ class ChatRequest(BaseModel):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, value in given.items():
+            if value is not None and name in _NOT_DONE and value not in _NOT_DONE[name]:
+                raise PydanticCustomError("not_done", "this server does not do `{name}`", {"name": name})
+        return {name: value for name, value in given.items() if value is not None and name not in _NOT_DONE}
+
+    @model_validator(mode="after")
+    def _what_would_be_ignored(self) -> ChatRequest:
+        for name, ignored in (
+            ("latent_steps", self.mode == "text" and self.latent_steps is not None),
+            ("stream_options", not self.stream and self.stream_options is not None),
+        ):
+            if ignored:
+                why = "mode is text" if name == "latent_steps" else "stream is false"
+                raise PydanticCustomError("ignored", "{name}: {why}", {"name": name, "why": why})
+        return self
 
     def options(self, settings: ServeSettings) -> AnswerOptions:
         """How the question is answered.
@@ -116,6 +154,9 @@ def read_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(place) for place in first["loc"])
+        where = where or str(first.get("ctx", {}).get("name", ""))
+        if first["type"] in ("not_done", "ignored"):
+            raise ApiError(400, first["msg"], "invalid_value", where) from None
         kind = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
         raise ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], kind, where or None) from None
 
@@ -137,7 +178,7 @@ class Reply:
     """The objects that answer one request, for `identity` and `model`."""
 
     def __init__(self, identity: str, model: str) -> None:
-        self._common = {"id": f"chatcmpl-{identity}", "created": int(time.time()), "model": model}
+        self._common = {"id": identity, "created": int(time.time()), "model": model}
 
     def whole(self, answer: Answer, finish: str, took: dict[str, Any], visits: list[Any] | None) -> dict[str, Any]:
         """The answer in one piece."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,10 +21,13 @@ from recmas.serving.metrics import Metrics
 from recmas.serving.service import Service
 from recmas.serving.settings import ServeSettings
 
+LAST_WORDS = 5
+"""Seconds in which whoever still waits when draining ends is told so."""
+
 
 @contextlib.contextmanager
 def address(settings: ServeSettings) -> Iterator[socket.socket]:
-    """The address of a server, taken, but not listened on yet.
+    """The address of a server, taken; whoever connects waits until the server runs.
 
     Raises:
         ValueError: it is in use, or is none of this machine.
@@ -32,6 +37,7 @@ def address(settings: ServeSettings) -> Iterator[socket.socket]:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind((settings.host, settings.port))
+            taken.listen(2048)  # two may bind an address that nobody listens on
         except OSError as error:
             raise ValueError(f"{settings.host}:{settings.port}: {error.strerror or error}") from None
         yield taken
@@ -64,23 +70,28 @@ def serve(name: str, outline: Outline, executor: Executor, settings: ServeSettin
         access_log=False,
         server_header=False,
         lifespan="off",
-        timeout_graceful_shutdown=int(settings.drain),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_WORDS,
+        http="h11",
         h11_max_incomplete_event_size=1 << 16,
     )
     try:
-        _Server(config, service).run(sockets=[taken])
+        Server(config, service).run(sockets=[taken])
     finally:
         dispatcher.close()
         print(f"{name}: {service.metrics.summary()}", file=sys.stderr, flush=True)
 
 
-class _Server(uvicorn.Server):
-    """A server that stops taking requests in before it stops listening."""
+class Server(uvicorn.Server):
+    """Stops taking requests in before it stops listening; those that do not end in `drain` seconds are told so."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self.drain = service, service.settings.drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining = True
-        await super().shutdown(sockets)
+        end = asyncio.get_running_loop().call_later(self.drain, self._service.give_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()

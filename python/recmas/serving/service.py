@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,7 +18,7 @@ from recmas.prompts.template import Template
 from recmas.scheduling.admission import check_room
 from recmas.scheduling.dispatcher import Dispatcher
 from recmas.scheduling.row import Row, VisitDone
-from recmas.serving.errors import ApiError, of_failure
+from recmas.serving.errors import ApiError, Draining, of_failure, of_refusal
 from recmas.serving.metrics import Metrics
 from recmas.serving.protocol import ChatRequest
 from recmas.serving.settings import ServeSettings
@@ -24,7 +26,7 @@ from recmas.serving.settings import ServeSettings
 NEAREST = 3
 """Tokens shown for each latent where a trace is asked for."""
 
-News = str | VisitDone | Answer | Exception
+News = str | VisitDone | Answer | ApiError
 
 
 class Asked:
@@ -34,6 +36,7 @@ class Asked:
         self.began = time.monotonic()
         self.positions = 0
         self.row: Row | None = None
+        self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self._end = end
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[News] = asyncio.Queue()
@@ -46,8 +49,8 @@ class Asked:
         """
         while True:
             item = await self._news.get()
-            if isinstance(item, Exception):
-                raise of_failure(item) from None
+            if isinstance(item, ApiError):
+                raise item
             yield item
             if isinstance(item, Answer):
                 return
@@ -64,8 +67,8 @@ class Asked:
 
     def failed(self, error: Exception) -> None:
         left, late = isinstance(error, ConnectionAbortedError), isinstance(error, TimeoutError)
-        outcome = "left" if left else "late" if late else "failed"
-        self._tell(error, outcome)
+        outcome = "left" if left else "late" if late else "drained" if isinstance(error, Draining) else "failed"
+        self._tell(of_failure(error, self.name), outcome)
 
     def _tell(self, item: News, outcome: str | None = None) -> None:
         def take() -> None:
@@ -73,7 +76,8 @@ class Asked:
             if outcome is not None:
                 self._end(self, outcome, item if isinstance(item, Answer) else None)
 
-        self._loop.call_soon_threadsafe(take)
+        with contextlib.suppress(RuntimeError):  # the server's loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(take)
 
 
 class Service:
@@ -93,6 +97,10 @@ class Service:
         self.name, self.outline, self.settings, self.metrics = name, outline, settings, metrics
         self.created = int(time.time())
         self.draining = False
+        self._given_up = False
+        texts = [text for one in outline.settings.values() for text in (one.prompt.first, one.prompt.later) if text]
+        self._fields = sorted({name for text in texts for name in Template(text).fields} - {"question"})
+        self._asked: set[Asked] = set()
         self._dispatcher = dispatcher
         self._numbers = itertools.count()
         self._under_way = 0
@@ -124,10 +132,21 @@ class Service:
         try:
             asked.row = await self._row(request, asked)
         except BaseException:
-            self._leave("refused")
+            self._leave(None)
             raise
+        if self._given_up:
+            self._leave(None)
+            raise Draining
+        self._asked.add(asked)
         self._dispatcher.add(asked.row)
         return asked
+
+    def give_up(self) -> None:
+        """The time to drain is over: whoever still waits is told so."""
+        self._given_up = True
+        for asked in self._asked:
+            assert asked.row is not None
+            self._dispatcher.drop(asked.row, Draining())
 
     def drop(self, asked: Asked) -> None:
         """The client has left."""
@@ -136,8 +155,7 @@ class Service:
 
     def described(self) -> dict[str, Any]:
         """The system, as an entry of /v1/models."""
-        pattern, settings = self.outline.pattern, self.outline.settings
-        texts = [text for one in settings.values() for text in (one.prompt.first, one.prompt.later) if text]
+        pattern = self.outline.pattern
         return {
             "id": self.name,
             "object": "model",
@@ -147,19 +165,23 @@ class Service:
                 "stages": pattern.stages,
                 "rounds": self.outline.defaults.rounds,
                 "latent_steps": self.outline.steps_by_role(None),
-                "fields": sorted({name for text in texts for name in Template(text).fields} - {"question"}),
+                "fields": self._fields,
             },
         }
 
     async def _row(self, request: ChatRequest, asked: Asked) -> Row:
         settings = self.settings
+        unknown = sorted(set(request.fields) - {*self._fields, "question", "messages"})
+        if unknown:
+            text = f"fields: this system reads no {unknown[0]!r}; besides the question it reads: {self._fields}"
+            raise ApiError(400, text, "invalid_value", "fields")
         try:
             manner = Manner(self.outline, request.options(settings))
             fields = request.row()
             rooms = await asyncio.to_thread(self._dispatcher.executor.rooms, manner.rounds, fields)
             tokens = check_room(manner, rooms)
         except ValueError as error:
-            raise of_failure(error) from None
+            raise of_refusal(error) from None
         if tokens > settings.max_prompt_tokens:
             text = (
                 f"the longest visit takes {tokens} positions, more than the {settings.max_prompt_tokens} of this server"
@@ -177,6 +199,7 @@ class Service:
         )
 
     def _ended(self, asked: Asked, outcome: str, answer: Answer | None) -> None:
+        self._asked.discard(asked)
         now = time.monotonic()
         self._pace += 0.1 * (min(now - self._last_end, 10.0) - self._pace)
         self._last_end = now

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -240,3 +241,107 @@ def test_bounds_of_a_batch_hold(system: RecursiveMAS) -> None:
         dispatcher.close()
     assert max(len(task.parts) for task in executor.tasks) == 2  # three times 7 are more than 20
     assert all(len(task.parts) == 1 for task in executor.tasks if task.parts[0].number == 6)
+
+
+def test_a_window_that_ends_between_two_looks_at_the_clock_is_seen(
+    system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is held up after it found the window open, until it is over."""
+    start = Dispatcher._start
+
+    def slow(self: Dispatcher, now: float) -> None:
+        start(self, now)
+        for row, _ in self._waiting.values():
+            while row.entering and time.monotonic() <= row.since + self.limits.window:
+                time.sleep(0.001)
+
+    monkeypatch.setattr(Dispatcher, "_start", slow)
+    dispatcher = Dispatcher(LocalExecutor(system), Limits(window=0.02))
+    try:
+        assert texts(send(dispatcher, system, ["fox"])) == [system.answer(["fox"])[0].text]
+    finally:
+        dispatcher.close()
+
+
+def stepwise(system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Semaphore, list[int]]:
+    """Let the last agent take one step of decoding for each permit; the steps that it took."""
+    agent, permits, taken = system.agents[system.pattern.last], threading.Semaphore(0), list[int]()
+    write = agent.write
+
+    def held(*arguments: Any, **options: Any) -> Iterator[dict[int, list[int]]]:
+        for number, step in enumerate(write(*arguments, **options)):
+            assert permits.acquire(timeout=60)
+            taken.append(number)
+            yield step
+
+    monkeypatch.setattr(agent, "write", held)
+    return permits, taken
+
+
+def test_a_row_ends_before_the_others_of_its_batch(system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [system.answer(["fox"], max_new_tokens=count)[0] for count in (2, 6)]
+    permits, taken = stepwise(system, monkeypatch)
+    dispatcher = Dispatcher(LocalExecutor(system), Limits(window=60.0, rows=2))
+    short, long = Waiting(), Waiting()
+    try:
+        dispatcher.add(row_of(system, 0, "fox", short, max_new_tokens=2))
+        dispatcher.add(row_of(system, 1, "fox", long, max_new_tokens=6))
+        for _ in range(2):
+            permits.release()
+        assert texts([short]) == [expected[0].text]
+        assert len(taken) == 2
+        assert not long.ends
+        for _ in range(4):
+            permits.release()
+        assert texts([long]) == [expected[1].text]
+    finally:
+        permits.release(10)
+        dispatcher.close()
+    assert (short.visits[-1].text_tokens, long.visits[-1].text_tokens) == (2, 6)
+    assert not short.visits[-1].complete
+
+
+def test_an_end_of_text_ends_a_row_and_what_was_dropped_is_not_written(
+    system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = system.agents["solver"]
+    sampled = {"temperature": 3.0, "seed": 5}
+    first, second = (answer.tokens for answer in system.answer(["fox", "plan"], **sampled))
+    ending = next(token for token in first[:4] if token not in second)
+    steps = first.index(ending) + 1
+    monkeypatch.setattr(type(agent), "eos_ids", property(lambda self: frozenset({ending} if self is agent else ())))
+    expected = system.answer(["fox"], **sampled)[0]
+    assert len(expected.tokens) == steps < 6
+    permits, taken = stepwise(system, monkeypatch)
+    dispatcher = Dispatcher(LocalExecutor(system), Limits(window=60.0, rows=2))
+    ends, gone = Waiting(), Waiting()
+    try:
+        rows = [row_of(system, 0, "fox", ends, **sampled), row_of(system, 1, "plan", gone, **sampled)]
+        for row in rows:
+            dispatcher.add(row)
+        for _ in range(steps):
+            permits.release()
+        assert texts([ends]) == [expected.text]
+        assert ends.visits[-1].complete
+        dispatcher.drop(rows[1], ConnectionAbortedError("the client left"))
+        assert isinstance(gone.end(), ConnectionAbortedError)
+        permits.release(10)
+    finally:
+        permits.release(10)
+        dispatcher.close()
+    assert len(taken) <= steps + 1  # one step may be under way when a row is dropped
+
+
+def test_a_text_message_and_an_answer_share_no_batch(system: RecursiveMAS) -> None:
+    """By text messages the last agent does the same in both rounds, but only answers are shown as they grow."""
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.2))
+    expected = [system.answer(["fox"], mode="text", rounds=rounds)[0].text for rounds in (2, 1)]
+    sinks = [Waiting(), Waiting()]
+    try:
+        for number, (sink, rounds) in enumerate(zip(sinks, (2, 1), strict=True)):
+            dispatcher.add(row_of(system, number, "fox", sink, mode="text", rounds=rounds))
+        assert texts(sinks) == expected
+    finally:
+        dispatcher.close()
+    assert len(executor.tasks[0].parts) == 2

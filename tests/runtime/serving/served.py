@@ -16,7 +16,7 @@ from recmas import RecursiveMAS
 from recmas.scheduling.executor import Executor, LocalExecutor
 from recmas.serving.app import make_app
 from recmas.serving.keys import ApiKeys
-from recmas.serving.server import address, service_of, url
+from recmas.serving.server import Server, address, service_of, url
 from recmas.serving.service import Service
 from recmas.serving.settings import ServeSettings
 
@@ -24,8 +24,13 @@ from recmas.serving.settings import ServeSettings
 class Served:
     """A server under way."""
 
-    def __init__(self, at: str, service: Service) -> None:
-        self.at, self.service = at, service
+    def __init__(self, at: str, service: Service, server: Server) -> None:
+        self.at, self.service, self._server = at, service, server
+
+    def stop(self, drain: float) -> None:
+        """As SIGTERM does, with so many seconds to drain."""
+        self._server.drain = drain
+        self._server.should_exit = True
 
     def client(self, key: str = "no key", **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.at}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **options})
@@ -43,14 +48,14 @@ def served(
     with address(asked) as taken:
         service, dispatcher = service_of("tiny", system.outline, executor or LocalExecutor(system), asked)
         app = make_app(service, None if keys is None else ApiKeys(keys))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        server = Server(uvicorn.Config(app, log_level="error", lifespan="off"), service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
         try:
-            yield Served(url(taken), service)
+            yield Served(url(taken), service, server)
         finally:
             server.should_exit = True
             thread.join()

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
-from recmas.scheduling.executor import LocalExecutor, Report
+from recmas.scheduling.executor import Failed, LocalExecutor, Report
 from recmas.scheduling.task import Task
 from recmas.serving.protocol import ChatRequest
 from tests.runtime.scheduling.rows import QUESTIONS, tiny_system
@@ -151,6 +151,22 @@ WRONG = {
     "model": (b'{"model": "big", "messages": [{"role": "user", "content": "x"}]}', 404, "model_not_found"),
     "surrogate": (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, None),
     "context": (b'{"model": "tiny", "messages": [{"role": "user", "content": "' + b"fox " * 300 + b'"}]}', 400, None),
+    "field that nothing reads": (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "fields": {"contxt": "y"}}',
+        400,
+        "invalid_value",
+    ),
+    "steps of texts": (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "mode": "text", "latent_steps": 1}',
+        400,
+        "invalid_value",
+    ),
+    "options of no stream": (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": true}}',
+        400,
+        "invalid_value",
+    ),
+    "stop": (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": ["y"]}', 400, "invalid_value"),
     "large": (b'{"x": "' + b"x" * (1 << 20) + b'"}', 413, "too_large"),
 }
 
@@ -163,7 +179,85 @@ def test_a_wrong_request_is_told_why(server: Served, case: str) -> None:
     error = said["error"]
     assert error["message"]
     assert "\n" not in error["message"]
+    assert not error["message"].startswith("row 0")
     assert code is None or error["code"] == code
+
+
+def test_what_asks_for_nothing_is_taken(server: Served) -> None:
+    nothing = {
+        "n": 1,
+        "stop": None,
+        "frequency_penalty": 0,
+        "seed": None,
+        "tools": [],
+        "response_format": {"type": "text"},
+    }
+    status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x"), **nothing}).encode())
+    assert status == 200, said
+    status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x"), "tools": [{}]}).encode())
+    assert (status, said["error"]["message"], said["error"]["param"]) == (
+        400,
+        "this server does not do `tools`",
+        "tools",
+    )
+
+
+def test_refusals_are_counted(server: Served) -> None:
+    before = server.counted("recmas_requests_total", outcome="refused")
+    for case in ("not json", "stop", "model", "field that nothing reads"):
+        raw(server, WRONG[case][0])
+    assert server.counted("recmas_requests_total", outcome="refused") == before + 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_of_text_at_the_bound_is_a_stop(
+    system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    tokens = system.answer(["fox"])[0].tokens
+    agent = system.agents["solver"]
+    monkeypatch.setattr(type(agent), "eos_ids", property(lambda self: frozenset({tokens[0]} if self is agent else ())))
+    with served(system) as server:
+        found = server.client().chat.completions.create(
+            model="tiny", messages=asked("fox"), max_tokens=1, stream=stream
+        )
+        whole = list(found)[-1] if stream else found
+        assert whole.choices[0].finish_reason == "stop"
+
+
+def test_what_failed_is_in_the_log_and_not_in_the_answer(
+    system: RecursiveMAS, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(LocalExecutor):
+        def start(self, task: Task, report: Report) -> None:
+            report(Failed(task, ValueError("/a/path of this machine")))
+
+    with served(system, Broken(system)) as server:
+        status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x")}).encode())
+    assert status == 500
+    assert "/a/path" not in said["error"]["message"]
+    name = said["error"]["message"].rpartition(" ")[2]
+    assert name.startswith("chatcmpl-")
+    logged = [record for record in caplog.records if name in record.getMessage()]
+    assert [str(record.exc_info[1]) for record in logged if record.exc_info] == ["/a/path of this machine"]
+
+
+def test_who_waits_when_draining_ends_is_told(system: RecursiveMAS) -> None:
+    held = Held(system)
+    with served(system, held) as server, ThreadPoolExecutor(2) as pool:
+        body = json.dumps({"model": "tiny", "messages": asked("fox")}).encode()
+        waiting = pool.submit(raw, server, body)
+        streams = pool.submit(
+            lambda: list(server.client().chat.completions.create(model="tiny", messages=asked("fox"), stream=True))
+        )
+        while server.counted("recmas_requests_under_way") < 2 or not held.started:
+            time.sleep(0.002)
+        server.stop(drain=0.1)
+        status, said = waiting.result(60)
+        assert (status, said["error"]["code"]) == (503, "draining")
+        with pytest.raises(openai.APIError, match="shut down"):
+            streams.result(60)
+        held.go.set()
+    assert server.counted("recmas_requests_total", outcome="drained") == 2
 
 
 def test_other_ways_in_are_shut(server: Served) -> None:
