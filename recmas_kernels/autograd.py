@@ -38,3 +38,17 @@ class Alignment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
         return derivatives.alignment_fwd_backward(ctx, dloss, None)
+
+
+class Frozen(torch.autograd.Function):
+    """``apply(x, panels, bias, out_features, stored) -> y``, as `Link`."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        y = serve.frozen_linear(*values)
+        derivatives.frozen_linear_setup(ctx, values, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return derivatives.frozen_linear_backward(ctx, dy)

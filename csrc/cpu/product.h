@@ -97,6 +97,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
   }
   const int64_t bytes = dtype_bytes(right.dtype), stride = right.stride * bytes;
   const char* data = static_cast<const char*>(right.data);
+  if (right.turned) return {panel, 0, 1, 0};  // laying it out prefetches
   const Ahead whole = right.transposed ? Ahead{data + column * stride, width, (right.k * bytes + 63) / 64, stride}
                                        : Ahead{data + column * bytes, right.k, (width * bytes + 63) / 64, stride};
   const int64_t begin = whole.rows * group / groups, end = whole.rows * (group + 1) / groups;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,6 +186,38 @@ def link_bwd(
         else grad.to(tensor.dtype)
         for grad, tensor in zip(outputs, tensors, strict=True)
     )
+
+
+def pack_frozen(weight: Tensor) -> Tensor:
+    """Panels of a contiguous weight ``[out, in]``, in its own dtype."""
+    return _pack(weight, (weight.dtype, _isa()))
+
+
+def unpack_frozen(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` that `pack_frozen` made panels of, bit by bit."""
+    weight = torch.empty(out_features, in_features, dtype=stored, device=_CPU)
+    _native().unpack_weight(_isa(), torch.get_num_threads(), panels, weight)
+    return weight
+
+
+def frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, stored: torch.dtype) -> Tensor:
+    """``x W^T + b`` for rows ``[..., in]`` in fp32 or the stored dtype, in x's dtype."""
+    return _frozen(_native().frozen_forward, x, stored, (panels, bias), out_features)
+
+
+def frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
+    """``dy W`` for rows ``[..., out]``, in dy's dtype."""
+    return _frozen(_native().frozen_backward, dy, stored, (panels,), in_features)
+
+
+def _frozen(run: Any, rows: Tensor, stored: torch.dtype, weight: tuple[Tensor | None, ...], features: int) -> Tensor:
+    result = torch.empty(*rows.shape[:-1], features, dtype=rows.dtype, device=_CPU)
+    if result.numel() == 0:
+        return result
+    settings = (_isa(), torch.get_num_threads(), _DTYPES[stored])
+    if not run(*settings, rows, *weight, result) and not run(*settings, rows.contiguous(), *weight, result):
+        raise AssertionError("contiguous rows are readable")
+    return result
 
 
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:

@@ -37,6 +37,11 @@ def add_system(parser: CommandLineParser) -> None:
         help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
         "RECMAS_BACKEND names, else auto)",
     )
+    parser.add_argument(
+        "--no-accelerate",
+        action="store_true",
+        help="do not: on a CPU, run agents' frozen linear layers from packed weights, several times faster",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -177,6 +182,7 @@ def loaded(options: Namespace, folder: Path | None = None) -> Iterator[Recursive
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),
+            accelerate=not options.no_accelerate,
             allow_outside=options.allow_outside,
             allow_hub=options.allow_hub,
         )

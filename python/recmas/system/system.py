@@ -268,6 +268,8 @@ class System:
         return JointLink(links, [self.agents[source].hidden_size for source in slot.senders], weights)
 
     def _new_offloader(self, placement: Placement) -> Offloader:
+        for agent in self.agents.values():
+            agent.unpack()  # copies on other devices read plain weights
         parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
         for role, link in self.inner_links.items():
             parts[role].append(link)

@@ -1,0 +1,178 @@
+// Products of frozen weights, which exist as panels only: y = x W^T + b, and the input gradient dx = dy W.
+//
+// Forward, parts that share their rows are one list of panels, cut evenly among the threads: one barrier, after the
+// rows are widened, and none where they are read as they lie. Backward, the panels are laid out again as those of the
+// transpose, a piece at a time in the second-level cache, so that no second form of a weight exists.
+#pragma once
+
+#include "arena.h"
+#include "rows.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+constexpr int64_t kFrozenRows = 128;      // rows of a block forward, which stay in the second-level cache
+constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
+constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
+
+// Threads that are worth starting: a byte from memory takes as long as 6 flops.
+inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t columns, Dtype stored) {
+  const double elements = static_cast<double>(k) * static_cast<double>(columns);
+  const double flops = 2.0 * static_cast<double>(rows), bytes = static_cast<double>(dtype_bytes(stored));
+  return useful_threads(threads, elements * (flops > 6.0 * bytes ? flops : 6.0 * bytes));
+}
+
+inline bool multiplies_pairs(Dtype stored, Dtype rows) {
+  return kDotPairs && stored == Dtype::bf16 && rows == Dtype::bf16;
+}
+
+// Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond an odd k to read, and
+// not a multiple of 2 KB apart, where eight of them would share few sets of the first-level cache.
+inline bool reads_in_place(const FrozenForward& call, bool pairs) {
+  if (call.x.dtype != (pairs ? Dtype::bf16 : Dtype::f32)) return false;
+  if (packed_format(call.stored) == Format::pairs && call.in_features % 2 != 0) return false;
+  return call.tokens <= 2 || call.x.stride * dtype_bytes(call.x.dtype) % 2048 != 0;
+}
+
+struct FrozenPlan {
+  int64_t threads, block, workspace;
+  bool in_place;
+  Left rows;
+};
+
+inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
+  FrozenPlan plan{};
+  Arena arena(base);
+  const bool pairs = multiplies_pairs(call.stored, call.x.dtype);
+  plan.threads = frozen_threads(call.threads, call.tokens, call.in_features, call.out_features, call.stored);
+  plan.block = smaller(call.tokens, kFrozenRows);
+  plan.in_place = reads_in_place(call, pairs);
+  plan.rows = {nullptr, left_stride(call.in_features, pairs), pairs};
+  if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline void frozen_product(const Team& team, const FrozenForward& call, const Left& rows, int64_t first,
+                           int64_t count) {
+  const int64_t columns = call.out_features;
+  const Term terms[1] = {
+      {rows, {call.panels, call.stored, 0, true, Form::packed, call.in_features, columns, call.stored}}};
+  const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    if (call.bias.data == nullptr) return false;
+    load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
+    return true;
+  };
+  const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
+  };
+  multiply(team, terms, count, columns, nullptr, start, finish);
+}
+
+// Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
+inline void copy_rows(const Team& team, const MatrixView& from, int64_t first, int64_t count, int64_t column,
+                      int64_t columns, const Left& to) {
+  const Dtype dtype = to.dtype();
+  for (int64_t r = team.begin(count); r < team.end(count); ++r) {
+    const int64_t at = (first + r) * from.stride + column;
+    typed(from.data, from.dtype, [&](const auto* p) {
+      typed(to.row(r), dtype, [&](auto* row) {
+        each_vector(columns, [&](int64_t c, auto lanes) { store(row + c, load(p + at + c, lanes), lanes); });
+      });
+    });
+    pad_left(to, r, columns);
+  }
+}
+
+inline int64_t frozen_forward_workspace(const FrozenForward& call) { return plan_frozen(call, nullptr).workspace; }
+
+inline void frozen_forward(const FrozenForward& call, void* workspace) {
+  const FrozenPlan plan = plan_frozen(call, workspace);
+  const int64_t row_bytes = call.x.stride * dtype_bytes(call.x.dtype);
+  run_team(plan.threads, [&](const Team& team) {
+    for (int64_t first = 0; first < call.tokens; first += plan.block) {
+      const int64_t count = smaller(plan.block, call.tokens - first);
+      Left rows = plan.rows;
+      if (plan.in_place) {
+        rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + first * row_bytes;  // only read
+        rows.stride = call.x.stride;
+      } else {
+        copy_rows(team, call.x, first, count, 0, call.in_features, rows);
+        team.wait();
+      }
+      frozen_product(team, call, rows, first, count);
+      if (!plan.in_place) team.wait();  // the next block overwrites the rows
+    }
+  });
+}
+
+struct FrozenGradientPlan {
+  int64_t threads, block, depth, workspace;
+  Left rows;
+  float* sums;  // [block][in_features], null where one pass gives dx or dx itself is fp32
+  char* scratch;
+  int64_t scratch_each;
+};
+
+inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void* base) {
+  FrozenGradientPlan plan{};
+  Arena arena(base);
+  const bool pairs = multiplies_pairs(call.stored, call.dy.dtype);
+  plan.threads = frozen_threads(call.threads, call.tokens, call.out_features, call.in_features, call.stored);
+  plan.block = smaller(call.tokens, kGradientRows);
+  plan.depth = smaller(call.out_features, kGradientDepth);
+  plan.rows = {nullptr, left_stride(plan.depth, pairs), pairs};
+  plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
+    plan.sums = arena.floats(plan.block * call.in_features);
+  }
+  plan.scratch_each = panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth);
+  plan.scratch = arena.take(plan.threads * plan.scratch_each);
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline int64_t frozen_backward_workspace(const FrozenBackward& call) {
+  return plan_frozen_gradient(call, nullptr).workspace;
+}
+
+// Adds what out features [out, out + depth) give to the gradients of rows [first, first + count).
+inline void frozen_gradient(const Team& team, const FrozenBackward& call, const FrozenGradientPlan& plan, int64_t first,
+                            int64_t count, int64_t out, int64_t depth) {
+  const int64_t columns = call.in_features;
+  const char* panels =
+      static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
+  const Term terms[1] = {{plan.rows, {panels, call.stored, 0, false, Form::stored, depth, columns, call.stored, true}}};
+  const bool last = out + depth == call.out_features;
+  float* const sums = plan.sums != nullptr ? plan.sums : static_cast<float*>(call.dx.data) + first * columns;
+  const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+    if (out == 0) return false;
+    load_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    return true;
+  };
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+    if (last) {
+      store_tile(call.dx.data, call.dx.dtype, columns, first + row, rows, column, width, tile);
+    } else {
+      store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    }
+  };
+  multiply(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+}
+
+inline void frozen_backward(const FrozenBackward& call, void* workspace) {
+  const FrozenGradientPlan plan = plan_frozen_gradient(call, workspace);
+  run_team(plan.threads, [&](const Team& team) {
+    for (int64_t first = 0; first < call.tokens; first += plan.block) {
+      const int64_t count = smaller(plan.block, call.tokens - first);
+      for (int64_t out = 0; out < call.out_features; out += plan.depth) {
+        const int64_t depth = smaller(plan.depth, call.out_features - out);
+        copy_rows(team, call.dy, first, count, out, depth, plan.rows);
+        team.wait();
+        frozen_gradient(team, call, plan, first, count, out, depth);
+        team.wait();  // the next rows take the place of these
+      }
+    }
+  });
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA

@@ -1,0 +1,152 @@
+"""Products of frozen weights: the packed form, and a call's way to the kernel.
+
+A `Panels` is all that is left of a packed weight. It holds every value exactly, so that the weight comes back from it
+bit by bit: a float32 weight that came from a 16-bit checkpoint is kept in those 16 bits, and read at half the cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recmas_kernels import autograd, checks, ops, serve
+from recmas_kernels.backends import cpu, settings
+from recmas_kernels.backends.choice import requested
+from recmas_kernels.devices import autocast_enabled
+from recmas_kernels.observed import is_ordinary, observed, transformed
+
+_EXACT_CHUNK = 1 << 22  # elements compared at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A weight ``[out_features, in_features]`` in the layout that the CPU kernels stream.
+
+    Attributes:
+        data: uint8, the panels.
+        out_features, in_features: of the weight.
+        dtype: of the weight, as its owner sees it.
+        stored: of the panels' elements, which hold the weight's values exactly.
+    """
+
+    data: Tensor
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    def weight(self) -> Tensor:
+        """The weight as it was: a new tensor, equal bit by bit."""
+        return cpu.unpack_frozen(self.data, self.out_features, self.in_features, self.stored).to(self.dtype)
+
+
+def why_not_packed(weight: Tensor) -> str | None:
+    """Why no `Panels` can be made of a weight; None if it can."""
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels have no {str(weight.dtype).removeprefix('torch.')}"
+    if weight.layout is not torch.strided or type(weight) not in (Tensor, torch.nn.Parameter):
+        return f"its weight is a {type(weight).__name__} of layout {weight.layout}"
+    if weight.numel() == 0:
+        return "a size is 0"
+    return cpu.unavailable()
+
+
+def pack(weight: Tensor) -> Panels:
+    """The panels of a frozen weight ``[out_features, in_features]``.
+
+    Raises:
+        ValueError: there can be none; see `why_not_packed`.
+    """
+    reason = why_not_packed(weight)
+    if reason is not None:
+        raise ValueError(f"weight cannot be packed: {reason}")
+    weight = weight.detach().contiguous()
+    stored = _narrowest(weight)
+    out_features, in_features = weight.shape
+    return Panels(cpu.pack_frozen(weight.to(stored)), out_features, in_features, weight.dtype, stored)
+
+
+def _narrowest(weight: Tensor) -> torch.dtype:
+    """The smallest dtype that holds every value of ``weight`` exactly."""
+    if weight.dtype is torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            if all(torch.equal(part.to(dtype).to(part.dtype), part) for part in weight.view(-1).split(_EXACT_CHUNK)):
+                return dtype
+    return weight.dtype
+
+
+def checks_writes() -> bool:
+    """Whether ``RECMAS_CHECK`` asks for `expect_unwritten`."""
+    return settings.checks()
+
+
+def expect_unwritten(shown: Tensor, panels: Panels) -> None:
+    """Raise RuntimeError if somebody wrote into an unpacked copy, as if it were the weight."""
+    if not torch.equal(shown.detach().view(torch.uint8), panels.weight().view(torch.uint8)):
+        raise RuntimeError("weight was written while it is packed: the write is lost; unpack the layer, then write")
+
+
+def explain(x: Tensor, panels: Panels) -> str:
+    """Who would serve `frozen_linear` on ``x [..., in_features]``."""
+    sizes = f"{x.numel() // max(1, x.shape[-1])} x {panels.in_features} -> {panels.out_features}"
+    if requested() not in ("auto", "cpu"):
+        served = f"reference: serves this call ({requested()!r} was asked for), from an unpacked copy"
+    else:
+        stored, isa = str(panels.stored).removeprefix("torch."), cpu.instruction_set()[0]
+        served = f"cpu: serves this call ({isa}, panels of {stored}); it was faster for every number of rows measured"
+    return f"frozen_linear cpu {str(x.dtype).removeprefix('torch.')} {sizes}:\n  {served}"
+
+
+def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` for a packed weight; it has a gradient of x alone.
+
+    Args:
+        x: ``[..., in_features]`` in the weight's dtype, any strides, any number of rows including none.
+        panels: of W ``[out_features, in_features]``, from `pack`.
+        bias: ``[out_features]``, or None.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype; under autocast in autocast's. Sums are float32.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        TypeError: x is no dense floating-point tensor.
+    """
+    if torch.compiler.is_compiling():
+        checks.check_frozen(x, panels.in_features, panels.dtype)
+        return _autocast(x, panels, bias) if autocast_enabled("cpu") else _observed(x, panels, bias)
+    if not (type(x) is Tensor and x.dtype is panels.dtype and x.dim() > 0 and x.shape[-1] == panels.in_features):
+        checks.check_frozen(x, panels.in_features, panels.dtype)
+    if transformed() or requested() not in ("auto", "cpu"):
+        return F.linear(x, panels.weight(), bias)  # rules that the op has not, or plain torch asked for by name
+    if autocast_enabled("cpu"):
+        return _autocast(x, panels, bias)
+    return _product(x, panels, bias)
+
+
+def _observed(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
+    y: Tensor = ops.frozen_linear(x, panels.data, bias, panels.out_features, panels.stored)
+    return y
+
+
+def _product(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
+    if observed() or not is_ordinary(x):
+        return _observed(x, panels, bias)
+    arguments: tuple[Any, ...] = (x, panels.data, bias, panels.out_features, panels.stored)
+    if x.requires_grad and torch.is_grad_enabled():
+        return autograd.Frozen.apply(*arguments)
+    return serve.frozen_linear(*arguments)
+
+
+def _autocast(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
+    """Rows and result are rounded as autocast does; the weight is not rounded."""
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        rows = x.to(dtype)
+        return _product(rows if dtype is panels.stored else rows.float(), panels, bias).to(dtype)
