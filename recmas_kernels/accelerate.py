@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels.frozen import why_not_packed
-from recmas_kernels.frozen_linear import FrozenLinear, why_not_frozen
+from recmas_kernels.frozen import Panels, why_not_packed
+from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,41 +24,28 @@ class Accelerated:
         model: any module; changed in place.
 
     Attributes:
-        packed: by name, the layers that were replaced.
+        packed: by name, the layers that changed.
         left: by name, why other linear layers stayed as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.packed: dict[str, FrozenLinear] = {}
         self.left: dict[str, str] = {}
-        self._model = model
-        self._originals: dict[FrozenLinear, nn.Linear] = {}
         owners = _owners(model)
-        for name, part in list(model.named_modules()):
+        for name, part in model.named_modules():
             if not isinstance(part, nn.Linear):
                 continue
             reason = why_not_frozen(part) or why_not_packed(part.weight) or _shared(part, name, owners)
-            if part is model:
-                reason = reason or "it is the model itself: FrozenLinear.from_linear makes another in its place"
-            if reason is not None:
+            if reason is None:
+                self.packed[name] = freeze(part)
+            else:
                 self.left[name] = reason
-                continue
-            frozen = FrozenLinear.from_linear(part)
-            part.weight.data = part.weight.data.new_empty(0)  # the panels hold it now
-            _replace(model, part, frozen)
-            self._originals[frozen] = part
-            self.packed[name] = frozen
 
     def close(self) -> None:
-        """Put the layers back that were there, with the weights that the replacements have now."""
-        for frozen, linear in self._originals.items():
-            frozen.unpack()
-            linear.weight.data = frozen.weight.data
-            if linear.bias is not None:
-                linear.bias.data = frozen.bias.data
-            linear.train(frozen.training)
-            _replace(self._model, frozen, linear)
-        self._originals.clear()
+        """Make the layers plain again, with the weights that they have now."""
+        for frozen in self.packed.values():
+            thaw(frozen)
+        self.packed.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +56,7 @@ class Accelerated:
         self.close()
 
     def __str__(self) -> str:
-        held = [frozen.panels for frozen in self._originals if frozen.panels is not None]
+        held = self._panels()
         plain = sum(panels.out_features * panels.in_features * panels.dtype.itemsize for panels in held)
         lines = [f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB"]
         return "\n".join(lines + [f"{name or 'the model'} is left as it is: {why}" for name, why in self.left.items()])
@@ -77,22 +64,25 @@ class Accelerated:
     @property
     def elements(self) -> int:
         """Of all packed weights."""
-        return sum(frozen.out_features * frozen.in_features for frozen in self._originals if frozen.panels is not None)
+        return sum(panels.out_features * panels.in_features for panels in self._panels())
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of all panels."""
-        return sum(frozen.panels.data.nbytes for frozen in self._originals if frozen.panels is not None)
+        return sum(panels.data.nbytes for panels in self._panels())
+
+    def _panels(self) -> list[Panels]:
+        return [frozen.panels for frozen in self.packed.values() if frozen.panels is not None]
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Replace every plain frozen ``nn.Linear`` inside ``model`` by a `FrozenLinear`, whose weight is packed.
+    """Make every plain frozen ``nn.Linear`` inside ``model`` a `FrozenLinear`, whose weight is packed.
 
     A packed weight is read once, in order, at the speed of memory, and in 16 bits where those hold a float32 weight
     exactly. It takes the place of the original, so that no weight exists twice; results stay the same within rounding.
     Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, weights that other
     modules share (a head tied to the embedding), and weights that no CPU kernel reads. State dicts, moves, casts and
-    copies work on the model as it is; `Accelerated.close` or the end of a ``with`` block puts the layers back.
+    copies work on the model as it is; `Accelerated.close` or the end of a ``with`` block makes the layers plain again.
 
     Args:
         model: any module, on any device; only weights on the CPU are packed.
@@ -135,10 +125,3 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 def _shared(linear: nn.Linear, name: str, owners: dict[int, set[str]]) -> str | None:
     others = owners[linear.weight.untyped_storage().data_ptr()] - {name}
     return f"it shares its weight with {', '.join(sorted(others))}" if others else None
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new

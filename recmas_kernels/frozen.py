@@ -41,7 +41,9 @@ class Panels:
 
     def weight(self) -> Tensor:
         """The weight as it was: a new tensor, equal bit by bit."""
-        return cpu.unpack_frozen(self.data, self.out_features, self.in_features, self.stored).to(self.dtype)
+        unpack = ops.frozen_weight if transformed() else cpu.unpack_frozen  # a transform would wrap what we allocate
+        weight: Tensor = unpack(self.data, self.out_features, self.in_features, self.stored)
+        return weight.to(self.dtype)
 
 
 def why_not_packed(weight: Tensor) -> str | None:
@@ -121,7 +123,8 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
     if torch.compiler.is_compiling():
         checks.check_frozen(x, panels.in_features, panels.dtype)
         return _autocast(x, panels, bias) if autocast_enabled("cpu") else _observed(x, panels, bias)
-    if not (type(x) is Tensor and x.dtype is panels.dtype and x.dim() > 0 and x.shape[-1] == panels.in_features):
+    plain = type(x) is Tensor and x.is_cpu and x.dtype is panels.dtype
+    if not (plain and x.dim() > 0 and x.shape[-1] == panels.in_features):
         checks.check_frozen(x, panels.in_features, panels.dtype)
     if transformed() or requested() not in ("auto", "cpu"):
         return F.linear(x, panels.weight(), bias)  # rules that the op has not, or plain torch asked for by name

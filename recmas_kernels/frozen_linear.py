@@ -5,37 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels import frozen
 from recmas_kernels.frozen import Panels
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(nn.Linear):
     """A frozen `nn.Linear` whose weight exists once: packed, where the CPU kernels can serve it, else as it is.
 
     Same results within rounding, same state dict: ``weight`` comes back from the panels bit by bit, for ``state_dict``,
     ``load_state_dict``, moves and casts, copies and pickles. Copies and pickles are not packed; after a move or cast
     the weight is packed again where it can be. There is a gradient of the input, none of the weight or the bias.
 
-    Args:
-        weight: ``[out_features, in_features]``.
-        bias: ``[out_features]``, or None.
-
     While it is packed, ``weight`` is a new tensor at each access: what is written into it is lost, and
     ``RECMAS_CHECK=1`` makes the next call raise RuntimeError then.
+
+    Args:
+        weight: ``[out_features, in_features]``; not packed yet.
+        bias: ``[out_features]``, or None.
 
     Attributes:
         panels: the packed weight; None while the weight is as it is.
     """
 
-    _shown: nn.Parameter | None = None  # under RECMAS_CHECK=1, the unpacked weight that somebody may write into
+    panels: Panels | None = None
+    _plain: tuple[nn.Parameter, ...] = ()  # the weight's parameter, empty while it is packed; in no module's eyes
+    _shown: tuple[Tensor, ...] = ()  # under RECMAS_CHECK=1, the unpacked weight that somebody may write into
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.panels: Panels | None = None
         self.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
@@ -59,10 +59,28 @@ class FrozenLinear(nn.Module):
         """``[..., in_features] -> [..., out_features]``."""
         panels = self.panels
         if panels is None:
-            return F.linear(x, self.weight, self.bias)
-        if self._shown is not None:
-            frozen.expect_unwritten(self._shown, panels)
+            return super().forward(x)
+        if self._shown:
+            frozen.expect_unwritten(self._shown[0], panels)
         return frozen.frozen_linear(x, panels, self._parameters["bias"])
+
+    def pack(self) -> bool:
+        """Keep the weight as panels alone; whether that could be done."""
+        weight = self._parameters["weight"]
+        if weight is not None and frozen.why_not_packed(weight) is None:
+            self.panels = frozen.pack(weight)
+            weight.data = weight.data.new_empty(0)
+            self._plain, self._shown = (weight,), ()
+            self._parameters["weight"] = None
+        return self.panels is not None
+
+    def unpack(self) -> None:
+        """Have the weight as a parameter again."""
+        if self.panels is not None:
+            (weight,) = self._plain
+            weight.data = self.panels.weight()
+            self._parameters["weight"] = weight
+            self.panels, self._plain, self._shown = None, (), ()
 
     def explain(self, x: Tensor) -> str:
         """Who would serve a call on ``x``; see `recmas_kernels.explain`."""
@@ -70,31 +88,24 @@ class FrozenLinear(nn.Module):
             return frozen.explain(x, self.panels)
         return f"  plain torch: the weight is not packed: {frozen.why_not_packed(self.weight) or 'unpack() was called'}"
 
-    def pack(self) -> bool:
-        """Keep the weight as panels alone; whether that could be done."""
-        weight = self._parameters.get("weight")
-        if weight is not None and frozen.why_not_packed(weight) is None:
-            self.panels = frozen.pack(weight)
-            self._parameters["weight"] = self._shown = None
-        return self.panels is not None
-
-    def unpack(self) -> None:
-        """Have the weight as a parameter again."""
-        if self.panels is not None:
-            self._parameters["weight"] = nn.Parameter(self.panels.weight(), requires_grad=False)
-            self.panels = None
+    def extra_repr(self) -> str:
+        kept = "plain" if self.panels is None else f"packed in {str(self.panels.stored).removeprefix('torch.')}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         if found is not None or name != "weight" or self.panels is None:
             return found
         shown = nn.Parameter(self.panels.weight(), requires_grad=False)
-        self._shown = shown if frozen.checks_writes() else None
+        if frozen.checks_writes():
+            self._shown = (shown.detach(),)
         return shown
 
-    def extra_repr(self) -> str:
-        kept = "plain" if self.panels is None else f"packed in {str(self.panels.stored).removeprefix('torch.')}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
+    def __getstate__(self) -> dict[str, Any]:
+        if self.panels is None:
+            return self.__dict__
+        plain = {key: value for key, value in self.__dict__.items() if key not in ("panels", "_plain", "_shown")}
+        return {**plain, "_parameters": {**self._parameters, "weight": self.weight}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         packed = self.panels is not None
@@ -116,11 +127,21 @@ class FrozenLinear(nn.Module):
         if packed:
             self.pack()
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self.panels is None:
-            return self.__dict__
-        parameters = {**self._parameters, "weight": self.weight}
-        return {**self.__dict__, "_parameters": parameters, "panels": None, "_shown": None}
+
+def freeze(linear: nn.Linear) -> FrozenLinear:
+    """Make an ``nn.Linear`` a packed `FrozenLinear` in its place, for everyone who holds it."""
+    linear.__class__ = FrozenLinear
+    assert isinstance(linear, FrozenLinear)
+    linear.pack()
+    return linear
+
+
+def thaw(linear: FrozenLinear) -> None:
+    """Make it an ``nn.Linear`` again, with the weight that it has now."""
+    linear.unpack()
+    for name in ("panels", "_plain", "_shown"):
+        linear.__dict__.pop(name, None)
+    linear.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def why_not_frozen(linear: nn.Module) -> str | None:

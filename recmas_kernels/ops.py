@@ -33,6 +33,7 @@ SCHEMAS = {
     f"{_PARAMETERS}, {_SETTINGS}, bool[11] needs) -> ({_ELEVEN})",
     "frozen_linear": "(Tensor x, Tensor panels, Tensor? bias, SymInt out_features, ScalarType stored) -> Tensor",
     "frozen_linear_bwd": "(Tensor dy, Tensor panels, SymInt in_features, ScalarType stored) -> Tensor",
+    "frozen_weight": "(Tensor panels, SymInt out_features, SymInt in_features, ScalarType stored) -> Tensor",
     "handoff_fwd": "(Tensor rows, Tensor embeds, Tensor slot_rows) -> Tensor",
     "handoff_": "(Tensor rows, Tensor(a!) embeds, Tensor slot_rows) -> ()",
     "handoff_bwd": "(Tensor dy, Tensor slot_rows) -> (Tensor, Tensor)",
@@ -83,6 +84,11 @@ def _op_frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_featur
 def _op_frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
     checks.check_panels(dy, panels, stored)
     return serve.frozen_linear_bwd(dy, panels, in_features, stored)
+
+
+def _op_frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    checks.expect_tensor("panels", panels)
+    return serve.frozen_weight(panels, out_features, in_features, stored)
 
 
 def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
@@ -170,6 +176,10 @@ def _fake_frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
+def _fake_frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    return panels.new_empty(out_features, in_features, dtype=stored)
+
+
 def _fake_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
     _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
     return embeds.new_empty(embeds.shape)
@@ -197,11 +207,13 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  
     "link_bwd": (_op_link_bwd, _fake_link_bwd),
     "frozen_linear": (_op_frozen_linear, _fake_frozen_linear),
     "frozen_linear_bwd": (_op_frozen_linear_bwd, _fake_frozen_linear_bwd),
+    "frozen_weight": (_op_frozen_weight, _fake_frozen_weight),
     "handoff_fwd": (_op_handoff_fwd, _fake_handoff_fwd),
     "handoff_": (_op_handoff_, _fake_handoff_),
     "handoff_bwd": (_op_handoff_bwd, _fake_handoff_bwd),
     "alignment_fwd": (_op_alignment_fwd, _fake_alignment_fwd),
 }
+_CONSTANT = {"frozen_weight"}  # ops of no floating-point input: nothing to differentiate
 _WRITES = {"handoff_": 1}  # op: the argument that it writes into
 
 _library = torch.library.Library("recmas", "FRAGMENT")  # a reload of this module drops the old one with its ops
@@ -213,7 +225,7 @@ for _op, _schema in SCHEMAS.items():
     if _op in _WRITES:
         _library.impl(_op, derivatives.refuse_autograd(_op), "Autograd", with_keyset=True)
         _library.impl(_op, derivatives.bump_version(_op, _WRITES[_op]), "ADInplaceOrView", with_keyset=True)
-    else:
+    elif _op not in _CONSTANT:
         _setup, _backward = (getattr(derivatives, f"{_op}_{part}") for part in ("setup", "backward"))
         torch.library.register_autograd(f"recmas::{_op}", _backward, setup_context=_setup, lib=_library)
 flops.register()
@@ -223,6 +235,7 @@ link_fwd_train = torch.ops.recmas.link_fwd_train.default
 link_bwd = torch.ops.recmas.link_bwd.default
 frozen_linear = torch.ops.recmas.frozen_linear.default
 frozen_linear_bwd = torch.ops.recmas.frozen_linear_bwd.default
+frozen_weight = torch.ops.recmas.frozen_weight.default
 handoff_fwd = torch.ops.recmas.handoff_fwd.default
 handoff_ = torch.ops.recmas.handoff_.default
 handoff_bwd = torch.ops.recmas.handoff_bwd.default

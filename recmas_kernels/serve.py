@@ -73,6 +73,11 @@ def frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torc
     return cpu.frozen_linear_bwd(dy, panels, in_features, stored)
 
 
+def frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    """The weight ``[out_features, in_features]`` that panels were made of."""
+    return cpu.unpack_frozen(panels, out_features, in_features, stored)
+
+
 def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
     """See `reference.handoff_fwd`."""
     _check_slot_rows(slot_rows, embeds.shape[0])
