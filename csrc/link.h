@@ -130,6 +130,17 @@ struct FrozenBackward {
   int32_t threads;
 };
 
+// y = x / sqrt(mean(x^2) + eps) * (offset + gain), row by row.
+struct RmsNorm {
+  int64_t rows, columns;
+  MatrixView x;     // [rows, columns]
+  VectorView gain;  // [columns]
+  float offset, eps;
+  Output y;  // [rows, columns], of x's dtype
+  Isa isa;
+  int32_t threads;
+};
+
 struct Alignment {
   int64_t tokens, features, table_rows;
   MatrixView pred;           // [tokens, features]
@@ -163,6 +174,7 @@ int64_t frozen_forward_workspace(const FrozenForward& call);
 Status frozen_forward(const FrozenForward& call, void* workspace, int64_t workspace_bytes);
 int64_t frozen_backward_workspace(const FrozenBackward& call);
 Status frozen_backward(const FrozenBackward& call, void* workspace, int64_t workspace_bytes);
+Status rms_norm(const RmsNorm& call);
 
 // The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
 Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,

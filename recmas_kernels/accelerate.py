@@ -1,4 +1,4 @@
-"""`accelerate`: run the frozen linear layers of any model from packed weights."""
+"""`accelerate`: run the frozen linear layers of any model from packed weights, and its RMSNorms as one kernel each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from recmas_kernels import rms_norm
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
 
@@ -25,11 +26,13 @@ class Accelerated:
 
     Attributes:
         packed: by name, the layers that changed.
+        norms: by name, the RMSNorms that run as one kernel.
         left: by name, why other linear layers stayed as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.packed: dict[str, FrozenLinear] = {}
+        self.norms: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
         owners = _owners(model)
         for name, part in model.named_modules():
@@ -41,8 +44,17 @@ class Accelerated:
             else:
                 self.left[name] = reason
 
+        for name, part in model.named_modules():
+            found = rms_norm.recognised(part)
+            if found is not None:
+                rms_norm.serve(part, *found)
+                self.norms[name] = part
+
     def close(self) -> None:
         """Make the layers plain again, with the weights that they have now."""
+        for norm in self.norms.values():
+            rms_norm.release(norm)
+        self.norms.clear()
         for frozen in self.packed.values():
             thaw(frozen)
         self.packed.clear()
@@ -83,6 +95,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, weights that other
     modules share (a head tied to the embedding), and weights that no CPU kernel reads. State dicts, moves, casts and
     copies work on the model as it is; `Accelerated.close` or the end of a ``with`` block makes the layers plain again.
+
+    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for.
 
     Args:
         model: any module, on any device; only weights on the CPU are packed.

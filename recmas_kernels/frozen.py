@@ -6,7 +6,7 @@ bit by bit: a float32 weight that came from a 16-bit checkpoint is kept in those
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import is_ordinary, observed, transformed
+from recmas_kernels.observed import observed, transformed
 
 _EXACT_CHUNK = 1 << 22  # elements compared at a time
 
@@ -31,6 +31,7 @@ class Panels:
         out_features, in_features: of the weight.
         dtype: of the weight, as its owner sees it.
         stored: of the panels' elements, which hold the weight's values exactly.
+        columns: ``(in_features,)``, the last dimension of rows that fit.
     """
 
     data: Tensor
@@ -38,6 +39,10 @@ class Panels:
     in_features: int
     dtype: torch.dtype
     stored: torch.dtype
+    columns: torch.Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", torch.Size([self.in_features]))
 
     def weight(self) -> Tensor:
         """The weight as it was: a new tensor, equal bit by bit."""
@@ -120,28 +125,21 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
         ValueError: a shape, dtype or device does not fit.
         TypeError: x is no dense floating-point tensor.
     """
-    if torch.compiler.is_compiling():
+    ordinary = not observed() and type(x) is Tensor and x.is_cpu and not (x.is_neg() or x._is_zerotensor())
+    if not (ordinary and x.dtype is panels.dtype and x.shape[-1:] == panels.columns):
         checks.check_frozen(x, panels.in_features, panels.dtype)
-        return _autocast(x, panels, bias) if autocast_enabled("cpu") else _observed(x, panels, bias)
-    plain = type(x) is Tensor and x.is_cpu and x.dtype is panels.dtype
-    if not (plain and x.dim() > 0 and x.shape[-1] == panels.in_features):
-        checks.check_frozen(x, panels.in_features, panels.dtype)
-    if transformed() or requested() not in ("auto", "cpu"):
+    if not torch.compiler.is_compiling() and (transformed() or requested() not in ("auto", "cpu")):
         return F.linear(x, panels.weight(), bias)  # rules that the op has not, or plain torch asked for by name
     if autocast_enabled("cpu"):
         return _autocast(x, panels, bias)
-    return _product(x, panels, bias)
+    return _product(x, panels, bias, ordinary)
 
 
-def _observed(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    y: Tensor = ops.frozen_linear(x, panels.data, bias, panels.out_features, panels.stored)
-    return y
-
-
-def _product(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    if observed() or not is_ordinary(x):
-        return _observed(x, panels, bias)
+def _product(x: Tensor, panels: Panels, bias: Tensor | None, ordinary: bool) -> Tensor:
     arguments: tuple[Any, ...] = (x, panels.data, bias, panels.out_features, panels.stored)
+    if not ordinary:
+        y: Tensor = ops.frozen_linear(*arguments)
+        return y
     if x.requires_grad and torch.is_grad_enabled():
         return autograd.Frozen.apply(*arguments)
     return serve.frozen_linear(*arguments)
@@ -152,4 +150,4 @@ def _autocast(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         rows = x.to(dtype)
-        return _product(rows if dtype is panels.stored else rows.float(), panels, bias).to(dtype)
+        return _product(rows if dtype is panels.stored else rows.float(), panels, bias, ordinary=False).to(dtype)

@@ -176,6 +176,17 @@ Status frozen_backward(const FrozenBackward& call, void* workspace, int64_t work
   return Status::ok;
 }
 
+Status rms_norm(const RmsNorm& call) {
+  if (call.rows <= 0 || call.columns <= 0 || call.threads < 1 || call.x.data == nullptr || call.gain.data == nullptr ||
+      call.y.data == nullptr || call.y.dtype != call.x.dtype || !known(call.x.dtype) || !known(call.gain.dtype)) {
+    return Status::bad_argument;
+  }
+  const Kernels* kernels = kernels_of(call.isa);
+  if (kernels == nullptr) return Status::isa_unavailable;
+  kernels->rms_norm(call);
+  return Status::ok;
+}
+
 int64_t alignment_workspace(const Alignment& call) {
   const Kernels* kernels = kernels_of(call.isa);
   return kernels == nullptr || call.tokens < 0 ? -1 : kernels->alignment_workspace(call);

@@ -1,8 +1,8 @@
 // Products of frozen weights, which exist as panels only: y = x W^T + b, and the input gradient dx = dy W.
 //
-// Forward, parts that share their rows are one list of panels, cut evenly among the threads: one barrier, after the
-// rows are widened, and none where they are read as they lie. Backward, the panels are laid out again as those of the
-// transpose, a piece at a time in the second-level cache, so that no second form of a weight exists.
+// Forward, rows that a product can read as they lie are neither copied nor waited for. Backward, a few rows are
+// multiplied with the panels as they stand; for more, the panels are laid out again as those of the transpose, a piece
+// at a time in the second-level cache. So no second form of a weight exists.
 #pragma once
 
 #include "arena.h"
@@ -13,6 +13,8 @@ namespace recmas::cpu::RECMAS_ISA {
 constexpr int64_t kFrozenRows = 128;      // rows of a block forward, which stay in the second-level cache
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
+
+constexpr int64_t kGradientFew = 4;  // rows whose gradients need no other layout
 
 // Threads that are worth starting: a byte from memory takes as long as 6 flops.
 inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t columns, Dtype stored) {
@@ -107,6 +109,7 @@ inline void frozen_forward(const FrozenForward& call, void* workspace) {
 
 struct FrozenGradientPlan {
   int64_t threads, block, depth, workspace;
+  bool few;
   Left rows;
   float* sums;  // [block][in_features], null where one pass gives dx or dx itself is fp32
   char* scratch;
@@ -116,16 +119,17 @@ struct FrozenGradientPlan {
 inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void* base) {
   FrozenGradientPlan plan{};
   Arena arena(base);
-  const bool pairs = multiplies_pairs(call.stored, call.dy.dtype);
+  plan.few = call.tokens <= kGradientFew;
+  const bool pairs = multiplies_pairs(call.stored, call.dy.dtype) && !plan.few;
   plan.threads = frozen_threads(call.threads, call.tokens, call.out_features, call.in_features, call.stored);
   plan.block = smaller(call.tokens, kGradientRows);
   plan.depth = smaller(call.out_features, kGradientDepth);
-  plan.rows = {nullptr, left_stride(plan.depth, pairs), pairs};
+  plan.rows = {nullptr, left_stride(round_up(plan.depth, kPanel), pairs), pairs};
   plan.rows.data = arena.take(plan.block * plan.rows.bytes());
   if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
     plan.sums = arena.floats(plan.block * call.in_features);
   }
-  plan.scratch_each = panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth);
+  plan.scratch_each = plan.few ? 0 : panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth);
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
   plan.workspace = arena.used();
   return plan;
@@ -133,6 +137,63 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
 
 inline int64_t frozen_backward_workspace(const FrozenBackward& call) {
   return plan_frozen_gradient(call, nullptr).workspace;
+}
+
+// The weight's row k of a panel: kPanel columns, in fp32.
+template <Format format>
+inline Vec panel_row(const char* panel, int64_t k, int64_t column) {
+  const char* step = panel + k / (format == Format::pairs ? 2 : 1) * step_bytes(format);
+  if constexpr (format == Format::f16) return load(reinterpret_cast<const F16*>(step) + column);
+  const Vec found = load(reinterpret_cast<const float*>(step) + column);
+  if constexpr (format == Format::pairs) return k % 2 == 0 ? low_halves(found) : high_halves(found);
+  return found;
+}
+
+// tile[r][i] = sum over `panels` panels of row r (fp32, zero beyond the last column) times their rows first + i. Sums
+// stay in the lanes of one vector for each i until the end, so that no product waits for a sum across lanes.
+template <Format format, int rows>
+void multiply_turned(const char* panel, int64_t panels, int64_t k, int64_t first, int64_t width, const Left& left,
+                     float* tile) {
+  const int64_t bytes = panel_bytes(format, k);
+  Vec sums[rows][kPanel];
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < kPanel; ++i) sums[r][i] = set1(0.0f);
+  }
+  for (int64_t p = 0; p < panels; ++p, panel += bytes) {
+    const float* at[rows];
+    for (int r = 0; r < rows; ++r) at[r] = static_cast<const float*>(left.row(r)) + p * kPanel;
+    for (int64_t i = 0; i < width; ++i) {
+      Vec w[kPanelVecs];
+      for (int v = 0; v < kPanelVecs; ++v) {
+        w[v] = panel_row<format>(panel, first + i, v * kWidth);
+        __builtin_prefetch(panel + panel_bytes(format, first + i) + v * 64 + bytes);
+      }
+      for (int r = 0; r < rows; ++r) {
+        Vec sum = sums[r][i];
+        for (int v = 0; v < kPanelVecs; ++v) sum = fma(w[v], load(at[r] + v * kWidth), sum);
+        sums[r][i] = sum;
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < kPanel; i += kWidth) {
+      Vec block[kWidth];
+      for (int j = 0; j < kWidth; ++j) block[j] = sums[r][i + j];
+      transpose(block);
+      for (int j = 1; j < kWidth; ++j) block[0] = add(block[0], block[j]);
+      store(tile + r * kPanel + i, block[0]);
+    }
+  }
+}
+
+template <Format format>
+inline void multiply_turned(int64_t rows, const char* panel, int64_t panels, int64_t k, int64_t first, int64_t width,
+                            const Left& left, float* tile) {
+  static_assert(kGradientFew == 4, "a case for each number of rows");
+  if (rows == 1) multiply_turned<format, 1>(panel, panels, k, first, width, left, tile);
+  if (rows == 2) multiply_turned<format, 2>(panel, panels, k, first, width, left, tile);
+  if (rows == 3) multiply_turned<format, 3>(panel, panels, k, first, width, left, tile);
+  if (rows == 4) multiply_turned<format, 4>(panel, panels, k, first, width, left, tile);
 }
 
 // Adds what out features [out, out + depth) give to the gradients of rows [first, first + count).
@@ -156,7 +217,25 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
       store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
     }
   };
-  multiply(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+  if (!plan.few) {
+    return multiply(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+  }
+  const Format format = packed_format(call.stored);
+  for (int64_t strip = team.begin(panel_count(columns)); strip < team.end(panel_count(columns)); ++strip) {
+    const int64_t column = strip * kPanel, width = smaller(kPanel, columns - column);
+    alignas(64) float tile[kGradientFew * kPanel], before[kGradientFew * kPanel];
+    if (format == Format::f32) {
+      multiply_turned<Format::f32>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    } else if (format == Format::f16) {
+      multiply_turned<Format::f16>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    } else {
+      multiply_turned<Format::pairs>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    }
+    if (start(0, count, column, width, before)) {
+      for (int64_t r = 0; r < count; ++r) add_line(tile + r * kPanel, before + r * kPanel, width);
+    }
+    finish(0, count, column, width, tile);
+  }
 }
 
 inline void frozen_backward(const FrozenBackward& call, void* workspace) {

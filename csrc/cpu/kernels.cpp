@@ -4,6 +4,7 @@
 #include "alignment.h"
 #include "frozen.h"
 #include "link_backward.h"
+#include "rms_norm.h"
 
 #define RECMAS_JOIN_NAMES(a, b) a##b
 #define RECMAS_JOIN(a, b) RECMAS_JOIN_NAMES(a, b)
@@ -52,13 +53,14 @@ void gelu_and_slope(const float* x, int64_t count, Gelu kind, float* value, floa
 namespace recmas::cpu {
 
 extern const Kernels RECMAS_JOIN(kernels_, RECMAS_ISA) = {
-    RECMAS_ISA::packed_bytes,    RECMAS_ISA::pack_weight,
-    RECMAS_ISA::unpack_weight,   RECMAS_ISA::link_forward_workspace,
-    RECMAS_ISA::link_forward,    RECMAS_ISA::link_backward_workspace,
-    RECMAS_ISA::link_backward,   RECMAS_ISA::frozen_forward_workspace,
-    RECMAS_ISA::frozen_forward,  RECMAS_ISA::frozen_backward_workspace,
-    RECMAS_ISA::frozen_backward, RECMAS_ISA::alignment_workspace,
-    RECMAS_ISA::alignment,       RECMAS_ISA::gelu_and_slope,
+    RECMAS_ISA::packed_bytes,        RECMAS_ISA::pack_weight,
+    RECMAS_ISA::unpack_weight,       RECMAS_ISA::link_forward_workspace,
+    RECMAS_ISA::link_forward,        RECMAS_ISA::link_backward_workspace,
+    RECMAS_ISA::link_backward,       RECMAS_ISA::frozen_forward_workspace,
+    RECMAS_ISA::frozen_forward,      RECMAS_ISA::frozen_backward_workspace,
+    RECMAS_ISA::frozen_backward,     RECMAS_ISA::rms_norm,
+    RECMAS_ISA::alignment_workspace, RECMAS_ISA::alignment,
+    RECMAS_ISA::gelu_and_slope,
 };
 
 }  // namespace recmas::cpu

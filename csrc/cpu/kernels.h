@@ -18,6 +18,7 @@ struct Kernels {
   void (*frozen_forward)(const FrozenForward& call, void* workspace);
   int64_t (*frozen_backward_workspace)(const FrozenBackward& call);
   void (*frozen_backward)(const FrozenBackward& call, void* workspace);
+  void (*rms_norm)(const RmsNorm& call);
   int64_t (*alignment_workspace)(const Alignment& call);
   void (*alignment)(const Alignment& call, void* workspace);
   void (*gelu)(const float* x, int64_t count, Gelu kind, float* value, float* slope);  // for the native tests

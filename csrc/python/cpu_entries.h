@@ -16,6 +16,7 @@ PyObject* link_backward(PyObject* const* values, Py_ssize_t count);
 // cpu_frozen.cpp
 PyObject* frozen_forward(PyObject* const* values, Py_ssize_t count);
 PyObject* frozen_backward(PyObject* const* values, Py_ssize_t count);
+PyObject* rms_norm(PyObject* const* values, Py_ssize_t count);
 
 // cpu_packing.cpp
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns);

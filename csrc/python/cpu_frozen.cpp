@@ -1,4 +1,4 @@
-// Products of frozen weights on CPU tensors.
+// Products of frozen weights, and RMSNorm, on CPU tensors.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -13,14 +13,19 @@ namespace recmas::python {
 
 namespace {
 
-// Rows of any leading dimensions, of the stored dtype or fp32. Null if a kernel cannot read them as they lie.
-MatrixView rows_of(const View& view, Dtype stored, int64_t* count) {
-  const bool readable = view.dtype == static_cast<int32_t>(Dtype::f32) || view.dtype == static_cast<int32_t>(stored);
-  if (!readable || view.columns == 0) return {};
+// Rows of any leading dimensions. Null if a kernel cannot read them as they lie.
+MatrixView rows_of(const View& view, int64_t* count) {
+  if (view.dtype == View::kOther || view.columns == 0) return {};
   *count = view.elements / view.columns;
   if (view.dense) return {view.data, view.columns, view.kernel_dtype()};
   if (view.dimensions == 2 && view.has_dense_rows()) return {view.data, view.row_stride, view.kernel_dtype()};
   return {};
+}
+
+// Of the stored dtype or fp32.
+MatrixView rows_of(const View& view, Dtype stored, int64_t* count) {
+  const bool readable = view.dtype == static_cast<int32_t>(Dtype::f32) || view.dtype == static_cast<int32_t>(stored);
+  return readable ? rows_of(view, count) : MatrixView{};
 }
 
 const void* panels_of(PyObject* object, int64_t rows, int64_t columns, Dtype stored, Isa isa) {
@@ -76,6 +81,26 @@ PyObject* frozen_backward(PyObject* const* values, Py_ssize_t count) {
   call.dx = written(dx, call.tokens, "dx");
   run_in(cpu::frozen_backward_workspace(call), "frozen_backward",
          [&](void* workspace, int64_t bytes) { return cpu::frozen_backward(call, workspace, bytes); });
+  Py_RETURN_TRUE;
+}
+
+// rms_norm(isa, threads, x, gain, offset, eps, y) -> whether x and the gain could be read, so that y was written.
+PyObject* rms_norm(PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 7, "rms_norm");
+  const Isa isa = static_cast<Isa>(arguments.integer());
+  const auto threads = static_cast<int32_t>(arguments.integer());
+  const View x = Operands::described(arguments.object(), "x");
+  Operands operands;
+  cpu::RmsNorm call{0,  x.columns, {},     operands.vector(arguments.object(), x.columns, "gain"), 0.0f, 0.0f,
+                    {}, isa,       threads};
+  call.offset = arguments.number();
+  call.eps = arguments.number();
+  call.x = rows_of(x, &call.rows);
+  if (call.x.data == nullptr || !operands.readable) Py_RETURN_FALSE;
+  const View y = Operands::described(arguments.object(), "y");
+  Operands::expect(y.columns == x.columns, "y");
+  call.y = written(y, call.rows, "y");
+  run("rms_norm", [&] { return cpu::rms_norm(call); });
   Py_RETURN_TRUE;
 }
 

@@ -12,8 +12,11 @@ namespace {
 using namespace recmas::python;
 
 PyMethodDef fast_entries[] = {
-    fast<&link_forward>("link_forward"),     fast<&link_backward>("link_backward"),
-    fast<&frozen_forward>("frozen_forward"), fast<&frozen_backward>("frozen_backward"),
+    fast<&link_forward>("link_forward"),
+    fast<&link_backward>("link_backward"),
+    fast<&frozen_forward>("frozen_forward"),
+    fast<&frozen_backward>("frozen_backward"),
+    fast<&rms_norm>("rms_norm"),
     {nullptr, nullptr, 0, nullptr},
 };
 

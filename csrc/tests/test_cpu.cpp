@@ -191,6 +191,29 @@ void test_frozen(Isa isa) {
   CHECK(cpu::frozen_forward(call, &number, 0) == Status::bad_argument, "rows of a dtype that the kernel does not read");
 }
 
+void test_rms_norm(Isa isa) {
+  const int64_t rows = 3;
+  for (const int64_t columns : {int64_t{1}, int64_t{37}, int64_t{64}, int64_t{200}}) {
+    const size_t count = static_cast<size_t>(rows * columns);
+    const std::vector<float> x = random_values(count, 1), gain = random_values(static_cast<size_t>(columns), 2);
+    const Guarded y = Guarded::floats(count);
+    const cpu::RmsNorm call{rows, columns, {x.data(), columns, Dtype::f32}, {gain.data(), Dtype::f32},
+                            1.0f, 1e-6f,   {y.get(), Dtype::f32},           isa,
+                            2};
+    CHECK(cpu::rms_norm(call) == Status::ok, "rms_norm failed");
+    std::vector<double> exact(count);
+    for (int64_t r = 0; r < rows; ++r) {
+      double squares = 0.0;
+      for (int64_t c = 0; c < columns; ++c) squares += static_cast<double>(x[r * columns + c]) * x[r * columns + c];
+      const double scale = 1.0 / std::sqrt(squares / static_cast<double>(columns) + 1e-6);
+      for (int64_t c = 0; c < columns; ++c) exact[r * columns + c] = x[r * columns + c] * scale * (1.0 + gain[c]);
+    }
+    const double error = largest_error(y.values(), exact), bound = 32.0 * std::ldexp(1.0, -24);
+    CHECK(error <= bound, "rms_norm isa %d columns %lld: error %g", static_cast<int>(isa),
+          static_cast<long long>(columns), error);
+  }
+}
+
 void test_handoff() {
   const std::vector<float> rows = random_values(2 * 5, 1), table = random_values(4 * 5, 2);
   const Guarded out = Guarded::floats(20), taken = Guarded::floats(10);
@@ -273,6 +296,7 @@ int main() {
     test_link(isa, {1100, 5, 6, 7, Residual::linear, true, true});  // several blocks of tokens, both ways
     test_alignment(isa);
     test_frozen(isa);
+    test_rms_norm(isa);
   }
   test_handoff();
   if (failures == 0)

@@ -220,6 +220,22 @@ def _frozen(run: Any, rows: Tensor, stored: torch.dtype, weight: tuple[Tensor | 
     return result
 
 
+def reads(dtype: torch.dtype) -> bool:
+    """Whether the kernels read tensors of a dtype."""
+    return dtype in _DTYPES
+
+
+def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) (offset + weight)`` over the last dimension of ``x [..., n]``, in its dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+    if y.numel() == 0:
+        return y
+    run, settings = _native().rms_norm, (_isa(), torch.get_num_threads())
+    if not run(*settings, x, weight, offset, eps, y) and not run(*settings, x.contiguous(), weight, offset, eps, y):
+        raise AssertionError("contiguous rows are readable")
+    return y
+
+
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]``, slot_rows int64 unique."""
     rows = rows.to(embeds.dtype)

@@ -303,3 +303,56 @@ def test_explain_says_who_serves():
     assert "cpu: serves this call" in explain(frozen, make_rows(2, 37))
     frozen.unpack()
     assert "plain torch" in explain(frozen, make_rows(2, 37))
+
+
+class Norm(nn.Module):
+    """As most models have it; ``offset`` 1 is Gemma's."""
+
+    def __init__(self, features: int, offset: float = 0.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(make_rows(features, seed=5), requires_grad=False)
+        self.offset, self.eps = offset, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return ((self.offset + self.weight.float()) * unit).to(x.dtype)
+
+
+class Mean(Norm):
+    """Looks like an RMSNorm and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_are_known_by_what_they_compute(isa: str, dtype: torch.dtype, offset: float):
+    with instruction_set(isa):
+        for features in (1, 24, 64, 200):
+            model = nn.Sequential(Norm(features, offset)).to(dtype)
+            x = make_rows(3, 2, features, dtype=dtype)
+            weight, wide = model[0].weight.double(), x.double()
+            exact = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6) * (offset + weight)
+            with accelerate(model) as done:
+                assert list(done.norms) == ["0"]
+                assert error(model(x), exact) <= 4 * torch.finfo(dtype).eps
+                assert (
+                    error(model(x[:, :1].transpose(0, 1)), exact[:, :1].transpose(0, 1)) <= 4 * torch.finfo(dtype).eps
+                )
+                copied = copy.deepcopy(model)
+                copied[0].weight.mul_(2)
+                assert not torch.equal(copied(x), model(x))  # a copy reads its own weight
+                x.requires_grad_()
+                (dx,) = torch.autograd.grad(model(x).sum(), x)
+                x.requires_grad_(False)
+                assert dx.shape == x.shape
+            assert "forward" not in model[0].__dict__
+
+
+def test_other_modules_keep_their_forward():
+    model = nn.Sequential(Mean(24), nn.LayerNorm(24, bias=False), Norm(24).requires_grad_(True)).eval()
+    model[1].requires_grad_(False)
+    assert not accelerate(model).norms
