@@ -18,6 +18,7 @@ from recmas.agents.model import FrozenModel
 from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas.prompts.vocabulary import check_ids
 from recmas_kernels import packed
 
 
@@ -213,5 +214,11 @@ class Agent(FrozenModel):
         return str(decoded)
 
     def literal(self, text: str) -> list[int]:
-        """Token ids of a text in which nothing is a special token, whatever it spells."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        """Token ids of a text in which nothing is a special token, whatever it spells.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the model does not know, and the text holds one.
+        """
+        ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        check_ids(ids, self.vocabulary, self.tokenizer, f"agent {self.name!r}")
+        return ids

@@ -36,19 +36,24 @@ class ChatTemplate:
         own = getattr(type(tokenizer), "apply_chat_template", None)
         self._bounded = own is PreTrainedTokenizerBase.apply_chat_template
 
-    def __call__(self, messages: list[dict[str, Any]]) -> str:
+    def __call__(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         """Apply the template.
+
+        Args:
+            messages: with role and content.
+            tools: as the template knows them; None is none, and no list of them either.
 
         Raises:
             ChatTemplateError: the template raises an error, as some do for messages they do not take.
             ValueError: it takes too much time or memory.
         """
         if not self._bounded:
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "tools": tools}
             return str(self.tokenizer.apply_chat_template(messages, **options))
         request = {
             "template": self.tokenizer.get_chat_template(),
             "messages": messages,
+            "tools": tools,
             "variables": {name: _plain(value) for name, value in self.tokenizer.special_tokens_map.items()},
         }
         answer = _process().ask(json.dumps(request))

@@ -28,6 +28,7 @@ def _answer(render: Any, request: dict[str, Any]) -> dict[str, str]:
     try:
         rendered, _ = render(
             conversations=[request["messages"]],
+            tools=request["tools"],
             chat_template=request["template"],
             add_generation_prompt=True,
             **{**request["variables"], "enable_thinking": False},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,13 +75,20 @@ class FrozenModel:
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a text: of the generation configuration and of the tokenizer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
+        ids = configured.reshape(-1).tolist() if isinstance(configured, Tensor) else configured
+        ids = list(ids) if isinstance(ids, Iterable) else [ids]
+        return frozenset(int(token) for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
 
     @property
     def pad_id(self) -> int:
-        """Fills padding, which nothing ever attends to."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
+        """Fills padding, which nothing ever attends to: any token that the model knows does."""
+        wanted = (self.tokenizer.pad_token_id, min(self.eos_ids, default=None), 0)
+        return next(token for token in wanted if token is not None and token < self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """Embeddings of the input table."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def embed_scale(self) -> float:
@@ -93,7 +100,7 @@ class FrozenModel:
     def embedding_rms(self) -> float:
         """Root mean square of an input embedding's entries, scale included."""
         weight = self.model.get_input_embeddings().weight
-        norm = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)).item()
         return norm / math.sqrt(weight.numel()) * self.embed_scale
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from recmas.cli.common import (
     loaded,
     toolbox,
 )
-from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs
+from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs, whole
 from recmas.evaluation import METRICS, MODES
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def _read_modes(value: Any) -> tuple[str, ...]:
 
 def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
     if isinstance(value, dict) or (isinstance(value, str) and "=" in value):
-        return ({role: int(count) for role, count in read_pairs(value).items()},)
-    counts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-    return tuple(count if isinstance(count, dict) else int(count) for count in counts)
+        return ({role: whole(count) for role, count in read_pairs(value).items()},)
+    counts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return tuple(count if isinstance(count, dict) else whole(count) for count in counts)
 
 
 def add_options(parser: CommandLineParser) -> None:

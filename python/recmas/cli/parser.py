@@ -77,12 +77,17 @@ class Kind:
         return self.__name__
 
 
+def whole(value: Any) -> int:
+    """An integer as it was written, or as it stood in YAML; a float is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{value!r} is not an integer")
+    return int(value)
+
+
 def _read_steps(value: Any) -> int | dict[str, int]:
-    if not isinstance(value, str):
-        return value
-    if "=" not in value:
-        return int(value)
-    return {role: int(count) for role, count in read_pairs(value).items()}
+    if isinstance(value, dict) or (isinstance(value, str) and "=" in value):
+        return {role: whole(count) for role, count in read_pairs(value).items()}
+    return whole(value)
 
 
 def _read_devices(value: Any) -> str | dict[str, str]:
@@ -90,7 +95,7 @@ def _read_devices(value: Any) -> str | dict[str, str]:
 
 
 def _read_batch_size(value: Any) -> int | str:
-    size = value if value == "auto" else int(value)
+    size = value if value == "auto" else whole(value)
     if size != "auto" and size < 1:
         raise ValueError(f"{size} is not positive")
     return size
@@ -101,8 +106,8 @@ def _read_names(value: Any) -> list[str]:
 
 
 def _read_counts(value: Any) -> tuple[int, ...]:
-    counts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-    return tuple(int(count) for count in counts)
+    counts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return tuple(whole(count) for count in counts)
 
 
 def read_pairs(value: Any) -> dict[str, str]:

@@ -41,6 +41,8 @@ class Decoding:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens!r} is not an integer")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is negative")
         if self.max_new_tokens > MAX_TOKENS:

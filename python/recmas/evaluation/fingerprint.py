@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from recmas.agents.fingerprint import tokenizer_digest
 from recmas.config.system_json import edge_name
 from recmas.system.system import System
 from recmas_kernels import named_weights
@@ -22,10 +23,17 @@ def key_of(*described: Any) -> str:
 
 
 def digest(system: System) -> str:
-    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights."""
+    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights.
+
+    A prompt is also rendered, so that a chat template that writes the date makes another system of the same one.
+    """
     found = hashlib.sha256(repr(system.pattern).encode())
     for role, agent in system.agents.items():
         found.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
+        found.update(tokenizer_digest(agent.tokenizer).encode())
+    for visit in system.pattern.visits(2):
+        fields = system.template(visit.role, visit.round).fields
+        found.update(repr((visit, system.segments(visit, {name: name for name in fields}))).encode())
     tensors: dict[str, torch.Tensor] = {edge_name(edge): score for edge, score in system.edge_scores.items()}
     links = {**system.inner_links, **{edge_name(edge): link for edge, link in system.outer_links.items()}}
     for name, link in links.items():

@@ -33,7 +33,7 @@ from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
 from recmas.files.locks import one_writer
-from recmas.prompts.rows import Fields
+from recmas.prompts.rows import Fields, text_of
 from recmas.recursive_mas import RecursiveMAS
 
 Steps = int | Mapping[str, int] | None
@@ -203,9 +203,10 @@ def _cells(
 def _expected(row: Fields, index: int, field: str) -> str:
     if not isinstance(row, Mapping) or field not in row:
         raise ValueError(f"row {index}: no field {field!r} with the answer")
-    if row[field] is None or not str(row[field]).strip():
+    answer = "" if row[field] is None else text_of(row[field], f"row {index}: field {field!r}")
+    if not answer.strip():
         raise ValueError(f"row {index}: field {field!r} is empty; any text without an answer would count as right")
-    return str(row[field])
+    return answer
 
 
 class _PeakMemory:

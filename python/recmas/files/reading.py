@@ -73,7 +73,7 @@ def read_json(path: Path, largest: int = LARGEST_JSON, *, strict: bool = True) -
     with open_regular(path, largest) as file:
         content = file.read()
     try:
-        return parse_json(content.decode(), strict=strict)
+        return parse_json(content.decode("utf-8-sig"), strict=strict)
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
 
@@ -83,10 +83,13 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
 
     Args:
         text: JSON.
-        strict: refuse NaN and infinite numbers, too, which are not JSON; configurations of models hold some.
+        strict: refuse NaN and infinite numbers, too, which are not JSON, and names that occur twice in an object;
+            configurations of models hold some.
     """
     try:
-        return json.loads(text, parse_constant=_not_json, parse_float=_finite) if strict else json.loads(text)
+        if not strict:
+            return json.loads(text)
+        return json.loads(text, parse_constant=_not_json, parse_float=_finite, object_pairs_hook=_distinct)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -127,6 +130,16 @@ def sha256(path: Path) -> str:
 
 def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} occurs twice in one object")
+    return made
 
 
 def _finite(text: str) -> float:

@@ -11,7 +11,9 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import IO
 from recmas.files.reading import check_output
 
 _RANDOM = r"[a-z0-9_]{8}"  # as `tempfile` draws it
+_UMASK = threading.Lock()
 
 
 @contextmanager
@@ -27,7 +30,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file, open for binary writing, that takes `path`'s place when the block ends without an exception.
 
     A reader sees the old file or the new one, whole; the new one is on the disk before it takes the place. Where `path`
-    is a symbolic link, the file that it leads to is replaced.
+    is a symbolic link, the file that it leads to is replaced. Permissions are those of the file that was there, and of
+    a new one those that the process gives its files (umask).
 
     Raises:
         ValueError: something stands at `path` that is no regular file.
@@ -43,7 +47,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(handle)
-                os.chmod(name, 0o644)
+                os.chmod(name, stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask())
                 os.replace(name, place)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -67,7 +71,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         try:
             yield Path(name)
             sync_tree(Path(name))
-            os.chmod(name, 0o755)
+            os.chmod(name, 0o777 & ~_umask())
             os.rename(name, place)
         except BaseException as error:
             shutil.rmtree(name, ignore_errors=True)
@@ -145,6 +149,14 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    with _UMASK:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
 
 
 def _claimed(place: Path, folder: bool) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recmas_kernels import FusedRecursiveLink, RecursiveLink
+from recmas_kernels import FusedRecursiveLink, RecursiveLink, packed
 
 WIDTH = 2048
 """Of the links that are timed: that of a language model of 1.5 to 2 billion parameters."""
@@ -39,18 +39,22 @@ def link_times() -> list[LinkTime]:
 
 @torch.no_grad()
 def link_time(name: str, link: RecursiveLink, tokens: int, seconds: float = 1.0) -> LinkTime:
-    """Call the link and its eager twin by turns for about ``seconds`` on ``tokens`` random rows (fp32)."""
+    """Call the link and its eager twin by turns for about ``seconds`` on ``tokens`` random rows (fp32).
+
+    The link's weights are packed, as an answer packs them.
+    """
     eager = RecursiveLink(link.config)
     eager.load_state_dict(link.state_dict())
     x = torch.randn(tokens, link.config.in_features)
     calls = (link, eager.requires_grad_(False))
     times: tuple[list[float], list[float]] = ([], [])
-    for call in (*calls, *calls, *calls):
-        call(x)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for call, taken in zip(calls, times, strict=True):
-            taken.append(_timed(call, x))
+    with packed(link):
+        for call in (*calls, *calls, *calls):
+            call(x)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[0]) < 5:
+            for call, taken in zip(calls, times, strict=True):
+                taken.append(_timed(call, x))
     fused_time, eager_time = (statistics.median(taken) * 1e6 for taken in times)
     return LinkTime(name, tokens, fused_time, eager_time, _spread(times[0]), _spread(times[1]))
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from recmas.files.reading import open_regular, parse_json
 
+_GZIP = b"\x1f\x8b"  # how a gzip file begins
+
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
-    """Rows of a JSONL file (blank lines are skipped).
+    """Rows of a JSONL file, UTF-8, with or without a byte order mark, gzip or plain; blank lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
-        ValueError: a line is not a JSON object (names file and line), the file is no regular one, is not UTF-8 or holds
-            no rows.
+        ValueError: a line is not a JSON object (names file and line), the file is no regular one, is not UTF-8, is cut
+            short or holds no rows.
     """
     rows: list[dict[str, object]] = []
     try:
         if Path(path).is_dir():
             raise IsADirectoryError
-        with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8") as file:
+        with _opened(Path(path)) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -39,6 +46,18 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, object]]:
         raise IsADirectoryError(f"{path}: is a folder; expected a JSONL file, a JSON object per line") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is a damaged gzip file: {error}") from None
     if not rows:
         raise ValueError(f"{path}: holds no rows")
     return rows
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """The file's text, unpacked."""
+    with open_regular(path) as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        with io.TextIOWrapper(gzip.GzipFile(fileobj=file) if packed else file, encoding="utf-8-sig") as text:
+            yield text

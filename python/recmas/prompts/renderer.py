@@ -9,13 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from recmas.prompts.rows import Messages, earlier
+from recmas.prompts.rows import Messages, earlier, readable, text_of
 from recmas.prompts.template import Slot, Template, shortened
+from recmas.prompts.vocabulary import Special, check_ids
 
 _MARK = re.compile(r"<recmas \d+ \d+>")  # the sentinels of `_Marks`
 PIECES = 4096  # texts between slots whose token ids an agent remembers
+
+
+class _Way(NamedTuple):
+    """How a chat template is applied: contents as lists of parts, and with an empty list of tools."""
+
+    in_parts: bool
+    tools: bool
+
+
+_WAYS = [_Way(in_parts, tools) for tools in (False, True) for in_parts in (False, True)]
 
 
 class ChatTemplateError(ValueError):
@@ -42,10 +53,11 @@ class PromptRenderer:
             takes the template as it is, behind the tokenizer's own BOS, with other special tokens only where written.
         system: system message (chat only); joined into the user message where the chat template has no such role.
         name: begins error messages.
-        apply: the tokenizer's chat template, messages to text; None applies it here, without limits.
+        apply: the tokenizer's chat template, messages and tools to text; None applies it here, without limits.
+        vocabulary: embeddings of the agent's table; None does not look.
 
     Raises:
-        ValueError: chat without a chat template, or a system message without chat.
+        ValueError: chat without a chat template, or a system message without chat or with half of a surrogate pair.
     """
 
     def __init__(
@@ -55,21 +67,35 @@ class PromptRenderer:
         system: str | None = None,
         *,
         name: str = "agent",
-        apply: Callable[[list[dict[str, Any]]], str] | None = None,
+        apply: Callable[[list[dict[str, Any]], list[Any] | None], str] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{name}: the tokenizer has no chat template; set chat to false")
         if system and not chat:
             raise ValueError(f"{name}: system is set but chat is false; write it into the template")
+        readable(system or "", f"{name}: system")
         self.tokenizer, self.chat, self.system, self.name = tokenizer, chat, system, name
         self._applied = self._apply_here if apply is None else apply
-        self._system_role: bool | None = None
-        self._in_parts = False  # whether the chat template wants contents as lists of parts
+        self._vocabulary = vocabulary
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = Special([token.content for token in added.values() if token.special])
+        self._ways: dict[tuple[str, ...], _Way | str] = {}
         self._first: list[int] | None = None  # ids that a plain prompt begins with
         self._ids = lru_cache(PIECES)(self._tokenised)
 
     def _tokenised(self, piece: str) -> array[int]:
-        return array("i", self.tokenizer(piece, add_special_tokens=False)["input_ids"])  # a ninth of a tuple's memory
+        return array("i", self._known(self.tokenizer(piece, add_special_tokens=False)))  # a ninth of a tuple's memory
+
+    def _literal_ids(self, text: str) -> list[int]:
+        return self._known(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _known(self, encoded: Any) -> list[int]:
+        """The ids, which the agent's model must know."""
+        ids = list(encoded["input_ids"])
+        if self._vocabulary is not None:
+            check_ids(ids, self._vocabulary, self.tokenizer, self.name)
+        return ids
 
     def segments(
         self, template: Template, row: Mapping[str, object], texts: Mapping[str, str] | None = None
@@ -81,12 +107,14 @@ class PromptRenderer:
         What is inserted is plain text: a special token that it spells is tokenised as its characters.
 
         Raises:
-            ValueError: a missing or null field, a chat template that fails, drops or changes the prompt or a slot, a
-                prompt with nothing in it, or earlier messages without a chat template that takes them.
+            ValueError: a missing field or one without a text, a chat template that fails, drops or changes the prompt
+                or a slot, a prompt with nothing in it, a token that the model does not know, or earlier messages
+                without a chat template that takes them.
         """
-        marks = _Marks([template.text, self.system or "", *_contents(row, texts)], self._special_tokens())
+        marks = _Marks([template.text, self.system or "", *_contents(row, texts)], self._special)
         inserted = {role: marks.literal(text) for role, text in (texts or {}).items()}
-        fields = {name: marks.literal(_text(value, name)) for name, value in row.items() if name in template.fields}
+        given = {name: value for name, value in row.items() if name in template.fields}
+        fields = {name: marks.literal(text_of(value, f"field {name!r}")) for name, value in given.items()}
         pieces: list[str] = []
         for part in template.render({**row, **fields}):
             if isinstance(part, Slot) and all(role in inserted for role in part.senders):
@@ -119,19 +147,11 @@ class PromptRenderer:
         if before:
             self._chat_text("question", before)
 
-    def _special_tokens(self) -> tuple[str, ...]:
-        """What the tokenizer would not take apart."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return tuple(token.content for token in added.values() if token.special)
-
-    def _literal_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
     def _begun(self, segments: list[list[int] | Slot]) -> list[list[int] | Slot]:
         """A plain prompt behind the ids that the tokenizer's own pipeline puts first (BOS), once."""
         if self._first is None:
             alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-            whole = list(self.tokenizer("a")["input_ids"])
+            whole = self._known(self.tokenizer("a"))
             starts = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
             self._first = whole[: next(starts, 0)]
         head = segments[0]
@@ -143,54 +163,64 @@ class PromptRenderer:
         messages = [*before, {"role": "user", "content": content}]
         given = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         if system := "\n\n".join(text for text in (self.system, given) if text):
-            if self._system_role is None:
-                self._system_role = self._takes_system_role()
-            if self._system_role:
+            if isinstance(self._way(("system", "user")), _Way):
                 messages.insert(0, {"role": "system", "content": system})
             else:
                 messages[0] = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
         return self._rendered(messages)
 
     def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The chat template's text of messages, which must hold each of them as it is; parts where it takes parts."""
-        problem = ""
-        for in_parts in dict.fromkeys((self._in_parts, False, True)):
-            try:
-                text = self._apply(messages, in_parts)
-            except ChatTemplateError as error:
-                problem = problem or f"refuses the messages: {error}"
-                continue
-            said = (piece.strip() for message in messages for piece in _MARK.split(message["content"]))
-            lost = next((piece for piece in said if piece not in text), None)
-            if lost is None:
-                self._in_parts = in_parts
-                return text
-            problem = problem or f"drops or changes {shortened(lost)}"
-        raise ValueError(f"{self.name}: the chat template {problem}")
-
-    def _takes_system_role(self) -> bool:
-        """False where the chat template refuses a system message or silently drops it."""
-        probe = unused_stem([self.system or ""]).strip()  # chat templates trim
-        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "question"}]
+        """The chat template's text of messages, which must hold each of them as it is."""
+        way = self._way(tuple(message["role"] for message in messages))
+        if isinstance(way, str):
+            raise ValueError(f"{self.name}: the chat template {way}")
         try:
-            return probe in self._rendered(messages)
-        except ValueError:
-            return False
+            text = self._apply(messages, way)
+        except ChatTemplateError as error:
+            raise ValueError(f"{self.name}: the chat template refuses the messages: {error}") from None
+        for piece in (piece.strip() for message in messages for piece in _MARK.split(message["content"])):
+            if piece not in text:
+                raise ValueError(f"{self.name}: the chat template drops or changes {shortened(piece)}")
+        return text
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], in_parts: bool) -> str:
+    def _way(self, roles: tuple[str, ...]) -> _Way | str:
+        """The first way in which the chat template shows messages of these roles, or why there is none.
+
+        The messages are ones that nothing else spells (what is short, a number say, may stand in the template, too),
+        and of two lines, which a list of parts that is printed as it is does not show.
+        """
+        if roles not in self._ways:
+            messages = [{"role": role, "content": f"<recmas\nmessage {at}>"} for at, role in enumerate(roles)]
+            problem = ""
+            for way in _WAYS:
+                try:
+                    text = self._apply(messages, way)
+                except ChatTemplateError as error:
+                    problem = problem or f"refuses the messages: {error}"
+                    continue
+                lost = next((message["role"] for message in messages if message["content"] not in text), None)
+                if lost is None:
+                    self._ways[roles] = way
+                    break
+                problem = problem or f"drops or changes what the {lost} says"
+            else:
+                self._ways[roles] = problem
+        return self._ways[roles]
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], way: _Way) -> str:
         conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-        if in_parts:
+        if way.in_parts:
             for message in conversation:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            return self._applied(conversation)
+            return self._applied(conversation, [] if way.tools else None)
         except ChatTemplateError:
             raise
         except ValueError as error:  # a limit
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _apply_here(self, messages: list[dict[str, Any]]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    def _apply_here(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "tools": tools}
         try:
             return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is a program of the model's author, and fails as programs do
@@ -208,10 +238,10 @@ class _Marks:
 
     Args:
         texts: all that the prompt is made of; no sentinel occurs in any of them.
-        special: special tokens.
+        special: whether a text becomes a special token.
     """
 
-    def __init__(self, texts: Sequence[str], special: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], special: Callable[[str], bool]) -> None:
         self._stem, self._special = unused_stem(texts), special
         self._marked: list[Slot | _Literal] = []
 
@@ -225,7 +255,7 @@ class _Marks:
 
     def literal(self, text: str) -> str:
         """The text itself, or a sentinel for one that spells a special token."""
-        return self._mark(_Literal(text)) if any(token in text for token in self._special) else text
+        return self._mark(_Literal(text)) if self._special(text) else text
 
     def cut(self, text: str, name: str) -> list[str | Slot | _Literal]:
         """The text's pieces; ValueError unless every slot occurs once, in their own order."""
@@ -248,12 +278,6 @@ class _Marks:
 def _contents(row: Mapping[str, object], texts: Mapping[str, str] | None) -> list[str]:
     """All texts that may be inserted into a prompt."""
     return [*map(str, row.values()), *(texts or {}).values(), *(message["content"] for message in earlier(row))]
-
-
-def _text(value: object, name: str) -> str:
-    if value is None:
-        raise ValueError(f"field {name!r} is null; write the text that stands there, or an empty one")
-    return str(value)
 
 
 def unused_stem(texts: Sequence[str]) -> str:

@@ -49,6 +49,45 @@ def read_row(row: object, index: int) -> Fields:
     raise ValueError(f"row {index}: {type(row).__name__}, expected a string, a list of messages or a mapping of fields")
 
 
+def check_fields(row: Fields, index: int, readers: Mapping[str, str]) -> None:
+    """Raise ValueError, naming row and field, unless the row has every field with something that a prompt can hold.
+
+    Args:
+        row: of the run.
+        index: its number.
+        readers: by field, an agent that reads it.
+    """
+    for field, role in readers.items():
+        if field not in row:
+            raise ValueError(
+                f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
+            )
+        text_of(row[field], f"row {index}: field {field!r}")
+
+
+def text_of(value: object, what: str) -> str:
+    """A row's value as a prompt holds it: a text as it is, a number as Python writes it.
+
+    Raises:
+        ValueError: null, a list, an object, or half of a surrogate pair; begins with `what`.
+    """
+    if value is None:
+        raise ValueError(f"{what} is null; write the text that stands there, or an empty one")
+    if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+        raise ValueError(f"{what} is {_short(value)}, expected a text or a number")
+    return readable(str(value), what)
+
+
+def readable(text: str, what: str) -> str:
+    """The text itself, which a tokenizer can read; ValueError, beginning with `what`, for half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise ValueError(f"{what} holds {half}, half of a surrogate pair, which is no character") from None
+    return text
+
+
 def length(row: Fields) -> int:
     """Characters of a row, to put rows of similar length into one batch."""
     said = sum(len(message["content"]) for message in earlier(row))
@@ -66,6 +105,7 @@ def _chat(messages: Any, fields: Fields, index: int) -> ChatRow:
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise ValueError(f"{where}: content: {type(content).__name__}, expected a string")
+        readable(content, f"{where}: content")
         before = read[-1]["role"] if read else None
         expected = ("system", "user") if before is None else ("assistant",) if before == "user" else ("user",)
         if role not in expected:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from recmas.prompts.rows import readable
+
 _FIELD = re.compile(r"[A-Za-z_][\w.-]*")
 _FROM = re.compile(r"from:([\w-]+(?:,[\w-]+)*)")
 
@@ -33,11 +35,12 @@ class Template:
     """A prompt template; `fields` and `slots` list what it names, in order.
 
     Raises:
-        ValueError: a mark that is neither ``{{field}}`` nor ``{{from:role}}``, or one that is never closed.
+        ValueError: a mark that is neither ``{{field}}`` nor ``{{from:role}}``, one that is never closed, or half of a
+            surrogate pair.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = readable(text, f"template {shortened(text)}")
         self._parts: list[str | _Field | Slot] = []
         position = 0
         while (start := text.find("{{", position)) >= 0:

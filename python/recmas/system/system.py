@@ -18,7 +18,7 @@ from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.prompts.renderer import PromptRenderer
-from recmas.prompts.rows import Fields, earlier
+from recmas.prompts.rows import Fields, check_fields, earlier
 from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
 from recmas.system.joint_link import JointLink, join
@@ -92,9 +92,13 @@ class System:
         self._templates: dict[str, Template] = {}
         for role, setting in self.settings.items():
             tokenizer = self.agents[role].tokenizer
-            name = f"agent {role!r}"
             self._renderers[role] = PromptRenderer(
-                tokenizer, setting.chat, setting.system, name=name, apply=ChatTemplate(tokenizer)
+                tokenizer,
+                setting.chat,
+                setting.system,
+                name=f"agent {role!r}",
+                apply=ChatTemplate(tokenizer),
+                vocabulary=self.agents[role].vocabulary,
             )
             for text in (setting.prompt.first, setting.prompt.later):
                 if text is not None:
@@ -245,11 +249,7 @@ class System:
         """`check_rows` for the templates of these visits alone."""
         readers = {field: visit.role for visit in visits for field in self.template(visit.role, visit.round).fields}
         for index, row in enumerate(rows):
-            for field, role in readers.items():
-                if field not in row:
-                    raise ValueError(
-                        f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
-                    )
+            check_fields(row, index, readers)
 
     def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
         """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""

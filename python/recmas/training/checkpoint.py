@@ -95,7 +95,7 @@ def save(
         tensors |= {f"cuda_rng.{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     content = to_bytes(
         {name: value.cpu().contiguous() for name, value in tensors.items()},
-        # One entry: safetensors writes several in an order that differs from call to call, and the name is of the bytes.
+        # One entry: safetensors writes several in an order that differs from call to call, and the name is a digest.
         metadata={"run": json.dumps({"step": step, "settings": settings})},
     )
     path = folder / f"checkpoint-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"

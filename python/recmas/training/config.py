@@ -53,14 +53,12 @@ class LoopConfig:
             ("batch_size", 1),
             ("accumulation", 1),
             ("warmup_steps", 0),
+            ("checkpoint_every", 0),
             ("validate_every", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must not be negative, got {self.checkpoint_every}")
+            check_count(name, getattr(self, name), least)
+        if self.patience is not None:
+            check_count("patience", self.patience, 1)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.clip_norm > 0:
@@ -107,8 +105,8 @@ class AlignmentConfig(LoopConfig):
         if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
             weights = f"{self.cosine_weight} and {self.mse_weight}"
             raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 or None, got {self.max_tokens}")
+        if self.max_tokens is not None:
+            check_count("max_tokens", self.max_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +151,22 @@ class OuterConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.rounds)
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
+        if self.micro_batch is not None:
+            check_count("micro_batch", self.micro_batch, 1)
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 
     @property
     def most_rounds(self) -> int:
         return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def each_round_count(rounds: int | Sequence[int]) -> list[int]:

@@ -21,8 +21,9 @@ import torch
 from recmas.agents.agent import Agent
 from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
-from recmas.prompts.rows import Fields
+from recmas.prompts.rows import Fields, readable
 from recmas.prompts.source import read_source
+from recmas.prompts.vocabulary import check_ids
 from recmas.system.system import System
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
@@ -143,7 +144,7 @@ def target_text(row: Fields, index: int, role: str, round: int) -> str:
         text = text[round - 1]
     if not isinstance(text, str):
         raise ValueError(f"row {index}: expected the target of agent {role!r} to be text, got {text!r}")
-    return text
+    return readable(text, f"row {index}: the target of agent {role!r}")
 
 
 def read_texts(source: str) -> list[dict[str, object]]:
@@ -180,6 +181,7 @@ def check_plain(row: Fields, index: int) -> str:
         value = row.get(key, "absent")
         if not isinstance(value, str) or not value:
             raise ValueError(f"row {index}: expected {key!r} to be a text that is not empty, got {value!r}")
+        readable(value, f"row {index}: {key!r}")
     return str(row["text"])
 
 
@@ -188,7 +190,10 @@ def target_tokens(agent: Agent, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         raise ValueError("texts: expected at least one text")
     end = end_token(agent)
-    return [[*ids, end] for ids in agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    rows = [[*ids, end] for ids in agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    for row in rows:
+        check_ids(row, agent.vocabulary, agent.tokenizer, f"agent {agent.name!r}")
+    return rows
 
 
 def target_batch(agent: Agent, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,7 +149,8 @@ def train_outer(
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets of every agent
             for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
         config: settings; None takes the defaults.
-        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use.
+        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use and that latents
+            pass: an agent of 0 latent steps sends none.
         validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
             links with the least.
         output: folder of the log and the checkpoints; None keeps none.
@@ -159,17 +160,23 @@ def train_outer(
         on_start: called once, when everything has been checked and nothing has been written.
 
     Raises:
-        ValueError: links that the rounds need are missing, an edge without a link, or rows that lack fields or targets.
+        ValueError: links that the rounds need are missing, an edge without a link or without latents, or rows that lack
+            fields or targets.
     """
     config = config or OuterConfig()
     system.check_run(config.most_rounds)
     steps = system.steps_by_role(config.latent_steps)
     needed = system.pattern.edges(config.most_rounds)
-    chosen = [edge for edge in system.outer_links if edge in needed] if edges is None else [(a, b) for a, b in edges]
+    passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
+    chosen = passed if edges is None else [(a, b) for a, b in edges]
+    if not passed:
+        raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
     for edge in chosen:
         if edge not in needed:
             known = ", ".join(map(edge_name, sorted(needed)))
             raise ValueError(f"edges: {edge_name(edge)} is not used by {config.most_rounds} rounds, only {known}")
+        if steps[edge[0]] == 0:
+            raise ValueError(f"edges: {edge_name(edge)} passes no latents: {edge[0]!r} has 0 latent steps")
     if config.most_rounds > 1 and config.learning_rate > SAFE_RATE:
         warnings.warn(
             f"learning_rate {config.learning_rate:g} through {config.most_rounds} rounds: more than {SAFE_RATE:g} tends"

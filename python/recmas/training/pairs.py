@@ -14,7 +14,7 @@ import torch
 
 from recmas.agents.agent import Agent
 from recmas.config.pattern import Pattern, Visit
-from recmas.prompts.rows import Fields
+from recmas.prompts.rows import Fields, check_fields
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from recmas.system.system import System
@@ -54,16 +54,12 @@ def check_rows(system: System, role: str, rows: Sequence[Fields], rounds: Sequen
     """Raise ValueError, naming row and field, unless every row has what ``role`` reads and says in these rounds."""
     for round in rounds:
         visit = visit_of(system.pattern, role, round)
-        fields = system.template(role, round).fields
+        readers = dict.fromkeys(system.template(role, round).fields, role)
         for index, row in enumerate(rows):
             if is_plain(row):
                 check_plain(row, index)
                 continue
-            for field in fields:
-                if field not in row:
-                    raise ValueError(
-                        f"row {index}: no field {field!r}, which agent {role!r} reads; it has {', '.join(sorted(row))}"
-                    )
+            check_fields(row, index, readers)
             target_text(row, index, role, round)
             for sender, at in zip(visit.senders, visit.sender_rounds, strict=True):
                 target_text(row, index, sender, at)

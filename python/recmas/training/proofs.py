@@ -15,7 +15,7 @@ from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import missing_padding
 from recmas.engine.probe import COMMON, Probe, distance, moved, noise, slack
-from recmas.training.unroll import fork, recomputing, unforkable
+from recmas.training.unroll import cropped, fork, recomputing, unforkable
 
 TRAINING = {
     "begun prefixes": "states and gradients after a beginning read without gradients and those of one forward",
@@ -71,8 +71,11 @@ class _Step:
         with torch.no_grad():
             self.call(self.embeds[:, :COMMON], self.mask[:, :COMMON], self.positions[:, :COMMON], cache)
 
+        known = COMMON if cropped(cache, COMMON - 1) is None else COMMON - 1
+
         def rest(embeds: Tensor) -> Tensor:
-            return self.call(embeds[:, COMMON:], self.mask, self.positions[:, COMMON:], fork(cache))
+            begun = fork(cache) if known == COMMON else cropped(cache, known)
+            return self.call(embeds[:, known:], self.mask, self.positions[:, known:], begun)[:, COMMON - known :]
 
         return self._with_gradient(rest, again)
 

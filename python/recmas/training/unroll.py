@@ -78,6 +78,8 @@ def cropped(cache: DynamicCache, length: int) -> DynamicCache | None:
     """A fork that holds the first so many columns; None where a sliding window has lost some of them."""
     forked = fork(cache)
     for layer in forked.layers:
+        if layer.keys is None:  # a layer that this model's texts do not pass, such as one that reads images
+            continue
         if layer.keys.shape[2] < layer.get_seq_length() > length:
             return None
         if length < layer.get_seq_length():

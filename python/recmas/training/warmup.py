@@ -25,8 +25,8 @@ from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.alignment import Cache, Stage, train_apart
-from recmas.training.config import WarmupConfig
-from recmas.training.data import RowSource
+from recmas.training.config import WarmupConfig, each_round_count
+from recmas.training.data import RowSource, check_plain, is_plain, read_rows, target_text
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
@@ -172,6 +172,21 @@ def _examples(
     return run_link(system.inner_links[edge[0]], hidden).to(receiver.device), target
 
 
+def _check_alignable(system: System, edge: Edge, rows: Sequence[Fields], config: WarmupConfig) -> None:
+    """Raise ValueError where all rows together leave an edge nothing to learn: empty texts, or unknown tokens alone."""
+    sender, receiver = edge
+    for round in each_round_count(config.rounds):
+        for index, row in enumerate(rows):
+            text = check_plain(row, index) if is_plain(row) else target_text(row, index, sender, round)
+            groups, _ = aligned_tokens(system.agents[sender].tokenizer, system.agents[receiver].tokenizer, [text])
+            if any(groups[0][: config.max_tokens]):
+                return
+    raise ValueError(
+        f"no token of what agent {sender!r} says has a counterpart among those of {receiver!r}: "
+        f"there is nothing to train {edge_name(edge)} on"
+    )
+
+
 def train_warmup(
     system: System,
     rows: RowSource,
@@ -207,7 +222,8 @@ def train_warmup(
         What each edge's run did.
 
     Raises:
-        ValueError: an edge without a link, a slow tokenizer, or rows that lack fields or targets.
+        ValueError: an edge without a link, a slow tokenizer, rows that lack fields or targets, or texts none of whose
+            tokens has a counterpart.
     """
     chosen = list(system.outer_links) if edges is None else [(source, target) for source, target in edges]
     for edge in chosen:
@@ -216,6 +232,12 @@ def train_warmup(
             raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
         for role in edge:
             check_offsets(system.agents[role].tokenizer)
+    config = config or WarmupConfig()
+    if isinstance(rows, str | os.PathLike):
+        rows = read_rows(rows)
+    if not callable(rows):
+        for edge in chosen:
+            _check_alignable(system, edge, rows, config)
     counterparts = {edge: Counterparts(system.agents[edge[0]], system.agents[edge[1]]) for edge in chosen}
     return train_apart(
         system,
@@ -226,7 +248,7 @@ def train_warmup(
             lambda system, edge, pairs: _examples(counterparts[edge], system, edge, pairs),
         ),
         rows,
-        config or WarmupConfig(),
+        config,
         validation=validation,
         output=output,
         cache=cache,

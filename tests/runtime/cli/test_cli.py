@@ -137,7 +137,7 @@ def test_a_slot_that_the_chat_template_drops(broken):
     unchecked(broken)
     template = broken / "system" / "agents" / "critic" / "chat_template.jinja"
     template.write_text("{% for message in messages %}{{ message.content[:5] }}{% endfor %}")
-    refused(broken, "agent 'critic': the chat template drops or changes 'Question: what is it?", *RUN)
+    refused(broken, "agent 'critic': the chat template drops or changes what the user says", *RUN)
 
 
 def test_a_tokenizer_without_chat_template(broken):

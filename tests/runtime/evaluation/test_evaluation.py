@@ -81,6 +81,12 @@ def test_table():
     [
         ("exact", " 42\n", "42", True),
         ("exact", "42 dogs", "42", False),
+        ("exact", "Paris.", "Paris", False),
+        ("exact", "paris", "Paris", False),
+        ("exact", "New  York", "New York", False),
+        ("last_word", "It is Paris.", "Paris", False),
+        ("last_word", "It is paris", "Paris", False),
+        ("last_word", " It is\nParis \n", "Paris", True),
         ("last_word", "0 bako", "bako", True),
         ("last_word", "0 bako", "0 bako", True),
         ("last_word", "bako 0", "bako", False),

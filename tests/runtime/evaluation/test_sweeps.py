@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recmas import AnswerOptions, RecursiveMAS
+from recmas import Agent, AnswerOptions, RecursiveMAS
+from recmas.agents.chat_template import ChatTemplate
 from recmas.agents.sampling import Sampler
 from recmas.answering.answers import Answer, Answers
 from recmas.cli import main
@@ -17,9 +18,10 @@ from recmas.config.pattern import DISTILLATION
 from recmas.config.system_json import Defaults
 from recmas.evaluation import Cell, wilson
 from recmas.evaluation.baselines import looped_model, single_agent
+from recmas.evaluation.fingerprint import digest
 from recmas.evaluation.sweeps import batch_seed, sweep
 from recmas.tools import Toolbox
-from tests.runtime.tiny import tiny_agent
+from tests.runtime.tiny import tiny_agent, tiny_tokenizer
 
 
 class Echo(RecursiveMAS):
@@ -274,6 +276,29 @@ def test_records_of_another_run_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 1: of another system"):
         run(system, output=path)
     assert path.read_bytes() == written
+
+
+def test_a_prompt_that_names_the_date_is_another_one_the_day_after(tmp_path, monkeypatch):
+    day, path, real = ["1 May"], tmp_path / "records.jsonl", ChatTemplate.__call__
+    monkeypatch.setattr(
+        ChatTemplate, "__call__", lambda self, messages, tools=None: f"{day[0]}: {real(self, messages, tools)}"
+    )
+    for _ in range(2):
+        run(echo(), output=path)
+    written = path.read_bytes()
+    day[0] = "2 May"
+    with pytest.raises(ValueError, match=r"line 1: of another system, other settings or other rows"):
+        run(echo(), output=path)
+    assert path.read_bytes() == written
+
+
+def test_a_tokenizer_that_reads_otherwise_makes_another_system():
+    before = digest(echo())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["fox"])
+    other = Agent(AGENTS["learner"].model, tokenizer, name="learner")
+    assert digest(Echo.create({**AGENTS, "learner": other}, DISTILLATION, rounds=2, latent_steps=3, seed=0)) != before
+    assert digest(echo()) == before
 
 
 @pytest.mark.parametrize("content", [b'{"index": 0}\n', b"[]\n", b"\xff\n", b"notes", b'{"mode": 1}', b"\n"])

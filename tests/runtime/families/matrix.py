@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -129,8 +129,8 @@ def tiny(model_type: str) -> Any:
     return model
 
 
-def examine(model_type: str) -> Result:
-    """All checks of one type."""
+def examine(model_type: str, checks: Collection[str] | None = None) -> Result:
+    """What one type proves, and these of `CHECKS` (None: all)."""
     result = Result(model_type)
     quiet()
     try:
@@ -156,6 +156,8 @@ def examine(model_type: str) -> Result:
     result.off = list(switched_off(proofs_of(agent.model, tuple(TRAINING))))
     each = Probe(agent.decoder).bound
     for name, (forwards, check) in CHECKS.items():
+        if checks is not None and name not in checks:
+            continue
         bound = forwards * each  # each of them rounds once more
         try:
             error = check(agent, agent)
@@ -259,24 +261,27 @@ def rollout(agent: Agent, tested: Agent, lengths: tuple[int, ...] = LENGTHS, fix
 
 @torch.no_grad()
 def decoding(agent: Agent, tested: Agent, reply: tuple[int, ...] = ()) -> float:
-    """Greedy tokens against the model's own logits over token ids; a tie within rounding may fall either way."""
-    rows, many = rows_of(agent, LENGTHS), 5
-    answer = (lambda row, token, room: reply if room and row % 2 == 0 else ()) if reply else None
-    written: list[list[int]] = [[] for _ in rows]
-    for grown in tested.write(batch_of(tested, rows), many, reply=answer):
-        for row, tokens in grown.items():
-            written[row] += tokens
-    worst = 0.0
-    for number, (row, tokens) in enumerate(zip(rows, written, strict=True)):
-        logits = agent.model(input_ids=torch.tensor([row + tokens]), use_cache=False).logits[0]
-        place = 0
-        while place < len(tokens):
-            here = logits[len(row) + place - 1]
-            worst = max(worst, ((here.max() - here[tokens[place]]) / here.abs().max()).item())
-            place += 1
-            if reply and number % 2 == 0 and tokens[place : place + len(reply)] == list(reply):
-                place += len(reply)
-    return worst
+    """The logits that every token was chosen by, against the model's own over token ids.
+
+    Replies are read by all rows at once, as far as the shortest one goes; those of odd rows are shorter.
+    """
+    rows, chosen_by = rows_of(agent, LENGTHS), []
+    replies = [list(reply[: len(reply) - row % 2]) for row in range(len(rows))]
+    answer = (lambda row, token, room: replies[row] if room else ()) if reply else None
+    whole = [list(row) for row in rows]
+    seen: list[Tensor] = []
+
+    def logits(hidden: Tensor) -> Tensor:
+        seen.append(type(tested).logits(tested, hidden))
+        return seen[-1]
+
+    with mock.patch.object(tested, "logits", logits):
+        for grown in tested.write(batch_of(tested, rows), 5, reply=answer):
+            for row, tokens in grown.items():
+                chosen_by.append((row, len(whole[row]) - 1, seen[-1][row]))
+                whole[row] += tokens
+    expected = [agent.model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in whole]
+    return max(difference(found, expected[row][place]) for row, place, found in chosen_by)
 
 
 @torch.no_grad()

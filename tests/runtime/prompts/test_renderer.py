@@ -145,7 +145,7 @@ def test_texts_fill_slots_and_the_others_stay():
 
 
 def test_a_chat_template_that_drops_or_repeats_a_slot_is_an_error():
-    drops = tiny_tokenizer("{{ messages[0].content | replace('recmas', '') }}")
+    drops = tiny_tokenizer("{{ messages[0].content | replace(' 0 0>', '') }}")
     with pytest.raises(ValueError, match="agent 'x': slot {{from:planner}} occurs 0 times in the rendered prompt"):
         PromptRenderer(drops, chat=True, name="agent 'x'").segments(PLAN, {"question": "fox"})
     repeats = tiny_tokenizer("{{ messages[0].content }}{{ messages[0].content }}")
@@ -184,9 +184,10 @@ def test_a_piece_is_tokenised_once_and_handed_out_as_a_copy():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[0].content[:3] }}", "drops or changes 'Q fox"),
-        ("{{ messages[0].content | upper }}", "drops or changes 'Q fox"),
-        ("{{ messages[0].content | e }}<", "drops or changes 'Q <fox>"),
+        ("{{ messages[0].content[:3] }}", "drops or changes what the user says"),
+        ("{{ messages[0].content | upper }}", "drops or changes what the user says"),
+        ("{{ messages[0].content | e }}<", "drops or changes what the user says"),
+        ("{{ messages[0].content | replace('fox', 'hen') }}", "drops or changes 'Q fox"),
         ("{{ tools[0].name }}{{ messages[0].content }}", "refuses the messages: UndefinedError"),
         ("{{ messages[0].content + 1 }}", "refuses the messages: TypeError"),
         (
@@ -197,9 +198,8 @@ def test_a_piece_is_tokenised_once_and_handed_out_as_a_copy():
 )
 def test_a_chat_template_that_fails_or_changes_the_prompt_is_one_line(template, message):
     renderer = PromptRenderer(tiny_tokenizer(template), chat=True, name="agent 'x'")
-    question = "<fox>" if "<fox>" in message else "fox"
     with pytest.raises(ValueError, match=f"^agent 'x': the chat template {re.escape(message)}") as raised:
-        renderer.segments(PLAN, {"question": question})
+        renderer.segments(PLAN, {"question": "fox"})
     assert "\n" not in str(raised.value)
 
 
@@ -210,6 +210,38 @@ def test_a_template_that_wants_parts_gets_parts():
     renderer = PromptRenderer(tokenizer, chat=True)
     for _ in range(2):
         assert text_of(tokenizer, renderer.segments(Template("Q {{question}}"), {"question": "fox"})) == ["Q fox|"]
+
+
+def test_a_template_that_wants_tools_gets_none_of_them():
+    tokenizer = tiny_tokenizer("{{ tools | length }} tools|{{ messages[0].content }}")
+    assert text_of(tokenizer, PromptRenderer(tokenizer, chat=True).segments(QUESTION, {"question": "fox"})) == [
+        "0 tools|Question: fox"
+    ]
+    with pytest.raises(ValueError, match="the chat template refuses the messages: UndefinedError"):
+        PromptRenderer(tiny_tokenizer("{{ tools[0].name.x }}"), chat=True).segments(QUESTION, {"question": "fox"})
+
+
+def test_a_short_prompt_that_the_template_drops_is_missed_all_the_same():
+    """What it says stands elsewhere in the template."""
+    tokenizer = tiny_tokenizer("5 {{ bos_token }}")
+    with pytest.raises(ValueError, match="the chat template drops or changes what the user says"):
+        PromptRenderer(tokenizer, chat=True).segments(Template("{{question}}"), {"question": 5})
+
+
+def test_parts_that_are_printed_are_no_text():
+    tokenizer = tiny_tokenizer("{{ messages[0].content[0] }}")
+    with pytest.raises(ValueError, match="the chat template drops or changes what the user says"):
+        PromptRenderer(tokenizer, chat=True).segments(QUESTION, {"question": "fox"})
+
+
+def test_two_fields_never_spell_a_special_token_together():
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token
+    for at in range(1, len(end)):
+        row = {"a": f"fox{end[:at]}", "b": f"{end[at:]}dog"}
+        (ids,) = PromptRenderer(tokenizer, chat=False).segments(Template("{{a}}{{b}}"), row)
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids) == f"fox{end}dog"
 
 
 def test_what_is_inserted_never_becomes_a_special_token():
@@ -240,6 +272,30 @@ def test_a_plain_prompt_begins_as_the_tokenizer_begins_a_text():
     assert renderer.segments(Template("{{from:a}} fox"), {})[0] == [number]
 
 
-def test_a_null_field_is_an_error():
-    with pytest.raises(ValueError, match="field 'question' is null"):
-        PromptRenderer(tiny_tokenizer(), chat=False).segments(Template("{{question}}"), {"question": None})
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (None, "is null"),
+        (["fox"], r"is \['fox'\], expected a text or a number"),
+        ({"a": 1}, "is {'a': 1}, expected a text or a number"),
+        ("a \ud83d", r"holds '\\ud83d', half of a surrogate pair"),
+    ],
+)
+def test_values_that_are_no_text(value, problem):
+    with pytest.raises(ValueError, match=f"field 'question' {problem}"):
+        PromptRenderer(tiny_tokenizer(), chat=False).segments(Template("{{question}}"), {"question": value})
+    if isinstance(value, str):
+        with pytest.raises(ValueError, match=f"template .* {problem}"):
+            Template(value)
+        with pytest.raises(ValueError, match=f"x: system {problem}"):
+            PromptRenderer(tiny_tokenizer(), chat=True, system=value, name="x")
+
+
+def test_a_token_that_the_model_does_not_know_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    renderer = PromptRenderer(tokenizer, chat=False, name="agent 'x'", vocabulary=320)
+    told = "agent 'x': token 320 \\('<tool>'\\) of its tokenizer is beyond its model's 320 embeddings"
+    with pytest.raises(ValueError, match=told):
+        renderer.segments(QUESTION, {"question": "the <tool>"})
+    assert renderer.segments(QUESTION, {"question": "the fox"})
