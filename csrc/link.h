@@ -107,14 +107,15 @@ struct LinkBackward {
   Output dnorm_in_weight, dnorm_in_bias, dnorm_out_weight, dnorm_out_bias;
 };
 
-// A product of a frozen weight, which exists as panels alone: y = x W^T + b.
+// A product of a frozen weight: y = x W^T + b.
 struct FrozenForward {
   int64_t tokens, in_features, out_features;
   MatrixView x;        // [tokens, in_features], fp32 or of the stored dtype
-  const void* panels;  // of W [out_features, in_features], from pack_weight in the stored dtype
+  const void* weight;  // [out_features, in_features] as panels, from pack_weight in the stored dtype; or as it lies
   VectorView bias;     // [out_features]
   Output y;            // [tokens, out_features]
   Dtype stored;
+  Form form;  // packed; or stored, which takes up to 16 tokens
   Isa isa;
   int32_t threads;
 };

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recmas_kernels import rms_norm
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
+from recmas_kernels.shared_linear import SharedLinear, share, unshare
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,23 +27,28 @@ class Accelerated:
 
     Attributes:
         packed: by name, the layers that changed.
+        shared: by name, layers whose weight is not packed but read in place by few rows.
         norms: by name, the RMSNorms that run as one kernel.
         left: by name, why other linear layers stayed as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.packed: dict[str, FrozenLinear] = {}
+        self.shared: dict[str, SharedLinear] = {}
         self.norms: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
         owners = _owners(model)
         for name, part in model.named_modules():
             if not isinstance(part, nn.Linear):
                 continue
-            reason = why_not_frozen(part) or why_not_packed(part.weight) or _shared(part, name, owners)
-            if reason is None:
-                self.packed[name] = freeze(part)
-            else:
+            reason = why_not_frozen(part) or why_not_packed(part.weight)
+            if reason is not None:
                 self.left[name] = reason
+            elif others := owners[part.weight.untyped_storage().data_ptr()] - {name}:
+                self.shared[name] = share(part)
+                self.left[name] = f"it shares its weight with {', '.join(sorted(others))}; few rows read it in place"
+            else:
+                self.packed[name] = freeze(part)
 
         for name, part in model.named_modules():
             found = rms_norm.recognised(part)
@@ -58,6 +64,9 @@ class Accelerated:
         for frozen in self.packed.values():
             thaw(frozen)
         self.packed.clear()
+        for shared in self.shared.values():
+            unshare(shared)
+        self.shared.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -92,8 +101,9 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     A packed weight is read once, in order, at the speed of memory, and in 16 bits where those hold a float32 weight
     exactly. It takes the place of the original, so that no weight exists twice; results stay the same within rounding.
-    Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, weights that other
-    modules share (a head tied to the embedding), and weights that no CPU kernel reads. State dicts, moves, casts and
+    Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, and weights that no
+    CPU kernel reads. A weight that other modules share (a head tied to the embedding) is not packed, since nothing
+    could be freed; few rows read it in place. State dicts, moves, casts and
     copies work on the model as it is; `Accelerated.close` or the end of a ``with`` block makes the layers plain again.
 
     RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for.
@@ -134,8 +144,3 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
             if held is not None and held.layout is torch.strided and held.device.type != "meta":
                 owners[held.untyped_storage().data_ptr()].add(name)
     return owners
-
-
-def _shared(linear: nn.Linear, name: str, owners: dict[int, set[str]]) -> str | None:
-    others = owners[linear.weight.untyped_storage().data_ptr()] - {name}
-    return f"it shares its weight with {', '.join(sorted(others))}" if others else None

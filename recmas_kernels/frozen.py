@@ -135,6 +135,22 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
     return _product(x, panels, bias, ordinary)
 
 
+def serves_in_place(x: Tensor, weight: Tensor) -> bool:
+    """Whether `in_place_linear` takes these: few rows, no gradients, no autocast, and nothing that observes."""
+    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or x.is_neg() or x._is_zerotensor():
+        return False
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or x.dtype is not weight.dtype or x.shape[-1:] != weight.shape[1:] or not weight.is_contiguous():
+        return False
+    rows = x.numel() // max(1, x.shape[-1])
+    return 0 < rows <= cpu.MOST_STREAMED and requested() in ("auto", "cpu") and not autocast_enabled("cpu")
+
+
+def in_place_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` of a weight ``[out_features, in_features]`` that is read as it lies."""
+    return cpu.frozen_linear(x, weight, bias, weight.shape[0], weight.dtype)
+
+
 def _product(x: Tensor, panels: Panels, bias: Tensor | None, ordinary: bool) -> Tensor:
     arguments: tuple[Any, ...] = (x, panels.data, bias, panels.out_features, panels.stored)
     if not ordinary:

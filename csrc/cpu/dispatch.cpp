@@ -50,16 +50,21 @@ bool reads_frozen(const MatrixView& rows, Dtype stored) {
 }
 
 template <class Call>
-Status check_frozen(const Call& call, const MatrixView& rows, const Output& result) {
+Status check_frozen(const Call& call, const void* weight, const MatrixView& rows, const Output& result) {
   if (call.tokens <= 0 || call.in_features <= 0 || call.out_features <= 0 || call.threads < 1) {
     return Status::bad_argument;
   }
-  if (call.panels == nullptr || result.data == nullptr || !reads_frozen(rows, call.stored)) return Status::bad_argument;
+  if (weight == nullptr || result.data == nullptr || !reads_frozen(rows, call.stored)) return Status::bad_argument;
   return kernels_of(call.isa) == nullptr ? Status::isa_unavailable : Status::ok;
 }
 
-Status check_frozen(const FrozenForward& call) { return check_frozen(call, call.x, call.y); }
-Status check_frozen(const FrozenBackward& call) { return check_frozen(call, call.dy, call.dx); }
+Status check_frozen(const FrozenForward& call) {
+  constexpr int64_t kMostStreamed = 16;  // cpu/stream.h
+  const bool streamed = call.form == Form::stored && call.tokens <= kMostStreamed;
+  if (call.form != Form::packed && !streamed) return Status::bad_argument;
+  return check_frozen(call, call.weight, call.x, call.y);
+}
+Status check_frozen(const FrozenBackward& call) { return check_frozen(call, call.panels, call.dy, call.dx); }
 
 }  // namespace
 

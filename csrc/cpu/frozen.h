@@ -27,11 +27,13 @@ inline bool multiplies_pairs(Dtype stored, Dtype rows) {
   return kDotPairs && stored == Dtype::bf16 && rows == Dtype::bf16;
 }
 
-// Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond an odd k to read, and
+// Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond k to read, and
 // not a multiple of 2 KB apart, where eight of them would share few sets of the first-level cache.
 inline bool reads_in_place(const FrozenForward& call, bool pairs) {
   if (call.x.dtype != (pairs ? Dtype::bf16 : Dtype::f32)) return false;
-  if (packed_format(call.stored) == Format::pairs && call.in_features % 2 != 0) return false;
+  // Streaming reads whole vectors, packed pairs whole pairs.
+  const int64_t whole = call.form == Form::stored ? 2 * kWidth : packed_format(call.stored) == Format::pairs ? 2 : 1;
+  if (call.in_features % whole != 0) return false;
   return call.tokens <= 2 || call.x.stride * dtype_bytes(call.x.dtype) % 2048 != 0;
 }
 
@@ -58,7 +60,7 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Le
                            int64_t count) {
   const int64_t columns = call.out_features;
   const Term terms[1] = {
-      {rows, {call.panels, call.stored, 0, true, Form::packed, call.in_features, columns, call.stored}}};
+      {rows, {call.weight, call.stored, call.in_features, true, call.form, call.in_features, columns, call.stored}}};
   const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     if (call.bias.data == nullptr) return false;
     load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);

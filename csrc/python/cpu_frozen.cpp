@@ -43,22 +43,31 @@ Output written(const View& view, int64_t rows, const char* name) {
 
 }  // namespace
 
-// frozen_forward(isa, threads, stored dtype, x, panels, bias or None, y) -> whether x and the bias could be read, so
-// that y was written.
+// frozen_forward(isa, threads, stored dtype, x, panels or the weight as it lies, bias or None, y) -> whether x and the
+// bias could be read, so that y was written.
 PyObject* frozen_forward(PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 7, "frozen_forward");
   const Isa isa = static_cast<Isa>(arguments.integer());
   const auto threads = static_cast<int32_t>(arguments.integer());
   const auto stored = static_cast<Dtype>(arguments.integer());
   const View x = Operands::described(arguments.object(), "x");
-  PyObject *const panels = arguments.object(), *const bias = arguments.object();
+  PyObject *const weight = arguments.object(), *const bias = arguments.object();
   const View y = Operands::described(arguments.object(), "y");
-  cpu::FrozenForward call{0, x.columns, y.columns, {}, nullptr, {}, {}, stored, isa, threads};
+  cpu::FrozenForward call{0, x.columns, y.columns, {}, nullptr, {}, {}, stored, cpu::Form::packed, isa, threads};
   Operands operands;
   call.x = rows_of(x, stored, &call.tokens);
   call.bias = operands.vector(bias, y.columns, "bias");
   if (call.x.data == nullptr || !operands.readable) Py_RETURN_FALSE;
-  call.panels = panels_of(panels, y.columns, x.columns, stored, isa);
+  const View held = Operands::described(weight, "weight");
+  if (held.dimensions == 2) {
+    Operands::expect(held.is_matrix(y.columns, x.columns) && held.dense && held.dtype == static_cast<int32_t>(stored),
+                     "weight");
+    call.weight = held.data;
+    call.form = cpu::Form::stored;
+  } else {
+    call.weight = panels_of(weight, y.columns, x.columns, stored, isa);
+    call.form = cpu::Form::packed;
+  }
   call.y = written(y, call.tokens, "y");
   run_in(cpu::frozen_forward_workspace(call), "frozen_forward",
          [&](void* workspace, int64_t bytes) { return cpu::frozen_forward(call, workspace, bytes); });

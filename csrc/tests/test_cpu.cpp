@@ -143,9 +143,17 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
 
   const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
   const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
-  const cpu::FrozenForward forward{
-      tokens, in,  out, {x.data(), in, rows}, panels.get(), {bias.data(), Dtype::f32}, {y.get(), Dtype::f32},
-      stored, isa, 3};
+  const cpu::FrozenForward forward{tokens,
+                                   in,
+                                   out,
+                                   {x.data(), in, rows},
+                                   panels.get(),
+                                   {bias.data(), Dtype::f32},
+                                   {y.get(), Dtype::f32},
+                                   stored,
+                                   Form::packed,
+                                   isa,
+                                   3};
   const cpu::FrozenBackward backward{tokens, in,  out, {dy.data(), out, rows}, panels.get(), {dx.get(), Dtype::f32},
                                      stored, isa, 3};
   const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);
@@ -153,6 +161,18 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
   const Guarded scratch = workspace_of(forward_bytes), more = workspace_of(backward_bytes);
   CHECK(cpu::frozen_forward(forward, scratch.get(), forward_bytes) == Status::ok, "frozen_forward failed");
   CHECK(cpu::frozen_backward(backward, more.get(), backward_bytes) == Status::ok, "frozen_backward failed");
+
+  cpu::FrozenForward in_place = forward;
+  const Guarded streamed = Guarded::floats(static_cast<size_t>(tokens * out));
+  in_place.weight = weight.data();
+  in_place.form = Form::stored;
+  in_place.y = {streamed.get(), Dtype::f32};
+  const int64_t in_place_bytes = cpu::frozen_forward_workspace(in_place);
+  CHECK((in_place_bytes < 0) == (tokens > 16), "more rows than can be streamed");
+  if (tokens <= 16) {
+    const Guarded rows_copied = workspace_of(in_place_bytes);
+    CHECK(cpu::frozen_forward(in_place, rows_copied.get(), in_place_bytes) == Status::ok, "not streamed");
+  }
 
   std::vector<double> exact_y(static_cast<size_t>(tokens * out)), exact_dx(static_cast<size_t>(tokens * in), 0.0);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -167,6 +187,11 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
   }
   const double bound = 16.0 * std::sqrt(static_cast<double>(in + out + 16)) * std::ldexp(1.0, -24);
   const double y_error = largest_error(y.values(), exact_y), dx_error = largest_error(dx.values(), exact_dx);
+  if (tokens <= 16) {
+    const double error = largest_error(streamed.values(), exact_y);
+    CHECK(error <= bound, "streamed isa %d dtypes %d %d: error %g", static_cast<int>(isa), static_cast<int>(stored),
+          static_cast<int>(rows), error);
+  }
   CHECK(y_error <= bound && dx_error <= bound, "frozen isa %d dtypes %d %d (%lld %lld %lld): errors %g %g, bound %g",
         static_cast<int>(isa), static_cast<int>(stored), static_cast<int>(rows), static_cast<long long>(tokens),
         static_cast<long long>(in), static_cast<long long>(out), y_error, dx_error, bound);
@@ -186,7 +211,8 @@ void test_frozen(Isa isa) {
     }
   }
   float number = 1.0f;
-  cpu::FrozenForward call{1, 1, 1, {&number, 1, Dtype::f16}, &number, {}, {&number, Dtype::f32}, Dtype::bf16, isa, 1};
+  cpu::FrozenForward call{
+      1, 1, 1, {&number, 1, Dtype::f16}, &number, {}, {&number, Dtype::f32}, Dtype::bf16, Form::packed, isa, 1};
   CHECK(cpu::frozen_forward_workspace(call) == -1, "rows of a dtype that the kernel does not read");
   CHECK(cpu::frozen_forward(call, &number, 0) == Status::bad_argument, "rows of a dtype that the kernel does not read");
 }

@@ -127,7 +127,8 @@ Frozen run_frozen(Isa isa, int threads) {
   const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
   const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
   const cpu::FrozenForward forward{
-      tokens, in, out, {x.data(), in, Dtype::f32}, panels.get(), {}, {y.get(), Dtype::f32}, Dtype::f32, isa, threads};
+      tokens,       in,  out,    {x.data(), in, Dtype::f32}, panels.get(), {}, {y.get(), Dtype::f32}, Dtype::f32,
+      Form::packed, isa, threads};
   const cpu::FrozenBackward backward{
       tokens, in, out, {dy.data(), out, Dtype::f32}, panels.get(), {dx.get(), Dtype::f32}, Dtype::f32, isa, threads};
   const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);

@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")  # named in every allocation: the default device may 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
-_MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
+MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 
@@ -127,7 +127,7 @@ def _forward(
         return y
     threads, run = torch.get_num_threads(), _native().link_forward
     forms: tuple[Tensor | bool, ...] = (False, False, False)
-    if not in_place or tokens > _MOST_STREAMED:
+    if not in_place or tokens > MOST_STREAMED:
         compute = arguments.dtype
         forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(arguments.w3, compute, isa))
     if run(isa, threads, arguments, *forms, y, pre, z, stats):
@@ -201,7 +201,10 @@ def unpack_frozen(panels: Tensor, out_features: int, in_features: int, stored: t
 
 
 def frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, stored: torch.dtype) -> Tensor:
-    """``x W^T + b`` for rows ``[..., in]`` in fp32 or the stored dtype, in x's dtype."""
+    """``x W^T + b`` for rows ``[..., in]`` in fp32 or the stored dtype, in x's dtype.
+
+    ``panels`` may be the weight ``[out, in]`` itself, for up to `MOST_STREAMED` rows.
+    """
     return _frozen(_native().frozen_forward, x, stored, (panels, bias), out_features)
 
 

@@ -249,11 +249,12 @@ def test_accelerate_packs_what_it_can_and_says_why_not():
     with accelerate(model) as done:
         assert set(done.packed) == {"up", "down"}
         assert done.left.keys() == {"learns", "hooked", "wrapped", "wide", "head"}
-        assert done.left["head"] == "it shares its weight with table"
+        assert done.left["head"] == "it shares its weight with table; few rows read it in place"
+        assert model.head.weight is model.table.weight
         assert done.left["learns"] == "it learns"
         assert done.left["hooked"] == "it has hooks"
         assert "float64" in done.left["wide"]
-        assert "head is left as it is: it shares its weight with table" in str(done)
+        assert "head is left as it is: it shares its weight with table;" in str(done)
         assert weight.numel() == 0  # no weight exists twice
         assert type(model.up) is FrozenLinear
         assert model.up is up
@@ -287,6 +288,26 @@ def test_gradients_reach_what_learns_before_a_packed_layer():
         assert set(done.packed) == {"2", "4"}
         packed = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
     torch.testing.assert_close(packed, plain)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("features", [24, 37, 64])
+def test_a_shared_weight_is_read_in_place_by_few_rows(isa: str, dtype: torch.dtype, features: int):
+    model = nn.Sequential(nn.Embedding(50, features), nn.Linear(features, 50)).to(dtype).requires_grad_(False)
+    model[1].weight = model[0].weight
+    with instruction_set(isa), accelerate(model) as done:
+        assert list(done.shared) == ["1"]
+        for tokens in (1, 3, 16, 17):
+            x = make_rows(tokens, 1, features, dtype=dtype)
+            exact = F.linear(x.double(), model[1].weight.double(), model[1].bias.double())
+            assert error(model[1](x), exact) <= budget(dtype, features)
+            model[0].weight[3, 1] = tokens  # nothing is kept of it
+        x.requires_grad_()
+        (dx,) = torch.autograd.grad(model[1](x).sum(), x)
+        torch.testing.assert_close(dx[0, 0], model[1].weight.sum(dim=0))
+        assert torch.equal(copy.deepcopy(model)[1](x.detach()), model[1](x.detach()))
+    assert type(model[1]) is nn.Linear
 
 
 def test_a_layer_in_two_places_stays_one():
