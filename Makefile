@@ -10,7 +10,7 @@ DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench native sanitize gpu clean
+.PHONY: help install demo test lint format docs bench native sanitize torture gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks i
 sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=address)
 	$(call native_checks,build/sanitize-threads,-DRECMAS_SANITIZE=thread)
+
+# Another seed than the commit's: RECMAS_TORTURE_SEED=N. A failure names it.
+torture: $(DEVELOPMENT) ## 10,000 random calls, 100 kills, every escape and hostile folder, with a table: twenty minutes
+	RECMAS_TORTURE=1 RECMAS_FUZZ_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+		tests/torture tests/runtime/sandbox tests/kernels/test_fuzz.py
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \

@@ -14,10 +14,15 @@ from recmas_kernels import named_weights
 _UNRELATED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
+def described(agent: FrozenModel) -> str:
+    """The model's configuration, but for where it came from."""
+    config = {key: value for key, value in agent.model.config.to_dict().items() if key not in _UNRELATED}
+    return json.dumps(config, sort_keys=True, default=repr)
+
+
 def model_digest(agent: FrozenModel) -> str:
     """sha256 of the model's configuration, and of every parameter and buffer in full."""
-    config = {key: value for key, value in agent.model.config.to_dict().items() if key not in _UNRELATED}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+    digest = hashlib.sha256(described(agent).encode())
     for name, value in named_weights(agent.model):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)

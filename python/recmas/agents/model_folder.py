@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recmas.agents.classes import described
-from recmas.files.reading import check_regular, inside, read_json
+from recmas.files.reading import OUTSIDE, check_regular, inside, read_json
 from recmas.files.safetensors_header import stored_tensors
 
 _MOST_FILES = 10_000
@@ -59,7 +59,10 @@ def _check_files(folder: Path, root: Path, key: str) -> None:
             path, found = Path(place, name), found + 1
             if found > _MOST_FILES:
                 raise ValueError(f"{key}: {folder} holds more than {_MOST_FILES} files")
-            inside(root, os.path.normpath(Path(relative, path.relative_to(folder))), key)
+            try:
+                inside(root, os.path.normpath(Path(relative, path.relative_to(folder))), key)
+            except ValueError as error:
+                raise ValueError(f"{error}; {OUTSIDE}") from None
             if name in files:
                 check_regular(path)
 
@@ -80,10 +83,13 @@ def _parameters(folder: Path, key: str) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # A False is what keeps transformers from asking on the terminal whether to run the model's own code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = described(config)
     except Exception as error:  # transformers raises many kinds, and torch for sizes beyond 64 bits
+        if "trust_remote_code" in str(error):
+            return 0  # the loader refuses it, and says why
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{key}: cannot load {folder}: {reason}") from error
     return sum(weight.numel() for weight in model.parameters())

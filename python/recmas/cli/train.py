@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from recmas.files.reading import inside
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+    from recmas.recursive_mas import RecursiveMAS
 
 STAGES = {
     "inner": "each agent's inner link, toward the embeddings of its own gold texts",
@@ -77,7 +80,7 @@ def execute(options: Namespace) -> int:
     from recmas import training
     from recmas.config.system_json import read_spec
     from recmas.files.locks import one_writer
-    from recmas.system.folder import check_place, is_new
+    from recmas.system.folder import check_place, is_new, save
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
@@ -110,7 +113,8 @@ def execute(options: Namespace) -> int:
         def start() -> None:
             """All has been checked: only now is anything written."""
             if new:
-                mas.save_pretrained(output)
+                # With its runs' folders, so that it can be resumed whenever it ends.
+                save(mas, output, [f"{logs.name}/{run}" for run in _runs(stage, only, mas)])
                 stack.enter_context(one_writer(output))
 
         result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
@@ -148,6 +152,16 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
         )
     if not any((output / "training").glob(f"{stage}*")):
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
+
+
+def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str]:
+    """The folders of a command's runs."""
+    from recmas.training.alignment import run_name
+
+    if stage == "outer":
+        return [stage]
+    keys = (only["roles"] or system.inner_links) if stage == "inner" else (only["edges"] or system.outer_links)
+    return [run_name(stage, key) for key in keys]
 
 
 def _config_class(stage: str) -> Any:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recmas.config.system_json import FILE_NAME, SystemSpec
-from recmas.files.reading import inside, sha256
+from recmas.files.reading import OUTSIDE, inside, sha256
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_OUTSIDE = "if you trust that, allow it with --allow-outside (allow_outside=True)"
 _HUB = "if you trust that, allow it with --allow-hub (allow_hub=True)"
 
 
@@ -67,7 +66,7 @@ def model_source(folder: Path, spec: SystemSpec, role: str, trust: Trust) -> str
         raise ValueError(f"{key}: no such folder: {folder / model}")
     if Path(model).is_dir():
         if not trust.outside:
-            raise ValueError(f"{key}: {model} is not in {folder}; {_OUTSIDE}")
+            raise ValueError(f"{key}: {model} is not in {folder}; {OUTSIDE}")
     elif not trust.hub:
         raise ValueError(f"{key}: {model} is a model on the hub; {_HUB}")
     return model
@@ -106,7 +105,7 @@ def _check_inside(folder: Path, name: str, key: str) -> None:
     try:
         inside(folder, name, key)
     except ValueError as error:
-        raise ValueError(f"{error}; {_OUTSIDE}") from None
+        raise ValueError(f"{error}; {OUTSIDE}") from None
 
 
 def _check_content(path: Path, digest: str) -> None:

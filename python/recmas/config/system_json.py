@@ -16,8 +16,12 @@ from recmas.files.reading import read_json, shown
 
 FILE_NAME = "system.json"
 FORMAT = 1
-MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE = 1 << 16, 1 << 20, 1 << 20
-"""Latent steps of a message, tokens of a text, characters of a template: a downloaded system cannot ask for more."""
+MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE, MAX_PATH = 1 << 16, 1 << 20, 1 << 20, 1024
+"""Latent steps of a message, tokens of a text, characters of a template and of a path: a downloaded system cannot ask
+for more."""
+
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less may be more than float32 holds."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Decoding:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is more than {MAX_TOKENS}")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature} is not a finite number >= 0")
+        if 0.0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature: {self.temperature} is less than {LEAST_TEMPERATURE}; 0 is greedy")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
 
@@ -201,6 +207,13 @@ class _Reader:
             raise self.fail(key, f"{shown(value)} is not {_NAMES[kind]}")
         return float(value) if kind is float else value
 
+    def name(self, value: Any, key: str) -> str:
+        """A path, or a hub id."""
+        text = str(self.typed(value, str, key))
+        if not 0 < len(text) <= MAX_PATH or not text.isprintable():
+            raise self.fail(key, f"{shown(text)} is no path of 1 to {MAX_PATH} printable characters")
+        return text
+
     def table(self, value: Any, key: str, required: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
         """`value` as an object with exactly these keys; a null counts as absent."""
         known = {**required, **optional}
@@ -239,11 +252,16 @@ class _Reader:
             source, arrow, target = name.partition("->")
             if not arrow or source not in agents or target not in agents:
                 raise self.fail(f"outer_links.{name}", "is not of the form source->target with roles of the pattern")
-            links[source, target] = self.typed(folder, str, f"outer_links.{name}")
+            links[source, target] = self.name(folder, f"outer_links.{name}")
         counts = self.table(table.get("defaults", {}), "defaults", {}, {"rounds": int, "latent_steps": int})
         self.between(counts, "rounds", 1, MAX_ROUNDS, "defaults")
         self.between(counts, "latent_steps", 0, MAX_STEPS, "defaults")
-        digests = {name: self.typed(digest, str, f"sha256.{name}") for name, digest in table.get("sha256", {}).items()}
+        digests = {
+            self.name(name, "sha256"): self.typed(digest, str, f"sha256.{name}")
+            for name, digest in table.get("sha256", {}).items()
+        }
+        if "edge_scores" in table:
+            self.name(table["edge_scores"], "edge_scores")
         return SystemSpec(pattern, agents, links, Defaults(**counts), table.get("edge_scores"), digests)
 
     def between(self, table: Mapping[str, Any], name: str, least: int, most: int, key: str) -> None:
@@ -272,6 +290,9 @@ class _Reader:
         if table.get("dtype", "auto") not in DTYPES:
             raise self.fail(f"{key}.dtype", f"{shown(table['dtype'])} is not one of {', '.join(DTYPES)}")
         self.between(table, "latent_steps", 0, MAX_STEPS, key)
+        for name in ("model", "inner_link"):
+            if name in table:
+                self.name(table[name], f"{key}.{name}")
         prompt = self.table(table["prompt"], f"{key}.prompt", {}, {"first": str, "later": str})
         if not prompt:
             raise self.fail(f"{key}.prompt", "has neither first nor later")

@@ -61,7 +61,10 @@ def _copied(decoder: PreTrainedModel, lists: Sequence[str], count: int, kept: in
     if sum(weight.numel() for weight in left) > LARGEST or any(_unusual(weight) for weight in left):
         return
     config = _shorter(decoder.config, count, kept)
-    blank = nn.Embedding(1, table.weight.shape[1], dtype=torch.float32, device=table.weight.device)
+    # Of zeros: a fresh one would draw from the random state, which is the caller's.
+    blank = nn.Embedding.from_pretrained(
+        torch.zeros(1, table.weight.shape[1], dtype=torch.float32, device=table.weight.device)
+    )
     memo: dict[int, Any] = {id(table): blank, id(decoder.config): config}
     memo.update((id(layer), None) for layer in dropped)
     copied: PreTrainedModel = copy.deepcopy(decoder, memo)

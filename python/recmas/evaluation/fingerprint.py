@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from recmas.agents.fingerprint import tokenizer_digest
+from recmas.agents.fingerprint import described, tokenizer_digest
 from recmas.config.system_json import edge_name
 from recmas.system.system import System
 from recmas_kernels import named_weights
@@ -23,13 +24,15 @@ def key_of(*described: Any) -> str:
 
 
 def digest(system: System) -> str:
-    """Of what decides a system's answers: prompts, where agents came from, all links, samples of agents' weights.
+    """Of what decides a system's answers: prompts, models, tokenizers, all links, samples of agents' weights.
 
-    A prompt is also rendered, so that a chat template that writes the date makes another system of the same one.
+    A prompt is also rendered, so that a chat template that writes the date makes another system of the same one. Where
+    the parts lie decides nothing: a run goes on from another folder, or with a copy.
     """
     found = hashlib.sha256(repr(system.pattern).encode())
     for role, agent in system.agents.items():
-        found.update(repr((role, agent.source, agent.dtype, system.settings[role], system.defaults)).encode())
+        setting = replace(system.settings[role], model="", inner_link=None)
+        found.update(repr((role, agent.dtype, setting, system.defaults, described(agent))).encode())
         found.update(tokenizer_digest(agent.tokenizer).encode())
     for visit in system.pattern.visits(2):
         fields = system.template(visit.role, visit.round).fields

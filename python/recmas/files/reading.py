@@ -13,6 +13,8 @@ from typing import IO, Any, NoReturn
 
 LARGEST_JSON = 16 << 20
 """Bytes of a file of settings."""
+OUTSIDE = "if you trust that, allow it with --allow-outside (allow_outside=True)"
+"""Follows what `inside` says of a system's part."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

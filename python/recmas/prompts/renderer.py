@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -16,6 +16,7 @@ from recmas.prompts.template import Slot, Template, shortened
 from recmas.prompts.vocabulary import Special, check_ids
 
 _MARK = re.compile(r"<recmas \d+ \d+>")  # the sentinels of `_Marks`
+_STEM = re.compile(r"<recmas ([0-9]+) ")
 PIECES = 4096  # texts between slots whose token ids an agent remembers
 
 
@@ -178,9 +179,8 @@ class PromptRenderer:
             text = self._apply(messages, way)
         except ChatTemplateError as error:
             raise ValueError(f"{self.name}: the chat template refuses the messages: {error}") from None
-        for piece in (piece.strip() for message in messages for piece in _MARK.split(message["content"])):
-            if piece not in text:
-                raise ValueError(f"{self.name}: the chat template drops or changes {shortened(piece)}")
+        for piece in (piece for message in messages for piece in _lost(message["content"], text)):
+            raise ValueError(f"{self.name}: the chat template drops or changes {shortened(piece)}")
         return text
 
     def _way(self, roles: tuple[str, ...]) -> _Way | str:
@@ -275,6 +275,17 @@ class _Marks:
         return [piece for piece in pieces if piece != ""]
 
 
+def _lost(content: str, text: str) -> Iterator[str]:
+    """The pieces between a message's sentinels that do not stand in a text one after the other."""
+    position = 0
+    for piece in map(str.strip, _MARK.split(content)):
+        found = text.find(piece, position)
+        if found < 0:
+            yield piece
+        else:
+            position = found + len(piece)
+
+
 def _contents(row: Mapping[str, object], texts: Mapping[str, str] | None) -> list[str]:
     """All texts that may be inserted into a prompt."""
     return [*map(str, row.values()), *(texts or {}).values(), *(message["content"] for message in earlier(row))]
@@ -282,5 +293,5 @@ def _contents(row: Mapping[str, object], texts: Mapping[str, str] | None) -> lis
 
 def unused_stem(texts: Sequence[str]) -> str:
     """A sentinel's beginning that occurs in none of the texts; it cannot overlap itself, '<' only begins it."""
-    stems = (f"<recmas {number} " for number in count())
-    return next(stem for stem in stems if not any(stem in text for text in texts))
+    used = {number for text in texts for number in _STEM.findall(text)}
+    return next(f"<recmas {number} " for number in count() if str(number) not in used)

@@ -95,8 +95,9 @@ class Template:
                 raise ValueError(
                     f"{where}: template {shortened(self.text)} has a slot for {role!r}, but reads from {readable}"
                 )
+        there = {frozenset(found.senders) for found in self.slots}
         for slot in [Slot(tuple(senders))] if joint and senders else [Slot((role,)) for role in senders]:
-            if not any(set(slot.senders) == set(found.senders) for found in self.slots):
+            if frozenset(slot.senders) not in there:
                 raise ValueError(f"{where}: template {shortened(self.text)} has no slot {slot}")
         for found in self.slots:
             if len(found.senders) > 1 and not joint:

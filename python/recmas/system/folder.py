@@ -81,8 +81,13 @@ def is_new(folder: Path) -> bool:
     return not folder.is_dir() or not any(folder.iterdir())
 
 
-def save(system: System, folder: Path) -> None:
+def save(system: System, folder: Path, beside: Iterable[str] = ()) -> None:
     """Write `system` into `folder`: a new one, or one that holds a system, which is replaced whole.
+
+    Args:
+        system: what is written.
+        folder: where.
+        beside: empty folders that a new one begins with.
 
     Raises:
         ValueError: as `check_place`, a damaged ``system.json`` in the way, or another process is writing there.
@@ -92,6 +97,8 @@ def save(system: System, folder: Path) -> None:
     if is_new(folder):
         with replacing_folder(folder) as fresh:
             _write(system, describe(system), fresh, SystemSpec(system.pattern, {}))
+            for name in beside:
+                (fresh / name).mkdir(parents=True)
         return
     with one_writer(folder):
         old = read_spec(folder)

@@ -17,6 +17,7 @@ from recmas.system.system import System
 from recmas.training import checkpoint
 from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
+from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.pair_cache import PairCache, Place, Plan
@@ -53,6 +54,11 @@ Batches = Callable[[int], Pairs]
 """The pairs of a schedule's batch."""
 
 
+def run_name(stage: str, key: str | Edge) -> str:
+    """The folder of a link's run."""
+    return "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+
+
 def train_apart(
     system: System,
     links: Mapping[Key, RecursiveLink],
@@ -76,7 +82,7 @@ def train_apart(
     schedule, measured = _schedule(source, config), _measured(validation, config)
     check_trainable(system)
     senders = {key: key if isinstance(key, str) else key[0] for key in links}
-    names = {key: "-".join([stage.name, key] if isinstance(key, str) else [stage.name, *key]) for key in links}
+    names = {key: run_name(stage.name, key) for key in links}
     folders = {key: None if output is None else Path(output, name) for key, name in names.items()}
     trained = {key: named_parameters({name: links[key]}) for key, name in names.items()}
     others = [row for index in range(measured.count) for _, row in measured.batch(index)[0]]
@@ -84,9 +90,9 @@ def train_apart(
     for role in roles:
         for checked in (source.rows, others):
             check_rows(system, role, checked, each_round_count(config.rounds))
+            check_utterances(system, role, checked, each_round_count(config.rounds), config.max_tokens)
     for key, folder in folders.items():
-        if folder is not None:
-            check_run(trained[key], config, folder, resume)
+        check_run(trained[key], config, folder, resume, validated=validation is not None)
     planned = _planned(system, roles, [schedule, measured], config, cache, progress)
     if on_start is not None:
         on_start()

@@ -60,10 +60,12 @@ class DataSource:
             needed: (role, round) of the texts that every row must have.
 
         Raises:
-            ValueError: a row lacks one, as `target_texts` says it; its number counts from 0 over all rows.
+            ValueError: a row lacks one, as `target_texts` says it, or has an empty one; its number counts from 0 over
+                all rows.
         """
         for role, round in needed:
-            target_texts(self._rows, role, round)
+            for index, row in enumerate(self._rows):
+                check_target(row, index, role, round)
 
     def check_fields(self, system: System, visits: Iterable[Visit]) -> None:
         """Raise ValueError, as `System.check_fields`, if a row lacks a field that a prompt of these visits names."""
@@ -145,6 +147,15 @@ def target_text(row: Fields, index: int, role: str, round: int) -> str:
     if not isinstance(text, str):
         raise ValueError(f"row {index}: expected the target of agent {role!r} to be text, got {text!r}")
     return readable(text, f"row {index}: the target of agent {role!r}")
+
+
+def check_target(row: Fields, index: int, role: str, round: int) -> None:
+    """Raise ValueError, naming the row, unless it has a `target_text` that says something.
+
+    To say nothing is hardly ever what a row means: an agent would learn to end at once.
+    """
+    if not target_text(row, index, role, round).strip():
+        raise ValueError(f"row {index}: the target of agent {role!r} in round {round} is empty")
 
 
 def read_texts(source: str) -> list[dict[str, object]]:

@@ -112,18 +112,15 @@ def train(
         FloatingPointError: loss or gradient is not finite; names step, batches and the last checkpoint. The parameters
             keep their last good values.
     """
-    _check(parameters)
-    if config.patience is not None and validate is None:
-        raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
+    folder = None if output is None else Path(output)
+    check_run(parameters, config, folder, resume, validated=validate is not None)
     for key, parameter in parameters.items():
         if not parameter.requires_grad:
             raise ValueError(f"{key}: a trained parameter must require grad")
     optimizer = _optimizer(parameters, config)
-    folder = None if output is None else Path(output)
     with ExitStack() as stack:
         pending, records = Pending(), []
         if folder is not None:
-            check_run(parameters, config, folder, resume)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(one_writer(folder))
             pending = stack.enter_context(held_back())
@@ -224,9 +221,18 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
 
-def check_run(parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path, resume: bool) -> None:
+def check_run(
+    parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path | None, resume: bool, *, validated: bool
+) -> None:
     """Raise ValueError, before anything is written, where `train` would not begin, or go on, in this folder."""
     _check(parameters)
+    if config.patience is not None and not validated:
+        raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
+    if folder is not None:
+        _check_folder(parameters, config, folder, resume)
+
+
+def _check_folder(parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path, resume: bool) -> None:
     for above in (folder, *folder.parents):
         if above.exists() and not above.is_dir():
             raise ValueError(f"{above}: is a file, expected a folder for the run's log and checkpoints")
@@ -252,7 +258,7 @@ def _open(
     resume: bool,
 ) -> list[StepRecord]:
     """Make the folder ready and go on from its checkpoint, if any; the records of the steps that it has finished."""
-    check_run(parameters, config, folder, resume)  # again: now nobody else writes there
+    _check_folder(parameters, config, folder, resume)  # again: now nobody else writes there
     stored = checkpoint.load(folder)
     steps = 0 if stored is None else stored.step
     if stored is not None:

@@ -25,6 +25,7 @@ from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
@@ -192,6 +193,7 @@ def train_outer(
     for rows_of in checked:
         rows_of.check_targets(needed_texts)
         rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
+        check_unrolled(system, rows_of.rows, config)
     check_trainable(system)
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
@@ -221,8 +223,7 @@ def train_outer(
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
-    if folder is not None:
-        check_run(parameters, config, folder, resume)
+    check_run(parameters, config, folder, resume, validated=validation is not None)
     if on_start is not None:
         on_start()
     with only_trainable(system, parameters):

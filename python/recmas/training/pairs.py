@@ -18,7 +18,7 @@ from recmas.prompts.rows import Fields, check_fields
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from recmas.system.system import System
-from recmas.training.data import check_plain, end_token, is_plain, target_text, target_tokens
+from recmas.training.data import check_plain, check_target, end_token, is_plain, target_text, target_tokens
 from recmas.training.teacher import force
 
 
@@ -60,7 +60,7 @@ def check_rows(system: System, role: str, rows: Sequence[Fields], rounds: Sequen
                 check_plain(row, index)
                 continue
             check_fields(row, index, readers)
-            target_text(row, index, role, round)
+            check_target(row, index, role, round)
             for sender, at in zip(visit.senders, visit.sender_rounds, strict=True):
                 target_text(row, index, sender, at)
 

@@ -9,7 +9,21 @@ import re
 import pytest
 
 from recmas import Pattern
-from recmas.config.system_json import AgentSpec, Decoding, Defaults, PromptSpec, SystemSpec, read_spec, write_spec
+from recmas.config.pattern import MAX_NAME, MAX_ROLES, MAX_ROUNDS
+from recmas.config.system_json import (
+    MAX_STEPS,
+    MAX_TEMPLATE,
+    MAX_TOKENS,
+    AgentSpec,
+    Decoding,
+    Defaults,
+    PromptSpec,
+    SystemSpec,
+    read_spec,
+    steps_by_role,
+    write_spec,
+)
+from recmas.files.reading import LARGEST_JSON
 
 FULL = SystemSpec(
     Pattern((("a", "b"), ("c",)), combine="weighted", exchange="all"),
@@ -67,29 +81,78 @@ BROKEN = {
     "agents.b.decoding": ({"max_new_tokens": "9"}, "agents.b.decoding.max_new_tokens: '9' is not an integer"),
     "outer_links": ({"a->z": "x"}, "outer_links.a->z: is not of the form source->target"),
     "defaults": ({"rounds": 0}, "defaults.rounds: 0 is less than 1"),
+    "sha256": ({"links/a": 3}, "sha256.links/a: 3 is not a string"),
+}
+FAR = {
+    "defaults": ({"rounds": MAX_ROUNDS + 1}, "defaults.rounds: 257 is more than 256"),
+    "defaults.latent_steps": (10**30, f"defaults.latent_steps: {10**30} is more than 65536"),
+    "agents.a.latent_steps": (MAX_STEPS + 1, "agents.a.latent_steps: 65537 is more than 65536"),
+    "agents.a.decoding": ({"max_new_tokens": MAX_TOKENS + 1}, "agents.a.decoding: max_new_tokens: 1048577 is more"),
+    "agents.a.decoding.temperature": (1e-320, "agents.a.decoding: temperature: 1e-320 is less than 1e-06"),
+    "agents.a.prompt.later": (
+        "x" * (MAX_TEMPLATE + 1),
+        "agents.a.prompt.later: has 1048577 characters, at most 1048576",
+    ),
+    "agents.a.system": ("x" * (MAX_TEMPLATE + 1), "agents.a.system: has 1048577 characters, at most 1048576 are read"),
+    "pattern.stages": ([[f"r{n}" for n in range(MAX_ROLES)], ["b"]], "pattern: stages: 65 roles, at most 64"),
+    "pattern.stages.0": (
+        ["a" * (MAX_NAME + 1)],
+        f"pattern: stages: role {'a' * MAX_NAME}... has more than 64 characters",
+    ),
+    "agents.a.model": ("x" * 5000, "agents.a.model: 'xxx"),
+    "agents.b.model": ("a\0b", r"agents.b.model: 'a\x00b' is no path of 1 to 1024 printable characters"),
+    "agents.a.inner_link": ("", "agents.a.inner_link: '' is no path of 1 to 1024 printable characters"),
+    "outer_links": ({"a->b": "x\n"}, r"outer_links.a->b: 'x\n' is no path"),
+    "edge_scores": ("x" * 1025, "edge_scores: 'xxx"),
+    "sha256": ({"\x1b": "0"}, r"sha256: '\x1b' is no path"),
+    "agents.a." + "k" * 5000: (1, "agents.a.kkk"),
 }
 
 
-@pytest.mark.parametrize(("value", "message"), BROKEN.values(), ids=BROKEN)
-def test_one_line_names_file_and_key(tmp_path, request, value, message):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [(key, *broken) for table in (BROKEN, FAR) for key, broken in table.items()],
+    ids=[f"{what}{key[:40]}" for what, table in (("", BROKEN), ("far ", FAR)) for key in table],
+)
+def test_one_line_names_file_and_key(tmp_path, key, value, message):
     content = copy.deepcopy(SMALL)
-    *path, last = request.node.callspec.id.split(".")
+    *path, last = key.split(".")
     place = content
     for name in path:
-        place = place[name]
+        place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
     place[int(last) if isinstance(place, list) else last] = value
     (tmp_path / "system.json").write_text(json.dumps(content))
     start = re.escape(f"{tmp_path / 'system.json'}: {message}")
-    with pytest.raises(ValueError, match=f"^{start}[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^{start}[^\n]*$") as raised:
         read_spec(tmp_path)
+    assert len(str(raised.value)) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "cannot be read as JSON"), ("[]", r"the file: \[\] is not an object")],
+    [
+        (None, "no such file"),
+        ("{", "cannot be read as JSON"),
+        ("[]", r"the file: \[\] is not an object"),
+        ("[" * 100_000, "cannot be read as JSON: nested too deeply"),
+        ('{"format": NaN}', "cannot be read as JSON: NaN is not a JSON number"),
+        ('{"format": 1e999}', "cannot be read as JSON: the number 1e999 is too large"),
+        ('{"format": ' + "9" * 5000 + "}", "cannot be read as JSON: Exceeds the limit"),
+        (" " * (LARGEST_JSON + 1), f"{LARGEST_JSON + 1} bytes are too many, at most {LARGEST_JSON} are read"),
+    ],
+    ids=["absent", "cut short", "a list", "deep", "NaN", "infinite", "5000 digits", "large"],
 )
 def test_no_json(tmp_path, content, message):
     if content is not None:
         (tmp_path / "system.json").write_text(content)
     with pytest.raises(ValueError, match=f"system.json: {message}"):
         read_spec(tmp_path)
+
+
+def test_a_run_asks_for_no_more_than_a_system_may():
+    with pytest.raises(ValueError, match="latent_steps: 65537 for 'a' is more than 65536"):
+        steps_by_role(FULL.agents, FULL.defaults, {"a": MAX_STEPS + 1})
+    with pytest.raises(ValueError, match="rounds: 257 is more than 256"):
+        next(FULL.pattern.visits(MAX_ROUNDS + 1))
+    with pytest.raises(ValueError, match="rounds: 257 is more than 256"):
+        FULL.pattern.edges(MAX_ROUNDS + 1)

@@ -30,6 +30,15 @@ def test_every_family_proves_what_it_is_used_for(agent, dtype):
         assert found[feature].error <= found[feature].bound / 4, feature  # the bound is far from what holds
 
 
+def test_proofs_leave_the_random_state_as_it_was():
+    """It is the caller's: a run that is resumed goes on with it."""
+    decoder = tiny_model("llama").get_decoder()
+    before = torch.get_rng_state()
+    for feature in FEATURES:
+        proof(decoder, feature)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 OFF = {
     "openai-gpt": {"cache", "several positions", "prefix reuse", "fixed shapes", "cached gradients"},
     "bart": {"padding", "prefix reuse", "fixed shapes"},

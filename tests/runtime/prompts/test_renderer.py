@@ -151,6 +151,9 @@ def test_a_chat_template_that_drops_or_repeats_a_slot_is_an_error():
     repeats = tiny_tokenizer("{{ messages[0].content }}{{ messages[0].content }}")
     with pytest.raises(ValueError, match="occurs 2 times"):
         PromptRenderer(repeats, chat=True).segments(PLAN, {"question": "fox"})
+    turned = tiny_tokenizer("{{ messages[0].content.split('dog') | reverse | join('dog') }}")
+    with pytest.raises(ValueError, match="the chat template drops or changes"):
+        PromptRenderer(turned, chat=True).segments(Template("{{question}} dog {{from:planner}}"), {"question": "fox"})
 
 
 def test_refused():

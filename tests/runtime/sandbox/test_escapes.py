@@ -50,13 +50,16 @@ def tried(program: str, host: Host, sandbox: str, seconds: float = 20.0) -> str:
 
 
 @pytest.mark.parametrize("escape", ESCAPES, ids=lambda escape: escape.name.replace(" ", "-"))
-def test_it_is_stopped(escape: Escape, host: Host, sandbox: str) -> None:
+def test_it_is_stopped(
+    escape: Escape, host: Host, sandbox: str, record_property: Callable[[str, object], None]
+) -> None:
     told = tried(escape.program, host, sandbox, seconds=2.0 if escape.name == "run for ever" else 20.0)
     assert "ESCAPED" not in told
     who, words = escape.stops[sandbox]
     assert words in told, f"not stopped by {who}: {told}"
     assert len(told) < 3 << 16
     assert host.unharmed()
+    record_property("torture", (f"escape: {escape.name}", 1, f"{sandbox}: {who}"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ MANY = [
     {
         "question": f"{number} bako",
         "sheet": "dilo red " * (number % 3 + 1),
-        "targets": {"planner": "1 red " * (number % 4), "critic": ["1 cat", "dog", "2"], "solver": "1 dilo"},
+        "targets": {"planner": "1 red " * (number % 4 + 1), "critic": ["1 cat", "dog", "2"], "solver": "1 dilo"},
     }
     for number in range(7)
 ]

@@ -51,7 +51,7 @@ PROMPTS = {
     "critic": PromptSpec("<bos> <in> {{from:planner}} <out>"),
     "solver": PromptSpec("<bos> {{question}} <in> {{from:critic}} <out>"),
 }
-# Messages are shorter and longer than the latent steps, prompts differ in length: every kind of raggedness.
+# Messages are shorter and longer than the latent steps, prompts differ in length.
 ROWS = [
     {
         "question": "2 bako",
@@ -61,9 +61,11 @@ ROWS = [
     {
         "question": "dilo 1 0",
         "sheet": "dilo",
-        "targets": {"planner": ["blue", "2", "1 red dog"], "critic": ["", "dog", "1"], "solver": ["", "2 bako", "0"]},
+        "targets": {"planner": ["blue", "2", "1 red dog"], "critic": ["2", "dog", "1"], "solver": ["0", "2 bako", "0"]},
     },
 ]  # fmt: skip
+# Empty messages, too, which the losses take: every kind of raggedness.
+RAGGED = [ROWS[0], dict(ROWS[1], targets=dict(ROWS[1]["targets"], critic=["", "dog", "1"], solver=["", "2 bako", "0"]))]
 
 
 def tokenizer(pieces: bool) -> PreTrainedTokenizerFast:
@@ -217,31 +219,31 @@ def outer_gradients(system, loss):
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_unrolled_loss_and_gradients_equal_the_plain_loop(exact, rounds, latents):
     think = forced_latents if latents == "forced" else rolled_out_latents
-    expected = plain_outer_loss(exact, ROWS, rounds, think)
-    loss = outer_loss(exact, ROWS, rounds, latent_steps=STEPS, latents=latents)
+    expected = plain_outer_loss(exact, RAGGED, rounds, think)
+    loss = outer_loss(exact, RAGGED, rounds, latent_steps=STEPS, latents=latents)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=ROUNDING, atol=0)
     for a, b in zip(outer_gradients(exact, loss), outer_gradients(exact, expected), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
-    used = [g is not None for g in outer_gradients(exact, outer_loss(exact, ROWS, rounds, latent_steps=STEPS))]
+    used = [g is not None for g in outer_gradients(exact, outer_loss(exact, RAGGED, rounds, latent_steps=STEPS))]
     assert all(used) == (rounds > 1)
 
 
 def test_logits_made_in_parts_give_the_same_loss_and_gradients(exact, monkeypatch):
-    loss = outer_loss(exact, ROWS, 2, latent_steps=STEPS)
+    loss = outer_loss(exact, RAGGED, 2, latent_steps=STEPS)
     monkeypatch.setattr(answer, "LEAST_ROWS", 3)  # three rows at a time, of seven
     monkeypatch.setattr(answer, "LOGITS", {"cpu": 1})
-    parted = outer_loss(exact, ROWS, 2, latent_steps=STEPS, recompute=True)
+    parted = outer_loss(exact, RAGGED, 2, latent_steps=STEPS, recompute=True)
     torch.testing.assert_close(parted, loss, rtol=ROUNDING, atol=0)
     for a, b in zip(outer_gradients(exact, parted), outer_gradients(exact, loss), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
 
 
 def test_no_latent_steps_leave_an_empty_slot(exact):
-    loss = outer_loss(exact, ROWS, 1, latent_steps={"planner": 2, "critic": 0})
-    without = [dict(row, question=row["question"]) for row in ROWS]
+    loss = outer_loss(exact, RAGGED, 1, latent_steps={"planner": 2, "critic": 0})
+    without = [dict(row, question=row["question"]) for row in RAGGED]
     total, count = 0.0, 0
     for row in without:
         prompt = torch.cat(
@@ -262,7 +264,7 @@ def test_no_latent_steps_leave_an_empty_slot(exact):
 @pytest.mark.parametrize(("role", "round"), [("planner", 1), ("planner", 2), ("critic", 2), ("solver", 1)])
 def test_inner_loss_is_the_formula(exact, role, round):
     terms = []
-    for row in ROWS:
+    for row in RAGGED:
         heard = {
             "planner": row["question"] if round == 1 else text_of(row, "solver", round - 1),
             "critic": text_of(row, "planner", round),
@@ -278,7 +280,7 @@ def test_inner_loss_is_the_formula(exact, role, round):
             cosine = p @ e / (p.norm() * e.norm())
             terms.append(0.7 * (1 - cosine) + 0.3 * (p - e).square().mean())
     expected = sum(terms) / len(terms)
-    loss = inner_loss(exact, role, ROWS, round, cosine_weight=0.7, mse_weight=0.3)
+    loss = inner_loss(exact, role, RAGGED, round, cosine_weight=0.7, mse_weight=0.3)
     torch.testing.assert_close(loss, expected, rtol=ROUNDING, atol=0)
     parameters = list(exact.inner_links[role].parameters())
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
@@ -478,8 +480,8 @@ def test_weighted_slots_learn_their_scores_too(tmp_path):
 
 
 def all_losses(system):
-    inner, warmup = inner_loss(system, "critic", ROWS), warmup_loss(system, ("critic", "solver"), ROWS)
-    return [inner, warmup, outer_loss(system, ROWS, 2, latent_steps=STEPS)]
+    inner, warmup = inner_loss(system, "critic", RAGGED), warmup_loss(system, ("critic", "solver"), RAGGED)
+    return [inner, warmup, outer_loss(system, RAGGED, 2, latent_steps=STEPS)]
 
 
 def test_float32_masters_learn_beside_bfloat16_agents(exact):

@@ -1,0 +1,153 @@
+"""A refused ``recmas train`` changes nothing: neither an output that holds something, nor what it would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from recmas.cli import main
+from tests.runtime.killing import another_writer
+from tests.runtime.lean import contents, lean_rows, write_lean
+
+STAGES = ("inner", "warmup", "outer")
+QUICK = ["--steps", "2", "--batch-size", "2", "--rounds", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """``system``, ``rows.jsonl``, and for each stage ``out-STAGE``, which holds a system and a finished run."""
+    folder = write_lean(tmp_path_factory.mktemp("trained"))
+    for stage in STAGES:
+        words = ["train", stage, str(folder / "system"), "--data", str(folder / "rows.jsonl"), *QUICK]
+        assert main([*words, "--output", str(folder / f"out-{stage}")]) == 0
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.tex").write_text("precious")
+    rows = [json.dumps(row) for row in lean_rows(4)]
+    bad = {
+        "broken": '{"question": ',
+        "list": "[1]",
+        "no field": json.dumps({key: value for key, value in lean_rows(1)[0].items() if key != "question"}),
+        "no target": json.dumps(lean_rows(1)[0] | {"targets": {"planner": "x"}}),
+        "empty target": json.dumps(lean_rows(1)[0] | {"targets": dict.fromkeys(("planner", "critic", "solver"), " ")}),
+        "long": json.dumps(lean_rows(1)[0] | {"question": "fox " * 400}),
+        "nan": '{"question": NaN}',
+    }
+    for name, line in bad.items():
+        (folder / f"{name}.jsonl").write_text("\n".join([*rows, line, *rows]) + "\n")
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "latin.jsonl").write_bytes(b'{"question": "\xe9"}\n')
+    os.mkfifo(folder / "pipe.jsonl")
+    return folder
+
+
+REFUSED = {
+    "no steps": ["--steps", "0"],
+    "a negative rate": ["--learning-rate", "-1"],
+    "no rounds": ["--rounds", "0"],
+    "too many rounds": ["--rounds", "257"],
+    "rounds without links": ["--rounds", "1,x"],
+    "an unknown setting": ["--speed", "3"],
+    "an unknown schedule": ["--schedule", "sudden"],
+    "patience without validation": ["--patience", "1"],
+    "an unknown role": ["--roles", "poet"],
+    "an unknown edge": ["--edges", "solver->poet"],
+    "an edge that is none": ["--edges", "solver"],
+    "an unknown device": ["--device", "abacus"],
+    "an unknown backend": ["--backend", "abacus"],
+    "no such rows": ["--data", "nowhere.jsonl"],
+    "a folder of rows": ["--data", "system"],
+    "a FIFO of rows": ["--data", "pipe.jsonl"],
+    "a device of rows": ["--data", "/dev/zero"],
+    "rows without an end": ["--data", "broken.jsonl"],
+    "rows that are lists": ["--data", "list.jsonl"],
+    "rows without a field": ["--data", "no field.jsonl"],
+    "rows without a target": ["--data", "no target.jsonl"],
+    "rows with an empty target": ["--data", "empty target.jsonl"],
+    "rows beyond the context": ["--data", "long.jsonl"],
+    "rows with NaN": ["--data", "nan.jsonl"],
+    "no rows": ["--data", "empty.jsonl"],
+    "rows that are no UTF-8": ["--data", "latin.jsonl"],
+    "bad validation rows": ["--validation", "no target.jsonl"],
+}
+BY_STAGE = {"--roles": ("inner",), "--edges": ("warmup", "outer")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        (stage, name)
+        for name, (option, _) in REFUSED.items()
+        for stage in STAGES
+        if stage in BY_STAGE.get(option, STAGES)
+    ],
+)
+def test_wrong_settings_and_bad_rows_change_nothing(trained, monkeypatch, capsys, stage, name):
+    option, value = REFUSED[name]
+    asked = {"--data": "rows.jsonl"} | {option: value}
+    words = ["train", stage, "system", *QUICK, *(word for pair in asked.items() for word in pair)]
+    for output, resume in ((f"out-{stage}", ["--resume"]), (f"new-{stage}", [])):
+        check_refused(trained, monkeypatch, capsys, [*words, "--output", output, *resume])
+
+
+def check_refused(folder, monkeypatch, capsys, words):
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("recmas: error: ")
+    assert contents(folder) == before
+    return err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_changes_nothing(trained, monkeypatch, capsys, stage):
+    """In another system's folder, in the trained one itself, with other settings, in a folder of something else."""
+    data = ["--data", "rows.jsonl", *QUICK]
+    again = ["train", stage, "system", *data, "--output", f"out-{stage}"]
+    err = check_refused(trained, monkeypatch, capsys, again)
+    assert f"out-{stage} holds a system already" in err
+    err = check_refused(trained, monkeypatch, capsys, ["train", stage, f"out-{stage}", *data])
+    assert "already holds a training run; go on with it (--resume" in err
+    for setting in ("--seed", "--steps"):
+        err = check_refused(trained, monkeypatch, capsys, [*again, "--resume", setting, "3"])
+        assert f"was made with {setting[2:]} = " in err
+    err = check_refused(trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", "thesis"])
+    assert "thesis: exists and is not a system; nothing was written" in err
+    err = check_refused(trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", "rows.jsonl"])
+    assert "rows.jsonl: is a file, expected a folder" in err
+    other = STAGES[STAGES.index(stage) - 1]
+    err = check_refused(
+        trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", f"out-{other}", "--resume"]
+    )
+    assert f"out-{other} holds no run of train {stage} that could be resumed" in err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_command_while_another_process_writes_changes_nothing(trained, monkeypatch, capsys, stage):
+    words = ["train", stage, "system", "--data", "rows.jsonl", *QUICK, "--output", f"out-{stage}", "--resume"]
+    with another_writer(trained / f"out-{stage}"):
+        err = check_refused(trained, monkeypatch, capsys, words)
+    assert "another process is writing there" in err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_damage_in_the_output_is_told_and_not_written_over(trained, tmp_path, monkeypatch, capsys, stage):
+    """A checkpoint, the log, and a link of the system that is to be resumed."""
+    for name in ("system", f"out-{stage}"):
+        shutil.copytree(trained / name, tmp_path / name)
+    shutil.copy(trained / "rows.jsonl", tmp_path)
+    words = ["train", stage, "system", "--data", "rows.jsonl", *QUICK, "--output", f"out-{stage}", "--resume"]
+    for pattern in ("training/*/checkpoint-00000002*", "links/*.2/model.safetensors", "training/*/log.jsonl"):
+        path = next((tmp_path / f"out-{stage}").glob(pattern))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + b"#" + whole[-8:])
+        err = check_refused(tmp_path, monkeypatch, capsys, words)
+        assert path.name in err
+        path.write_bytes(whole)
