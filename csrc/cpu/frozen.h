@@ -69,7 +69,7 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Le
   const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
   };
-  multiply(team, terms, count, columns, nullptr, start, finish);
+  multiply_whole(team, terms, count, columns, nullptr, start, finish);
 }
 
 // Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
@@ -204,7 +204,8 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
   const int64_t columns = call.in_features;
   const char* panels =
       static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
-  const Term terms[1] = {{plan.rows, {panels, call.stored, 0, false, Form::stored, depth, columns, call.stored, true}}};
+  const Term terms[1] = {
+      {plan.rows, {panels, call.stored, 0, false, Form::stored, depth, columns, call.stored, 0, true}}};
   const bool last = out + depth == call.out_features;
   float* const sums = plan.sums != nullptr ? plan.sums : static_cast<float*>(call.dx.data) + first * columns;
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
@@ -220,7 +221,7 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
     }
   };
   if (!plan.few) {
-    return multiply(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+    return multiply_whole(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
   }
   const Format format = packed_format(call.stored);
   for (int64_t strip = team.begin(panel_count(columns)); strip < team.end(panel_count(columns)); ++strip) {

@@ -42,12 +42,15 @@ struct BackwardPlan {
   float *du, *residual;    // [block][in]: gradient at u, and dz W3 where an input norm keeps the two apart
   Sum w1, b1, w2, b2, w3, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias;
   Output b3;
+  float* sums;         // of products in bands
+  int64_t sum_floats;  // each thread's
   char* scratch;
   int64_t scratch_each;  // panels being packed, then three lines
   int64_t panel_scratch, line_floats;
 
   char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
   float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
+  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
   float* second_line(const Team& team) const { return line(team) + line_floats; }
   float* third_line(const Team& team) const { return line(team) + 2 * line_floats; }
 };
@@ -96,6 +99,17 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   const Format fresh = dot ? Format::pairs : Format::f32;
   const int64_t deepest = larger(s.out_features + s.hidden_features, plan.block);
   plan.panel_scratch = larger(panel_bytes(fresh, deepest) + panel_bytes(fresh, 2), kResidentBytes);
+  const auto bands = [&](int64_t rows, int64_t columns, int64_t k) {
+    plan.sum_floats = larger(plan.sum_floats, band_sums(dot, rows, columns, k));
+    plan.panel_scratch = larger(plan.panel_scratch, band_scratch(dot, rows, columns, k));
+  };
+  bands(plan.block, s.hidden_features, s.out_features);
+  bands(plan.block, s.in_features, s.hidden_features);
+  if (plan.linear) bands(plan.block, s.in_features, s.out_features);
+  if (call.dw1.data != nullptr) bands(s.hidden_features, s.in_features, plan.block);
+  if (call.dw2.data != nullptr) bands(s.out_features, s.hidden_features, plan.block);
+  if (call.dw3.data != nullptr) bands(s.out_features, s.in_features, plan.block);
+  plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.line_floats = round_up(larger(larger(s.in_features, s.out_features), s.hidden_features), 16);
   plan.scratch_each = plan.panel_scratch + 3 * plan.line_floats * 4;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
@@ -230,7 +244,7 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
       pad_left(plan.dp, r, s.hidden_features);
     }
   };
-  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), start_fresh, finish);
+  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), plan.own_sums(team), start_fresh, finish);
 }
 
 // sum [rows][columns] (+)= left [rows][tokens] x right [tokens][columns], rounded to the output after the last block.
@@ -259,7 +273,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   if (resident) {
     multiply_resident(team, terms[0], rows, columns, plan.panels(team), start, finish);
   } else {
-    multiply(team, terms, rows, columns, plan.panels(team), start, finish);
+    multiply(team, terms, rows, columns, plan.panels(team), plan.own_sums(team), start, finish);
   }
 }
 
@@ -276,9 +290,11 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
       };
     };
     const Term first[1] = {hidden}, second[1] = {residual};
-    multiply(team, first, block.tokens, s.in_features, plan.panels(team), start_fresh, keep(plan.du));
+    multiply(team, first, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start_fresh,
+             keep(plan.du));
     if (plan.residual != nullptr) {
-      multiply(team, second, block.tokens, s.in_features, plan.panels(team), start_fresh, keep(plan.residual));
+      multiply(team, second, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start_fresh,
+               keep(plan.residual));
     }
     return;
   }
@@ -293,10 +309,10 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
   };
   if (plan.linear) {
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start, finish);
   }
 }
 

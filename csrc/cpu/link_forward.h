@@ -11,7 +11,8 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kForwardBlock = 128;  // tokens: the block's activations stay in the shared cache
+// Tokens: the block's activations stay in the shared cache; bands of rows (product.h) keep theirs in a core's own.
+constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
   return transposed ? Right{weight.data, weight.dtype, columns, true, weight.form, columns, rows, compute}
@@ -72,14 +73,17 @@ struct ForwardPlan {
   int64_t threads, block, workspace;
   Vectors vectors;
   bool norm_in, norm_out, identity, linear;
-  Left u, x, hidden;  // x: what W3 reads, the raw rows; the same as u without an input norm
-  float* z;           // [block][out], with an output norm
+  Left u, x, hidden;   // x: what W3 reads, the raw rows; the same as u without an input norm
+  float* z;            // [block][out], with an output norm
+  float* sums;         // of products in bands
+  int64_t sum_floats;  // each thread's
   char* scratch;
   int64_t scratch_each;  // panels being packed, then one line
   int64_t panel_scratch;
 
   char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
   float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
+  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
 };
 
 inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
@@ -111,6 +115,13 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
                          (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
   plan.panel_scratch = larger(first, second);
+  const auto bands = [&](int64_t rows, int64_t columns, int64_t k) {
+    plan.sum_floats = larger(plan.sum_floats, band_sums(dot, rows, columns, k));
+    plan.panel_scratch = larger(plan.panel_scratch, band_scratch(dot, rows, columns, k));
+  };
+  bands(plan.block, s.hidden_features, s.in_features);
+  bands(plan.block, s.out_features, s.hidden_features);
+  plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.scratch_each = plan.panel_scratch + round_up(larger(s.in_features, s.out_features) * 4, 64) + 64;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);
   plan.workspace = arena.used();
@@ -164,7 +175,7 @@ inline void forward_hidden(const Team& team, const LinkForward& call, const Forw
       pad_left(plan.hidden, r, s.hidden_features);
     }
   };
-  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), start_fresh, finish);
+  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), plan.own_sums(team), start_fresh, finish);
 }
 
 inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
@@ -200,10 +211,10 @@ inline void forward_out(const Team& team, const LinkForward& call, const Forward
   if (plan.linear) {
     const Term residual{plan.x, weight_of(w.w3, s.out_features, s.in_features, true, config.compute)};
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, tokens, s.out_features, plan.panels(team), start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.panels(team), plan.own_sums(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, tokens, s.out_features, plan.panels(team), start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.panels(team), plan.own_sums(team), start, finish);
   }
 }
 

@@ -15,6 +15,7 @@ struct Right {
   Form form;        // packed: panels already, in packed_format(compute)
   int64_t k, columns;
   Dtype compute;
+  int64_t ahead = 256;  // bytes from a place in memory that is laid out to the one that is prefetched with it
   bool turned = false;  // memory holds panels of the transpose, in packed_format(compute), the first k columns of it
 
   bool packed() const { return form == Form::packed; }
@@ -90,26 +91,40 @@ void pack_rows(const Right& m, const Stored* from, int64_t columns, Format forma
 }
 
 // Memory holds [columns][k]: blocks of kWidth x kWidth are transposed in registers.
-template <class Stored>
-void pack_transposed(const Right& m, const Stored* from, int64_t columns, Format format, char* out) {
-  const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
-  const int64_t per_step = format == Format::pairs ? 2 : 1;
-  const Format lane = format == Format::f16 ? Format::f16 : Format::f32;
+template <Format format, class Stored>
+void pack_transposed(const Right& m, const Stored* from, int64_t columns, char* out) {
+  constexpr int64_t bytes = step_bytes(format), per_step = format == Format::pairs ? 2 : 1;
+  constexpr Format lane = format == Format::f16 ? Format::f16 : Format::f32;
+  const int64_t steps = panel_steps(format, m.k), k_end = m.k, stride = m.stride, ahead = m.ahead;
+  const Dtype compute = m.compute;
   for (int64_t c = 0; c < kPanel; c += kWidth) {
+    const int64_t present_columns = columns - c;
     for (int64_t step = 0; step < steps; step += kWidth) {
-      const int64_t k = per_step * step, count = m.k - k;
+      const int64_t k = per_step * step, count = k_end - k;
+      const Stored* rows = from + c * stride + k;
       Vec block[kWidth];
+      if (present_columns >= kWidth && count >= per_step * kWidth) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          const Stored* row = rows + i * stride;
+          __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead);
+          if constexpr (format == Format::pairs) {
+            block[i] = load_pair_line(row, 2 * kWidth);
+          } else {
+            block[i] = load_rounded(row, compute, Whole{});
+          }
+        }
+        transpose(block);
+        for (int64_t i = 0; i < kWidth; ++i) store_step(out + (step + i) * bytes, lane, c, block[i]);
+        continue;
+      }
       for (int64_t i = 0; i < kWidth; ++i) {
-        const Stored* row = from + (c + i) * m.stride + k;
-        __builtin_prefetch(reinterpret_cast<const char*>(row) + 256);
-        if (c + i >= columns) {
+        const Stored* row = rows + i * stride;
+        if (i >= present_columns) {
           block[i] = set1(0.0f);
-        } else if (format == Format::pairs) {
+        } else if constexpr (format == Format::pairs) {
           block[i] = load_pair_line(row, count);
-        } else if (count >= kWidth) {
-          block[i] = load_rounded(row, m.compute, Whole{});
         } else {
-          block[i] = load_rounded(row, m.compute, Part{count});
+          block[i] = load_rounded(row, compute, Part{count});
         }
       }
       transpose(block);
@@ -182,7 +197,10 @@ inline void pack_panel(const Right& m, int64_t first_column, Format format, char
   if (m.turned) return pack_turned(m, first_column, columns, format, panel);
   typed(m.data, m.dtype, [&](const auto* data) {
     if (m.transposed) {
-      pack_transposed(m, data + first_column * m.stride, columns, format, panel);
+      const auto* rows = data + first_column * m.stride;
+      if (format == Format::pairs) return pack_transposed<Format::pairs>(m, rows, columns, panel);
+      if (format == Format::f16) return pack_transposed<Format::f16>(m, rows, columns, panel);
+      pack_transposed<Format::f32>(m, rows, columns, panel);
     } else {
       pack_rows(m, data + first_column, columns, format, panel);
     }

@@ -13,6 +13,9 @@
 #error "compile with -DRECMAS_ISA=<namespace> -DRECMAS_ISA_LEVEL=<0..3>"
 #endif
 
+// For functions whose arrays of vectors must stay in registers: called, they pass through memory.
+#define RECMAS_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace recmas::cpu::RECMAS_ISA {
 
 struct Bf16 {

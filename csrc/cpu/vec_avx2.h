@@ -100,7 +100,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-inline void transpose(Vec (&r)[kWidth]) {
+RECMAS_ALWAYS_INLINE void transpose(Vec (&r)[kWidth]) {
   __m256 s[kWidth];
   for (int i = 0; i < kWidth; i += 4) {  // 4 x 4 blocks
     const __m256 a = _mm256_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);

@@ -91,7 +91,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-inline void transpose(Vec (&r)[kWidth]) {
+RECMAS_ALWAYS_INLINE void transpose(Vec (&r)[kWidth]) {
   __m512 t[kWidth];
   for (int i = 0; i < kWidth; i += 2) {  // 2 x 2 blocks
     t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);

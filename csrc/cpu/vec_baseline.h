@@ -143,7 +143,7 @@ inline Vec join_pairs(Vec low, Vec high) { return of_bits((bits_of(low) >> 16) |
 
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
-inline void transpose(Vec (&r)[kWidth]) {
+RECMAS_ALWAYS_INLINE void transpose(Vec (&r)[kWidth]) {
   Vec t[kWidth];
   for (int i = 0; i < kWidth; ++i) {
     for (int j = 0; j < kWidth; ++j) t[i].v[j] = r[j].v[i];

@@ -35,3 +35,16 @@ def test_it_is_refused(good, tmp_path, name, record_property):
     assert ended.seconds <= SECONDS, found
     assert ended.peak <= MEMORY, found
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", some([name for name in HOSTILE if not name.startswith("chat")]))
+def test_its_memory_is_not_estimated(good, tmp_path, name):
+    """`recmas info` loads no model, and is told the same lies; what it has no use for it need not refuse."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    HOSTILE[name](tmp_path / "system")
+    ended = recmas(tmp_path, "info", "system")
+    found = f"{ended.seconds:.1f} s, {ended.peak >> 20} MiB: {ended.err.strip()}"
+    assert ended.status in (0, 2), found
+    assert ended.err.count("\n") == (ended.status == 2), found
+    assert ended.seconds <= SECONDS, found
+    assert ended.peak <= MEMORY, found

@@ -78,8 +78,9 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_killed_command_goes_on_and_ends_the_same(made, tmp_path, name, record_property):
     scenario, chance = SCENARIOS[name], random.Random(f"{SEED} {name}")
+    process = Started(made, command, (*scenario.words, str(tmp_path / "whole")))
     begun = time.monotonic()
-    whole = Started(made, command, (*scenario.words, str(tmp_path / "whole"))).wait()
+    whole = process.wait()
     seconds = time.monotonic() - begun
     assert whole.status == 0, whole.err
     expected = scenario.result(tmp_path / "whole")

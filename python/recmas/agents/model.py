@@ -50,6 +50,7 @@ class FrozenModel:
         except ValueError as error:
             raise ValueError(f"agent {name!r}: a {model.config.model_type} model is refused: {error}") from None
         self._config = model.config.get_text_config(decoder=True)
+        self._scale = 1.0  # that the body, not its embedding module, puts on embeddings
         self._own_logits: OwnLogits | None = None
         if self.device.type != "meta":
             self._own_logits = self._proved()
@@ -92,10 +93,11 @@ class FrozenModel:
 
     @property
     def embed_scale(self) -> float:
-        """Factor the input embedding module puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
+        """Factor that the model puts on its table's rows (Gemma: about sqrt(d)), as it rounds it."""
         module = self.model.get_input_embeddings()
         scale = getattr(module, "embed_scale", 1.0)
-        return scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+        own = scale.to(module.weight.dtype).item() if isinstance(scale, Tensor) else float(scale)
+        return own * self._scale
 
     def embedding_rms(self) -> float:
         """Root mean square of an input embedding's entries, scale included."""
@@ -104,8 +106,9 @@ class FrozenModel:
         return norm / math.sqrt(weight.numel()) * self.embed_scale
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module."""
-        return self.model.get_input_embeddings()(ids)
+        """Input embeddings ``[B, T, d]`` of token ids ``[B, T]``, through the model's own embedding module, scaled."""
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        return embeds if self._scale == 1.0 else self._scale * embeds
 
     def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor, begun: DynamicCache | None = None) -> Tensor:
         """Hidden states at the positions that PREDICT each target token: one teacher-forced forward.
@@ -156,6 +159,7 @@ class FrozenModel:
         if found.refusal:
             kind = self.decoder.config.model_type
             raise ValueError(f"agent {self.name!r}: a {kind} model is refused: {found.refusal}")
+        self._scale = found.embed_scale
         return OwnLogits(self.model, found.path, found.kind)
 
 

@@ -7,6 +7,7 @@ answer computed without it is the same, only slower.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Proof:
 
     @classmethod
     def of(cls, error: float, bound: float, detail: str) -> Proof:
-        return cls(error <= bound, error, bound, detail)
+        return cls(error <= bound and math.isfinite(error), error, bound, detail)
 
     @classmethod
     def raised(cls, error: Exception) -> Proof:

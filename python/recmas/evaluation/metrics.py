@@ -47,6 +47,15 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
     "choice": _choice,
     "math": _math,
 }
+"""By name, whether a text counts as the expected answer.
+
+- exact: equal, but for white space at the ends.
+- last_word: the last words, separated by white space, are equal.
+- choice: the letter that was chosen is the expected one.
+- math: mathematically equal, by math-verify (the [eval] extra).
+
+Case and punctuation count in the first two: "Paris." is not "Paris".
+"""
 
 
 def check_metric(metric: str) -> None:

@@ -22,14 +22,14 @@ class Special:
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:
-        self._tokens = [token for token in tokens if token]
+        self._tokens = frozenset(token for token in tokens if token)
         self._first = frozenset(token[0] for token in self._tokens)
+        self._lengths = sorted(set(map(len, self._tokens)))
         self._begun = frozenset(token[:end] for token in self._tokens for end in range(1, len(token)))
-        self._longest = max(map(len, self._tokens), default=0)
 
     def __call__(self, text: str) -> bool:
-        if self._first.isdisjoint(text):
-            return False
-        if any(token in text for token in self._tokens):
-            return True
-        return any(text[-end:] in self._begun for end in range(1, min(self._longest, len(text) + 1)))
+        places = (at for at, character in enumerate(text) if character in self._first)
+        return any(
+            text[at:] in self._begun or any(text[at : at + length] in self._tokens for length in self._lengths)
+            for at in places
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from recmas.agents.model_folder import check_model_folder
 from recmas.config.parts import Trust, model_key, model_source, part
 from recmas.config.system_json import SystemSpec, edge_name, read_spec, steps_by_role
 from recmas.devices.placement import Devices, Placement, place
@@ -129,6 +130,8 @@ def memory_table(
         source = model_source(folder, spec, role, trust)
         wanted = agent.dtype if dtype == "auto" else dtype
         shares = models.setdefault((model_key(source), wanted, placement[role]), role)
+        if shares == role and Path(source).is_dir() and not trust.outside:
+            check_model_folder(Path(source), folder, f"agent {role!r}", trust_remote_code)
         weights, shapes[role], known = _model(role, source, wanted, trust_remote_code)
         shape, length = shapes[role], lengths[role]
         agents.append(

@@ -62,6 +62,36 @@ def test_logits_are_the_models_own(model_type):
     assert (agent.logits(states[:, -1]) - expected[:, -1]).abs().max() <= rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_embeddings_are_scaled_as_the_body_scales_them(dtype):
+    """Falcon-H1 multiplies what it looks up, and not what it is given."""
+    agent = Agent(tiny("falcon_h1 with multipliers").to(dtype), tiny_tokenizer(), name="x")
+    ids = torch.tensor([[20, 30, 40, 50]])
+    table = agent.model.get_input_embeddings().weight
+    assert torch.equal(agent.embed(ids), 2 * table[ids])
+    assert agent.embed_scale == 2.0
+    states = agent.decoder(inputs_embeds=agent.embed(ids), use_cache=False).last_hidden_state
+    assert torch.equal(states, agent.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_body_that_changes_its_embeddings_a_little_is_refused():
+    """In bfloat16, and through layers that forget the size of what they read: no factor explains the difference."""
+    model = tiny("llama").to(torch.bfloat16)
+    model.config.rms_norm_eps = 3e-6  # a fingerprint of its own
+    forward = model.model.forward
+
+    def shifted(input_ids=None, inputs_embeds=None, **options):
+        if inputs_embeds is None:
+            inputs_embeds = 1.05 * model.model.embed_tokens(input_ids)
+        return forward(inputs_embeds=inputs_embeds, **options)
+
+    model.model.forward = shifted
+    with pytest.raises(ValueError, match="^agent 'x': a llama model is refused: embeddings: states from token ids"):
+        Agent(model, tiny_tokenizer(), name="x")
+
+
 def test_logits_follow_a_model_that_moves_and_keep_gradients():
     agent = Agent(tiny_model("granite"), tiny_tokenizer(), name="x")
     states = torch.randn(2, 32, requires_grad=True)

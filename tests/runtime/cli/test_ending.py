@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import signal
 import time
 
@@ -131,3 +134,23 @@ def test_a_run_that_ended_when_its_folder_was_there_is_resumed(whole, tmp_path):
     assert (tmp_path / "cut" / "training" / "inner-planner").is_dir()
     assert recmas(whole, *INNER, "--output", str(tmp_path / "cut"), "--resume").status == 0
     assert contents(tmp_path / "cut" / "links") == contents(whole / "whole" / "links")
+
+
+@pytest.mark.parametrize("words", [RUN, EVAL], ids=["run", "eval"])
+def test_a_full_disk_is_told_and_the_answers_before_it_stay(whole, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(whole)
+    output, real, calls = tmp_path / "answers.jsonl", os.fsync, itertools.count(1)
+
+    def full(handle):
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main([*words, "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"recmas: error: {output}: No space left on device\n"
+    assert output.read_text().count("\n") >= 4
+    assert main([*words, "--output", str(output)]) == 0
+    expected = (whole / ("answers" if words is RUN else "records")).read_text()
+    assert list(map(told, output.read_text().splitlines())) == list(map(told, expected.splitlines()))

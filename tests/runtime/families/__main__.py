@@ -13,17 +13,17 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from tests.runtime.families.matrix import TYPES, Result, examine
+from tests.runtime.families.matrix import CASES, Result, examine
 from tests.runtime.families.page import PAGE, draw
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.runtime.families")
-    parser.add_argument("types", nargs="*", default=TYPES)
+    parser.add_argument("types", nargs="*", default=CASES)
     parser.add_argument("--write", action="store_true", help=f"draw {PAGE.name} (needs all types)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    if options.write and tuple(options.types) != TYPES:
+    if options.write and tuple(options.types) != CASES:
         parser.error("--write: the page is drawn from all types")
     results: dict[str, Result] = {}
     with ProcessPoolExecutor(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -44,13 +44,14 @@ from recmas.sizing.model_bytes import model_bytes
 from recmas.system.prompt_assembly import assemble
 from recmas.training import outer_loss
 from recmas.training.proofs import TRAINING
-from tests.runtime.families.tiny_configs import tiny_config
+from tests.runtime.families.tiny_configs import VARIANTS, tiny_config
 from tests.runtime.tiny import tiny_link, tiny_tokenizer
 
 CAUSAL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VISION = tuple(name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in CAUSAL)
 """Types of text and images, whose text part is the agent."""
 TYPES = (*CAUSAL, *VISION)
+CASES = (*TYPES, *VARIANTS)
 LARGEST = 30_000_000
 """Parameters of the largest model that is built here."""
 LENGTHS = (13, 4, 9)

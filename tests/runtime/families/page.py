@@ -10,10 +10,11 @@ from pathlib import Path
 import transformers
 
 from recmas.agents.checking import WITHOUT
-from tests.runtime.families.matrix import CAUSAL, VISION, Result
+from tests.runtime.families.matrix import CAUSAL, TYPES, VISION, Result
+from tests.runtime.families.tiny_configs import VARIANTS
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
-_ROW = re.compile(r"^\| `(?P<type>[\w.-]+)` \| (?P<row>.+) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<type>[^`]+)` \| (?P<row>.+) \|$", re.MULTILINE)
 
 _TEXT = """# Models
 
@@ -67,12 +68,20 @@ outer training in both modes, and the memory table. {counts}
 | type | what holds |
 |---|---|
 {vision}
+
+## Settings
+
+Types whose settings make another computation of them.
+
+| type | what holds |
+|---|---|
+{variants}
 """
 
 
 def draw(results: Mapping[str, Result]) -> str:
     """The page."""
-    verdicts = Counter(result.verdict for result in results.values())
+    verdicts = Counter(results[name].verdict for name in TYPES)
     told = {
         "right": "right with everything",
         "right, features off": "right with features off",
@@ -84,9 +93,10 @@ def draw(results: Mapping[str, Result]) -> str:
     return _TEXT.format(
         version=transformers.__version__,
         without="\n".join(f"- without **{feature}**, {text}." for feature, text in WITHOUT.items()),
-        counts=f"Of {len(results)} types, " + ", ".join(counts) + ".",
+        counts=f"Of {len(TYPES)} types, " + ", ".join(counts) + ".",
         causal=_rows([results[name] for name in CAUSAL if name in results]),
         vision=_rows([results[name] for name in VISION if name in results]),
+        variants=_rows([results[name] for name in VARIANTS if name in results]),
     )
 
 

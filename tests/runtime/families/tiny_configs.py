@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -60,10 +61,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "longcat_flash minicpm3 youtu dots3_note_text mistral4 mistral_large4_text": {"num_key_value_heads": HEADS},
     # positions in three dimensions
-    "glm4v_text paddleocr_vl_text qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text hunyuan_vl_text": {
+    "glm4v_text glm_ocr_text paddleocr_vl_text qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text hunyuan_vl_text": {
         "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}
     },
-    "glm4v_moe_text glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [0, 1, 1]}},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [0, 1, 1]}},
     # layers of every kind among the first four
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -144,9 +145,56 @@ for _types, _fields in _SPECIAL.items():
         SPECIAL[_type] = SPECIAL.get(_type, {}) | _fields
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A small configuration of a model type, and of all its parts."""
-    return CONFIG_MAPPING[model_type](**small(CONFIG_MAPPING[model_type]))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bert as a decoder": {"is_decoder": True},
+    "falcon with ALiBi": {"alibi": True},
+    "falcon_h1 with multipliers": {
+        "lm_head_multiplier": 3.0,
+        "embedding_multiplier": 2.0,
+        "key_multiplier": 0.5,
+        "attention_out_multiplier": 1.5,
+        "ssm_in_multiplier": 1.5,
+        "ssm_out_multiplier": 0.5,
+    },
+    "gpt_bigcode with keys for every head": {"multi_query": False},
+    "gpt_neox in sequence": {"use_parallel_residual": False},
+    "granite with multipliers": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "llama with YaRN": {
+        "rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    },
+    "llama with Llama 3's frequencies": {
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        }
+    },
+    "marian with scaled embeddings": {"scale_embedding": True},
+    "opt with narrow embeddings": {"word_embed_proj_dim": 16},
+    "phi3 with LongRoPE": {
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0] * (HEAD // 2),
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "original_max_position_embeddings": 12,
+        },
+    },
+    "qwen2 with sliding windows": {"use_sliding_window": True, "max_window_layers": 2},
+    "roberta as a decoder": {"is_decoder": True},
+}
+"""Settings of a type that make another computation of it."""
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """A small configuration of a model type, or of one of `VARIANTS`, and of all its parts."""
+    kind = CONFIG_MAPPING[name.partition(" ")[0]]
+    return kind(**copy.deepcopy({**small(kind), **VARIANTS.get(name, {})}))  # they write into what they are given
 
 
 def small(kind: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
     system(tmp_path)
     for dtype in ("auto", "bfloat16"):
         table = memory_table(tmp_path / "s", dtype=dtype)
-        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", dtype=None if dtype == "auto" else torch.bfloat16)
+        loaded = RecursiveMAS.from_pretrained(
+            tmp_path / "s", dtype=None if dtype == "auto" else torch.bfloat16, accelerate=False
+        )
         for agent in table.agents:
             model = loaded.agents[agent.role].model
             assert agent.parameters == sum(weight.numel() for weight in model.parameters())

@@ -1,0 +1,82 @@
+// What a matrix product multiplies: left-hand rows, terms of a sum, and the tiles that it hands on.
+#pragma once
+
+#include "stream.h"
+#include "threads.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
+  void* data;
+  int64_t stride;
+  bool bf16;
+
+  Dtype dtype() const { return bf16 ? Dtype::bf16 : Dtype::f32; }
+  int64_t element_bytes() const { return bf16 ? 2 : 4; }
+  int64_t bytes() const { return stride * element_bytes(); }
+  void* row(int64_t r) const { return static_cast<char*>(data) + r * bytes(); }
+};
+
+// Whole vectors, and an odd number of cache lines: rows a power of two apart would share cache sets.
+constexpr int64_t left_stride(int64_t k, bool bf16) {
+  const int64_t line = bf16 ? 32 : 16;
+  return (round_up(k, line) / line | 1) * line;
+}
+
+// Columns [column, column + columns) of row r from an fp32 line; what is stored is what the next product reads.
+inline void store_left(const Left& left, int64_t r, int64_t column, int64_t columns, const float* line) {
+  store_line(left.row(r), left.dtype(), column, columns, line);
+}
+inline void load_left(const Left& left, int64_t r, int64_t column, int64_t columns, float* line) {
+  load_line(left.row(r), left.dtype(), column, columns, line);
+}
+// Zeroes what lies between k and the stride, which the last step of a product may read.
+inline void pad_left(const Left& left, int64_t r, int64_t k) {
+  __builtin_memset(static_cast<char*>(left.row(r)) + k * left.element_bytes(), 0,
+                   static_cast<size_t>((left.stride - k) * left.element_bytes()));
+}
+
+struct Term {
+  Left left;
+  Right right;
+
+  Format format() const {
+    if (right.packed()) return packed_format(right.compute);
+    return kDotPairs && left.bf16 ? Format::pairs : Format::f32;
+  }
+};
+
+// A tile's rows as rows of a matrix of any storage type, and back.
+inline void store_tile(void* data, Dtype dtype, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns, const float* tile) {
+  typed(data, dtype, [&](auto* p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* to = p + (row + r) * stride + column;
+      const float* from = tile + r * kPanel;
+      each_vector(columns, [&](int64_t c, auto lanes) { store(to + c, load(from + c), lanes); });
+    }
+  });
+}
+inline void load_tile(const void* data, Dtype dtype, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                      int64_t columns, float* tile) {
+  typed(data, dtype, [&](const auto* p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* from = p + (row + r) * stride + column;
+      float* to = tile + r * kPanel;
+      each_vector(columns, [&](int64_t c, auto lanes) { store(to + c, load(from + c, lanes)); });
+    }
+  });
+}
+inline void store_tile(const Left& left, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       const float* tile) {
+  store_tile(left.data, left.dtype(), left.stride, row, rows, column, columns, tile);
+}
+
+inline void clear_tile(int64_t rows, float* tile) {
+  for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(tile + i, set1(0.0f));
+}
+
+// A product that starts from nothing.
+inline bool start_fresh(int64_t, int64_t, int64_t, int64_t, float*) { return false; }
+
+}  // namespace recmas::cpu::RECMAS_ISA
