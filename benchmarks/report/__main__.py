@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import gpu_tables, plots, tables
-from benchmarks.report.pages import headline, page
+from benchmarks.report.pages import headline, page, title
 from benchmarks.report.stored import GPU, RESULTS, load, store
 from recmas.files import write_atomically
 
@@ -33,11 +33,11 @@ def draw(results: Path, readme: Path) -> None:
             headlines.append(gpu_tables.headline(suites[GPU], folder.name))
             continue
         device = next(iter(suites.values()))["device"]
-        title = f"{device['name']}, {device['threads']} threads"
+        heading = title(device)
         if "link" in suites and tables.headline_records(suites["link"]["records"]):
-            plots.link_plot(suites["link"]["records"], folder / "link.svg", title)
+            plots.link_plot(suites["link"]["records"], folder / "link.svg", heading)
         if "handoff" in suites:
-            plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", title)
+            plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", heading)
         write_atomically(folder / "README.md", page(suites))
         headlines.append(headline(suites, folder.name))
     text = readme.read_text(encoding="utf-8")

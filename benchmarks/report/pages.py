@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report import tables
+
+
+def title(device: Mapping[str, Any]) -> str:
+    """A CPU's name, which several models share, with the family and model that tell them apart."""
+    found = re.search(r"-(\d+)-(\d+)-\d+-threads$", device["slug"])
+    which = f" (family {found[1]}, model {found[2]})" if found else ""
+    return f"{device['name']}{which}, {device['threads']} threads"
 
 
 def page(suites: dict[str, dict[str, Any]]) -> str:
     """A device's page: where the numbers come from, the goals, and every table."""
     device = next(iter(suites.values()))["device"]
     parts = [
-        f"# {device['name']}, {device['threads']} threads",
+        f"# {title(device)}",
         "Drawn by `python -m benchmarks.report` from the JSON files beside it; how to read it: `benchmarks/README.md`.",
         f"Caches {device['caches']}, instruction set {device['instruction_set']['used']}.",
         tables.goals(record for suite in suites.values() for record in suite["records"]),
@@ -51,7 +59,7 @@ def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
     goals = tables.goals(record for members in records.values() for record in members).splitlines()[0]
     return "\n\n".join(
         [
-            f"{device['name']}, {device['threads']} threads, torch {suite['versions']['torch']}:",
+            f"{title(device)}, {device['instruction_set']['used']}, torch {suite['versions']['torch']}:",
             tables.headline(records),
             f"{goals} All cells, columns, plots and misses: "
             f"[benchmarks/results/{slug}](benchmarks/results/{slug}/README.md).",

@@ -277,9 +277,10 @@ def spoiled(random: Random, case: Case) -> dict[str, Any]:
         spoil = (torch.cat([weight, weight]), weight[:, None], weight.long(), "x")
         arguments[name] = chance.choice((3, weight, (weight,), (None, bias), *((part, bias) for part in spoil)))
     elif isinstance(value, Tensor):
-        wrong = wrong_tensor(random, name, value)
+        counts = arguments.get("mask") if name == "token_ids" else None
+        wrong = wrong_tensor(random, name, value, counts)
         while case.is_op and not isinstance(wrong, Tensor):
-            wrong = wrong_tensor(random, name, value)
+            wrong = wrong_tensor(random, name, value, counts)
         arguments[name] = wrong
     elif name == "eps":
         arguments[name] = chance.choice(NOT_EPS)
@@ -298,13 +299,15 @@ def too_many(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def wrong_tensor(random: Random, name: str, value: Tensor) -> Any:
+def wrong_tensor(random: Random, name: str, value: Tensor, counts: Tensor | None = None) -> Any:
+    """In the place of `value`; rows that do not count may hold any number, so what is outside stands where one does."""
     chance = random.chance
     if not value.is_floating_point() and value.dtype is not torch.bool:  # row numbers
         choices = [value.int(), value.float(), value[:, None], torch.cat([value, value, value.new_zeros(1)])]
-        if value.numel():
+        read = range(len(value)) if counts is None else counts.nonzero().flatten().tolist()
+        if read:
             outside = value.clone()
-            outside[chance.randrange(len(outside))] = chance.choice((-1, 10**6, 2**62, -(2**62), 71))
+            outside[chance.choice(read)] = chance.choice((-1, 10**6, 2**62, -(2**62), 71))
             choices.append(outside)
         return chance.choice([*choices, 3, [0]])
     taller = value.new_zeros(value.shape[0] + 1, *value.shape[1:]) if value.dim() else value
