@@ -69,8 +69,8 @@ sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedB
 	$(call native_checks,build/sanitize,-DRECMAS_SANITIZE=address)
 	$(call native_checks,build/sanitize-threads,-DRECMAS_SANITIZE=thread)
 
-# Another seed than the commit's: RECMAS_TORTURE_SEED=N. A failure names it.
-torture: $(DEVELOPMENT) ## 10,000 random calls, 100 kills, every escape and hostile folder, with a table: twenty minutes
+# Another seed: RECMAS_TORTURE_SEED=N. A failure names it.
+torture: $(DEVELOPMENT) ## 10,000 random calls, 100 kills, every escape and hostile folder, with a table: minutes
 	RECMAS_TORTURE=1 RECMAS_FUZZ_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		tests/torture tests/runtime/sandbox tests/kernels/test_fuzz.py
 

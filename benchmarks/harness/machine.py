@@ -17,6 +17,7 @@ import transformers
 
 import recmas_kernels
 from recmas_kernels import info
+from recmas_kernels.backends import cpu, native
 
 LIMIT_ROUNDS = 15
 PRODUCT_SIZES = (256, 1024, 2048)
@@ -109,9 +110,16 @@ class Device:
 
     @property
     def has_bf16_products(self) -> bool:
-        """Whether the chip multiplies bfloat16 itself; kernels of ours leave bfloat16 to the library there."""
+        """Whether the chip multiplies bfloat16 itself, and does not imitate one that cannot."""
         flags = self._cpuinfo.get("flags", "").split()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
+        return not self.imitated and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+    @property
+    def imitated(self) -> str | None:
+        """The lower instruction set that ``RECMAS_CPU_ISA`` asks for; None for the processor's own."""
+        best = cpu.ISAS[native.load("cpu").best_isa()] if cpu.unavailable() is None else None
+        used = cpu.instruction_set()[0] if best else None
+        return None if used == best else used
 
     @cached_property
     def _caches(self) -> dict[str, str]:
@@ -125,9 +133,10 @@ class Device:
 
     @property
     def slug(self) -> str:
-        """Names the results folder: the processor, its family and model, and the number of threads."""
+        """Names the results folder: the processor, its family and model, what it imitates, the number of threads."""
         family = "-".join(self._cpuinfo[key] for key in ("cpu family", "model") if key in self._cpuinfo)
-        return slug_of(f"cpu {self.name} {family} {torch.get_num_threads()} threads")
+        imitated = f"as {self.imitated}" if self.imitated else ""
+        return slug_of(f"cpu {self.name} {family} {imitated} {torch.get_num_threads()} threads")
 
     def clock_mhz(self) -> float | None:
         """Present clock of the first core, where the system tells."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import gpu_tables, plots, tables
-from benchmarks.report.pages import headline, page, title
+from benchmarks.report.pages import headline, imitates, page, title
 from benchmarks.report.stored import GPU, RESULTS, load, store
 from recmas.files import write_atomically
 
@@ -39,7 +39,8 @@ def draw(results: Path, readme: Path) -> None:
         if "handoff" in suites:
             plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", heading)
         write_atomically(folder / "README.md", page(suites))
-        headlines.append(headline(suites, folder.name))
+        if not imitates(device):
+            headlines.append(headline(suites, folder.name))
     text = readme.read_text(encoding="utf-8")
     if headlines and BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)

@@ -11,9 +11,16 @@ from benchmarks.report import tables
 
 def title(device: Mapping[str, Any]) -> str:
     """A CPU's name, which several models share, with the family and model that tell them apart."""
-    found = re.search(r"-(\d+)-(\d+)-\d+-threads$", device["slug"])
+    found = re.search(r"-(\d+)-(\d+)(-as-\w+)?-\d+-threads$", device["slug"])
     which = f" (family {found[1]}, model {found[2]})" if found else ""
+    if imitates(device):
+        which += f" imitating {device['instruction_set']['used']}"
     return f"{device['name']}{which}, {device['threads']} threads"
+
+
+def imitates(device: Mapping[str, Any]) -> bool:
+    """Whether a lower instruction set than the processor's was asked for: no record of that processor."""
+    return "-as-" in str(device["slug"])
 
 
 def page(suites: dict[str, dict[str, Any]]) -> str:

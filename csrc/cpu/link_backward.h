@@ -99,16 +99,15 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   const Format fresh = dot ? Format::pairs : Format::f32;
   const int64_t deepest = larger(s.out_features + s.hidden_features, plan.block);
   plan.panel_scratch = larger(panel_bytes(fresh, deepest) + panel_bytes(fresh, 2), kResidentBytes);
-  const auto bands = [&](int64_t rows, int64_t columns, int64_t k) {
-    plan.sum_floats = larger(plan.sum_floats, band_sums(dot, rows, columns, k));
-    plan.panel_scratch = larger(plan.panel_scratch, band_scratch(dot, rows, columns, k));
-  };
-  bands(plan.block, s.hidden_features, s.out_features);
-  bands(plan.block, s.in_features, s.hidden_features);
-  if (plan.linear) bands(plan.block, s.in_features, s.out_features);
-  if (call.dw1.data != nullptr) bands(s.hidden_features, s.in_features, plan.block);
-  if (call.dw2.data != nullptr) bands(s.out_features, s.hidden_features, plan.block);
-  if (call.dw3.data != nullptr) bands(s.out_features, s.in_features, plan.block);
+  BandRoom bands{dot};
+  bands.add(plan.block, s.hidden_features, piece_count(s.out_features));
+  bands.add(plan.block, s.in_features,
+            piece_count(s.hidden_features) + (plan.linear ? piece_count(s.out_features) : 0));
+  if (call.dw1.data != nullptr) bands.add(s.hidden_features, s.in_features, piece_count(plan.block));
+  if (call.dw2.data != nullptr) bands.add(s.out_features, s.hidden_features, piece_count(plan.block));
+  if (call.dw3.data != nullptr) bands.add(s.out_features, s.in_features, piece_count(plan.block));
+  plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
+  plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.line_floats = round_up(larger(larger(s.in_features, s.out_features), s.hidden_features), 16);
   plan.scratch_each = plan.panel_scratch + 3 * plan.line_floats * 4;

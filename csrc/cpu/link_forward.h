@@ -115,12 +115,12 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
                          (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
   plan.panel_scratch = larger(first, second);
-  const auto bands = [&](int64_t rows, int64_t columns, int64_t k) {
-    plan.sum_floats = larger(plan.sum_floats, band_sums(dot, rows, columns, k));
-    plan.panel_scratch = larger(plan.panel_scratch, band_scratch(dot, rows, columns, k));
-  };
-  bands(plan.block, s.hidden_features, s.in_features);
-  bands(plan.block, s.out_features, s.hidden_features);
+  BandRoom bands{dot};
+  bands.add(plan.block, s.hidden_features, piece_count(s.in_features));
+  bands.add(plan.block, s.out_features,
+            piece_count(s.hidden_features) + (plan.linear ? piece_count(s.in_features) : 0));
+  plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
+  plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.scratch_each = plan.panel_scratch + round_up(larger(s.in_features, s.out_features) * 4, 64) + 64;
   plan.scratch = arena.take(plan.threads * plan.scratch_each);

@@ -9,27 +9,34 @@ namespace recmas::cpu::RECMAS_ISA {
 //
 // Many rows, with AVX2: a piece of a panel serves a band of rows, the same piece of the band serves all panels from the
 // second level. Whole panels would be read from the second level and left-hand rows from the third, and 16 columns do
-// too little with each. With AVX-512, 48 columns do enough: pieces lost 20% there.
+// too little with each. With AVX-512, 48 columns do enough: pieces lost there.
 constexpr int64_t kPiece = RECMAS_ISA_LEVEL == 1 ? 256 : 128;  // a multiple of kChain, so that sums keep their bits
 constexpr int64_t kManyRows = 48;                              // the fewest that are many
 constexpr int64_t kBandGroups = 24;                            // of kTileRows rows
 constexpr int64_t kPiecePanels = 64;                           // at a time
 
-inline bool in_bands(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  const int64_t fewest = k > kPiece ? kManyRows : 2 * kBandGroups * kTileRows;
+inline int64_t piece_count(int64_t k) { return (k + kPiece - 1) / kPiece; }
+
+// Of a product whose terms have so many pieces together.
+inline bool in_bands(bool bf16_left, int64_t rows, int64_t columns, int64_t pieces) {
+  const int64_t fewest = pieces > 1 ? kManyRows : 2 * kBandGroups * kTileRows;
   return RECMAS_ISA_LEVEL == 1 && !bf16_left && rows >= fewest && columns >= 16 * kPanel;
 }
 
-// What each thread needs for a product in bands; 0 for another.
-inline int64_t band_sums(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  return in_bands(bf16_left, rows, columns, k) && k > kPiece
-             ? smaller(panel_count(columns), kPiecePanels) * rows * kPanel
-             : 0;
-}
-inline int64_t band_scratch(bool bf16_left, int64_t rows, int64_t columns, int64_t k) {
-  if (!in_bands(bf16_left, rows, columns, k)) return 0;
-  return smaller(panel_count(columns), kPiecePanels) * panel_bytes(Format::f32, kPiece);
-}
+// What each thread needs for the products in bands among those of a call: the most that one of them does. A
+// last block of fewer rows needs no more.
+struct BandRoom {
+  bool bf16_left;
+  int64_t sums = 0;     // floats
+  int64_t scratch = 0;  // bytes
+
+  void add(int64_t rows, int64_t columns, int64_t pieces) {
+    if (!in_bands(bf16_left, rows, columns, pieces)) return;
+    const int64_t panels = smaller(panel_count(columns), kPiecePanels);
+    scratch = larger(scratch, panels * panel_bytes(Format::f32, kPiece));
+    if (pieces > 1) sums = larger(sums, panels * rows * kPanel);
+  }
+};
 
 inline Right piece_of(const Right& right, int64_t k, int64_t count) {
   Right piece = right;

@@ -11,7 +11,9 @@ namespace recmas::cpu::RECMAS_ISA {
 template <int term_count, class Start, class Finish>
 void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
               float* sums, const Start& start, const Finish& finish) {
-  if (in_bands(terms[0].left.bf16, rows, columns, terms[0].right.k)) {
+  int64_t pieces = 0;
+  for (const Term& term : terms) pieces += piece_count(term.right.k);
+  if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
     multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
   } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && transposes(terms, rows)) {
     alignas(64) float few[kManyRows * kPanel];

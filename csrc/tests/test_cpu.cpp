@@ -319,7 +319,9 @@ int main() {
       test_link(isa, {tokens, 13, 49, 50, Residual::linear, false, false});
       test_link(isa, {tokens, 8, 16, 3, Residual::none, false, true});
     }
-    test_link(isa, {1100, 5, 6, 7, Residual::linear, true, true});  // several blocks of tokens, both ways
+    test_link(isa, {1100, 5, 6, 7, Residual::linear, true, true});      // several blocks of tokens, both ways
+    test_link(isa, {288, 300, 16, 256, Residual::linear, true, true});  // bands of rows, two terms of few pieces
+    test_link(isa, {300, 256, 270, 130, Residual::linear, false, true});
     test_alignment(isa);
     test_frozen(isa);
     test_rms_norm(isa);

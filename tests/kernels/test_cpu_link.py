@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recmas_kernels import LinkConfig, recursive_link, use_backend
+from recmas_kernels import LinkConfig, packed, recursive_link, use_backend
 from recmas_kernels.backends import cpu
 from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
@@ -50,6 +50,18 @@ def test_several_blocks_of_tokens(isa, dtype):
     link = make_link(config, dtype)
     x, dy = make_rows(2500, 11, dtype=dtype), make_rows(2500, 17, dtype=dtype, seed=2)
     check_link(link, x, dy)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("hidden", [16, 128, 256, 300])
+def test_products_in_bands(isa, hidden, dtype, norm):
+    """Many rows go in bands and k in pieces (csrc/cpu/pieces.h): sums of one piece and several, of one term and two."""
+    for count, in_features, out_features, tokens in [(1, 300, 256, 288), (3, 256, 300, 600)]:
+        config = LinkConfig("outer", in_features, hidden, out_features, "linear", norm=norm)
+        x = make_rows(tokens, in_features, dtype=dtype)
+        with threads(count), guarded_allocations():
+            check_link(make_link(config, dtype), x, make_rows(tokens, out_features, dtype=dtype, seed=2))
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -94,18 +106,23 @@ def test_same_bits_every_run(isa, dtype, count):
             assert torch.equal(grad, second.grads[name]), name
 
 
-@pytest.mark.parametrize("tokens", [20, 129, 300])
+SMALL, WIDE = LinkConfig("outer", 96, 130, 96, "linear"), LinkConfig("outer", 130, 270, 300, "linear")
+
+
+@pytest.mark.parametrize(("config", "tokens"), [(SMALL, 20), (SMALL, 129), (SMALL, 300), (WIDE, 20), (WIDE, 300)])
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
-def test_same_bits_at_every_thread_count(isa, dtype, tokens):
-    """Threads take panels, or rows where panels are few; streamed and packed weights alike."""
-    link = make_link(LinkConfig("outer", 96, 130, 96, "linear"), dtype)
-    x, dy = make_rows(tokens, 96, dtype=dtype), make_rows(tokens, 96, dtype=dtype, seed=2)
+def test_same_bits_at_every_thread_count(isa, dtype, config, tokens):
+    """Threads take panels, or rows where panels are few, or bands; stored and packed weights alike."""
+    link = make_link(config, dtype)
+    x, dy = (make_rows(tokens, size, dtype=dtype, seed=size) for size in (config.in_features, config.out_features))
     results, grads = [], []
     for count in (1, 2, 3):
         with threads(count):
             grads.append(run(link, x, dy).grads)
             with torch.no_grad():
-                results += [link(x) for _ in range(3)]
+                results.append(link(x))
+                with packed(link):
+                    results.append(link(x))
     for result in results[1:]:
         assert torch.equal(result, results[0])
     for name, grad in grads[0].items():
@@ -113,15 +130,16 @@ def test_same_bits_at_every_thread_count(isa, dtype, tokens):
         assert torch.equal(grad, grads[2][name]), name
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40, 300])
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
-def test_packing_does_not_change_bits(isa, dtype, tokens):
-    link = make_link(LinkConfig("outer", 96, 130, 96, "linear"), dtype)
-    x = make_rows(tokens, 96, dtype=dtype)
+def test_packing_does_not_change_bits(isa, dtype, config, tokens):
+    link = make_link(config, dtype)
+    x = make_rows(tokens, config.in_features, dtype=dtype)
     with torch.no_grad():
-        results = [link(x) for _ in range(3)]
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        stored = link(x)
+        with packed(link):
+            assert torch.equal(link(x), stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)

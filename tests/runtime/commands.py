@@ -41,6 +41,8 @@ class Started:
     def __init__(self, folder: Path, action: Callable[..., int | None], *arguments: Any) -> None:
         self._ours, theirs = _context.Pipe()
         self._output = [folder / f".{name}.{id(self)}" for name in ("out", "err")]
+        for path in self._output:
+            path.touch()  # here: a process may be killed before it has begun
         self._keeper = _context.Process(target=_keep, args=(theirs, folder, self._output, action, arguments))
         self._keeper.start()
         theirs.close()
@@ -124,7 +126,7 @@ def _become(folder: Path, output: list[Path], action: Any, arguments: Any) -> No
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in enumerate(output, start=1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            os.dup2(os.open(path, os.O_WRONLY), number)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         status = action(*arguments) or 0
     except SystemExit as end:

@@ -115,11 +115,6 @@ def prompt(text: str) -> Break:
 def chat(template: str) -> Break:
     """A chat template, in the folder of the agent that has one."""
 
-    def change(folder: Path) -> None:
-        unchecked(folder)
-        (folder / MODEL / "chat_template.jinja").write_text(template)
-        settings(lambda content: [agent.update(chat=True) for agent in content["agents"].values()])
-
     def both(folder: Path) -> None:
         all_agents(chat=True)(folder)
         (folder / MODEL / "chat_template.jinja").write_text(template)

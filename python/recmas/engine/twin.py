@@ -6,6 +6,7 @@ cost a fraction of the time, and share no tensor with a model that may be at wor
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,26 +25,27 @@ def twins(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """What proofs may run on, the best first: the first layers in float32, all layers in float32, the decoder itself.
 
     The first layers are one of each kind at least: made of other parts or keeping another cache; where these are too
-    large, keeping another cache. A model that computes with fewer layers than its configuration says,
-    or whose layers share what others keep, raises, and the next twin serves. None is made of quantised weights, nor one
-    of more parameters than `LARGEST`.
+    large, keeping another cache. A model that computes with fewer layers than its configuration says, or whose layers
+    share what others keep, raises, and the next twin serves. None is made of quantised weights, nor one of more
+    parameters than `LARGEST`.
     """
-    try:
-        if getattr(decoder.config, "hidden_size_per_layer_input", 0):  # its tokens are known by the table of all of it
-            raise NotImplementedError
-        count = int(decoder.config.num_hidden_layers)
-        lists = [
-            path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
-        ]
-        if lists and not getattr(decoder.config, "num_kv_shared_layers", 0):
-            kinds = _kinds(decoder.config, count)
-            parts = [(_parts_of(decoder, lists, at), kind) for at, kind in enumerate(kinds)]
-            for kept in dict.fromkeys([_first_of_each(parts), _first_of_each(kinds)]):
-                yield from _copied(decoder, lists, count, kept)
-        yield from _copied(decoder, [], count, count)
-    except (TypeError, AttributeError, NotImplementedError):  # a configuration of another kind, weights without a copy
-        pass
+    # A configuration of another kind, or weights without a copy.
+    with contextlib.suppress(TypeError, AttributeError, NotImplementedError):
+        yield from _copies(decoder)
     yield decoder
+
+
+def _copies(decoder: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    if getattr(decoder.config, "hidden_size_per_layer_input", 0):
+        return  # its inputs per layer come from the token table, which a copy leaves out
+    count = int(decoder.config.num_hidden_layers)
+    lists = [path for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if lists and not getattr(decoder.config, "num_kv_shared_layers", 0):
+        kinds = _kinds(decoder.config, count)
+        parts = [(_parts_of(decoder, lists, at), kind) for at, kind in enumerate(kinds)]
+        for kept in dict.fromkeys([_first_of_each(parts), _first_of_each(kinds)]):
+            yield from _copied(decoder, lists, count, kept)
+    yield from _copied(decoder, [], count, count)
 
 
 def _copied(decoder: PreTrainedModel, lists: Sequence[str], count: int, kept: int) -> Iterator[PreTrainedModel]:

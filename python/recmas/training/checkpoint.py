@@ -101,12 +101,17 @@ def save(
     path = folder / f"checkpoint-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     with replacing(path) as file:
         file.write(content)
-    others = [other for other in checkpoints(folder) if other != path]
-    kept = [other for other in others if _step_of(other) < step][: _KEPT - 1]
+    sweep(folder, path)
+    return path
+
+
+def sweep(folder: Path, newest: Path) -> None:
+    """Remove all but `newest` and the one before it, also what a process left that was killed while it did so."""
+    others = [other for other in checkpoints(folder) if other != newest]
+    kept = [other for other in others if _step_of(other) < _step_of(newest)][: _KEPT - 1]
     for other in others:
         if other not in kept:
             other.unlink()
-    return path
 
 
 def load(folder: Path) -> Checkpoint | None:

@@ -263,6 +263,7 @@ def _open(
     steps = 0 if stored is None else stored.step
     if stored is not None:
         stored.restore(parameters, optimizer)
+        checkpoint.sweep(folder, stored.path)
     records = [record for record in _logged(folder / LOG) if record.step <= steps]
     if [record.step for record in records] != list(range(1, steps + 1)):
         raise ValueError(f"{folder / LOG}: lacks steps that {stored.path.name if stored else ''} has finished")

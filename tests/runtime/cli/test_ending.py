@@ -128,6 +128,7 @@ def test_a_run_that_ended_when_its_folder_was_there_is_resumed(whole, tmp_path):
     """The output is in place with the folder of its run, before the run itself has begun."""
     process = started(whole, *INNER, "--output", str(tmp_path / "cut"))
     while not (tmp_path / "cut").exists():
+        assert process.running, "ended before its output was there"
         time.sleep(0.0005)
     process.kill()
     assert process.wait().status == -signal.SIGKILL

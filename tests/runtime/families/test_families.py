@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,8 +25,10 @@ PARTS = 3
 
 
 def commit() -> str:
+    if (git := shutil.which("git")) is None:
+        return transformers.__version__
     asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        [git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return asked.stdout.strip() or transformers.__version__  # a copy without its history
 

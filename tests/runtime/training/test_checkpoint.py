@@ -26,6 +26,14 @@ def test_the_newest_and_one_older_checkpoint_stay(tmp_path):
     assert [path.name[:19] for path in checkpoints(tmp_path)] == ["checkpoint-00000012", "checkpoint-00000010"]
 
 
+def test_resuming_removes_what_a_run_killed_while_it_swept_left_behind(tmp_path):
+    run(SmallConfig(), output=tmp_path)
+    newest, older = checkpoints(tmp_path)
+    (tmp_path / f"checkpoint-00000008-{'0' * 16}.safetensors").write_bytes(b"")
+    run(SmallConfig(), output=tmp_path, resume=True)
+    assert checkpoints(tmp_path) == [newest, older]
+
+
 @pytest.mark.parametrize("place", [20, -5], ids=["header", "weights"])
 def test_a_flipped_bit_names_the_older_checkpoint_and_resuming_from_that_ends_the_same(tmp_path, place):
     whole, _ = run(SmallConfig(), output=tmp_path)
