@@ -215,10 +215,6 @@ struct LinkForward {  // up to most_link_tokens
   float* stats;  // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
 };
 
-// And back: `weight` [rows, columns] contiguous, of `compute`; the bits that were packed if they were of `compute`.
-Status unpack_weight(const void* packed, int64_t rows, int64_t columns, void* weight, Dtype compute, Isa isa,
-                     int32_t threads);
-
 int64_t link_forward_workspace(const LinkForward& call);  // bytes, 16-byte aligned by the caller
 int32_t link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes, uintptr_t stream);
 

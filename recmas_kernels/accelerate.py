@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,36 +38,39 @@ class Accelerated:
         self.shared: dict[str, SharedLinear] = {}
         self.norms: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
-        owners = _owners(model)
-        for name, part in model.named_modules():
-            if not isinstance(part, nn.Linear):
+        linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        owners, outside = _owners(model), _held_outside(model, linears.values())
+        for name, part in linears.items():
+            if isinstance(part, FrozenLinear) and part.packed() is not None:
+                self.packed[name] = freeze(part)
                 continue
-            reason = why_not_frozen(part) or why_not_packed(part.weight)
+            reason = _why_not(part)
             if reason is not None:
                 self.left[name] = reason
             elif others := owners[part.weight.untyped_storage().data_ptr()] - {name}:
                 self.shared[name] = share(part)
                 self.left[name] = f"it shares its weight with {', '.join(sorted(others))}; few rows read it in place"
+            elif id(part.weight) in outside:
+                self.left[name] = "a module outside of the model holds its weight, too"
             else:
                 self.packed[name] = freeze(part)
-
         for name, part in model.named_modules():
-            found = rms_norm.recognised(part)
-            if found is not None:
-                rms_norm.serve(part, *found)
+            if rms_norm.serve(part):
                 self.norms[name] = part
 
     def close(self) -> None:
-        """Make the layers plain again, with the weights that they have now."""
-        for norm in self.norms.values():
-            rms_norm.release(norm)
-        self.norms.clear()
-        for frozen in self.packed.values():
-            thaw(frozen)
-        self.packed.clear()
-        for shared in self.shared.values():
-            unshare(shared)
-        self.shared.clear()
+        """Make the layers plain again, with the weights that they have now; those that others accelerated stay."""
+        while self.norms:
+            rms_norm.release(self.norms.popitem()[1])
+        while self.packed:
+            name, frozen = self.packed.popitem()
+            try:
+                thaw(frozen)
+            except BaseException:  # no memory for the weight: it is still packed, and can be closed later
+                self.packed[name] = frozen
+                raise
+        while self.shared:
+            unshare(self.shared.popitem()[1])
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +97,8 @@ class Accelerated:
         return sum(panels.data.nbytes for panels in self._panels())
 
     def _panels(self) -> list[Panels]:
-        return [frozen.panels for frozen in self.packed.values() if frozen.panels is not None]
+        found = (frozen.packed() for frozen in self.packed.values())
+        return [panels for panels in found if panels is not None]
 
 
 def accelerate(model: nn.Module) -> Accelerated:
@@ -103,8 +108,13 @@ def accelerate(model: nn.Module) -> Accelerated:
     exactly. It takes the place of the original, so that no weight exists twice; results stay the same within rounding.
     Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, and weights that no
     CPU kernel reads. A weight that other modules share (a head tied to the embedding) is not packed, since nothing
-    could be freed; few rows read it in place. State dicts, moves, casts and
-    copies work on the model as it is; `Accelerated.close` or the end of a ``with`` block makes the layers plain again.
+    could be freed; few rows read it in place. State dicts, moves, casts, copies, and weights that are replaced or set
+    to learn work on the model as it is; see `FrozenLinear`. `Accelerated.close` or the end of a ``with`` block makes
+    the layers plain again; a model that was accelerated several times is plain after as many.
+
+    A packed weight's own parameter holds NaN, so whoever read the parameters of ``model.parameters()`` for their values
+    reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
+    and the layer is left alone; a tensor that only shares its memory keeps that memory, and its values.
 
     RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for.
 
@@ -126,13 +136,13 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, as the model has them unpacked; one packed weight is unpacked at a time."""
     seen: set[int] = set()
     for prefix, part in model.named_modules():
-        for name in part._parameters:
-            held = getattr(part, name)
+        for name, held in part._parameters.items():
             if held is None or id(held) in seen:
                 continue
-            if part._parameters[name] is held:
-                seen.add(id(held))
-            yield f"{prefix}.{name}" if prefix else name, held
+            seen.add(id(held))
+            weight = part.unpacked_weight() if isinstance(part, FrozenLinear) and name == "weight" else held
+            assert weight is not None
+            yield f"{prefix}.{name}" if prefix else name, weight
     yield from model.named_buffers()
 
 
@@ -144,3 +154,28 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
             if held is not None and held.layout is torch.strided and held.device.type != "meta":
                 owners[held.untyped_storage().data_ptr()].add(name)
     return owners
+
+
+def _why_not(linear: nn.Linear) -> str | None:
+    """Why a linear layer is left alone, but for who else holds its weight."""
+    reason = None if type(linear) is SharedLinear else why_not_frozen(linear)
+    return reason or why_not_packed(linear.weight)
+
+
+def _held_outside(model: nn.Module, linears: Iterable[nn.Linear]) -> set[int]:
+    """The ids of those weights that modules outside of ``model`` hold, too: packing would empty them."""
+    weights = [weight for part in linears if (weight := part._parameters.get("weight")) is not None]
+    inside = {id(part._parameters) for part in model.modules()}
+    found: set[int] = set()
+    for held in gc.get_referrers(*weights):
+        if type(held) is dict and id(held) not in inside and _is_of_a_module(held):
+            found.update(id(weight) for weight in held.values())
+    return found
+
+
+def _is_of_a_module(parameters: dict[str, Any]) -> bool:
+    for owner in gc.get_referrers(parameters):
+        attributes = owner if type(owner) is dict else owner.__dict__ if issubclass(type(owner), nn.Module) else {}
+        if attributes.get("_parameters") is parameters:
+            return True
+    return False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
@@ -57,10 +58,12 @@ def why_not_packed(weight: Tensor) -> str | None:
         return f"its weight is on {weight.device}"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels have no {str(weight.dtype).removeprefix('torch.')}"
-    if weight.layout is not torch.strided or type(weight) not in (Tensor, torch.nn.Parameter):
+    if weight.layout is not torch.strided or type(weight) not in (Tensor, Parameter):
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}"
     if weight.numel() == 0:
         return "a size is 0"
+    if weight.dtype is torch.float16 and bool(weight.isnan().any()):
+        return "it holds NaN, of which float16 panels do not keep every bit"
     return cpu.unavailable()
 
 
@@ -73,29 +76,46 @@ def pack(weight: Tensor) -> Panels:
     reason = why_not_packed(weight)
     if reason is not None:
         raise ValueError(f"weight cannot be packed: {reason}")
-    weight = weight.detach().contiguous()
-    stored = _narrowest(weight)
-    out_features, in_features = weight.shape
-    return Panels(cpu.pack_frozen(weight.to(stored)), out_features, in_features, weight.dtype, stored)
+    with torch.inference_mode(False), torch.no_grad():  # gradients are asked for elsewhere, and later
+        weight = weight.detach().contiguous()
+        narrow = _narrowed(weight)
+        data = cpu.pack_frozen(narrow)
+    return Panels(data, *weight.shape, weight.dtype, narrow.dtype)
 
 
-def _narrowest(weight: Tensor) -> torch.dtype:
-    """The smallest dtype that holds every value of ``weight`` exactly."""
+def _narrowed(weight: Tensor) -> Tensor:
+    """``weight`` in the smallest dtype that holds every value of it exactly.
+
+    Bits are compared, not values: processors may be set to take denormal numbers for zero.
+    """
     if weight.dtype is torch.float32:
-        for dtype in (torch.bfloat16, torch.float16):
-            if all(torch.equal(part.to(dtype).to(part.dtype), part) for part in weight.view(-1).split(_EXACT_CHUNK)):
-                return dtype
-    return weight.dtype
+        parts = [part.view(torch.int32) for part in weight.view(-1).split(_EXACT_CHUNK)]
+        if not any(bool((bits & 0xFFFF).any()) for bits in parts):
+            return torch.cat([(bits >> 16).to(torch.int16) for bits in parts]).view(torch.bfloat16).view(weight.shape)
+        if all(_fits_float16(bits) for bits in parts):
+            return weight.half()
+    return weight
 
 
-def checks_writes() -> bool:
-    """Whether ``RECMAS_CHECK`` asks for `expect_unwritten`."""
-    return settings.checks()
+def _fits_float16(bits: Tensor) -> bool:
+    part = bits.view(torch.float32)
+    return torch.equal(part.half().float().view(torch.int32), bits) and not bool(part.isnan().any())
 
 
-def expect_unwritten(shown: Tensor, panels: Panels) -> None:
-    """Raise RuntimeError if somebody wrote into an unpacked copy, as if it were the weight."""
-    if not torch.equal(shown.detach().view(torch.uint8), panels.weight().view(torch.uint8)):
+def stand_in(weight: Tensor) -> Tensor:
+    """What a packed weight's parameter holds meanwhile: NaN of the same shape, all of them one element of memory."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).as_strided(weight.shape, (0, 0))
+
+
+def is_stand_in(weight: Tensor) -> bool:
+    """Whether ``weight`` is from `stand_in`, as it is or wrapped by a transform."""
+    return weight.stride() == (0, 0)
+
+
+def expect_unwritten(stand_in: Tensor) -> None:
+    """Under ``RECMAS_CHECK=1``, raise RuntimeError if somebody wrote into a packed weight's parameter."""
+    if settings.checks() and not bool(stand_in.detach().isnan().all()):
         raise RuntimeError("weight was written while it is packed: the write is lost; unpack the layer, then write")
 
 
@@ -135,14 +155,15 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
     return _product(x, panels, bias, ordinary)
 
 
-def serves_in_place(x: Tensor, weight: Tensor) -> bool:
+def serves_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `in_place_linear` takes these: few rows, no gradients, no autocast, and nothing that observes."""
     if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or x.is_neg() or x._is_zerotensor():
         return False
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if learns or x.dtype is not weight.dtype or x.shape[-1:] != weight.shape[1:] or not weight.is_contiguous():
+    if type(weight) not in (Tensor, Parameter) or x.dtype is not weight.dtype or not weight.is_contiguous():
         return False
-    rows = x.numel() // max(1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return False
+    rows = x.numel() // max(1, x.shape[-1]) if x.shape[-1:] == weight.shape[1:] else 0
     return 0 < rows <= cpu.MOST_STREAMED and requested() in ("auto", "cpu") and not autocast_enabled("cpu")
 
 

@@ -15,21 +15,31 @@ class SharedLinear(nn.Linear):
     and whatever observes or transforms the call.
     """
 
+    _owners: int = 1  # who wants a SharedLinear here; see `share`
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if torch.compiler.is_compiling() or weight is None or not frozen.serves_in_place(x, weight):
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if torch.compiler.is_compiling() or weight is None or not frozen.serves_in_place(x, weight, bias):
             return super().forward(x)
         return frozen.in_place_linear(x, weight, bias)
 
 
 def share(linear: nn.Linear) -> SharedLinear:
-    """Make an ``nn.Linear`` a `SharedLinear` in its place."""
-    linear.__class__ = SharedLinear
+    """Make an ``nn.Linear`` a `SharedLinear` in its place, until as many `unshare`."""
+    if isinstance(linear, SharedLinear):
+        linear._owners += 1
+    else:
+        linear.__class__ = SharedLinear
     assert isinstance(linear, SharedLinear)
     return linear
 
 
 def unshare(linear: SharedLinear) -> None:
-    """Make it an ``nn.Linear`` again."""
-    linear.__class__ = nn.Linear  # type: ignore[assignment]
+    """Undo one `share`: the last makes it an ``nn.Linear`` again."""
+    if linear._owners > 1:
+        linear._owners -= 1
+        return
+    linear.__dict__.pop("_owners", None)
+    if type(linear) is SharedLinear:
+        linear.__class__ = nn.Linear  # type: ignore[assignment]

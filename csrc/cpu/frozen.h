@@ -6,14 +6,17 @@
 #pragma once
 
 #include "arena.h"
+#include "product.h"
 #include "rows.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kFrozenRows = 128;      // rows of a block forward, which stay in the second-level cache
+// Rows of a block forward: they stay in the second-level cache, or in the shared one where bands keep theirs.
+constexpr int64_t kFrozenRows = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
 
+constexpr int64_t kWidened = 24;     // rows from which on 16-bit panels are widened once, not in each tile
 constexpr int64_t kGradientFew = 4;  // rows whose gradients need no other layout
 
 // Threads that are worth starting: a byte from memory takes as long as 6 flops.
@@ -37,10 +40,29 @@ inline bool reads_in_place(const FrozenForward& call, bool pairs) {
   return call.tokens <= 2 || call.x.stride * dtype_bytes(call.x.dtype) % 2048 != 0;
 }
 
+// What products in bands need, for each thread.
+struct Bands {
+  int64_t sum_floats, scratch_each;
+  float* sums;
+  char* scratch;
+
+  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
+  char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
+};
+
+inline Bands take_bands(Arena& arena, int64_t threads, const BandRoom& room, int64_t panel_scratch) {
+  Bands bands{room.sums, larger(room.scratch, panel_scratch), nullptr, nullptr};
+  bands.sums = arena.floats(threads * bands.sum_floats);
+  bands.scratch = arena.take(threads * bands.scratch_each);
+  return bands;
+}
+
 struct FrozenPlan {
   int64_t threads, block, workspace;
   bool in_place;
   Left rows;
+  bool widens;
+  Bands bands;
 };
 
 inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
@@ -52,15 +74,25 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   plan.in_place = reads_in_place(call, pairs);
   plan.rows = {nullptr, left_stride(call.in_features, pairs), pairs};
   if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  BandRoom room{pairs};
+  room.add(plan.block, call.out_features, piece_count(call.in_features));
+  plan.widens = RECMAS_ISA_LEVEL <= 1 && plan.block >= kWidened && call.form == Form::packed &&
+                call.stored != Dtype::f32 && !pairs;
+  plan.bands = take_bands(arena, plan.threads, room, plan.widens ? panel_bytes(Format::f32, call.in_features) : 0);
   plan.workspace = arena.used();
   return plan;
 }
 
-inline void frozen_product(const Team& team, const FrozenForward& call, const Left& rows, int64_t first,
-                           int64_t count) {
+inline void frozen_product(const Team& team, const FrozenForward& call, const FrozenPlan& plan, const Left& rows,
+                           int64_t first, int64_t count) {
   const int64_t columns = call.out_features;
-  const Term terms[1] = {
+  Term terms[1] = {
       {rows, {call.weight, call.stored, call.in_features, true, call.form, call.in_features, columns, call.stored}}};
+  if (plan.widens) {
+    terms[0].right.form = Form::stored;
+    terms[0].right.transposed = false;
+    terms[0].right.widened = true;
+  }
   const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     if (call.bias.data == nullptr) return false;
     load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
@@ -69,7 +101,7 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Le
   const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
   };
-  multiply_whole(team, terms, count, columns, nullptr, start, finish);
+  multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
 }
 
 // Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
@@ -103,7 +135,7 @@ inline void frozen_forward(const FrozenForward& call, void* workspace) {
         copy_rows(team, call.x, first, count, 0, call.in_features, rows);
         team.wait();
       }
-      frozen_product(team, call, rows, first, count);
+      frozen_product(team, call, plan, rows, first, count);
       if (!plan.in_place) team.wait();  // the next block overwrites the rows
     }
   });
@@ -114,8 +146,7 @@ struct FrozenGradientPlan {
   bool few;
   Left rows;
   float* sums;  // [block][in_features], null where one pass gives dx or dx itself is fp32
-  char* scratch;
-  int64_t scratch_each;
+  Bands bands;
 };
 
 inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void* base) {
@@ -131,24 +162,16 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
     plan.sums = arena.floats(plan.block * call.in_features);
   }
-  plan.scratch_each = plan.few ? 0 : panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth);
-  plan.scratch = arena.take(plan.threads * plan.scratch_each);
+  BandRoom room{pairs};
+  if (!plan.few) room.add(plan.block, call.in_features, piece_count(plan.depth));
+  plan.bands = take_bands(arena, plan.threads, room,
+                          plan.few ? 0 : panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth));
   plan.workspace = arena.used();
   return plan;
 }
 
 inline int64_t frozen_backward_workspace(const FrozenBackward& call) {
   return plan_frozen_gradient(call, nullptr).workspace;
-}
-
-// The weight's row k of a panel: kPanel columns, in fp32.
-template <Format format>
-inline Vec panel_row(const char* panel, int64_t k, int64_t column) {
-  const char* step = panel + k / (format == Format::pairs ? 2 : 1) * step_bytes(format);
-  if constexpr (format == Format::f16) return load(reinterpret_cast<const F16*>(step) + column);
-  const Vec found = load(reinterpret_cast<const float*>(step) + column);
-  if constexpr (format == Format::pairs) return k % 2 == 0 ? low_halves(found) : high_halves(found);
-  return found;
 }
 
 // tile[r][i] = sum over `panels` panels of row r (fp32, zero beyond the last column) times their rows first + i. Sums
@@ -221,7 +244,7 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
     }
   };
   if (!plan.few) {
-    return multiply_whole(team, terms, count, columns, plan.scratch + team.rank * plan.scratch_each, start, finish);
+    return multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
   }
   const Format format = packed_format(call.stored);
   for (int64_t strip = team.begin(panel_count(columns)); strip < team.end(panel_count(columns)); ++strip) {

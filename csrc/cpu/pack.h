@@ -15,8 +15,9 @@ struct Right {
   Form form;        // packed: panels already, in packed_format(compute)
   int64_t k, columns;
   Dtype compute;
-  int64_t ahead = 256;  // bytes from a place in memory that is laid out to the one that is prefetched with it
-  bool turned = false;  // memory holds panels of the transpose, in packed_format(compute), the first k columns of it
+  int64_t ahead = 256;   // bytes from a place in memory that is laid out to the one that is prefetched with it
+  bool turned = false;   // memory holds panels of the transpose, in packed_format(compute), the first k columns of it
+  bool widened = false;  // memory holds panels of 16-bit elements, [stride][columns], that are laid out in fp32
 
   bool packed() const { return form == Form::packed; }
 };
@@ -191,10 +192,32 @@ inline void pack_turned(const Right& m, int64_t first_column, int64_t columns, F
   }
 }
 
+// The weight's row k of a panel: kWidth columns from `column` on, in fp32.
+template <Format format>
+inline Vec panel_row(const char* panel, int64_t k, int64_t column) {
+  const char* step = panel + k / (format == Format::pairs ? 2 : 1) * step_bytes(format);
+  if constexpr (format == Format::f16) return load(reinterpret_cast<const F16*>(step) + column);
+  const Vec found = load(reinterpret_cast<const float*>(step) + column);
+  if constexpr (format == Format::pairs) return k % 2 == 0 ? low_halves(found) : high_halves(found);
+  return found;
+}
+
+template <Format format>
+inline void widen_panel(const Right& m, int64_t first_column, char* out) {
+  const char* panel = static_cast<const char*>(m.data) + first_column / kPanel * panel_bytes(format, m.stride);
+  for (int64_t k = 0; k < m.k; ++k) {
+    for (int64_t c = 0; c < kPanel; c += kWidth) {
+      store_step(out + k * step_bytes(Format::f32), Format::f32, c, panel_row<format>(panel, k, c));
+    }
+  }
+}
+
 // Columns [first_column, first_column + kPanel) of m; columns beyond the matrix become 0.
 inline void pack_panel(const Right& m, int64_t first_column, Format format, char* panel) {
   const int64_t columns = smaller(kPanel, m.columns - first_column);
   if (m.turned) return pack_turned(m, first_column, columns, format, panel);
+  if (m.widened && m.compute == Dtype::f16) return widen_panel<Format::f16>(m, first_column, panel);
+  if (m.widened) return widen_panel<Format::pairs>(m, first_column, panel);
   typed(m.data, m.dtype, [&](const auto* data) {
     if (m.transposed) {
       const auto* rows = data + first_column * m.stride;
