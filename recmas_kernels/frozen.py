@@ -80,7 +80,8 @@ def pack(weight: Tensor) -> Panels:
         weight = weight.detach().contiguous()
         narrow = _narrowed(weight)
         data = cpu.pack_frozen(narrow)
-    return Panels(data, *weight.shape, weight.dtype, narrow.dtype)
+    out_features, in_features = weight.shape
+    return Panels(data, out_features, in_features, weight.dtype, narrow.dtype)
 
 
 def _narrowed(weight: Tensor) -> Tensor:

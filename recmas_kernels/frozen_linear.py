@@ -72,7 +72,7 @@ class FrozenLinear(nn.Linear):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return self._learning(x)
+            return torch.compiler.disable(_learning)(self, x)  # not before, since it imports the compiler
         if torch.compiler.is_exporting():
             raise RuntimeError("a packed layer cannot be exported: its panels fit this processor; unpack it first")
         if not torch.compiler.is_compiling():
@@ -98,7 +98,8 @@ class FrozenLinear(nn.Linear):
         """Have the weight in its parameter again, or leave the one that took its place."""
         panels = self.packed()
         if panels is not None:
-            self._held[0].data = panels.weight()
+            with torch.inference_mode(False):  # the weight may be used elsewhere, and later
+                self._held[0].data = panels.weight()
         self.panels, self._held, self._packs = None, (), False
 
     def unpacked_weight(self) -> Tensor | None:
@@ -117,13 +118,6 @@ class FrozenLinear(nn.Linear):
         panels = self.packed()
         kept = "plain" if panels is None else f"packed in {str(panels.stored).removeprefix('torch.')}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
-
-    def _learning(self, x: Tensor) -> Tensor:
-        """A call with the weight or the bias set to learn."""
-        if torch.compiler.is_compiling():  # the compiler leaves this frame to Python then
-            raise RuntimeError("a packed layer was set to learn inside a compiled model: unpack it first")
-        self.unpack()
-        return super().forward(x)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and self.panels is not None:
@@ -170,6 +164,12 @@ class FrozenLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         if packs and self._parameters.get("weight") is before:  # not one that the caller may hold, too
             self.pack()
+
+
+def _learning(linear: FrozenLinear, x: Tensor) -> Tensor:
+    """A call with the weight or the bias set to learn."""
+    linear.unpack()
+    return nn.Linear.forward(linear, x)
 
 
 _OF_PACKING = ("panels", "_packs", "_held", "_owners")

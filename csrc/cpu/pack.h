@@ -107,7 +107,7 @@ void pack_transposed(const Right& m, const Stored* from, int64_t columns, char* 
       if (present_columns >= kWidth && count >= per_step * kWidth) {
         for (int64_t i = 0; i < kWidth; ++i) {
           const Stored* row = rows + i * stride;
-          __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead);
+          __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead, 0, 2);
           if constexpr (format == Format::pairs) {
             block[i] = load_pair_line(row, 2 * kWidth);
           } else {

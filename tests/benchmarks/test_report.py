@@ -103,6 +103,20 @@ def test_durations() -> None:
     assert tables.duration(12345.0) == "12.3 ms"
 
 
+def test_an_imitated_processor_gets_a_page_and_no_place_in_the_readme(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    slug = "cpu-a-chip-25-17-as-avx2-2-threads"
+    device = {"name": "A chip", "slug": slug, "threads": 2, "caches": {}, "instruction_set": {"used": "avx2"}}
+    runs = [write_run(tmp_path / "own.json", [link_record(1)])]
+    runs += [write_run(tmp_path / "imitated.json", [link_record(8)], device=device)]
+    assert report.main([*map(str, runs), "--results", str(results), "--readme", str(readme)]) == 0
+    assert "# A chip (family 25, model 17) imitating avx2, 2 threads" in (results / slug / "README.md").read_text()
+    assert "1 tokens" in readme.read_text()
+    assert "8 tokens" not in readme.read_text()
+
+
 def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()

@@ -7,6 +7,7 @@ are counted. For inference; kernels run as they do on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 KIND = "meta"
+ADDRESS = "data_ptr"
 READS = ("__int__", "__float__", "__bool__", "__index__", "item", "tolist")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
@@ -37,7 +39,10 @@ class _Placed(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READS:  # torch would ask the device's own driver to wait
+        name = getattr(func, "__name__", "")
+        if name in READS:  # torch would ask the device's own driver to wait
+            FakeDevices.waits(args[0].device)
+        if name in READS or name == ADDRESS:
             return func(args[0].held, *args[1:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -53,6 +58,9 @@ class FakeDevices(TorchDispatchMode):
     Attributes:
         crossed: shape, source and target of every floating-point tensor that went from one device to another.
     """
+
+    waits: Callable[[torch.device], None] = staticmethod(lambda device: None)
+    """Called with the device whose results the host waits for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +87,8 @@ class FakeDevices(TorchDispatchMode):
         if func in MOVES:
             target = place if func is MOVES[0] else args[0].device
             source = args[0] if func is MOVES[0] else args[1]
+            if source.device.type == KIND and target.type != KIND:
+                FakeDevices.waits(source.device)
             if source.device != target and source.is_floating_point():
                 self.crossed.append((tuple(source.shape), str(source.device), str(target)))
             place = target

@@ -15,9 +15,10 @@ import recmas_kernels
 from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
-from recmas.engine.latent_rollout import Rollouts
+from recmas.engine.latent_rollout import rollout
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas.engine.stepper import Stepper
 from recmas.prompts.vocabulary import check_ids
 from recmas_kernels import packed
 
@@ -30,13 +31,14 @@ class Agent(FrozenModel):
         tokenizer: its tokenizer.
         name: begins error messages (the role).
         source: hub id or folder the model came from; None if it was built in memory.
-        compile: run the latent rollout's step through `torch.compile`, where the model can run at fixed shapes.
+        compile: run the decoder's step through `torch.compile`, latents and tokens alike, where the model can run at
+            fixed shapes.
         accelerate: on the CPU, run the model's frozen linear layers from packed weights (`recmas_kernels.accelerate`);
             the model is changed in place.
 
     Attributes:
         accelerated: which layers are packed, and why others are not; None if nothing was asked for, or not on the CPU.
-        rollouts: how rollouts are run, and why the latest was not captured (`recmas.engine.latent_rollout`).
+        stepper: how single positions are run, and why the latest were not captured (`recmas.engine.stepper`).
 
     Raises:
         ValueError: a model whose logits this class cannot compute from hidden states.
@@ -56,7 +58,7 @@ class Agent(FrozenModel):
         self.source = source
         packs = accelerate and self.device.type == "cpu"
         self.accelerated = recmas_kernels.accelerate(self.model) if packs else None
-        self.rollouts = Rollouts(compiled=compile)
+        self.stepper = Stepper(compiled=compile)
 
     @classmethod
     def from_pretrained(
@@ -104,7 +106,7 @@ class Agent(FrozenModel):
         self.tokenizer.save_pretrained(folder)
 
     def to(self, *args: Any, **kwargs: Any) -> Agent:
-        self.rollouts.forget()
+        self.stepper.forget()
         self.model.to(*args, **kwargs)
         return self
 
@@ -113,11 +115,6 @@ class Agent(FrozenModel):
         if self.accelerated is not None:
             self.accelerated.close()
             self.accelerated = None
-
-    def parameter_count(self) -> int:
-        """Of the model, packed or not."""
-        packed = 0 if self.accelerated is None else self.accelerated.elements
-        return packed + sum(parameter.numel() for parameter in self.model.parameters())
 
     def think(
         self,
@@ -152,7 +149,7 @@ class Agent(FrozenModel):
         self.check_context(prompt.mask.sum(dim=1).tolist(), steps - 1)
         past, hidden = prefill(self.decoder, prompt, steps - 1, None)
         with packed(link) if weights_stay and isinstance(link, torch.nn.Module) else nullcontext():
-            return Latents(self.rollouts(past, hidden, steps, link, weights_stay=weights_stay))
+            return Latents(rollout(past, hidden, steps, link, self.stepper, weights_stay=weights_stay))
 
     def write(
         self,
@@ -165,6 +162,7 @@ class Agent(FrozenModel):
         rows: Sequence[int] | None = None,
         reply: Reply | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> Iterator[dict[int, list[int]]]:
         """Write text step by step: after each, the token ids by which rows of the batch grew.
 
@@ -180,7 +178,7 @@ class Agent(FrozenModel):
             rows: number of each row in the run; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.agents.decoding.Reply`); such ids are part of
                 the row, and do not count as written.
-            prefill: as for `think`.
+            prefill, weights_stay: as for `think`.
 
         Raises:
             ValueError: a prompt beyond the model's context, at once.
@@ -188,7 +186,19 @@ class Agent(FrozenModel):
         self.check_context(prompt.mask.sum(dim=1).tolist())
         seeds = [seed] if isinstance(seed, int) else seed
         numbers = range(prompt.embeds.shape[0]) if rows is None else rows
-        return write(self, prompt, max_new_tokens, temperature, top_p, seeds, numbers, reply, prefill)
+        return write(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seeds,
+            numbers,
+            reply,
+            prefill,
+            stepper=self.stepper,
+            weights_stay=weights_stay,
+        )
 
     def decode(
         self,
@@ -200,10 +210,13 @@ class Agent(FrozenModel):
         *,
         rows: Sequence[int] | None = None,
         prefill: Prefill = prefill_all,
+        weights_stay: bool = True,
     ) -> list[list[int]]:
         """`write` to its end: token ids per row, the end-of-text token included where one was written."""
         written: list[list[int]] = [[] for _ in range(prompt.embeds.shape[0])]
-        for grown in self.write(prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill):
+        for grown in self.write(
+            prompt, max_new_tokens, temperature, top_p, seed, rows=rows, prefill=prefill, weights_stay=weights_stay
+        ):
             for row, tokens in grown.items():
                 written[row] += tokens
         return written

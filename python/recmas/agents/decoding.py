@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from recmas.agents.model import FrozenModel
-from recmas.agents.sampling import NotFiniteError, Sampler
+from recmas.agents.sampling import Sampler
+from recmas.agents.token_steps import token_steps
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import Prefill, prefill_all
+from recmas.engine.stepper import Stepper
 
 _UNBOUNDED = 1 << 62
 Reply = Callable[[int, int, int], Sequence[int]]
@@ -29,6 +31,9 @@ def write(
     rows: Sequence[int],
     reply: Reply | None = None,
     prefill: Prefill = prefill_all,
+    *,
+    stepper: Stepper,
+    weights_stay: bool = True,
 ) -> Iterator[dict[int, list[int]]]:
     """Write text; after every step, the token ids by which rows of the batch grew.
 
@@ -45,6 +50,8 @@ def write(
         rows: number of each row in the run, for its random stream.
         reply: see `Reply`.
         prefill: reads the prompt.
+        stepper: runs the steps; several between two looks of the host, unless a reply may come after each.
+        weights_stay: as for `Stepper.begin`.
 
     Raises:
         FloatingPointError: logits that are not finite; names agent and row.
@@ -53,36 +60,39 @@ def write(
     used = prompt.mask.sum(dim=1).tolist()
     space = [_UNBOUNDED if context is None else context - positions + 1 for positions in used]  # left in the context
     left = [min(max_new_tokens, positions) for positions in space]  # tokens that each row may still write
-    sampler = Sampler(temperature, top_p, seed, rows)
     going = {row for row in range(batch) if left[row] > 0}
     if not going:
         return
+    sampler, steps = Sampler(temperature, top_p, seed, rows), max(left) - 1
+    most = steps if reply is None else max(space)
+    past, hidden = prefill(model.decoder, prompt, steps, context)
+    chosen = [sampler.choose(model.logits(hidden), sampler.draw(going)[0]).tolist()]
     unread: list[list[int]] = [[] for _ in range(batch)]
-    ends = model.eos_ids
-    past, hidden = prefill(model.decoder, prompt, max(left) - 1, context)
-    while True:
-        choosing = {row for row in going if not unread[row]}
-        try:
-            tokens = sampler.choose(model.logits(hidden), choosing).tolist() if choosing else []
-        except NotFiniteError as error:
-            raise FloatingPointError(
-                f"agent {model.name!r}: the logits of row {rows[error.row]} are not finite in {model.dtype}"
-            ) from None
-        grown = {}
-        for row in sorted(choosing):
-            token = tokens[row]
-            left[row] -= 1
-            space[row] -= 1
-            last = token in ends or left[row] == 0 or space[row] == 0
-            answer = [] if reply is None else list(reply(row, token, 0 if last else space[row]))
-            space[row] -= len(answer)
-            if last or space[row] == 0:
-                going.discard(row)
-            grown[row] = unread[row] = [token, *answer]
-        yield grown
-        if not going:
-            return
-        width = min(len(unread[row]) for row in going)
-        fed = [unread[row][:width] if row in going else [model.pad_id] * width for row in range(batch)]
-        unread = [ids[width:] for ids in unread]
-        hidden = past.feed(model.embed(torch.tensor(fed, device=model.device)))
+    choosing, ends = set(going), model.eos_ids
+    with token_steps(model, past, sampler, stepper, steps, most, weights_stay) as ahead:
+        while True:
+            for tokens in chosen:
+                grown = {}
+                for row in sorted(choosing & going):
+                    token = tokens[row]
+                    if token < 0:
+                        raise FloatingPointError(
+                            f"agent {model.name!r}: the logits of row {rows[row]} are not finite in {model.dtype}"
+                        )
+                    left[row] -= 1
+                    space[row] -= 1
+                    last = token in ends or left[row] == 0 or space[row] == 0
+                    answer = [] if reply is None else list(reply(row, token, 0 if last else space[row]))
+                    space[row] -= len(answer)
+                    if last or space[row] == 0:
+                        going.discard(row)
+                    grown[row] = unread[row] = [token, *answer]
+                yield grown
+                if not going:
+                    return
+            width = min(len(unread[row]) for row in going)
+            fed = [unread[row][:width] if row in going else [model.pad_id] * width for row in range(batch)]
+            unread = [ids[width:] for ids in unread]
+            choosing = {row for row in going if not unread[row]}
+            count = min(ahead.look, max(left[row] for row in going)) if reply is None else 1
+            chosen = ahead.feed(fed, choosing, count)

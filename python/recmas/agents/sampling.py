@@ -9,14 +9,6 @@ import torch
 from torch import Tensor
 
 
-class NotFiniteError(ArithmeticError):
-    """Logits that are not finite; `row` is their place in the batch."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(f"row {row} of the batch")
-        self.row = row
-
-
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling with one random stream per row.
 
@@ -28,37 +20,51 @@ class Sampler:
     """
 
     def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[int]) -> None:
-        self._temperature, self._top_p = temperature, top_p
+        self.temperature, self.top_p, self._rows = temperature, top_p, len(rows)
         self._streams = [_stream(*seed, row) for row in rows] if temperature > 0 else []
 
-    def choose(self, logits: Tensor, drawing: Collection[int]) -> Tensor:
-        """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``; only the rows in `drawing` use their stream.
+    def draw(self, drawing: Collection[int], steps: int = 1) -> Tensor:
+        """Numbers in [0, 1), ``[steps, B]`` on the CPU; only the rows in `drawing` use their stream."""
+        uniform = torch.zeros(steps, self._rows)
+        if self._streams:
+            for row in drawing:
+                for step in range(steps):  # one by one: a stream does not depend on how many are drawn at once
+                    uniform[step, row] = torch.rand((), generator=self._streams[row])
+        return uniform
 
-        The ids of the other rows mean nothing.
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """`choose` with this temperature and nucleus, for numbers ``[B]`` that were drawn."""
+        if self.temperature == 0:
+            return choose(logits)
+        return choose(logits, uniform.to(logits.device), self.temperature, self.top_p)
 
-        Raises:
-            NotFiniteError: NaN among a drawing row's logits, or nothing but infinities: no token is the most likely.
-        """
-        highest, likeliest = logits.max(dim=-1)  # a NaN counts as the highest
-        if not (finite := highest.isfinite()).all():
-            for row in sorted(drawing):
-                if not finite[row]:
-                    raise NotFiniteError(row)
-        if self._temperature == 0:
-            return likeliest
-        probabilities, order = (logits.float() / self._temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+
+def choose(
+    logits: Tensor,
+    uniform: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_p: float | Tensor = 1.0,
+) -> Tensor:
+    """Token ids int64 ``[B]`` for logits ``[B, vocabulary]``, without waiting for the device.
+
+    -1 where no token is the most likely: NaN among the logits of a row, or nothing but infinities.
+
+    Args:
+        logits: of the next token.
+        uniform: numbers in [0, 1), ``[B]``, to sample by; None takes the most likely token.
+        temperature, top_p: as for `Sampler`; temperature above 0.
+    """
+    highest, token = logits.max(dim=-1)  # a NaN counts as the highest
+    if uniform is not None:
+        probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         below = probabilities.cumsum(dim=-1) - probabilities
-        kept = probabilities.masked_fill(below >= self._top_p, 0.0)
-        uniform = torch.zeros(len(self._streams))
-        for row in drawing:
-            uniform[row] = torch.rand((), generator=self._streams[row])
-        uniform = uniform.to(logits.device)
+        kept = torch.where(below < top_p, probabilities, 0.0)
         cumulative = kept.cumsum(dim=-1)
         threshold = uniform[:, None] * cumulative[:, -1:]
         place = torch.searchsorted(cumulative, threshold, right=True)
-        last = (kept > 0).sum(dim=-1, keepdim=True) - 1  # -1 where a row that draws nothing holds NaN
-        place = place.clamp_(max=last).clamp_(min=0)
-        return order.gather(1, place).squeeze(1)
+        last = (kept > 0).sum(dim=-1, keepdim=True) - 1  # -1 where the row holds NaN
+        token = order.gather(1, place.clamp_(max=last).clamp_(min=0)).squeeze(1)
+    return torch.where(highest.isfinite(), token, -1)
 
 
 def _stream(*numbers: int) -> torch.Generator:

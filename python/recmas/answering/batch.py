@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -68,8 +69,7 @@ class Batch:
     def think(self, turn: Turn) -> Latents:
         role = turn.visit.role
         agent, link, steps = self.system.agents[role], self.system.inner_links[role], self.plan.latent_steps[role]
-        stay = self.system.offloader is None
-        latents = agent.think(turn.prompt, steps, link, prefill=self.prefill(turn.visit), weights_stay=stay)
+        latents = agent.think(turn.prompt, steps, link, **self.running(turn.visit))
         if not (finite := latents.states.isfinite().flatten(1).all(dim=1)).all():
             row = self.numbers[finite.tolist().index(False)]
             raise FloatingPointError(f"agent {role!r}: the latents of row {row} are not finite in {agent.dtype}")
@@ -81,7 +81,7 @@ class Batch:
         role = turn.visit.role
         agent, how = self.system.agents[role], self.plan.decoding[role]
         settings = how.max_new_tokens, how.temperature, how.top_p, self.seed(turn.visit)
-        tokens = agent.decode(turn.prompt, *settings, rows=self.numbers, prefill=self.prefill(turn.visit))
+        tokens = agent.decode(turn.prompt, *settings, rows=self.numbers, **self.running(turn.visit))
         for result, row in zip(self.answers, tokens, strict=True):
             result.text_tokens[role] = result.text_tokens.get(role, 0) + len(row)
         return [agent.text(row) for row in tokens]
@@ -95,8 +95,7 @@ class Batch:
         pieces = [Detokenizer(agent.text) for _ in self.rows]
         for result in self.answers:
             result.text_tokens.setdefault(visit.role, 0)
-        prefill = self.prefill(visit)
-        for grown in agent.write(turn.prompt, *settings, rows=self.numbers, reply=caller, prefill=prefill):
+        for grown in agent.write(turn.prompt, *settings, rows=self.numbers, reply=caller, **self.running(visit)):
             for row, tokens in grown.items():
                 self.answers[row].tokens += tokens
                 self.answers[row].text_tokens[visit.role] += 1
@@ -110,6 +109,10 @@ class Batch:
             if in_pieces and (piece := pieces[row].finish()):
                 yield self.numbers[row], piece
         turn.message = [result.text for result in self.answers]
+
+    def running(self, visit: Visit) -> dict[str, Any]:
+        """How an agent reads its prompts, and whether its weights stay where they are afterwards."""
+        return {"prefill": self.prefill(visit), "weights_stay": self.system.offloader is None}
 
     def prefill(self, visit: Visit) -> Prefill:
         """Reads the prompts of a visit, resuming from prefixes that the same model has read before."""

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from recmas.tools import Toolbox
 
 
+def add_accelerate(parser: CommandLineParser) -> None:
+    """``--no-accelerate``."""
+    parser.add_argument(
+        "--no-accelerate",
+        action="store_true",
+        help="on a CPU, leave agents' frozen linear layers as they are, not packed for the kernels (slower)",
+    )
+
+
 def add_system(parser: CommandLineParser) -> None:
     """The system and how it is loaded."""
     parser.add_argument("system", type=str, help="folder of the system")
@@ -37,11 +46,7 @@ def add_system(parser: CommandLineParser) -> None:
         help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
         "RECMAS_BACKEND names, else auto)",
     )
-    parser.add_argument(
-        "--no-accelerate",
-        action="store_true",
-        help="do not: on a CPU, run agents' frozen linear layers from packed weights, several times faster",
-    )
+    add_accelerate(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -100,12 +105,12 @@ def add_answering(parser: CommandLineParser, names: Sequence[str] = ANSWERING) -
 
 
 def add_compile(parser: CommandLineParser) -> None:
-    """How the latent rollout runs."""
+    """How single steps run."""
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="run the step of the latent rollout through torch.compile, which takes about a minute for each bucket of "
-        "batch sizes and lengths, and a C++ compiler on a CPU",
+        help="run single steps, latents and tokens, through torch.compile, which takes about a minute for each bucket "
+        "of batch sizes and lengths, and a C++ compiler on a CPU",
     )
 
 

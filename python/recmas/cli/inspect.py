@@ -56,7 +56,7 @@ def parts(mas: RecursiveMAS) -> dict[str, Any]:
     agents = {
         role: {
             "architecture": type(agent.model).__name__,
-            "parameters": agent.parameter_count(),
+            "parameters": sum(weight.numel() for weight in agent.model.parameters()),
             "width": agent.hidden_size,
             "dtype": str(agent.dtype).removeprefix("torch."),
             "context": agent.context_length,

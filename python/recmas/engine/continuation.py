@@ -51,6 +51,7 @@ class Continuation(Past):
         decoder: as given.
         cache: what the decoder reads and appends to.
         length: columns fed so far.
+        last: the last position that the model has; None if `context` is.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class Continuation(Past):
         cache: DynamicCache | None = None,
         length: int = 0,
     ) -> None:
-        self.decoder, self._last = decoder, None if context is None else context - 1
+        self.decoder, self.last = decoder, None if context is None else context - 1
         self.cache = new_cache(decoder) if cache is None else cache
         self._call = DecoderCall(decoder)
         self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], room)], dim=1)
-        self._positions = positions_of(self._mask, self._last)
+        self._positions = positions_of(self._mask, self.last)
         self.length = length
 
     @property
@@ -78,7 +79,7 @@ class Continuation(Past):
         start, self.length = self.length, self.length + embeds.shape[1]
         if self.length > self._mask.shape[1]:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], self.length)], dim=1)
-            self._positions = positions_of(self._mask, self._last)
+            self._positions = positions_of(self._mask, self.last)
         positions = self._positions[:, start : self.length]
         return self._call(embeds, self.mask, positions, self.cache)[:, -1]
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer, StaticLayer
 
 from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import unsupported
 from recmas.engine.continuation import Continuation, Past
 from recmas.engine.decoder_call import DecoderCall
-from recmas.engine.growing_cache import GrowingSlidingLayer
 
 _KINDS = {False: "full_attention", True: "sliding_attention"}
+_UNBOUNDED = 1 << 62
 _ALONE: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
@@ -37,42 +37,61 @@ class FixedShapeContinuation:
         rows: of the bucket.
         columns: of the bucket: prompt and all steps.
         compiled: the step is run by `torch.compile`, at shapes that never change.
+
+    Attributes:
+        decoder: of `past`.
+        cache: fixed buffers.
+        length: columns that hold something; whoever steps counts them.
+        last: the last position that the decoder has; None if it does not say.
     """
 
-    def __init__(self, past: Continuation, rows: int, columns: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self, past: Continuation | FixedShapeContinuation, rows: int, columns: int, *, compiled: bool = False
+    ) -> None:
         embedding = past.decoder.get_input_embeddings().weight
+        self.decoder: PreTrainedModel = past.decoder
+        self.length = 0
+        self.last: int | None = past.last
         self.rows, self.columns, self._call = rows, columns, DecoderCall(past.decoder)
         self._dtype, device = embedding.dtype, embedding.device
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._limit = torch.zeros(1, dtype=torch.int64, device=device)
         self._closed = torch.finfo(self._dtype).min
         self._full = torch.full((rows, 1, 1, columns), self._closed, dtype=self._dtype, device=device)
         self._numbers = torch.arange(columns, device=device)
         self._window: int | None = None
-        self._cache = DynamicCache()
+        self.cache = DynamicCache()
+        kinds = set()
         for layer in past.cache.layers:
-            if isinstance(layer, GrowingSlidingLayer):
-                self._window = layer.sliding_window
-            self._cache.layers.append(_like(layer, rows, columns, self._column))
-        kinds = {
-            _KINDS[isinstance(layer, GrowingSlidingLayer)] for layer in past.cache.layers if hasattr(layer, "keys")
-        }
+            window = getattr(layer, "sliding_window", None)
+            self._window = self._window if window is None else window
+            self.cache.layers.append(_like(layer, rows, columns, self._column))
+            if hasattr(layer, "keys"):
+                kinds.add(_KINDS[window is not None])
         self._sliding = torch.empty_like(self._full)
         masks = {"full_attention": self._full, "sliding_attention": self._sliding}
         self._masks: Any = masks if len(kinds) > 1 else masks[kinds.pop()]
         self._run: Any = torch.compile(self._body, dynamic=False, **_ALONE) if compiled else self._body
 
-    def load(self, past: Continuation) -> None:
+    @property
+    def mask(self) -> Tensor:
+        """int64 ``[rows, length]`` of what was fed."""
+        return (self._full[:, 0, 0, : self.length] == 0).to(torch.int64)
+
+    def load(self, past: Continuation | FixedShapeContinuation) -> None:
         """Take over a batch ``[B]`` that has read T columns; B and T plus the steps to come must fit."""
-        mask = past.mask
-        batch, length = mask.shape
+        mask, self.last = past.mask, past.last
+        batch, self.length = mask.shape
+        length = self.length
         last = torch.arange(self.rows, device=mask.device).clamp_(max=batch - 1)
         mask = mask[last]
         self._column.fill_(length)
-        self._positions.copy_(mask.sum(dim=1, keepdim=True))
+        self._limit.fill_(_UNBOUNDED if self.last is None else self.last)
+        torch.minimum(mask.sum(dim=1, keepdim=True), self._limit, out=self._positions)
         self._full.fill_(self._closed)
         self._full[:, 0, 0, :length].masked_fill_(mask == 1, 0)
-        for layer, held in zip(self._cache.layers, past.cache.layers, strict=True):
+        for layer, held in zip(self.cache.layers, past.cache.layers, strict=True):
             _fill(layer, held, last, length)
 
     def step(self, embeds: Tensor) -> Tensor:
@@ -83,11 +102,11 @@ class FixedShapeContinuation:
             self._sliding.copy_(self._full).masked_fill_(left, self._closed)
         hidden = self._run(embeds[:, None].to(self._dtype))
         self._column.add_(1)
-        self._positions.add_(1)
+        torch.minimum(self._positions.add_(1), self._limit, out=self._positions)
         return hidden
 
     def _body(self, embeds: Tensor) -> Tensor:
-        return self._call(embeds, self._masks, self._positions, self._cache)[:, -1]
+        return self._call(embeds, self._masks, self._positions, self.cache)[:, -1]
 
 
 def unfit(past: Past) -> str:
@@ -114,8 +133,10 @@ def bucket(batch: int, length: int) -> tuple[int, int]:
 class _FixedLayer(StaticLayer):
     """Keys and values ``[rows, heads, columns, d]``, written at the one column that all layers share."""
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: int, columns: int, column: Tensor) -> None:
+    def __init__(self, layer: Any, rows: int, columns: int, column: Tensor) -> None:
         super().__init__(max_cache_len=columns)
+        keys, values = layer.keys, layer.values
+        self.sliding_window = getattr(layer, "sliding_window", None)
         self.lazy_initialization(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1))
         self._column = column
 
@@ -132,7 +153,7 @@ def _like(layer: Any, rows: int, columns: int, column: Tensor) -> Any:
         return twin
     if layer.keys is None:  # nothing is kept here, or nothing has come
         return DummyLayer()
-    return _FixedLayer(layer.keys, layer.values, rows, columns, column)
+    return _FixedLayer(layer, rows, columns, column)
 
 
 def _fill(layer: Any, held: Any, rows: Tensor, length: int) -> None:
@@ -145,4 +166,5 @@ def _fill(layer: Any, held: Any, rows: Tensor, length: int) -> None:
     elif held.keys is not None:
         for buffer, states in ((layer.keys, held.keys), (layer.values, held.values)):
             buffer.zero_()  # masked or not, a NaN that an earlier batch left would spread
-            buffer[:, :, length - states.shape[2] : length] = states[rows]
+            count = min(states.shape[2], length)  # a window may have dropped its first columns
+            buffer[:, :, length - count : length] = states[rows, :, :count]

@@ -13,7 +13,7 @@ from recmas.engine.fixed_shapes import bucket
 from recmas.sizing.model_bytes import ModelBytes
 
 BUCKET_ROWS = 2
-"""Buffers of captured rollouts have at most so many times the rows of the batch."""
+"""Buffers of captured steps have at most so many times the rows of the batch."""
 
 
 class Length(NamedTuple):
@@ -53,7 +53,7 @@ def row_bytes(
     """Bytes per row on each device: the agent at work, and what every agent keeps.
 
     Kept are beginnings of prompts that later rounds, or other roles of the same model, will need, and on CUDA the
-    buffers of captured rollouts.
+    buffers of captured steps.
     """
     taken: dict[torch.device, int] = {}
     for device in dict.fromkeys(placement.values()):

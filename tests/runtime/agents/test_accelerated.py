@@ -23,7 +23,7 @@ def accelerated(family: str, dtype: torch.dtype = torch.float32) -> Agent:
 
 
 def packed_layers(agent: Agent) -> list[FrozenLinear]:
-    return [part for part in agent.model.modules() if isinstance(part, FrozenLinear)]
+    return [part for part in agent.model.modules() if isinstance(part, FrozenLinear) and part.packed() is not None]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -51,7 +51,7 @@ def test_files_and_digests_are_the_same(tmp_path):
     plain, packed = tiny_agent("llama"), accelerated("llama")
     assert model_digest(packed) == model_digest(plain)
     assert fingerprint(packed.decoder) == fingerprint(plain.decoder)
-    assert packed.parameter_count() == plain.parameter_count()
+    assert packed.model.num_parameters() == plain.model.num_parameters()
     for name, agent in (("plain", plain), ("packed", packed)):
         agent.save_pretrained(tmp_path / name)
     assert packed_layers(packed)
@@ -110,6 +110,37 @@ def test_systems_are_accelerated_unless_told_otherwise(tmp_path, capsys):
         assert main(["run", str(tmp_path / "system"), "--question", "fox", "--max-new-tokens", "6", *more]) == 0
         outputs.append(capsys.readouterr().out.rpartition(",")[0])  # the time comes last
     assert outputs[0] == outputs[1]
+
+
+def test_two_agents_of_one_model():
+    model = tiny_model("llama")
+    plain = tiny_agent("llama")
+    first, second = (Agent(model, tiny_tokenizer(), name=name, accelerate=True) for name in ("one", "two"))
+    prompt, _ = prompts(plain, (5, 3))
+    assert list(first.accelerated.packed) == list(second.accelerated.packed)
+    assert first.accelerated.packed_bytes == second.accelerated.packed_bytes
+    agents = dict.fromkeys(SEQUENTIAL.roles, first)
+    with pytest.raises(ValueError, match="offload: the model of .* is packed for somebody else, too"):
+        RecursiveMAS.create(agents, SEQUENTIAL, rounds=1, latent_steps=1, seed=0)._new_offloader(
+            dict.fromkeys(SEQUENTIAL.roles, torch.device("cpu"))
+        )
+    assert first.accelerated is None
+    assert packed_layers(second)
+    assert second.decode(prompt, 5) == plain.decode(prompt, 5)
+    second.unpack()
+    assert not packed_layers(second)
+    assert second.decode(prompt, 5) == plain.decode(prompt, 5)
+
+
+def test_an_agent_packed_in_inference_mode_trains_links():
+    model = tiny_model("qwen2")
+    with torch.inference_mode():
+        agent = Agent(model, tiny_tokenizer(), name="agent", accelerate=True)
+    prompt, _ = prompts(agent, (5, 3))
+    embeds = prompt.embeds.clone().requires_grad_()
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    hidden = agent.hidden(type(prompt)(embeds, prompt.mask), ids, torch.ones_like(ids))
+    assert torch.autograd.grad(hidden.sum(), embeds)[0].isfinite().all()
 
 
 def test_agents_given_to_an_offloaded_system_are_unpacked():

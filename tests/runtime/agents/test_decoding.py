@@ -89,6 +89,6 @@ def test_sampler_draws_the_nucleus_by_its_probabilities():
     kept = torch.tensor([0.0, 0.4, 0.25, 0.2, 0.0]) / 0.85  # 0.4 + 0.25 < 0.7 <= 0.4 + 0.25 + 0.2
     count = 20000
     sampler = Sampler(2.0, 0.7, [1], range(count))
-    drawn = torch.bincount(sampler.choose(logits.expand(count, -1), range(count)), minlength=5) / count
+    drawn = torch.bincount(sampler.choose(logits.expand(count, -1), sampler.draw(range(count))[0]), minlength=5) / count
     deviation = (kept * (1 - kept) / count).sqrt()
     assert ((drawn - kept).abs() <= 5 * deviation).all()

@@ -1,4 +1,4 @@
-"""Rollouts at fixed shapes, compiled and captured: the numbers of the plain loop, on buffers that stay in place."""
+"""Latent steps at fixed shapes, compiled and captured: the numbers of the plain loop, on buffers that stay in place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.engine.abilities import missing
+from recmas.engine.buckets import BUCKETS
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket, unfit
-from recmas.engine.latent_rollout import BUCKETS, MOVES, Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import begin
 from recmas.engine.prefix_reuse import PrefixReuse
+from recmas.engine.stepper import SPARE, Stepper
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from tests.runtime.engine.plain_rollout import check_rollout, relative_error
@@ -29,10 +31,10 @@ STEPS = 8
 LENGTHS = {"even": (9, 9, 9), "padded": (9, 3, 7), "beyond a bucket": (70, 2, 30), "one": (1,)}
 
 
-def fixed(agent: Agent, **options: bool) -> Agent:
-    """The agent with rollouts of its own that run at fixed shapes."""
+def fixed(agent: Agent, **options: Any) -> Agent:
+    """The agent with a stepper of its own."""
     twin = Agent(agent.model, agent.tokenizer, name=agent.name)
-    twin.rollouts = Rollouts(**{"fixed_shapes": True, **options})
+    twin.stepper = Stepper(**{"fixed_shapes": True, **options})
     return twin
 
 
@@ -43,7 +45,7 @@ def test_fixed_shapes_give_the_uncached_rollout(agent, lengths):
     batch, rows = prompts(agent, lengths)
     states = agent.think(batch, STEPS, link).states
     assert states.shape == (len(rows), STEPS, agent.hidden_size)
-    assert len(agent.rollouts._buckets) == 1
+    assert len(agent.stepper.pool.held) == 1
     for index, embeds in enumerate(rows):
         check_rollout(states[index], agent, embeds, STEPS, link)
 
@@ -58,7 +60,7 @@ def test_batches_of_one_bucket_share_its_buffers_and_nothing_else(agent):
         states = agent.think(batch, STEPS, link).states
         for index, embeds in enumerate(rows):
             check_rollout(states[index], agent, embeds, STEPS, link)
-        (held,) = agent.rollouts._buckets.values()
+        (held,) = agent.stepper.pool.held.values()
         addresses.append([buffer.data_ptr() for buffer in buffers(held.continuation)])
     assert all(found == addresses[0] for found in addresses)
 
@@ -70,12 +72,12 @@ def test_nothing_of_a_broken_batch_stays(agent):
     broken, _ = prompts(agent, (50, 50))
     broken.embeds.fill_(torch.nan)
     assert agent.think(broken, STEPS, link).states.isnan().all()
-    assert len(agent.rollouts._buckets) == 1
+    assert len(agent.stepper.pool.held) == 1
     assert torch.equal(agent.think(prompts(agent, (9, 3))[0], STEPS, link).states, expected)
 
 
 @torch.no_grad()
-def test_threads_that_share_an_agent_wait_for_its_buffers():
+def test_threads_that_share_an_agent_share_no_buffers():
     agent = fixed(tiny_agent("llama"))
     link = tiny_link(agent)
 
@@ -102,12 +104,12 @@ def test_an_agent_that_moves_leaves_no_buffers_behind():
     agent = fixed(tiny_agent("llama"))
     agent.think(prompts(agent, (9, 3))[0], STEPS, tiny_link(agent))
     agent.to(dtype=torch.float64)
-    assert not agent.rollouts._buckets
+    assert not agent.stepper.pool.held
 
 
 def buffers(static: FixedShapeContinuation) -> list[torch.Tensor]:
     found = [static._column, static._positions, static._full, static._sliding]
-    for layer in static._cache.layers:
+    for layer in static.cache.layers:
         if hasattr(layer, "conv_states"):
             found += [*layer.conv_states.values(), *layer.recurrent_states.values()]
         else:
@@ -161,7 +163,7 @@ def test_few_buckets_are_kept():
     link = tiny_link(agent)
     for lengths in ((10,), (70,), (130,), (20, 10), (110,), (140,)):
         agent.think(prompts(agent, lengths)[0], 4, link)
-    kept = [(held.continuation.rows, held.continuation.columns) for held in agent.rollouts._buckets.values()]
+    kept = [(held.continuation.rows, held.continuation.columns) for held in agent.stepper.pool.held.values()]
     assert kept == [(1, 128), (1, 192)]
     assert len(kept) == BUCKETS
 
@@ -172,7 +174,7 @@ def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
         tiny_tokenizer(),
         name="x",
     )
-    absolute.rollouts = Rollouts(fixed_shapes=True)
+    absolute.stepper = Stepper(fixed_shapes=True)
     assert "without fixed shapes" in missing(absolute.decoder, "fixed shapes")
     llama = fixed(tiny_agent("llama"))
     batch, _ = prompts(llama, (4, 2))
@@ -180,14 +182,14 @@ def test_a_model_that_cannot_run_at_fixed_shapes_says_why():
         link = tiny_link(absolute)
         states = absolute.think(prompts(absolute, (4, 2))[0], 3, link).states
         assert states.shape == (2, 3, 32)
-        assert not absolute.rollouts._buckets
+        assert not absolute.stepper.pool.held
         assert "bloom model without fixed shapes: " in unfit(begin(absolute.decoder, batch.mask, 3, None))
         llama.think(batch, 3, tiny_link(llama))
-        assert llama.rollouts.reason == "graphs are captured on CUDA; this is cpu"
-        assert len(llama.rollouts._buckets) == 1
+        assert llama.stepper.reason == "graphs are captured on CUDA; this is cpu"
+        assert len(llama.stepper.pool.held) == 1
     kept = fixed(tiny_agent("llama"))
     assert kept.think(batch, 3, tiny_link(kept)).states.requires_grad
-    assert not kept.rollouts._buckets
+    assert not kept.stepper.pool.held
 
 
 @torch.no_grad()
@@ -195,11 +197,11 @@ def test_positions_that_are_learned_run_at_fixed_shapes():
     """As their proof says: no list of models decides."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2)
     agent = Agent(AutoModelForCausalLM.from_config(config).float(), tiny_tokenizer(), name="x")
-    agent.rollouts = Rollouts(fixed_shapes=True)
+    agent.stepper = Stepper(fixed_shapes=True)
     batch, rows = prompts(agent, (4, 2))
     link = tiny_link(agent)
     states = agent.think(batch, 3, link).states
-    assert agent.rollouts._buckets
+    assert agent.stepper.pool.held
     for state, embeds in zip(states, rows, strict=True):
         check_rollout(state, agent, embeds, 3, link)
 
@@ -251,17 +253,17 @@ def test_the_compiled_step_gives_the_same_numbers():
 
 def test_a_system_compiles_the_agents_it_loads(tmp_path):
     mas = RecursiveMAS.create({role: tiny_agent("llama") for role in SEQUENTIAL.roles}, SEQUENTIAL, rounds=1)
-    assert not mas.agents["planner"].rollouts.compiled
+    assert not mas.agents["planner"].stepper.compiled
     mas.save_pretrained(tmp_path / "s")
     for compile in (False, True):
         loaded = RecursiveMAS.from_pretrained(tmp_path / "s", compile=compile)
-        assert {agent.rollouts.compiled for agent in loaded.agents.values()} == {compile}
+        assert {agent.stepper.compiled for agent in loaded.agents.values()} == {compile}
     models = {role: tmp_path / "s" / "agents" / role for role in SEQUENTIAL.roles if role != "critic"}
     made = RecursiveMAS.create({**models, "critic": mas.agents["critic"]}, SEQUENTIAL, rounds=1, compile=True)
-    assert [made.agents[role].rollouts.compiled for role in SEQUENTIAL.roles] == [True, False, True]
+    assert [made.agents[role].stepper.compiled for role in SEQUENTIAL.roles] == [True, False, True]
     offloaded = RecursiveMAS.from_pretrained(tmp_path / "s", offload=True)
     offloaded.answer(["fox"], max_new_tokens=1)
-    assert offloaded.agents["planner"].rollouts.reason == "weights are on the device for visits only"
+    assert offloaded.agents["planner"].stepper.reason == "weights are on the device for visits only"
 
 
 @pytest.fixture
@@ -283,19 +285,19 @@ def cuda_prompts(agent: Agent, lengths: tuple[int, ...], seed: int = 0) -> Promp
 def test_a_graph_is_captured_once_and_replayed_for_other_batches(on_gpu):
     agent, link = on_gpu
     loop = Agent(agent.model, agent.tokenizer, name="loop")
-    loop.rollouts = Rollouts(graphs=False)
+    loop.stepper = Stepper(graphs=False)
     kept = []
     for seed, lengths in enumerate([(9, 3, 7), (20, 31, 5, 2), (9, 9, 9, 9)]):
         prompt = cuda_prompts(agent, lengths, seed)
         states = agent.think(prompt, STEPS, link).states
-        assert agent.rollouts.reason == ""
+        assert agent.stepper.reason == ("" if seed else "a graph is captured when its bucket is used again")
         kept.append((states, states.clone()))
         assert relative_error(states, loop.think(prompt, STEPS, link).states) < 1e-4
-    assert agent.rollouts.captures == 1
+    assert agent.stepper.captures == 1
     assert all(torch.equal(*pair) for pair in kept)  # replays write into none of the results handed out
     agent.think(cuda_prompts(agent, (9, 3, 7)), STEPS + 1, link)
-    assert agent.rollouts.captures == 2
-    assert loop.rollouts.reason == "graphs are off"
+    assert agent.stepper.captures == 1  # one graph of one step
+    assert loop.stepper.reason == "graphs are off"
 
 
 @pytest.mark.gpu
@@ -303,20 +305,58 @@ def test_a_graph_is_captured_once_and_replayed_for_other_batches(on_gpu):
 def test_graphs_see_weights_that_change_in_place_and_follow_those_that_move(on_gpu):
     agent, link = on_gpu
     loop = Agent(agent.model, agent.tokenizer, name="loop")
-    loop.rollouts = Rollouts(graphs=False)
+    loop.stepper = Stepper(graphs=False)
     prompt = cuda_prompts(agent, (9, 3, 7))
-    agent.think(prompt, STEPS, link)
+    for _ in range(2):
+        agent.think(prompt, STEPS, link)
     link.proj1.weight.mul_(0.5)
     assert relative_error(agent.think(prompt, STEPS, link).states, loop.think(prompt, STEPS, link).states) < 1e-4
-    assert agent.rollouts.captures == 1
+    assert agent.stepper.captures == 1
     moved = []
-    for number in range(MOVES + 1):
+    for number in range(SPARE + 1):
         moved.append(link.proj1.weight.data)
         link.proj1.weight.data = link.proj1.weight.data.clone() * 0.9
         assert relative_error(agent.think(prompt, STEPS, link).states, loop.think(prompt, STEPS, link).states) < 1e-4
-        assert agent.rollouts.captures == number + 2
+        assert agent.stepper.captures == number + 2
     agent.think(prompt, STEPS, link)
-    assert agent.rollouts.reason == "weights move between rollouts"
+    assert agent.stepper.reason == "graphs were captured more often than they were used again"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@torch.no_grad()
+def test_tokens_are_captured_and_are_those_of_the_loop(on_gpu, temperature):
+    agent, _ = on_gpu
+    loop = Agent(agent.model, agent.tokenizer, name="loop")
+    loop.stepper = Stepper(graphs=False)
+    for seed, lengths in enumerate([(9, 3, 7), (20, 31, 5, 2)]):
+        prompt = cuda_prompts(agent, lengths, seed)
+        settings = 100, temperature, 0.95, 3
+        assert agent.decode(prompt, *settings) == loop.decode(prompt, *settings)
+        assert agent.stepper.reason == ""
+    assert (agent.stepper.captures, agent.stepper.reuses) == (1, 1)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_that_waits_for_the_gpu_leaves_nothing_behind(on_gpu):
+    agent, link = on_gpu
+
+    class Waiting(torch.nn.Module):
+        def forward(self, hidden):
+            return link(hidden) if float(hidden[0, 0]) < 1e9 else hidden
+
+    prompt, waiting = cuda_prompts(agent, (9, 3, 7)), Waiting()
+    stream = torch.cuda.current_stream()
+    expected = agent.think(prompt, STEPS, waiting).states
+    with pytest.warns(UserWarning, match="a step waits for the device"):
+        assert torch.equal(agent.think(prompt, STEPS, waiting).states, expected)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").isfinite().all()
+    other = Agent(agent.model, agent.tokenizer, name="other")
+    for _ in range(2):
+        assert relative_error(other.think(prompt, STEPS, link).states, expected) < 1e-4
+    assert other.stepper.reason == ""
 
 
 @pytest.mark.gpu
@@ -325,7 +365,7 @@ def test_what_is_not_captured_says_why_on_a_gpu(on_gpu):
     agent, link = on_gpu
     prompt = cuda_prompts(agent, (9, 3, 7))
     agent.think(prompt, STEPS, lambda hidden: link(hidden))
-    assert agent.rollouts.reason == "the link is not a module, so a change of its weights cannot be noticed"
+    assert agent.stepper.reason == "the link is not a module, so a change of its weights cannot be noticed"
     agent.think(prompt, 1, link)
-    assert agent.rollouts.reason == "a single step feeds nothing back"
-    assert agent.rollouts.captures == 0
+    assert agent.stepper.reason == "a single step feeds nothing back"
+    assert agent.stepper.captures == 0

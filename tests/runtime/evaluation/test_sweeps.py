@@ -140,7 +140,7 @@ def test_tools_run_where_the_model_calls_them(real, monkeypatch):
 
 def scripted(words):
     left = iter([*words, *[words[0]] * 100])
-    return lambda self, logits, choosing: torch.tensor([next(left)] * logits.shape[0])
+    return lambda self, logits, uniform: torch.tensor([next(left)] * logits.shape[0])
 
 
 def test_every_cell_is_the_system_or_baseline_it_names(real):

@@ -35,15 +35,16 @@ from recmas.agents.required import REQUIRED
 from recmas.config.system_json import PromptSpec
 from recmas.engine import abilities
 from recmas.engine.decoder_call import DecoderCall
-from recmas.engine.latent_rollout import Rollouts
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.engine.probe import Probe, moved, slack
+from recmas.engine.stepper import Stepper
 from recmas.prompts.template import Slot
 from recmas.sizing.model_bytes import model_bytes
 from recmas.system.prompt_assembly import assemble
 from recmas.training import outer_loss
 from recmas.training.proofs import TRAINING
+from recmas_kernels import named_weights
 from tests.runtime.families.tiny_configs import VARIANTS, tiny_config
 from tests.runtime.tiny import tiny_link, tiny_tokenizer
 
@@ -209,7 +210,7 @@ def saved_and_loaded(model: Any) -> Agent:
         tiny_tokenizer(None).save_pretrained(folder)
         agent = Agent.from_pretrained(folder, name="tiny")
     agent.source = None
-    found = dict(agent.model.named_parameters())
+    found = dict(named_weights(agent.model))
     tables = {id(model.get_input_embeddings().weight)}
     for name, weight in model.named_parameters():
         first = 1 if id(weight) in tables else 0  # some models set the padding token's row, 0, to zero when they load
@@ -251,9 +252,9 @@ def batch_of(agent: Agent, rows: list[list[int]]) -> Prompt:
 def rollout(agent: Agent, tested: Agent, lengths: tuple[int, ...] = LENGTHS, fixed_shapes: bool = False) -> float:
     link = tiny_link(agent)
     rows = rows_of(agent, lengths)
-    tested.rollouts = Rollouts(fixed_shapes=fixed_shapes)
+    tested.stepper = Stepper(fixed_shapes=fixed_shapes)
     found = tested.think(batch_of(tested, rows), STEPS, link).states
-    tested.rollouts = Rollouts()
+    tested.stepper = Stepper()
     return max(
         difference(states, plain_rollout(agent, agent.embed(torch.tensor([row])), link))
         for row, states in zip(rows, found, strict=True)

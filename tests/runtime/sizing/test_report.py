@@ -21,6 +21,7 @@ from recmas.sizing.free_memory import free_bytes
 from recmas.sizing.model_bytes import model_bytes
 from recmas.sizing.report import memory_table, size
 from recmas.sizing.row_bytes import Length, row_bytes
+from recmas_kernels.backends import cpu
 from tests.runtime.tiny import tiny_agent, tiny_model
 
 CPU = torch.device("cpu")
@@ -107,10 +108,9 @@ def total(modules):
 def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
     system(tmp_path)
     for dtype in ("auto", "bfloat16"):
-        table = memory_table(tmp_path / "s", dtype=dtype)
-        loaded = RecursiveMAS.from_pretrained(
-            tmp_path / "s", dtype=None if dtype == "auto" else torch.bfloat16, accelerate=False
-        )
+        table = memory_table(tmp_path / "s", dtype=dtype, accelerate=False)
+        asked = None if dtype == "auto" else torch.bfloat16
+        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", dtype=asked, accelerate=False)
         for agent in table.agents:
             model = loaded.agents[agent.role].model
             assert agent.parameters == sum(weight.numel() for weight in model.parameters())
@@ -122,6 +122,21 @@ def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
         assert device.weights == sum(agent.weights for agent in table.agents)
         assert device.links == total([*loaded.inner_links.values(), *loaded.outer_links.values()])
         assert device.peak == device.weights + device.links + device.batch
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_packed_weights_take_no_more_than_the_table_says(tmp_path):
+    system(tmp_path)
+    plain, table = (memory_table(tmp_path / "s", accelerate=accelerate) for accelerate in (False, True))
+    loaded = RecursiveMAS.from_pretrained(tmp_path / "s")
+    for line, agent in zip(table.agents, loaded.agents.values(), strict=True):
+        layers = {id(part._parameters["weight"]): part for part in agent.accelerated.packed.values()}
+        rest = sum(weight.nbytes for weight in agent.model.parameters() if id(weight) not in layers)
+        panels = sum(part.packed().data.nbytes for part in layers.values())
+        assert layers
+        assert rest + panels <= line.weights
+    offloaded = memory_table(tmp_path / "s", offload=True)
+    assert [line.weights for line in offloaded.agents] == [line.weights for line in plain.agents]
 
 
 def test_rows_grow_with_what_is_asked_for(tmp_path):

@@ -194,9 +194,13 @@ def test_an_answer_with_tools(mas, monkeypatch, temperature):
             self.row = list(rows).index(0) if 0 in rows else -1
             self.left = list(script)
 
-        def choose(self, logits, drawing):
-            tokens = super().choose(logits, drawing)
-            if self.row in drawing and self.left:
+        def draw(self, drawing, steps=1):
+            self.drawing = drawing
+            return super().draw(drawing, steps)
+
+        def choose(self, logits, uniform):
+            tokens = super().choose(logits, uniform)
+            if self.row in self.drawing and self.left:
                 tokens[self.row] = self.left.pop(0)
             return tokens
 
