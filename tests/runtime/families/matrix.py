@@ -175,7 +175,7 @@ def examine(model_type: str, checks: Collection[str] | None = None) -> Result:
 def sensitivity(agent: Agent, check: Check) -> float:
     """What rounding explains of a check where errors grow fast: a trusted run on an embedding table moved by one unit
     in the last place, against the plain one, times the factor of `recmas.engine.probe`."""
-    disturbed = copy.deepcopy(agent)
+    disturbed = Agent(copy.deepcopy(agent.model), agent.tokenizer, name=agent.name)
     table = disturbed.model.get_input_embeddings().weight
     table.data.copy_(moved(table.data))
     with everything_off():

@@ -155,15 +155,15 @@ def test_a_model_that_roles_share_is_counted_once(tmp_path):
     one = tiny_agent("llama", "one")
     mas = RecursiveMAS.create({**dict.fromkeys(MIXTURE.roles, one)}, MIXTURE, latent_steps=2, seed=0)
     mas.save_pretrained(tmp_path / "s")
-    table = memory_table(tmp_path / "s")
+    table = memory_table(tmp_path / "s", accelerate=False)
     assert [agent.shares for agent in table.agents] == [None, "math", "math", "math"]
     assert table.devices[0].weights == total([one.model])
 
 
 def test_devices_have_lines_of_their_own(tmp_path):
     system(tmp_path)
-    agents = {agent.role: agent for agent in memory_table(tmp_path / "s").agents}
-    table = memory_table(tmp_path / "s", device={"planner": "meta", "critic": "meta"})
+    agents = {agent.role: agent for agent in memory_table(tmp_path / "s", accelerate=False).agents}
+    table = memory_table(tmp_path / "s", device={"planner": "meta", "critic": "meta"}, accelerate=False)
     meta, cpu = table.devices
     assert (meta.device, cpu.device) == ("meta", "cpu")
     assert meta.weights == agents["planner"].weights + agents["critic"].weights
@@ -180,7 +180,7 @@ def test_a_hub_id_is_looked_up_in_the_cache_of_this_machine(tmp_path, monkeypatc
     shutil.copytree(tmp_path / "s" / "agents" / "critic", cached)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: str(cached / name))
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: pytest.fail("the network was asked"))
-    critic = memory_table(tmp_path / "s", allow_hub=True).agents[1]
+    critic = memory_table(tmp_path / "s", allow_hub=True, accelerate=False).agents[1]
     assert (critic.model, critic.weights) == ("someone/critic", total([mas.agents["critic"].model]))
 
 
