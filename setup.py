@@ -196,7 +196,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages(include=["recmas_kernels*"]) + find_packages("python", include=["recmas*"]),
     package_dir={"recmas": "python/recmas"},
-    package_data={"recmas_kernels": ["py.typed"], "recmas": ["py.typed"]},
+    package_data={"recmas_kernels": ["py.typed"], "recmas": ["py.typed", "serving/page.html"]},
     ext_modules=[
         NativeModule("tensors", "csrc/python"),
         NativeModule("cpu", "csrc"),

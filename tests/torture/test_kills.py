@@ -57,12 +57,13 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 SCENARIOS = {
     "train inner, with its pairs on disk": Scenario(
-        ("train", "inner", "system", *TRAIN, "--output"), 25, ("--resume",), trained
+        ("train", "inner", "system", *TRAIN, "--output"), 15, ("--resume",), trained
     ),
     "train warmup": Scenario(
-        ("train", "warmup", "system", *TRAIN, "--cache", "off", "--output"), 15, ("--resume",), trained
+        ("train", "warmup", "system", *TRAIN, "--cache", "off", "--output"), 10, ("--resume",), trained
     ),
-    "train outer": Scenario(("train", "outer", "system", *TRAIN, "--output"), 20, ("--resume",), trained),
+    "train outer": Scenario(("train", "outer", "system", *TRAIN, "--output"), 15, ("--resume",), trained),
+    "train all": Scenario(("train", "all", "system", *TRAIN, "--output"), 20, ("--resume",), trained),
     "run": Scenario(("run", "system", "--questions", "rows.jsonl", *ASK, "--output"), 10, (), lines),
     "eval": Scenario(
         ("eval", "system", "--data", "rows.jsonl", *ASK, "--mode", "latent,text", "--output"), 10, (), lines

@@ -28,6 +28,7 @@ class LinkCase:
         tokens: rows of x.
         training: forward and backward with every gradient; else forward without grad.
         cold: caches emptied before every call, as a model's body would between two steps of a rollout.
+        unpacked: without grad, outside of a `packed` scope: the weights are read as they are stored.
         peers: names of `peers.link.PEERS`.
     """
 
@@ -36,6 +37,7 @@ class LinkCase:
     tokens: int
     training: bool = False
     cold: bool = False
+    unpacked: bool = False
     peers: tuple[str, ...] = PLAIN_PEERS
 
     @property
@@ -46,13 +48,20 @@ class LinkCase:
     def id(self) -> str:
         mode = "train" if self.training else "infer"
         dtype = str(self.dtype).removeprefix("torch.")
-        cache = "-cold" if self.cold else ""
-        return f"cpu-{self.config.kind}-{self.shape}-{dtype}-T{self.tokens}-{mode}{cache}"
+        cold, unpacked = "-cold" if self.cold else "", "-unpacked" if self.unpacked else ""
+        return f"cpu-{self.config.kind}-{self.shape}-{dtype}-T{self.tokens}-{mode}{unpacked}{cold}"
+
+    @property
+    def mode(self) -> str:
+        """The record's name of the pass."""
+        return "forward+backward" if self.training else "forward, unpacked" if self.unpacked else "forward"
 
     def goal(self, bf16_products: bool) -> Goal:
         """What is claimed of this cell; ``bf16_products`` says that the chip multiplies bfloat16 itself."""
         if self.config.kind == "outer" or self.cold:
             return Goal()
+        if self.unpacked:
+            return Goal(1.1) if self.dtype is torch.float32 else Goal() if bf16_products else Goal(4.0)
         if self.dtype is torch.bfloat16:
             if bf16_products or self.config != INNER:
                 return Goal()
@@ -89,16 +98,18 @@ def link_cases(full: bool) -> list[LinkCase]:
             for dtype in DTYPES
             for tokens in (1, 7)
             for training in (False, True)
-        ]
+        ] + [LinkCase(SMALL_OUTER, dtype, 7, unpacked=True, peers=_peers(dtype)) for dtype in DTYPES]
     cases = []
     for dtype in DTYPES:
         plain, measured = _peers(dtype), _peers(dtype, PRODUCTS)
         for tokens in (1, 4, 8, 16, 32, 64, 128, 256, 512):
             cases.append(LinkCase(INNER, dtype, tokens, peers=_peers(dtype, *_compiled(tokens), PRODUCTS)))
         cases += [LinkCase(INNER, dtype, tokens, cold=True, peers=plain) for tokens in (1, 8, 32)]
+        cases += [LinkCase(INNER, dtype, tokens, unpacked=True, peers=plain) for tokens in (1, 8, 32)]
         for config in (NARROW, OUTER):
             cases += [LinkCase(config, dtype, tokens, peers=measured) for tokens in (1, 8, 32, 512)]
         cases += [
+            LinkCase(INNER, dtype, 1, training=True, peers=measured),
             LinkCase(INNER, dtype, 32, training=True, peers=measured),
             LinkCase(INNER, dtype, 512, training=True, peers=_peers(dtype, "compile", PRODUCTS)),
             LinkCase(OUTER, dtype, 128, training=True, peers=measured),

@@ -60,7 +60,7 @@ def test_link(case: LinkCase, bench: Bench) -> None:
     x = make_rows(case.tokens, case.config.in_features, dtype=case.dtype)
     dy = make_rows(case.tokens, case.config.out_features, dtype=case.dtype, seed=2)
     # In inference the weights are packed, as the runtime packs them for an answer; training reads them as stored.
-    with nullcontext() if case.training else packed(link), torch.set_grad_enabled(case.training):
+    with nullcontext() if case.training or case.unpacked else packed(link), torch.set_grad_enabled(case.training):
         peers, unmeasured = within_bound(case, link, (x, dy), TimeBound())
         errors_of = training_errors if case.training else inference_errors
         errors = errors_of(link, case.tokens, peers, slow_eager="eager" in unmeasured)
@@ -70,7 +70,6 @@ def test_link(case: LinkCase, bench: Bench) -> None:
             variants[PRODUCTS] = products(link, case.tokens, case.training)
         work_of = floors.link_training if case.training else floors.link_forward
         work = work_of(case.config, case.tokens, case.dtype.itemsize)
-        mode = "forward+backward" if case.training else "forward"
-        labels = Labels("link", case.config.kind, case.shape, case.dtype, mode, case.tokens, case.cold)
+        labels = Labels("link", case.config.kind, case.shape, case.dtype, case.mode, case.tokens, case.cold)
         goal = case.goal(bench.device.has_bf16_products)
         bench.run(labels, variants, work, errors, goal, unmeasured=unmeasured)

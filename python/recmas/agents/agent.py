@@ -15,6 +15,7 @@ import recmas_kernels
 from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
+from recmas.agents.sampling import RowName
 from recmas.engine.latent_rollout import rollout
 from recmas.engine.messages import Latents, Prompt
 from recmas.engine.prefill import Prefill, prefill_all
@@ -159,7 +160,7 @@ class Agent(FrozenModel):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[RowName] | None = None,
         reply: Reply | None = None,
         prefill: Prefill = prefill_all,
         weights_stay: bool = True,
@@ -167,7 +168,7 @@ class Agent(FrozenModel):
         """Write text step by step: after each, the token ids by which rows of the batch grew.
 
         A row stops at an end-of-text token, at `max_new_tokens` or at the end of the model's context. Its random stream
-        depends on (seed, row number) alone, so its neighbours do not change it.
+        depends on (seed, name of the row) alone, so its neighbours do not change it.
 
         Args:
             prompt: the batch of prompts.
@@ -175,7 +176,7 @@ class Agent(FrozenModel):
             temperature: 0 is greedy.
             top_p: nucleus, in (0, 1].
             seed: one or more integers.
-            rows: number of each row in the run; None counts from 0.
+            rows: name of each row in the run, usually its number; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.agents.decoding.Reply`); such ids are part of
                 the row, and do not count as written.
             prefill, weights_stay: as for `think`.
@@ -185,7 +186,7 @@ class Agent(FrozenModel):
         """
         self.check_context(prompt.mask.sum(dim=1).tolist())
         seeds = [seed] if isinstance(seed, int) else seed
-        numbers = range(prompt.embeds.shape[0]) if rows is None else rows
+        numbers: Sequence[RowName] = range(prompt.embeds.shape[0]) if rows is None else rows
         return write(
             self,
             prompt,
@@ -208,7 +209,7 @@ class Agent(FrozenModel):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[RowName] | None = None,
         prefill: Prefill = prefill_all,
         weights_stay: bool = True,
     ) -> list[list[int]]:

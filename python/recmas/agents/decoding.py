@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from recmas.agents.model import FrozenModel
-from recmas.agents.sampling import Sampler
+from recmas.agents.sampling import RowName, Sampler
 from recmas.agents.token_steps import token_steps
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import Prefill, prefill_all
@@ -28,7 +28,7 @@ def write(
     temperature: float,
     top_p: float,
     seed: Sequence[int],
-    rows: Sequence[int],
+    rows: Sequence[RowName],
     reply: Reply | None = None,
     prefill: Prefill = prefill_all,
     *,
@@ -47,7 +47,7 @@ def write(
         temperature: 0 is greedy.
         top_p: nucleus, in (0, 1].
         seed: integers that name the run.
-        rows: number of each row in the run, for its random stream.
+        rows: name of each row in the run, for its random stream.
         reply: see `Reply`.
         prefill: reads the prompt.
         stepper: runs the steps; several between two looks of the host, unless a reply may come after each.

@@ -128,10 +128,11 @@ class FrozenModel:
             return torch.cat(parts)[order]
         length = targets.shape[1]
         mask = torch.cat([prompt.mask, target_mask[:, : max(length - 1, 0)].to(prompt.mask.dtype)], dim=1)
-        embeds = torch.cat([prompt.embeds, self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)], dim=1)
-        self.check_context(mask.sum(dim=1).tolist())
         held = 0 if begun is None else begun.get_seq_length()
-        states = DecoderCall(self.decoder)(embeds[:, held:], mask, positions_of(mask)[:, held:], begun)
+        said = self.embed(targets[:, : max(length - 1, 0)]).to(prompt.embeds.dtype)
+        embeds = torch.cat([prompt.embeds[:, held:], said], dim=1)
+        self.check_context(mask.sum(dim=1).tolist())
+        states = DecoderCall(self.decoder)(embeds, mask, positions_of(mask)[:, held:], begun)
         first = prompt.mask.shape[1] - 1 - held
         return states[:, first : first + length]
 

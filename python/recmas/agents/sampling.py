@@ -8,6 +8,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+RowName = int | tuple[int, ...]
+"""What names a row's random stream, after the seed: its number within the run, or several integers."""
+
 
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling with one random stream per row.
@@ -16,12 +19,13 @@ class Sampler:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: smallest set of most likely tokens whose probability reaches this, in (0, 1].
         seed: integers that name the run.
-        rows: number of each row within the run; (seed, row) alone determine a row's random stream.
+        rows: name of each row within the run; (seed, row) alone determine a row's random stream.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[int]) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: Sequence[int], rows: Sequence[RowName]) -> None:
         self.temperature, self.top_p, self._rows = temperature, top_p, len(rows)
-        self._streams = [_stream(*seed, row) for row in rows] if temperature > 0 else []
+        names = [(row,) if isinstance(row, int) else row for row in rows] if temperature > 0 else []
+        self._streams = [_stream(*seed, *name) for name in names]
 
     def draw(self, drawing: Collection[int], steps: int = 1) -> Tensor:
         """Numbers in [0, 1), ``[steps, B]`` on the CPU; only the rows in `drawing` use their stream."""

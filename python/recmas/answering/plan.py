@@ -1,15 +1,13 @@
-"""`Plan`: the options of a run, checked against a system and with the system's own settings filled in."""
+"""`Plan`: a run of a loaded system: how its rows are answered, and who is told of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from typing import Any
 
 from recmas.answering.answers import Answers
+from recmas.answering.manner import Manner
 from recmas.answering.options import AnswerOptions
 from recmas.config.pattern import Visit
-from recmas.config.system_json import Decoding
 from recmas.engine.messages import Message
 from recmas.system.system import System
 
@@ -17,7 +15,7 @@ OnMessage = Callable[[Visit, Message], Message]
 OnAnswers = Callable[[Sequence[int], Answers], object]
 
 
-class Plan:
+class Plan(Manner):
     """What a run will do.
 
     Args:
@@ -25,13 +23,8 @@ class Plan:
         options: as asked for.
         on_message, on_text, on_answers, skip, progress: as `RecursiveMAS.answer` takes them.
 
-    Attributes:
-        rounds: of the run.
-        latent_steps: by role.
-        decoding: by role.
-
     Raises:
-        ValueError: links or slots that the rounds need are missing, or options that an agent cannot run with.
+        ValueError: as `Manner`.
     """
 
     def __init__(
@@ -45,14 +38,7 @@ class Plan:
         skip: Collection[int] = (),
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        self.system, self.options = system, options
-        self.rounds = system.defaults.rounds if options.rounds is None else options.rounds
-        system.check_run(self.rounds, links=options.mode == "latent")
-        self.latent_steps = system.steps_by_role(options.latent_steps)
-        asked: dict[str, Any] = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
-        changes = {name: value for name, value in asked.items() if value is not None}
-        self.decoding: dict[str, Decoding] = {
-            role: replace(setting.decoding, **changes) for role, setting in system.settings.items()
-        }
+        super().__init__(system.outline, options)
+        self.system = system
         self.on_message, self.on_text, self.on_answers = on_message, on_text, on_answers
         self.skip, self.progress = skip, progress

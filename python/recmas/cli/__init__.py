@@ -18,6 +18,7 @@ from recmas.cli.parser import CommandLineParser, one_line
 COMMANDS = {
     "init": "make a system of given models, with fresh links",
     "run": "answer questions with a system",
+    "serve": "answer requests over HTTP, in the OpenAI format",
     "eval": "measure a system's accuracy on questions with known answers",
     "train": "train a system's links: inner, warmup or outer",
     "lab": "the relay lab: build, questions, eval, demo",

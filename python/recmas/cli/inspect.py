@@ -81,26 +81,19 @@ def parts(mas: RecursiveMAS) -> dict[str, Any]:
 
 def seen(mas: RecursiveMAS, handoff: Handoff, nearest: int) -> dict[str, Any]:
     """One handoff in the receiver's space: rms of each latent, and the tokens whose embeddings point its way most."""
-    import torch
+    from recmas.system.nearest import nearest_tokens, received
 
-    from recmas.engine.messages import run_link
-
-    receiver = mas.agents[handoff.target]
     assert handoff.latents is not None
-    with torch.no_grad():
-        latents = handoff.latents.to(receiver.device)
-        received = run_link(mas.outer_links[handoff.source, handoff.target], latents).float()
-        table = torch.nn.functional.normalize(receiver.model.get_input_embeddings().weight.float(), dim=-1)
-        cosine = torch.nn.functional.normalize(received, dim=-1) @ table.T
-        best = cosine.topk(min(nearest, table.shape[0]), dim=-1)
-    tokens = receiver.tokenizer.convert_ids_to_tokens
+    member = mas.member(handoff.target)
+    states = received(member, handoff.source, handoff.latents)
+    found = nearest_tokens(member, handoff.source, handoff.latents, nearest)
     return {
         "round": handoff.round,
         "source": handoff.source,
         "target": handoff.target,
         "latents": [
-            {"rms": state.square().mean().sqrt().item(), "nearest": dict(zip(tokens(ids), values, strict=True))}
-            for state, ids, values in zip(received, best.indices.tolist(), best.values.tolist(), strict=True)
+            {"rms": state.square().mean().sqrt().item(), "nearest": tokens}
+            for state, tokens in zip(states, found, strict=True)
         ],
     }
 

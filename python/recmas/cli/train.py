@@ -1,7 +1,8 @@
-"""``recmas train inner|warmup|outer``: train a system's links."""
+"""``recmas train inner|warmup|outer|all``: train a system's links."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,10 @@ STAGES = {
     "inner": "each agent's inner link, toward the embeddings of its own gold texts",
     "warmup": "each outer link, toward the receiver's embeddings of the sender's gold texts",
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
+    "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
 }
+ORIGIN = "origin.json"
+"""In the output's ``training``: which system it was made of."""
 KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
 
 
@@ -34,7 +38,7 @@ def add_options(parser: CommandLineParser) -> None:
         command.add_argument(
             "--data",
             type=str,
-            required=not aligned,
+            required=stage in ("outer", "all"),
             help='JSONL file; rows carry "targets": {role: text or [text per round]}',
         )
         if aligned:
@@ -49,8 +53,9 @@ def add_options(parser: CommandLineParser) -> None:
             help="JSONL file as --data; the links with least loss on it are kept",
         )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
-        only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
-        command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
+        if stage != "all":
+            only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
+            command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
         add_fields(command, _config_class(stage), KINDS)
         stages.add_subcommand(stage, command, help=summary)
 
@@ -61,8 +66,8 @@ def _add_pairs(command: CommandLineParser) -> None:
         "--texts",
         type=str,
         default=None,
-        help='instead of --data: any texts, a JSONL file or a data set of the hub; rows carry "text", and "prompt" '
-        "where the text answers one",
+        help="instead of --data (of train all: in its first two stages): any texts, a JSONL file or a data set of the "
+        'hub; rows carry "text", and "prompt" where the text answers one',
     )
     command.add_argument(
         "--cache",
@@ -78,46 +83,51 @@ def _add_pairs(command: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     from recmas import training
-    from recmas.config.system_json import read_spec
+    from recmas.config.system_json import FILE_NAME, read_spec
     from recmas.files.locks import one_writer
+    from recmas.files.reading import sha256
     from recmas.system.folder import check_place, is_new, save
+    from recmas.training.processes import processes
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
     given = read_fields(chosen, config_class, KINDS)
     config = config_class(**{name: _setting(name, value) for name, value in given.items()})
-    rows = _rows(chosen)
     system = Path(chosen.system)
     output = system if chosen.output is None else Path(chosen.output)
     logs = output / "training"
+    only = _only(stage, chosen, logs)
+    rows = only.pop("rows")
+    together = processes()
     new = output.resolve() != system.resolve()
+    read_spec(system)
+    origin = {FILE_NAME: sha256(system / FILE_NAME)}
     if new:
         check_place(output)
     if new and not is_new(output):
         _check_resumable(output, stage, chosen.resume)
+        _check_origin(output, system, origin)
         new, system = False, output  # it began as the system that it was made of
     for path in (logs, *logs.glob("*")):
         inside(output, str(path.relative_to(output)), str(output))
-    train: Any = {"inner": training.train_inner, "warmup": training.train_warmup, "outer": training.train_outer}[stage]
-    only: dict[str, Any] = {"roles": chosen.roles} if stage == "inner" else {"edges": _edges(chosen.edges)}
-    if stage != "outer" and chosen.cache != "off":
-        only["cache"] = training.PairCache(logs / "pairs" if chosen.cache is None else chosen.cache, chosen.cache_dtype)
-    if chosen.validation is not None:
-        only["validation"] = training.read_rows(chosen.validation)
     read_spec(system)
     with ExitStack() as stack:
-        if not new:
+        if not new and together.writes:
             stack.enter_context(one_writer(output))
         mas = stack.enter_context(loaded(chosen, system))
 
         def start() -> None:
             """All has been checked: only now is anything written."""
-            if new:
+            if new and together.writes:
                 # With its runs' folders, so that it can be resumed whenever it ends.
-                save(mas, output, [f"{logs.name}/{run}" for run in _runs(stage, only, mas)])
+                runs: dict[str, str | None] = {f"{logs.name}/{run}": None for run in _runs(stage, only, mas)}
+                save(mas, output, runs | {f"{logs.name}/{ORIGIN}": json.dumps(origin) + "\n"})
                 stack.enter_context(one_writer(output))
 
+        train: Any = getattr(training, f"train_{stage}")
         result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
+        if not together.writes:
+            return 0
         mas.save_pretrained(output)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
@@ -133,14 +143,28 @@ def execute(options: Namespace) -> int:
     return 0
 
 
-def _rows(options: Namespace) -> list[dict[str, object]]:
-    """The rows of --data or --texts."""
+def _only(stage: str, options: Namespace, logs: Path) -> dict[str, Any]:
+    """The arguments of a stage's function that its options name, and its rows."""
     from recmas import training
 
     texts = options.get("texts")
-    if (options.data is None) == (texts is None):
+    if stage != "all" and (options.data is None) == (texts is None):
         raise ValueError("give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID")
-    return training.read_rows(options.data) if texts is None else training.read_texts(texts)
+    only: dict[str, Any] = {}
+    if options.data is not None:
+        only["rows"] = training.read_rows(options.data)
+    if texts is not None:
+        only["rows" if options.data is None else "texts"] = training.read_texts(texts)
+    if stage in ("warmup", "outer"):
+        only["edges"] = _edges(options.edges)
+    if stage == "inner":
+        only["roles"] = options.roles
+    if stage != "outer" and options.cache != "off":
+        folder = logs / "pairs" if options.cache is None else options.cache
+        only["cache"] = training.PairCache(folder, options.cache_dtype)
+    if options.validation is not None:
+        only["validation"] = training.read_rows(options.validation)
+    return only
 
 
 def _check_resumable(output: Path, stage: str, resume: bool) -> None:
@@ -150,8 +174,21 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
             f"--output: {output} holds a system already; go on with its training (--resume), train it in place "
             f"(recmas train {stage} {output}), or choose another folder"
         )
-    if not any((output / "training").glob(f"{stage}*")):
+    needed = [each for each in STAGES if each != "all"] if stage == "all" else [stage]
+    if not all(any((output / "training").glob(f"{each}*")) for each in needed):
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
+
+
+def _check_origin(output: Path, system: Path, origin: Mapping[str, str]) -> None:
+    """Raise ValueError unless `output` was made of `system` as it is."""
+    from recmas.files.reading import read_json
+
+    place = output / "training" / ORIGIN
+    if place.exists() and read_json(place) != origin:
+        raise ValueError(
+            f"--output: {output} was made of another system than {system}, or of this one before it changed; go on "
+            f"with what it holds (recmas train STAGE {output} --resume), or choose another folder"
+        )
 
 
 def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str]:
@@ -160,14 +197,16 @@ def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str
 
     if stage == "outer":
         return [stage]
-    keys = (only["roles"] or system.inner_links) if stage == "inner" else (only["edges"] or system.outer_links)
+    if stage == "all":
+        return [run for each in ("inner", "warmup", "outer") for run in _runs(each, only, system)]
+    keys = (only.get("roles") or system.inner_links) if stage == "inner" else (only.get("edges") or system.outer_links)
     return [run_name(stage, key) for key in keys]
 
 
 def _config_class(stage: str) -> Any:
     from recmas import training
 
-    return {"inner": training.InnerConfig, "warmup": training.WarmupConfig, "outer": training.OuterConfig}[stage]
+    return getattr(training, f"{stage.capitalize()}Config")
 
 
 def _setting(name: str, value: Any) -> Any:

@@ -28,7 +28,7 @@ from recmas.config.parts import Trust, checksums, is_hub_id, model_key, model_so
 from recmas.config.pattern import Edge, Pattern
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas.devices.placement import Devices, Placement, place
-from recmas.files import replacing, replacing_folder, sync
+from recmas.files import replacing, replacing_folder, sync, write_atomically
 from recmas.files.locks import one_writer
 from recmas.files.reading import check_regular, inside
 from recmas.files.writing import naming, sync_tree
@@ -81,13 +81,13 @@ def is_new(folder: Path) -> bool:
     return not folder.is_dir() or not any(folder.iterdir())
 
 
-def save(system: System, folder: Path, beside: Iterable[str] = ()) -> None:
+def save(system: System, folder: Path, beside: Mapping[str, str | None] | None = None) -> None:
     """Write `system` into `folder`: a new one, or one that holds a system, which is replaced whole.
 
     Args:
         system: what is written.
         folder: where.
-        beside: empty folders that a new one begins with.
+        beside: what a new one begins with: files by their text, and empty folders, None.
 
     Raises:
         ValueError: as `check_place`, a damaged ``system.json`` in the way, or another process is writing there.
@@ -97,8 +97,10 @@ def save(system: System, folder: Path, beside: Iterable[str] = ()) -> None:
     if is_new(folder):
         with replacing_folder(folder) as fresh:
             _write(system, describe(system), fresh, SystemSpec(system.pattern, {}))
-            for name in beside:
-                (fresh / name).mkdir(parents=True)
+            for name, text in (beside or {}).items():
+                (fresh / name if text is None else (fresh / name).parent).mkdir(parents=True, exist_ok=True)
+                if text is not None:
+                    write_atomically(fresh / name, text)
         return
     with one_writer(folder):
         old = read_spec(folder)

@@ -1,4 +1,4 @@
-"""`System`: agents, links and a pattern, and the one walk through them that inference and training share."""
+"""`System`: agents, links and a pattern, and the walk of one batch through them, for inference and training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ import torch
 from torch import nn
 
 from recmas.agents.agent import Agent
-from recmas.agents.chat_template import ChatTemplate
+from recmas.config.outline import Outline
 from recmas.config.pattern import Edge, Pattern, Visit
-from recmas.config.system_json import AgentSpec, Defaults, edge_name, steps_by_role
+from recmas.config.system_json import AgentSpec, Defaults, edge_name
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
-from recmas.engine.messages import Latents, Message, Prompt
-from recmas.prompts.renderer import PromptRenderer
+from recmas.engine.messages import Message, Prompt
 from recmas.prompts.rows import Fields, check_fields, earlier
 from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
-from recmas.system.joint_link import JointLink, join
-from recmas.system.prompt_assembly import assemble
+from recmas.system.member import Member, Prompts
+from recmas.system.walk import Walk
 from recmas_kernels import FrozenLinear, RecursiveLink, packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_ANY_TEXT = Template("{{text}}")
 
 
 @dataclass
@@ -88,22 +85,11 @@ class System:
             for edge in self.outer_links:
                 self.edge_scores.setdefault(edge, nn.Parameter(torch.zeros((), device=self.agents[edge[1]].device)))
         self._check_widths()
-        self._renderers: dict[str, PromptRenderer] = {}
-        self._templates: dict[str, Template] = {}
-        for role, setting in self.settings.items():
-            tokenizer = self.agents[role].tokenizer
-            self._renderers[role] = PromptRenderer(
-                tokenizer,
-                setting.chat,
-                setting.system,
-                name=f"agent {role!r}",
-                apply=ChatTemplate(tokenizer),
-                vocabulary=self.agents[role].vocabulary,
-            )
-            for text in (setting.prompt.first, setting.prompt.later):
-                if text is not None:
-                    self._templates[text] = Template(text)
-        self._check_templates(1)
+        self._prompts = {
+            role: Prompts(role, setting, self.agents[role].tokenizer, self.agents[role].vocabulary)
+            for role, setting in self.settings.items()
+        }
+        self.check_run(1, links=False)
         self.offloader = None if offload is None else self._new_offloader(place(offload, pattern.roles))
 
     def to(self, device: Devices | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -164,7 +150,7 @@ class System:
             self.offloader.unload()
 
     def walk(self, rows: Sequence[Fields], rounds: int) -> Iterator[Turn]:
-        """The visits of a run in the pattern's order, each with its prompt; the one walk of the project.
+        """The visits of a run in the pattern's order, each with its prompt (`recmas.system.walk`).
 
         Whoever takes a `Turn` runs the agent and puts its message there before asking for the next one.
 
@@ -172,15 +158,24 @@ class System:
             rows: one batch.
             rounds: number of rounds.
         """
-        messages: dict[tuple[str, int], Message] = {}
-        for visit in self.pattern.visits(rounds):
-            sent = {name: messages[name, when] for name, when in zip(visit.senders, visit.sender_rounds, strict=True)}
+        walk: Walk[Message] = Walk(self.pattern, rounds)
+        while ready := walk.ready():
+            visit = ready[0]
+            sent = walk.begin(visit)
             self.load_weights(visit.role)
             turn = Turn(visit, self.prompt(visit, rows, sent))
             yield turn
             if turn.message is None:
                 raise RuntimeError(f"the turn of {visit.role!r} in round {visit.round} ended without a message")
-            messages[visit.role, visit.round] = turn.message
+            walk.end(visit, turn.message)
+
+    def member(self, role: str) -> Member:
+        """One agent with its links and prompts, as they are now."""
+        outer = {source: link for (source, target), link in self.outer_links.items() if target == role}
+        scores = None
+        if self.pattern.combine == "weighted":
+            scores = {source: self.edge_scores[source, role] for source in outer}
+        return Member(role, self.agents[role], self._prompts[role], self.inner_links.get(role), outer, scores)
 
     def prompt(self, visit: Visit, rows: Sequence[Fields], messages: Mapping[str, Message]) -> Prompt:
         """Render and assemble the prompts of one visit.
@@ -190,60 +185,41 @@ class System:
             rows: one batch.
             messages: by sender: texts (one per row) go into the template as text, `Latents` through the outer link.
         """
-        agent, template = self.agents[visit.role], self.template(visit.role, visit.round)
-        texts = {role: message for role, message in messages.items() if not isinstance(message, Latents)}
-        segments = [
-            self.segments(visit, row, {role: text[index] for role, text in texts.items()})
-            for index, row in enumerate(rows)
-        ]
-        latents: dict[tuple[str, ...], Latents] = {}
-        links: dict[tuple[str, ...], nn.Module] = {}
-        for slot in template.slots:
-            if all(role not in texts for role in slot.senders):
-                sent = [messages[role] for role in slot.senders]
-                latents[slot.senders] = join([m.to(agent.device) for m in sent if isinstance(m, Latents)])
-                links[slot.senders] = self._slot_link(slot, visit.role)
-        return assemble(agent.embed, segments, latents, links, pad_id=agent.pad_id, device=agent.device)
+        return self.member(visit.role).prompt([visit] * len(rows), rows, messages)
 
     def segments(self, visit: Visit, row: Fields, texts: Mapping[str, str] | None = None) -> list[list[int] | Slot]:
         """Token ids and slots of one row's prompt; `texts` stand in the slots of their senders."""
-        return self._renderers[visit.role].segments(self.template(visit.role, visit.round), row, texts or {})
+        return self._prompts[visit.role].segments(visit.round, row, texts)
 
     def text_segments(self, role: str, text: str) -> list[list[int] | Slot]:
         """Token ids of any text as `role`'s prompt: in its chat template where it has one."""
-        return self._renderers[role].segments(_ANY_TEXT, {"text": text})
+        return self._prompts[role].text_segments(text)
 
     def prefix_ids(self, visit: Visit, rows: Sequence[Fields]) -> list[list[int]]:
         """Token ids that stand before the first slot of each row's prompt of one visit."""
-        found: list[list[int]] = []
-        for row in rows:
-            found.append([])
-            for segment in self.segments(visit, row):
-                if isinstance(segment, Slot):
-                    break
-                found[-1] += segment
-        return found
+        return self._prompts[visit.role].prefix_ids([visit.round] * len(rows), rows)
 
     def template(self, role: str, round: int) -> Template:
         """The template that `role` uses in `round`."""
-        return self._templates[self.settings[role].prompt.at(round)]
+        return self._prompts[role].template(round)
+
+    @property
+    def outline(self) -> Outline:
+        """The system without its models."""
+        inner, outer = self.inner_links.keys(), self.outer_links.keys()
+        return Outline(self.pattern, self.settings, self.defaults, inner, outer)
 
     def check_run(self, rounds: int, *, links: bool = True) -> None:
         """Raise ValueError, before any model runs, if a slot or (with `links`) a link for so many rounds is missing."""
-        edges = self.pattern.edges(rounds)
-        if links and (missing := sorted(edge_name(edge) for edge in edges - self.outer_links.keys())):
-            raise ValueError(f"rounds={rounds} needs outer links that the system lacks: {', '.join(missing)}")
-        if links and (without := sorted({source for source, _ in edges} - self.inner_links.keys())):
-            raise ValueError(f"rounds={rounds} needs inner links that the system lacks: {', '.join(without)}")
-        self._check_templates(rounds)
+        self.outline.check_run(rounds, links=links)
 
     def check_rows(self, rows: Sequence[Fields], rounds: int) -> None:
         """Raise ValueError, naming row number and field, if a row lacks a field that a template of the run names."""
         self.check_fields(rows, self.pattern.visits(min(rounds, 2)))
         for row in rows:
             if earlier(row):
-                for renderer in self._renderers.values():
-                    renderer.check_chat(row)
+                for prompts in self._prompts.values():
+                    prompts.renderer.check_chat(row)
 
     def check_fields(self, rows: Sequence[Fields], visits: Iterable[Visit]) -> None:
         """`check_rows` for the templates of these visits alone."""
@@ -253,19 +229,7 @@ class System:
 
     def steps_by_role(self, asked: int | Mapping[str, int] | None) -> dict[str, int]:
         """Latent steps of every agent (`recmas.config.system_json.steps_by_role`)."""
-        return steps_by_role(self.settings, self.defaults, asked)
-
-    def _slot_link(self, slot: Slot, target: str) -> nn.Module:
-        edges = [(source, target) for source in slot.senders]
-        links = [self.outer_links[edge] for edge in edges]
-        if len(links) == 1:
-            return links[0]
-        if self.pattern.combine == "weighted":
-            scores = torch.stack([self.edge_scores[edge] for edge in edges])
-            weights = scores.softmax(dim=0).to(self.agents[target].device)
-        else:
-            weights = torch.full((len(edges),), 1 / len(edges), device=self.agents[target].device)
-        return JointLink(links, [self.agents[source].hidden_size for source in slot.senders], weights)
+        return self.outline.steps_by_role(asked)
 
     def _new_offloader(self, placement: Placement) -> Offloader:
         for agent in self.agents.values():
@@ -291,12 +255,6 @@ class System:
             if score.device != placement[edge[1]]:
                 moved = score.detach().to(placement[edge[1]])
                 self.edge_scores[edge] = nn.Parameter(moved, requires_grad=score.requires_grad)
-
-    def _check_templates(self, rounds: int) -> None:
-        joint = self.pattern.combine != "slots"
-        for visit in self.pattern.visits(min(rounds, 2)):
-            template = self.template(visit.role, visit.round)
-            template.check_senders(visit.senders, joint, f"agent {visit.role!r}, round {visit.round}")
 
     def _check_widths(self) -> None:
         width = {role: agent.hidden_size for role, agent in self.agents.items()}

@@ -3,12 +3,13 @@
     train_inner(system, rows, InnerConfig(steps=250, ...))      each agent's R_in
     train_warmup(system, rows, WarmupConfig(steps=250, ...))    each edge's R_out, without answers
     train_outer(system, rows, OuterConfig(rounds=(1, 2, 3)))    all R_out together, by the answer
+    train_all(system, rows, AllConfig(steps=250, ...))          these three, one after the other
 
-All three change the system's links in place (``system.save_pretrained`` keeps them), take rows as a JSONL path, a
-sequence or a callable ``batch index -> rows`` (`recmas.training.data`), and run on one step loop
-(`recmas.training.loop`): with ``output=FOLDER`` they log and write checkpoints there, with ``resume=True`` they go on
-from them, bit for bit. With ``cache=FOLDER`` the first two run each text through its frozen agent once
-(`recmas.training.pair_cache`).
+All change the system's links in place (``system.save_pretrained`` keeps them), take rows as a JSONL path, a sequence or
+a callable ``batch index -> rows`` (`recmas.training.data`), and run on one step loop (`recmas.training.loop`), in one
+process or several (`recmas.training.processes`): with ``output=FOLDER`` they log and write checkpoints there, with
+``resume=True`` they go on from them, bit for bit. With ``cache=FOLDER`` the first two run each text through its frozen
+agent once (`recmas.training.pair_cache`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from recmas.prompts.jsonl import read_rows
-from recmas.training.config import InnerConfig, LoopConfig, OuterConfig, WarmupConfig
+from recmas.training.config import AllConfig, InnerConfig, LoopConfig, OuterConfig, WarmupConfig
 
 if TYPE_CHECKING:
+    from recmas.training.all_stages import train_all
     from recmas.training.data import DataSource, read_texts
     from recmas.training.inner import inner_loss, train_inner
     from recmas.training.loop import StepRecord, TrainingResult
@@ -35,6 +37,7 @@ _HOMES = {
     "TrainingResult": "loop",
     "inner_loss": "inner",
     "outer_loss": "outer",
+    "train_all": "all_stages",
     "train_inner": "inner",
     "train_outer": "outer",
     "train_warmup": "warmup",
@@ -43,6 +46,7 @@ _HOMES = {
 """Modules of what needs torch."""
 
 __all__ = [
+    "AllConfig",
     "DataSource",
     "InnerConfig",
     "LoopConfig",
@@ -55,6 +59,7 @@ __all__ = [
     "outer_loss",
     "read_rows",
     "read_texts",
+    "train_all",
     "train_inner",
     "train_outer",
     "train_warmup",

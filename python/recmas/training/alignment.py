@@ -19,7 +19,7 @@ from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
 from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
-from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
+from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
@@ -94,8 +94,8 @@ def train_apart(
     for key, folder in folders.items():
         check_run(trained[key], config, folder, resume, validated=validation is not None)
     planned = _planned(system, roles, [schedule, measured], config, cache, progress)
-    if on_start is not None:
-        on_start()
+    if not begins(on_start):
+        return {}
     for folder in folders.values():
         if folder is not None:  # so that a run that ends while its pairs are made can be resumed
             folder.mkdir(parents=True, exist_ok=True)

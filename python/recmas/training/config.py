@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 SAFE_RATE = 1e-4
 LinkInit = Literal["default", "identity", "ridge"]
@@ -19,7 +19,8 @@ class LoopConfig:
     Attributes:
         steps: optimiser steps in all; the schedule ends there.
         batch_size: rows per batch (a callable row source decides for itself).
-        accumulation: batches per step; the step's loss is the plain mean of their losses.
+        accumulation: batches per step; the step's loss is the plain mean of their losses. Several processes deal them
+            out among themselves.
         learning_rate: peak of the schedule.
         betas: of AdamW's two moments.
         weight_decay: AdamW's, on matrices only, never on biases and other 1-D parameters.
@@ -31,6 +32,8 @@ class LoopConfig:
             last step.
         patience: measurements in a row without a better one that end the run; None is as many as there are steps.
         seed: of the order of rows and of everything else that is drawn.
+        precision: of products: "float32" leaves models and links theirs, "bfloat16" computes under autocast; the links'
+            masters and the optimiser stay float32.
     """
 
     steps: int = 1000
@@ -46,6 +49,7 @@ class LoopConfig:
     validate_every: int = 100
     patience: int | None = None
     seed: int = 42
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,6 +67,8 @@ class LoopConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {self.schedule!r}")
 
@@ -159,6 +165,46 @@ class OuterConfig(LoopConfig):
     @property
     def most_rounds(self) -> int:
         return self.rounds if isinstance(self.rounds, int) else max(self.rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConfig:
+    """Settings of all three stages, one after the other; what is not here has each stage's own default.
+
+    Attributes:
+        steps: optimiser steps of each link's run, and of the outer links together.
+        batch_size: rows per batch.
+        accumulation: batches per step; several processes deal them out among themselves.
+        rounds: of the unrolled recursion, or several of which each step draws one; None is 1 to the system's own.
+        latent_steps: of every agent or by role; None is the system's own.
+        latents: "forced" or "rollout", of the outer stage.
+        checkpoint_every: steps between checkpoints.
+        validate_every: steps between two measurements of the validation rows, where there are any.
+        patience: measurements in a row without a better one that end a run; None is as many as there are steps.
+        seed: of all that is drawn.
+        precision: of products, "float32" or "bfloat16".
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    rounds: int | tuple[int, ...] | None = None
+    latent_steps: int | Mapping[str, int] | None = None
+    latents: Source = "forced"
+    checkpoint_every: int = 100
+    validate_every: int = 100
+    patience: int | None = None
+    seed: int = 42
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def stages(self, rounds: int) -> tuple[InnerConfig, WarmupConfig, OuterConfig]:
+        """The stages' settings for a system of so many rounds."""
+        names = {field.name for field in fields(LoopConfig)} & {field.name for field in fields(self)}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        shared["rounds"] = tuple(range(1, rounds + 1)) if self.rounds is None else self.rounds
+        outer = OuterConfig(**shared, latent_steps=self.latent_steps, latents=self.latents)
+        aligned = shared | {"rounds": tuple(range(1, outer.most_rounds + 1))}
+        return InnerConfig(**aligned), WarmupConfig(**aligned), outer
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -92,7 +92,8 @@ def train_inner(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per agent.
         on_step: called after every step with its record; a true answer ends that agent's run.
-        on_start: called once, when everything has been checked and nothing has been written.
+        on_start: called once, when everything has been checked and nothing has been written; a true answer
+            ends it there.
 
     Returns:
         What each agent's run did.

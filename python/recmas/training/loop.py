@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from recmas.files.signals import Pending, held_back
 from recmas.files.writing import naming
 from recmas.training import checkpoint
 from recmas.training.config import LoopConfig
+from recmas.training.processes import Processes, processes
 from recmas.training.validation import Validation
 
 LOG = "log.jsonl"
@@ -75,7 +76,7 @@ class TrainingResult:
 
 
 Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
-OnStart = Callable[[], object]
+OnStart = Callable[[], "bool | None"]
 OnStep = Callable[[StepRecord], "bool | None"]
 
 
@@ -113,6 +114,7 @@ def train(
             keep their last good values.
     """
     folder = None if output is None else Path(output)
+    together = processes()
     check_run(parameters, config, folder, resume, validated=validate is not None)
     for key, parameter in parameters.items():
         if not parameter.requires_grad:
@@ -121,32 +123,37 @@ def train(
     with ExitStack() as stack:
         pending, records = Pending(), []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(one_writer(folder))
+            if together.writes:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(one_writer(folder))
             pending = stack.enter_context(held_back())
-            records = _open(folder, parameters, optimizer, config, resume)
+            records = _open(folder, parameters, optimizer, config, resume, together)
         found = {record.step: record.validation for record in records if record.validation is not None}
         validation = Validation(validate, parameters, config, folder, found)
-        bar = tqdm(total=config.steps, initial=len(records), desc=name, disable=None if progress else True, unit="step")
+        shown = progress and together.writes
+        bar = tqdm(total=config.steps, initial=len(records), desc=name, disable=None if shown else True, unit="step")
         stack.callback(_forget_gradients, parameters)
         stack.callback(bar.close)
         began = time.perf_counter()
         for step in range(len(records), config.steps):
             if validation.exhausted:
                 break
-            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder)
+            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder, together)
             seconds = time.perf_counter() - began
             measured = validation.after(step + 1)
             records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured))
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
-            if folder is not None:
+            if folder is not None and together.writes:
                 with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
-            stop = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
+            wanted = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
+            stop = together.sums([float(wanted)]) != [0.0]
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
-                checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
+                if together.writes:
+                    checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
+                together.wait()
             if stop:
                 return TrainingResult(len(records), records)
         validation.restore()
@@ -160,21 +167,32 @@ def _step(
     config: LoopConfig,
     step: int,
     folder: Path | None,
+    together: Processes,
 ) -> tuple[float, float, dict[str, float]]:
     """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, and by link if several."""
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for part in range(config.accumulation):
-        made = loss(step * config.accumulation + part, step)
-        for piece in [made] if isinstance(made, torch.Tensor) else made:
+    own = 0.0
+    for part in together.share(config.accumulation):
+        with autocast(parameters, config):
+            made = loss(step * config.accumulation + part, step)
+        pieces = iter([made] if isinstance(made, torch.Tensor) else made)
+        while True:
+            with autocast(parameters, config):
+                piece = next(pieces, None)
+            if piece is None:
+                break
             value = piece / config.accumulation
             value.backward()
-            total += value.item()
+            own += value.item()
+    (total,) = together.sums([own])
+    together.sum_gradients(parameters.values())
     norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         first, stored = step * config.accumulation, [] if folder is None else checkpoint.checkpoints(folder)
-        batches = f"batch {first}" if config.accumulation == 1 else f"batches {first} to {part + first}"
+        batches = (
+            f"batch {first}" if config.accumulation == 1 else f"batches {first} to {first + config.accumulation - 1}"
+        )
         good = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint before it"
         raise FloatingPointError(
             f"step {step + 1}, {batches}: loss {total}, gradient norm {norm}; lower the learning rate; {good}"
@@ -183,6 +201,16 @@ def _step(
         group["lr"] = config.rate(step)
     optimizer.step()
     return total, norm, norms
+
+
+@contextmanager
+def autocast(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> Iterator[None]:
+    """Within, products are computed at the run's precision; the masters keep theirs."""
+    kinds = {parameter.device.type for parameter in parameters.values()}
+    with ExitStack() as stack:
+        for kind in kinds if config.precision == "bfloat16" else ():
+            stack.enter_context(torch.autocast(kind, torch.bfloat16))
+        yield
 
 
 def _norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
@@ -221,11 +249,21 @@ def _settings(config: LoopConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
 
+def begins(on_start: OnStart | None) -> bool:
+    """Call `on_start` in all processes, after all have checked and before one writes; whether the run goes on."""
+    together = processes()
+    together.wait()
+    ends = on_start is not None and bool(on_start())
+    together.wait()
+    return not ends
+
+
 def check_run(
     parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path | None, resume: bool, *, validated: bool
 ) -> None:
     """Raise ValueError, before anything is written, where `train` would not begin, or go on, in this folder."""
     _check(parameters)
+    processes().check(config.accumulation)
     if config.patience is not None and not validated:
         raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
     if folder is not None:
@@ -256,6 +294,7 @@ def _open(
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     resume: bool,
+    together: Processes,
 ) -> list[StepRecord]:
     """Make the folder ready and go on from its checkpoint, if any; the records of the steps that it has finished."""
     _check_folder(parameters, config, folder, resume)  # again: now nobody else writes there
@@ -263,11 +302,15 @@ def _open(
     steps = 0 if stored is None else stored.step
     if stored is not None:
         stored.restore(parameters, optimizer)
+    together.wait()  # all have read before one writes
+    if stored is not None and together.writes:
         checkpoint.sweep(folder, stored.path)
     records = [record for record in _logged(folder / LOG) if record.step <= steps]
     if [record.step for record in records] != list(range(1, steps + 1)):
         raise ValueError(f"{folder / LOG}: lacks steps that {stored.path.name if stored else ''} has finished")
-    write_atomically(folder / LOG, "".join(map(_line, records)))
+    together.wait()
+    if together.writes:
+        write_atomically(folder / LOG, "".join(map(_line, records)))
     return records
 
 

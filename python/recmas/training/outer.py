@@ -26,7 +26,7 @@ from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
 from recmas.training.lengths import check_unrolled
-from recmas.training.loop import OnStart, OnStep, TrainingResult, check_run, train
+from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
 from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
@@ -158,7 +158,8 @@ def train_outer(
         resume: go on where the folder's checkpoint stopped.
         progress: show a bar.
         on_step: called after every step with its record; a true answer ends the run.
-        on_start: called once, when everything has been checked and nothing has been written.
+        on_start: called once, when everything has been checked and nothing has been written; a true answer
+            ends it there.
 
     Raises:
         ValueError: links that the rounds need are missing, an edge without a link or without latents, or rows that lack
@@ -224,8 +225,8 @@ def train_outer(
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
     check_run(parameters, config, folder, resume, validated=validation is not None)
-    if on_start is not None:
-        on_start()
+    if not begins(on_start):
+        return TrainingResult(0, [])
     with only_trainable(system, parameters):
         return train(
             parameters,

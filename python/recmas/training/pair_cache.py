@@ -33,6 +33,7 @@ from recmas.files.locks import one_writer
 from recmas.files.reading import check_regular, inside, read_json
 from recmas.system.system import System
 from recmas.training.pairs import Pairs, Utterance, speak
+from recmas.training.processes import processes
 
 IDENTITY = "pairs.json"
 SHARD_BYTES = 64 * 2**20
@@ -120,6 +121,13 @@ class Plan:
         Raises:
             ValueError: as `PairCache.plan`, for what has changed since; or another process fills the folder.
         """
+        together = processes()
+        if together.writes:
+            self._write(progress)
+        together.wait()
+        return Shelf(self._folder)
+
+    def _write(self, progress: bool) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         with one_writer(self._folder):
             if not _check_identity(self._folder, self._identity):
@@ -138,7 +146,6 @@ class Plan:
                 for shard in _shards(missing.said, self._width):
                     shelf.add(_made(self._agent, shard, self._stored))
                     bar.update(len(shard))
-        return shelf
 
     @property
     def _width(self) -> int:

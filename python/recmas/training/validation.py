@@ -17,6 +17,7 @@ from torch import nn
 
 from recmas.files import replacing
 from recmas.training.config import LoopConfig
+from recmas.training.processes import processes
 
 BEST = "best.safetensors"
 
@@ -64,11 +65,12 @@ class Validation:
         last = step == self._config.steps
         if self._measure is None or not (last or step % self._config.validate_every == 0):
             return None
+        together = processes()
         with torch.no_grad():
-            value = self._measure()
+            (value,) = together.sums([self._measure() if together.writes else 0.0])
         if self._count(value):
             self._best = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
-            if self._path is not None:
+            if self._path is not None and together.writes:
                 stored = {key: value.cpu().contiguous() for key, value in self._best.items()}
                 with replacing(self._path) as file:
                     file.write(to_bytes(stored, metadata={"step": str(step)}))

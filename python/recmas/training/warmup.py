@@ -216,7 +216,8 @@ def train_warmup(
         resume: go on where the folder's checkpoints stopped.
         progress: show a bar per edge.
         on_step: called after every step with its record; a true answer ends that edge's run.
-        on_start: called once, when everything has been checked and nothing has been written.
+        on_start: called once, when everything has been checked and nothing has been written; a true answer
+            ends it there.
 
     Returns:
         What each edge's run did.

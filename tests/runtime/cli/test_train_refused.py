@@ -12,7 +12,7 @@ from recmas.cli import main
 from tests.runtime.killing import another_writer
 from tests.runtime.lean import contents, lean_rows, write_lean
 
-STAGES = ("inner", "warmup", "outer")
+STAGES = ("inner", "warmup", "outer", "all")
 QUICK = ["--steps", "2", "--batch-size", "2", "--rounds", "1"]
 
 
@@ -122,7 +122,7 @@ def test_a_second_run_changes_nothing(trained, monkeypatch, capsys, stage):
     assert "thesis: exists and is not a system; nothing was written" in err
     err = check_refused(trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", "rows.jsonl"])
     assert "rows.jsonl: is a file, expected a folder" in err
-    other = STAGES[STAGES.index(stage) - 1]
+    other = "outer" if stage == "inner" else "inner"
     err = check_refused(
         trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", f"out-{other}", "--resume"]
     )
@@ -151,3 +151,17 @@ def test_damage_in_the_output_is_told_and_not_written_over(trained, tmp_path, mo
         err = check_refused(tmp_path, monkeypatch, capsys, words)
         assert path.name in err
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_system_is_not_gone_on_with(trained, monkeypatch, capsys, tmp_path, stage):
+    """Resuming names the system that the output was made of: another one, or that one changed, is refused."""
+    write_lean(tmp_path)
+    spec = json.loads((tmp_path / "system" / "system.json").read_text())
+    spec["defaults"]["latent_steps"] = 3
+    (tmp_path / "system" / "system.json").write_text(json.dumps(spec))
+    words = ["train", stage, str(tmp_path / "system"), "--data", "rows.jsonl", *QUICK, "--output", f"out-{stage}"]
+    err = check_refused(trained, monkeypatch, capsys, [*words, "--resume"])
+    assert f"out-{stage} was made of another system than {tmp_path / 'system'}" in err
+    words[2] = "system"
+    assert main([*words, "--resume"]) == 0  # nothing is left to do

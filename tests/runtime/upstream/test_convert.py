@@ -135,7 +135,7 @@ def test_latents_equal_the_reference_algorithm(clone: Path, light: tuple[Path, S
         if visit.final:
             break
         agent = mas.agents[visit.role]
-        segments = mas._renderers[visit.role].segments(mas.template(visit.role, visit.round), row)
+        segments = mas.segments(visit, row)
         pieces = [
             outer_reference(exact[keys[piece.senders[0], visit.role]], sent[piece.senders[0]])
             if isinstance(piece, Slot)

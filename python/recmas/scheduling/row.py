@@ -1,0 +1,181 @@
+"""`Row`: a question on its way through a system, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from recmas.answering.answers import Answer
+from recmas.answering.manner import Manner
+from recmas.config.pattern import Visit
+from recmas.prompts.rows import Fields
+from recmas.scheduling.task import Account, Grown, Part, Piece, Work
+from recmas.system.walk import Walk
+
+
+@dataclass
+class VisitDone:
+    """One visit of a row.
+
+    Attributes:
+        round, stage, role: which.
+        rows: that were in the batch.
+        seconds: of the batch.
+        positions: of the row's prompt, messages included.
+        latent_steps, text_tokens: of the message or answer.
+        nearest: by sender, per latent that was read: token and cosine.
+    """
+
+    round: int
+    stage: int
+    role: str
+    rows: int
+    seconds: float
+    positions: int
+    latent_steps: int
+    text_tokens: int
+    nearest: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Who waits for a row. Called from the dispatcher's thread: quickly, and without an exception."""
+
+    def text(self, piece: str) -> None:
+        """The next piece of the answer."""
+
+    def visited(self, visit: VisitDone) -> None:
+        """A visit has ended."""
+
+    def answered(self, answer: Answer) -> None:
+        """The end: the answer."""
+
+    def failed(self, error: Exception) -> None:
+        """The end: why there is no answer."""
+
+
+class Row:
+    """A question on its way.
+
+    Args:
+        number: names the row.
+        fields: of the question.
+        manner: how it is answered.
+        sink: who waits for it.
+        stream: names its random streams, before round and role.
+        tokens: positions that its longest visit takes, for the budget of a batch.
+        nearest: tokens to look up for each latent; 0 looks up none.
+        deadline: on the clock of `time.monotonic`; None waits as long as it takes.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        fields: Fields,
+        manner: Manner,
+        sink: Sink,
+        *,
+        stream: tuple[int, int] = (0, 0),
+        tokens: int = 1,
+        nearest: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        self.number, self.fields, self.manner, self.sink = number, fields, manner, sink
+        self.tokens, self.nearest, self.deadline = tokens, nearest, deadline
+        self._stream = stream
+        self.alone = 0
+        """Rows that share a batch with this one have the same number here: 0, until a batch has failed."""
+        self.losses = 0
+        """Batches of this row that were lost with their process."""
+        self.over = False
+        self.turn = 0
+        """How often it has begun its walk."""
+        self._shown = ""
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Begin the walk: at first, and where messages were lost. Text that was shown is not shown again."""
+        self.turn += 1
+        self._walk: Walk[Piece] = Walk(self.manner.pattern, self.manner.rounds)
+        self._visits = list(self.manner.pattern.visits(self.manner.rounds))
+        self._sent: dict[Visit, dict[str, Piece]] = {}
+        self.answer = Answer()
+        self.since = time.monotonic()
+
+    def due(self) -> list[tuple[Visit, Work]]:
+        """What can begin now."""
+        return [(visit, self._work(visit)) for visit in self._walk.ready()]
+
+    @property
+    def entering(self) -> bool:
+        """Nothing has been done for it yet."""
+        return not self._sent
+
+    def begin(self, visit: Visit) -> tuple[Part, Mapping[str, Piece]]:
+        """Begin a visit, or repeat one that was lost."""
+        if visit not in self._sent:
+            self._sent[visit] = self._walk.begin(visit)
+        if visit.final:
+            self.answer.text, self.answer.tokens = "", []
+        again = [later.round for later in self._visits if later.role == visit.role and later.round > visit.round]
+        how = self.manner.decoding[visit.role]
+        seed, number = self._stream
+        stream = (seed, visit.round, self.manner.pattern.roles.index(visit.role), number)
+        part = Part(
+            self.number,
+            visit,
+            self.fields,
+            min(again, default=None),
+            how.max_new_tokens,
+            stream,
+            self.nearest,
+        )
+        return part, self._sent[visit]
+
+    def grow(self, grown: Grown) -> None:
+        """The answer has grown; what was shown before its batch was lost comes again, and is passed over."""
+        answer, shown = self.answer, self._shown
+        answer.tokens += grown.tokens
+        answer.text += grown.text
+        if not (answer.text.startswith(shown) or shown.startswith(answer.text)):
+            raise ValueError("the answer cannot be continued: its repetition began with another text")
+        if len(answer.text) > len(shown):
+            self._shown = answer.text
+            self.sink.text(answer.text[len(shown) :])
+
+    def end(self, visit: Visit, place: int, rows: int, message: object, account: Account) -> None:
+        """A visit has ended."""
+        self._walk.end(visit, Piece(message, place))
+        self.losses = self.alone = 0
+        written = account.written[place] if account.written else 0
+        answer, role = self.answer, visit.role
+        if self._work(visit).latent_steps is None:
+            answer.text_tokens[role] = answer.text_tokens.get(role, 0) + written
+        else:
+            answer.latent_steps[role] = answer.latent_steps.get(role, 0) + account.latent_steps
+        if visit.final and account.tool_calls:
+            answer.tool_calls = account.tool_calls[place]
+        positions, nearest = account.positions[place], account.nearest.get(place, {})
+        done = VisitDone(
+            visit.round, visit.stage, role, rows, account.seconds, positions, account.latent_steps, written, nearest
+        )
+        self.sink.visited(done)
+        self.since = time.monotonic()
+        if self._walk.done:
+            self.over = True
+            self.sink.answered(answer)
+
+    def fail(self, error: Exception) -> None:
+        """There will be no answer."""
+        if not self.over:
+            self.over = True
+            self.sink.failed(error)
+
+    def _work(self, visit: Visit) -> Work:
+        manner, role = self.manner, visit.role
+        mode = manner.options.mode
+        if mode == "latent" and not visit.final:
+            return Work(role, mode, manner.latent_steps[role])
+        how = manner.decoding[role]
+        return Work(role, mode, None, how.temperature, how.top_p)

@@ -1,0 +1,156 @@
+"""`Worker`: runs tasks on one agent of a system, in whichever process the agent is."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+
+from recmas.agents.detokenizer import Detokenizer
+from recmas.engine.messages import Latents, Message, Prompt
+from recmas.engine.prefill import Prefill
+from recmas.engine.prefix_reuse import PrefixReuse
+from recmas.scheduling.task import Account, Grown, Task
+from recmas.system.member import Member
+from recmas.system.nearest import nearest_tokens
+from recmas.tools import Caller, Toolbox
+
+HELD = 4
+"""Batches whose prefixes are kept for their next visit; the one unused for longest goes first."""
+
+
+class Worker:
+    """One agent at work.
+
+    Args:
+        member: the agent, its links and prompts.
+        toolbox: what it may call while it writes an answer.
+        prefix_reuse: keep prefixes of a batch for its next visit (`recmas.engine.prefix_reuse`).
+        load_weights: under offload, brings the agent's weights to its device.
+        weights_stay: False under offload.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        toolbox: Toolbox | None = None,
+        *,
+        prefix_reuse: bool = True,
+        load_weights: Callable[[], object] = lambda: None,
+        weights_stay: bool = True,
+    ) -> None:
+        self.member, self._toolbox, self._reuse = member, toolbox or Toolbox(()), prefix_reuse
+        self._load_weights, self._weights_stay = load_weights, weights_stay
+        self._prefixes: OrderedDict[tuple[int, ...], PrefixReuse] = OrderedDict()
+
+    @torch.no_grad()
+    def think(self, task: Task, messages: Mapping[str, Message]) -> tuple[Latents, Account]:
+        """The latents of a task's rows.
+
+        Raises:
+            ValueError: a prompt beyond the model's context.
+            FloatingPointError: latents that are not finite.
+        """
+        started = time.perf_counter()
+        steps, member = task.work.latent_steps, self.member
+        assert steps is not None
+        if member.inner_link is None:
+            raise ValueError(f"agent {member.role!r} has no inner link, so it sends no latents")
+        prompt, account = self._prompt(task, messages)
+        prefill = self._prefill(task)
+        latents = member.agent.think(prompt, steps, member.inner_link, prefill=prefill, weights_stay=self._weights_stay)
+        if not bool(latents.states.isfinite().all()):
+            raise FloatingPointError(f"agent {member.role!r}: latents are not finite in {member.agent.dtype}")
+        account.latent_steps = steps
+        account.seconds = time.perf_counter() - started
+        return latents, account
+
+    @torch.no_grad()
+    def write(self, task: Task, messages: Mapping[str, Message], account: Account) -> Iterator[dict[int, Grown]]:
+        """Write the texts of a task's rows; after every step, what it added, by place in the batch.
+
+        A row ends at its own `max_new_tokens`; the batch when all its rows have ended or been dropped.
+
+        Args:
+            task: what is done.
+            messages: what is read.
+            account: filled in by the end.
+
+        Raises:
+            ValueError: a prompt beyond the model's context.
+            FloatingPointError: logits that are not finite.
+        """
+        started = time.perf_counter()
+        work, parts, agent = task.work, task.parts, self.member.agent
+        prompt, begun = self._prompt(task, messages)
+        account.positions, account.nearest = begun.positions, begun.nearest
+        account.written = [0] * len(parts)
+        calls = self._toolbox.tools and all(part.visit.final for part in parts)
+        caller = Caller(self._toolbox, len(parts), agent.text, agent.literal) if calls else None
+        pieces = [Detokenizer(agent.text) for _ in parts]
+        going = {place for place, part in enumerate(parts) if part.max_new_tokens > 0}
+        steps = agent.write(
+            prompt,
+            max(part.max_new_tokens for part in parts),
+            work.temperature,
+            work.top_p,
+            (),
+            rows=[part.stream for part in parts],
+            reply=caller,
+            prefill=self._prefill(task),
+            weights_stay=self._weights_stay,
+        )
+        for step in steps:
+            grown = {}
+            for place, tokens in step.items():
+                if place in going:
+                    account.written[place] += 1
+                    grown[place] = Grown(tokens, 1, pieces[place].add(tokens))
+                    if account.written[place] == parts[place].max_new_tokens:
+                        going.discard(place)
+            yield grown
+            going -= task.dropped
+            if not going:
+                break
+            self._load_weights()
+        yield {place: Grown([], 0, piece.finish()) for place, piece in enumerate(pieces)}
+        account.tool_calls = [[] for _ in parts] if caller is None else caller.calls
+        account.seconds = time.perf_counter() - started
+
+    def text(self, task: Task, messages: Mapping[str, Message]) -> tuple[list[str], Account]:
+        """The texts of a task's rows, at their end; errors as `write`."""
+        account, texts = Account(), [""] * len(task.parts)
+        for step in self.write(task, messages, account):
+            for place, grown in step.items():
+                texts[place] += grown.text
+        return texts, account
+
+    def _prompt(self, task: Task, messages: Mapping[str, Message]) -> tuple[Prompt, Account]:
+        self._load_weights()
+        parts = task.parts
+        prompt = self.member.prompt([part.visit for part in parts], [part.fields for part in parts], messages)
+        account = Account(positions=prompt.mask.sum(dim=1).tolist())
+        for place, part in enumerate(parts):
+            for sender in part.visit.senders if part.nearest else ():
+                message = messages[sender]
+                if isinstance(message, Latents):
+                    states = message.states[place, : message.counts()[place]]
+                    found = nearest_tokens(self.member, sender, states, part.nearest)
+                    account.nearest.setdefault(place, {})[sender] = found
+        return prompt, account
+
+    def _prefill(self, task: Task) -> Prefill:
+        """Reads the prompts; a batch that comes again resumes from the prefixes of its last visit."""
+        rows = tuple(part.number for part in task.parts)
+        kept = self._prefixes.pop(rows, None) or PrefixReuse(self._reuse)
+        rounds = [part.again for part in task.parts if part.again is not None]
+        upcoming = None
+        if len(rounds) == len(rows):
+            self._prefixes[rows] = kept
+            while len(self._prefixes) > HELD:
+                self._prefixes.popitem(last=False)
+            upcoming = partial(self.member.prompts.prefix_ids, rounds, [part.fields for part in task.parts])
+        return kept.prefill(self.member.role, upcoming)

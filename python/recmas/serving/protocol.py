@@ -1,0 +1,165 @@
+"""What a chat request holds, and what answers it: the OpenAI interface, and the fields of ours beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recmas.answering.answers import Answer
+from recmas.answering.options import AnswerOptions
+from recmas.prompts.rows import Fields, read_row
+from recmas.serving.errors import ApiError
+from recmas.serving.settings import ServeSettings
+
+Name = Annotated[str, Field(max_length=64)]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One message: (system,) user, assistant, ..., user; the last one is the question."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for one answer.
+
+    `mode`, `rounds`, `latent_steps`, `fields` and `trace` are ours (``extra_body`` of the official client); fields that
+    bear no influence on the answer are taken and left alone, all others are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: Annotated[str, Field(max_length=256)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int | None, Field(ge=0)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    n: Literal[1] = 1
+    mode: Literal["latent", "text"] = "latent"
+    rounds: Annotated[int | None, Field(ge=1)] = None
+    latent_steps: Annotated[int, Field(ge=0)] | dict[Name, Annotated[int, Field(ge=0)]] | None = None
+    fields: dict[Name, str | int | float] = {}
+    trace: bool = False
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    def options(self, settings: ServeSettings) -> AnswerOptions:
+        """How the question is answered.
+
+        Raises:
+            ApiError: more than `settings` allow.
+        """
+        asked = [count for count in (self.max_tokens, self.max_completion_tokens) if count is not None]
+        most = self.latent_steps.values() if isinstance(self.latent_steps, dict) else [self.latent_steps or 0]
+        for name, value, bound in (
+            ("max_tokens", max(asked, default=0), settings.max_tokens),
+            ("rounds", self.rounds or 1, settings.max_rounds),
+            ("latent_steps", max(most, default=0), settings.max_latent_steps),
+        ):
+            if value > bound:
+                raise ApiError(400, f"{name}: {value} is more than the {bound} of this server", "too_much", name)
+        return AnswerOptions(
+            mode=self.mode,
+            rounds=self.rounds,
+            latent_steps=self.latent_steps,
+            max_new_tokens=min(asked) if asked else None,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+    def row(self) -> Fields:
+        """The question, as a row.
+
+        Raises:
+            ValueError: messages in no order of a chat.
+        """
+        if "question" in self.fields or "messages" in self.fields:
+            raise ValueError("fields: question and messages come from the messages of the request")
+        said = [{"role": message.role, "content": _text(message)} for message in self.messages]
+        row = read_row({**self.fields, "messages": said}, 0)
+        return row
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """The request of a body.
+
+    Raises:
+        ApiError: no JSON, or a field that is wrong.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(place) for place in first["loc"])
+        kind = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+        raise ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], kind, where or None) from None
+
+
+def usage(answer: Answer, positions: int) -> dict[str, Any]:
+    """What an answer took; text of all agents counts as completion, all prompts' positions as prompt."""
+    written, thought = sum(answer.text_tokens.values()), sum(answer.latent_steps.values())
+    return {
+        "prompt_tokens": positions,
+        "completion_tokens": written,
+        "total_tokens": positions + written,
+        "latent_steps": thought,
+        "text_tokens_by_role": answer.text_tokens,
+        "latent_steps_by_role": answer.latent_steps,
+    }
+
+
+class Reply:
+    """The objects that answer one request, for `identity` and `model`."""
+
+    def __init__(self, identity: str, model: str) -> None:
+        self._common = {"id": f"chatcmpl-{identity}", "created": int(time.time()), "model": model}
+
+    def whole(self, answer: Answer, finish: str, took: dict[str, Any], visits: list[Any] | None) -> dict[str, Any]:
+        """The answer in one piece."""
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+        traced = {} if visits is None else {"recmas": {"visits": visits}}
+        return {**self._common, "object": "chat.completion", "choices": [choice], "usage": took, **traced}
+
+    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        """An event with a piece of the answer."""
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return event({**self._common, "object": "chat.completion.chunk", "choices": [choice]})
+
+    def beside(self, **fields: Any) -> bytes:
+        """An event without a piece: usage, or a visit."""
+        return event({**self._common, "object": "chat.completion.chunk", "choices": [], **fields})
+
+
+def event(content: Any) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+def _text(message: ChatMessage) -> str:
+    return message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)

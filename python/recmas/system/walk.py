@@ -1,0 +1,52 @@
+"""`Walk`: the visits of a run and the messages between them; the one walk of the project.
+
+One batch takes it visit by visit (`System.walk`). Many rows take it at once where agents are in several processes or
+rows come and go (`recmas.scheduling`): then every visit may begin whose messages are there.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from recmas.config.pattern import Pattern, Visit
+
+M = TypeVar("M")
+
+
+class Walk(Generic[M]):
+    """Which visits may begin, and what each of them reads.
+
+    Args:
+        pattern: of the system.
+        rounds: of the run.
+    """
+
+    def __init__(self, pattern: Pattern, rounds: int) -> None:
+        self._left = list(pattern.visits(rounds))
+        self._under_way: list[Visit] = []
+        self._messages: dict[tuple[str, int], M] = {}
+
+    @property
+    def done(self) -> bool:
+        return not self._left and not self._under_way
+
+    def ready(self) -> list[Visit]:
+        """The visits that may begin, in the pattern's order."""
+        return [visit for visit in self._left if all(source in self._messages for source in _sources(visit))]
+
+    def begin(self, visit: Visit) -> dict[str, M]:
+        """Begin a visit that is ready; the messages that it reads, by sender, in slot order."""
+        self._left.remove(visit)
+        self._under_way.append(visit)
+        return {name: self._messages[name, when] for name, when in _sources(visit)}
+
+    def end(self, visit: Visit, message: M) -> None:
+        """The visit has ended with this message; messages that nobody reads any more are dropped."""
+        self._under_way.remove(visit)
+        self._messages[visit.role, visit.round] = message
+        wanted = {source for later in self._left for source in _sources(later)}
+        self._messages = {source: held for source, held in self._messages.items() if source in wanted}
+
+
+def _sources(visit: Visit) -> list[tuple[str, int]]:
+    return list(zip(visit.senders, visit.sender_rounds, strict=True))

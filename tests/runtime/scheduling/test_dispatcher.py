@@ -1,0 +1,242 @@
+"""Rows that come and go get the answers that they get in one batch; who fails, leaves or is late harms no other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
+from recmas.answering.answers import Answer
+from recmas.scheduling.dispatcher import Dispatcher, Limits
+from recmas.scheduling.executor import Executor, Failed, LocalExecutor, Report
+from recmas.scheduling.task import Task
+from tests.runtime.scheduling.rows import PATTERNS, QUESTIONS, Waiting, row_of, send, tiny_system
+
+
+@pytest.fixture(scope="module")
+def system() -> RecursiveMAS:
+    return tiny_system(SEQUENTIAL)
+
+
+class Watched:
+    """A local executor whose tasks are seen, may be held back, and may fail."""
+
+    def __init__(self, system: RecursiveMAS) -> None:
+        self.inner: Executor = LocalExecutor(system)
+        self.tasks: list[Task] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.fail: Callable[[Task], Failed | None] = lambda task: None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def start(self, task: Task, report: Report) -> None:
+        self.tasks.append(task)
+
+        def run() -> None:
+            assert self.open.wait(60)
+            failed = self.fail(task)
+            if failed is None:
+                self.inner.start(task, report)
+            else:
+                report(failed)
+
+        threading.Thread(target=run, daemon=True).start()
+
+
+def texts(waiting: list[Waiting]) -> list[str]:
+    found = []
+    for sink in waiting:
+        answer = sink.end()
+        assert isinstance(answer, Answer), answer
+        assert "".join(sink.pieces) == answer.text
+        found.append(answer.text)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["latent", "text"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_answers_are_those_of_a_batch(pattern: str, mode: str) -> None:
+    system = tiny_system(PATTERNS[pattern])
+    options = {"mode": mode, "temperature": 0.7, "seed": 5}
+    expected = system.answer([{"question": question} for question in QUESTIONS], **options)
+    dispatcher = Dispatcher(LocalExecutor(system))
+    try:
+        waiting = send(dispatcher, system, QUESTIONS, **options)
+        assert texts(waiting) == [answer.text for answer in expected]
+    finally:
+        dispatcher.close()
+    visits = len(list(system.pattern.visits(2)))
+    for sink, answer in zip(waiting, expected, strict=True):
+        found = sink.end()
+        assert isinstance(found, Answer)
+        assert found.latent_steps == answer.latent_steps
+        assert found.text_tokens == answer.text_tokens
+        assert found.tokens == answer.tokens
+        assert len(sink.visits) == visits
+
+
+def test_rows_of_one_moment_share_every_batch(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.5, rows=len(QUESTIONS)))
+    try:
+        texts(send(dispatcher, system, QUESTIONS))
+    finally:
+        dispatcher.close()
+    assert [len(task.parts) for task in executor.tasks] == [len(QUESTIONS)] * 6
+
+
+def test_a_late_row_joins_at_a_stage_in_another_round_and_ends_by_itself(system: RecursiveMAS) -> None:
+    """The late row's first visit is made in one batch with the early row's second round."""
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.0))
+    expected = [system.answer([question], rounds=rounds)[0].text for question, rounds in (("fox", 2), ("plan", 1))]
+    early, late = Waiting(), Waiting()
+    joined = threading.Event()
+
+    def hold_the_solver(task: Task) -> None:
+        if task.work.role == "solver":
+            assert joined.wait(60)
+
+    executor.fail = hold_the_solver
+    try:
+        dispatcher.add(row_of(system, 0, "fox", early, rounds=2))
+        while len(executor.tasks) < 3:  # planner, critic, solver of round 1
+            time.sleep(0.001)
+        dispatcher.add(row_of(system, 1, "plan", late, rounds=1))
+        joined.set()
+        assert texts([early, late]) == expected
+    finally:
+        joined.set()
+        dispatcher.close()
+    together = [task for task in executor.tasks if len(task.parts) == 2]
+    assert {part.visit.round for part in together[0].parts} == {1, 2}
+    assert late.visits[-1].stage == 2
+    assert len(late.visits) == 3
+    assert len(early.visits) == 6
+
+
+def test_a_row_that_always_fails_does_not_take_its_batch_along(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+
+    def fail(task: Task) -> Failed | None:
+        if any(part.number == 3 for part in task.parts):
+            return Failed(task, FloatingPointError("latents are not finite"))
+        return None
+
+    executor.fail = fail
+    expected = [answer.text for answer in system.answer(QUESTIONS)]
+    dispatcher = Dispatcher(executor, Limits(window=0.2, rows=len(QUESTIONS)))
+    try:
+        waiting = send(dispatcher, system, QUESTIONS)
+        assert str(waiting[3].end()) == "latents are not finite"
+        del waiting[3], expected[3]
+        assert texts(waiting) == expected
+    finally:
+        dispatcher.close()
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_what_is_lost_is_repeated_and_text_is_shown_once(system: RecursiveMAS, inputs: bool) -> None:
+    executor = Watched(system)
+    generator = torch.Generator().manual_seed(3)
+
+    def fail(task: Task) -> Failed | None:
+        lost = torch.rand((), generator=generator) < 0.2
+        return Failed(task, ConnectionError("gone"), lost=True, inputs=inputs) if lost else None
+
+    executor.fail = fail
+    expected = [answer.text for answer in system.answer(QUESTIONS)]
+    dispatcher = Dispatcher(executor, Limits(window=0.05))
+    try:
+        assert texts(send(dispatcher, system, QUESTIONS)) == expected
+    finally:
+        dispatcher.close()
+    assert len(executor.tasks) > 6
+
+
+def test_a_row_that_ends_the_process_each_time_is_given_up_alone(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+
+    def fail(task: Task) -> Failed | None:
+        deadly = any(part.number == 1 for part in task.parts)
+        return Failed(task, ConnectionError("gone"), lost=True) if deadly else None
+
+    executor.fail = fail
+    expected = [answer.text for answer in system.answer(QUESTIONS)]
+    dispatcher = Dispatcher(executor, Limits(window=0.05))
+    try:
+        waiting = send(dispatcher, system, QUESTIONS)
+        assert isinstance(waiting[1].end(), ConnectionError)
+        del waiting[1], expected[1]
+        assert texts(waiting) == expected
+    finally:
+        dispatcher.close()
+
+
+def test_a_row_that_is_dropped_or_late_frees_its_place(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+    executor.open.clear()
+    dispatcher = Dispatcher(executor, Limits(window=0.0))
+    gone, late, stays = Waiting(), Waiting(), Waiting()
+    try:
+        rows = [row_of(system, number, "fox", sink) for number, sink in enumerate((stays, gone, late))]
+        rows[2].deadline = time.monotonic() + 0.05
+        for row in rows:
+            dispatcher.add(row)
+        dispatcher.drop(rows[1], ConnectionAbortedError("the client left"))
+        assert isinstance(gone.end(), ConnectionAbortedError)
+        assert isinstance(late.end(), TimeoutError)
+        executor.open.set()
+        assert texts([stays]) == [system.answer(["fox"])[0].text]
+        assert dispatcher._rows == {}
+        assert not dispatcher._waiting
+    finally:
+        executor.open.set()
+        dispatcher.close()
+
+
+def test_a_mistake_here_is_told_to_whoever_waits(system: RecursiveMAS) -> None:
+    dispatcher = Dispatcher(LocalExecutor(system))
+    try:
+        dispatcher._start = None  # type: ignore[assignment, method-assign]
+        first, second = Waiting(), Waiting()
+        dispatcher.add(row_of(system, 0, "fox", first))
+        assert isinstance(first.end(), TypeError)
+        assert isinstance(dispatcher.broken, TypeError)
+        dispatcher.add(row_of(system, 1, "fox", second))
+        assert isinstance(second.end(), TypeError)
+    finally:
+        dispatcher.close()
+
+
+def test_independent_agents_may_wait_side_by_side() -> None:
+    system = tiny_system(MIXTURE)
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.0))
+    try:
+        texts(send(dispatcher, system, ["fox"], rounds=1))
+    finally:
+        dispatcher.close()
+    assert [task.work.role for task in executor.tasks] == ["code", "math", "science", "summarizer"]
+
+
+def test_bounds_of_a_batch_hold(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.1, rows=4, tokens=20))
+    waiting = [Waiting() for _ in range(7)]
+    try:
+        for number, sink in enumerate(waiting):
+            row = row_of(system, number, "fox", sink)
+            row.tokens = 30 if number == 6 else 7
+            dispatcher.add(row)
+        texts(waiting)
+    finally:
+        dispatcher.close()
+    assert max(len(task.parts) for task in executor.tasks) == 2  # three times 7 are more than 20
+    assert all(len(task.parts) == 1 for task in executor.tasks if task.parts[0].number == 6)

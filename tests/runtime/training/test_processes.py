@@ -1,0 +1,119 @@
+"""Several processes: the same links as one gives, however many go on with a run, and one line where one is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from recmas import RecursiveMAS
+from recmas.training import AllConfig, train_all
+from recmas.training.processes import Processes
+from tests.runtime.lean import lean_rows, lean_system, write_lean
+
+ROOT = Path(__file__).parents[3]
+SETTINGS = {"steps": 4, "batch_size": 2, "accumulation": 2, "checkpoint_every": 1}
+
+
+def launched(folder: Path, *words: str, count: int = 2) -> subprocess.Popen:
+    """``recmas WORDS`` in so many processes of one thread each."""
+    places = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
+    return subprocess.Popen(
+        [*command, "-m", "recmas", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def options(**settings: object) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def links(folder: Path) -> dict[str, list[float]]:
+    mas = RecursiveMAS.from_pretrained(folder)
+    found = mas.inner_links | {"->".join(edge): link for edge, link in mas.outer_links.items()}
+    return {f"{name}.{key}": p.flatten().tolist() for name, link in found.items() for key, p in link.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of it: the sum of two batches' gradients has one order only."""
+    folder = write_lean(tmp_path_factory.mktemp("alone"))
+    mas = RecursiveMAS.from_pretrained(folder / "system")
+    train_all(mas, lean_rows(), AllConfig(**SETTINGS), cache=folder / "pairs", progress=False)
+    mas.save_pretrained(folder / "out")
+    return folder
+
+
+@pytest.mark.alone
+def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
+    write_lean(tmp_path)
+    done = launched(tmp_path, "train", "all", "system", "--data", "rows.jsonl", "--output", "out", *options(**SETTINGS))
+    out, err = done.communicate(timeout=200)
+    assert done.returncode == 0, err
+    assert out.count("trained system in out") == 1  # one of them writes
+    assert links(tmp_path / "out") == links(alone / "out")
+
+
+@pytest.mark.alone
+def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it(tmp_path):
+    write_lean(tmp_path)
+    settings = SETTINGS | {"steps": 400}
+    words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
+    words += [*options(**settings)]
+    run = launched(tmp_path, *words)
+    while not list((tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [int(child) for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = run.communicate(timeout=200)
+    assert run.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("recmas: ")]
+    assert len(told) == 1, err
+    assert "another process of this run has ended" in told[0] or "ended by SIGTERM" in told[0]
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    resumed = subprocess.run(
+        [sys.executable, "-m", "recmas", *words, "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    whole = write_lean(tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else tmp_path
+    subprocess.run([sys.executable, "-m", "recmas", *words], cwd=whole, env=env, check=True, capture_output=True)
+    stored = [next(iter((place / "out").glob("links/planner*/*.safetensors"))) for place in (tmp_path, whole)]
+    ours, theirs = map(load_file, stored)
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_batches_that_cannot_be_dealt_out_are_refused():
+    class Joined:
+        num_processes, process_index = 3, 1
+
+    with pytest.raises(ValueError, match="4 batches per step cannot be dealt out among 3 processes"):
+        Processes(Joined()).check(4)
+    assert list(Processes(Joined()).share(6)) == [1, 4]
+    assert not Processes(Joined()).writes
+
+
+def test_bfloat16_computes_in_half_and_keeps_masters(tmp_path):
+    mas, plain = lean_system(), lean_system()
+    settings = SETTINGS | {"steps": 8}
+    halves = train_all(mas, lean_rows(), AllConfig(**settings, precision="bfloat16"), progress=False)
+    wholes = train_all(plain, lean_rows(), AllConfig(**settings), progress=False)
+    for name, result in halves.items():
+        assert result.records != wholes[name].records
+        assert result.loss == pytest.approx(wholes[name].loss, rel=0.05)
+    assert {p.dtype for link in mas.outer_links.values() for p in link.parameters()} == {
+        p.dtype for link in plain.outer_links.values() for p in link.parameters()
+    }
