@@ -82,8 +82,8 @@ define native_checks
 endef
 
 # Not in .venv: a machine for measuring has its own torch and may reach no registry.
-gpu: ## everything that needs a CUDA device, in nine minutes, with the active Python: tests, sanitizers, benchmarks
-	PYTHON="$(PYTHON)" benchmarks/run_gpu.sh $(if $(DIR),"$(DIR)")
+gpu: ## all that needs a CUDA device, in ten minutes, with the active Python: tests, benchmarks, sanitizers
+	$(PYTHON) -m benchmarks.gpu.run $(if $(DIR),"$(DIR)")
 
 clean: ## remove everything that building and testing made, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="quick: small shapes, nothing claimed; full: the measured grid, in which a missed goal fails",
     )
 
+    parser.addoption("--step", metavar="NAME", help="of the GPU suites, this step's cells only (benchmarks.gpu.cells)")
     parser.addoption("--records", metavar="FILE", help="where the GPU suites write their results, after every cell")
     parser.addoption(
         "--seconds", type=float, help="wall time for the GPU suites: the most important cells run, the rest is left out"

@@ -196,7 +196,7 @@ namespace cuda {
 
 constexpr int32_t most_link_tokens = 32;
 
-struct LinkForward {  // up to most_link_tokens
+struct LinkForward {  // up to most_link_tokens; rows of weights are whole pieces of 16 bytes at aligned addresses
   LinkShape shape;
   Residual residual;
   Gelu gelu;
@@ -206,10 +206,10 @@ struct LinkForward {  // up to most_link_tokens
   const void* w2;
   const void* w3;  // with Residual::linear only
   VectorView b1, b2, b3;
-  VectorView norm_in_weight, norm_in_bias;    // absent weight: no input norm
-  VectorView norm_out_weight, norm_out_bias;  // absent weight: no output norm
-  MatrixView x;                               // [tokens, in]
-  Output y;                                   // [tokens, out]
+  VectorView norm_in_weight, norm_in_bias;    // fp32 or the compute dtype, both; absent weight: no input norm
+  VectorView norm_out_weight, norm_out_bias;  // fp32 or y's dtype, both; absent weight: no output norm
+  MatrixView x;                               // [tokens, in] fp32 or the compute dtype
+  Output y;                                   // [tokens, out] x's dtype
   Output pre;                                 // [tokens, hidden] p, compute dtype; training only
   Output z;                                   // [tokens, out] z, compute dtype; training with an output norm only
   float* stats;  // [4, tokens] mean_in, rstd_in, mean_out, rstd_out; rows of absent norms stay unwritten; or null
@@ -217,13 +217,6 @@ struct LinkForward {  // up to most_link_tokens
 
 int64_t link_forward_workspace(const LinkForward& call);  // bytes, 16-byte aligned by the caller
 int32_t link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes, uintptr_t stream);
-
-// Rows are copied as they are, so sizes and strides are in bytes. As on the CPU, except that a slot outside [0,
-// table_rows) is found by the kernel, which ends in a launch failure.
-int32_t handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,
-                        int64_t row_bytes, void* table, int64_t table_stride, int64_t table_rows, uintptr_t stream);
-int32_t handoff_take(void* table, int64_t table_stride, int64_t table_rows, const int64_t* slot_rows, int64_t count,
-                     int64_t row_bytes, void* rows, uintptr_t stream);
 
 }  // namespace cuda
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels import derivatives, serve
-from recmas_kernels.derivatives import keep_link, link_gradients
+from recmas_kernels import serve
+from recmas_kernels.derivatives import alignment_gradients, keep_link, link_gradients
+from recmas_kernels.observed import is_ordinary, observed
 from recmas_kernels.reference import LinkArguments
 
 
@@ -31,12 +32,15 @@ class Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *values: Any) -> Tensor:
-        loss, grad = serve.alignment_fwd(*values)
-        derivatives.keep_alignment(ctx, values, grad)
+        loss, ctx.grad = serve.alignment_fwd(*values)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*values[:4])
+        ctx.weights = values[4:]
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+<<<<<<< HEAD
         return derivatives.alignment_fwd_backward(ctx, dloss, None)
 
 
@@ -52,3 +56,14 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return derivatives.frozen_linear_backward(ctx, dy)
+=======
+        if dloss is None:
+            return (None,) * 7
+        inputs, grad = ctx.saved_tensors, ctx.grad
+        if grad is None:  # the graph was retained, and the gradient given away
+            grad = serve.alignment_fwd(*inputs, *ctx.weights)[1]
+        if torch.is_grad_enabled() or observed() or not is_ordinary(dloss):
+            return alignment_gradients(inputs, ctx.weights, grad, dloss)
+        ctx.grad = None
+        return serve.alignment_bwd(grad, dloss), *(None,) * 6
+>>>>>>> main

@@ -171,26 +171,25 @@ def handoff_bwd_backward(ctx: Any, ddrows: Tensor, ddembeds: Tensor) -> tuple[Te
 
 def alignment_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    keep_alignment(ctx, inputs, output[1])
-
-
-def keep_alignment(ctx: Any, inputs: tuple[Any, ...], grad: Tensor) -> None:
-    """Save what `alignment_fwd_backward` reads."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], grad)
+    ctx.save_for_backward(*inputs[:4], output[1])
     ctx.weights = inputs[4:]
 
 
 def alignment_fwd_backward(ctx: Any, dloss: Tensor | None, _: None) -> Gradients:
     """Of pred, which alone learns."""
+    *inputs, grad = ctx.saved_tensors
+    return (None,) * 7 if dloss is None else alignment_gradients(inputs, ctx.weights, grad, dloss)
+
+
+def alignment_gradients(inputs: Sequence[Any], weights: tuple[float, ...], grad: Tensor, dloss: Tensor) -> Gradients:
+    """From ``grad``, that of pred which `alignment_fwd` returned; a graph of derivatives is plain torch."""
     nothing = (None,) * 6
-    if dloss is None:
-        return None, *nothing
-    pred, target, token_ids, mask, grad = ctx.saved_tensors
     if torch.is_grad_enabled():
+        pred, target, token_ids, mask = inputs
 
         def loss(rows: Tensor) -> Tensor:
-            return reference.alignment_loss(rows, target.detach(), token_ids, mask, *ctx.weights)
+            return reference.alignment_loss(rows, target.detach(), token_ids, mask, *weights)
 
         return *composed(loss, [pred], [True], dloss), *nothing
     return (grad * dloss).to(grad.dtype), *nothing

@@ -253,6 +253,11 @@ def alignment_fwd(
     return loss, grad.to(pred.dtype)
 
 
+def alignment_bwd(grad: Tensor, dloss: Tensor) -> Tensor:
+    """The gradient of ``pred [T, d]`` from what `alignment_fwd` returned and the scalar gradient of the loss."""
+    return (grad * dloss).to(grad.dtype)
+
+
 def alignment_loss(
     pred: Tensor, target: Tensor, token_ids: Tensor | None, mask: Tensor | None, *weights: float
 ) -> Tensor:

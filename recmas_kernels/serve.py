@@ -101,6 +101,11 @@ def alignment_fwd(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _serve(_row_call("alignment_fwd", pred), pred, *rest)
 
 
+def alignment_bwd(grad: Tensor, dloss: Tensor) -> Tensor:
+    """``grad * dloss`` in grad's dtype, in grad's own memory where that is cheaper: whoever calls gives it up."""
+    return _serve(_row_call("alignment_bwd", grad, training=True), grad, dloss)
+
+
 def _check_slot_rows(slot_rows: Tensor, table_rows: int) -> None:
     """Under ``RECMAS_CHECK=1``: raise ValueError unless the rows are unique and inside ``[0, table_rows)``.
 

@@ -2,18 +2,22 @@
 // epilogue on each finished tile. Two terms with a shared result make the linear residual part of the same sum.
 #pragma once
 
+#include "in_place.h"
 #include "pieces.h"
 #include "whole.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// By the size of the product: in bands, in pieces for few rows, or in whole panels. scratch and sums are this thread's.
+// By the size of the product: in place, in bands, in pieces for few rows, or in whole panels. scratch and sums are this
+// thread's.
 template <int term_count, class Start, class Finish>
 void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
               float* sums, const Start& start, const Finish& finish) {
   int64_t pieces = 0;
   for (const Term& term : terms) pieces += piece_count(term.right.k);
-  if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
+  if (in_place(terms, rows)) {
+    multiply_in_place(team, terms, columns, start, finish);
+  } else if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
     multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
   } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && transposes(terms, rows)) {
     alignas(64) float few[kManyRows * kPanel];

@@ -1,4 +1,7 @@
 // The link for a few tokens: its two kernels, and their launches as link_plan.h lists them.
+#include <atomic>
+
+#include "launch.h"
 #include "link_product.h"
 #include "link_rows.h"
 #include "thread.h"
@@ -13,72 +16,63 @@ __global__ void __launch_bounds__(kThreads, 2) link_product(const __grid_constan
   run_product<Element, kGroups>(thread, product);
 }
 
+template <class Source, class Parameter, class Target, bool kWhole>
 __global__ void __launch_bounds__(kThreads) link_rows(const __grid_constant__ Rows rows) {
-  __shared__ char shared[kWarps * sizeof(float)];
+  __shared__ __align__(kPiece) char shared[kWarps * sizeof(float)];
   DeviceThread thread(shared);
-  run_rows(thread, rows);
-}
-
-template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t blocks, int64_t shared,
-                   bool overlaps, cudaStream_t stream) {
-  constexpr int64_t kUnasked = 48 * 1024;  // of shared memory; more must be asked for
-  if (shared > kUnasked) {
-    const cudaError_t code = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (code != cudaSuccess) return code;
-  }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, parameters);
+  run_rows<Source, Parameter, Target, kWhole>(thread, rows);
 }
 
 cudaError_t launch(const Rows& rows, cudaStream_t stream) {
-  return launch(&link_rows, rows, rows.tokens, 0, rows.overlaps, stream);
-}
-
-template <class Element>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
-  const int groups = groups_for(product.tokens);
-  const auto kernel = groups == 1   ? &link_product<Element, 1>
-                      : groups == 2 ? &link_product<Element, 2>
-                                    : &link_product<Element, 4>;
-  return launch(kernel, product, blocks_of(product), shared_bytes(product), product.overlaps, stream);
+  return with_rows_types(rows, [&](auto source, auto parameter, auto target, auto whole) {
+    const auto kernel = &link_rows<decltype(source), decltype(parameter), decltype(target), decltype(whole)::value>;
+    static OncePerDevice once;
+    const cudaError_t code = once([&] { return share_processors(reinterpret_cast<const void*>(kernel), 0); });
+    if (code != cudaSuccess) return code;
+    return launch(kernel, {rows.tokens, kThreads, 0, rows.overlaps}, stream, rows);
+  });
 }
 
 cudaError_t launch(const Product& product, cudaStream_t stream) {
-  switch (product.compute) {
-    case Dtype::f32:
-      return launch<float>(product, stream);
-    case Dtype::bf16:
-      return launch<Bf16>(product, stream);
-    default:
-      return launch<F16>(product, stream);
-  }
+  return with_product_types(product, [&](auto element, auto groups) {
+    constexpr int kGroups = decltype(groups)::value;
+    const auto kernel = &link_product<decltype(element), kGroups>;
+    static OncePerDevice once;
+    const cudaError_t code = once([&] {
+      return share_processors(reinterpret_cast<const void*>(kernel), stages_for(kGroups) * stage_bytes(kGroups));
+    });
+    if (code != cudaSuccess) return code;
+    return launch(kernel, {blocks_of(product), kThreads, shared_bytes(product), product.overlaps}, stream, product);
+  });
 }
 
 // Whether a kernel may start before the one ahead of it has ended. Asked of the code that the current device runs, not
 // of the device: kernels compiled for an older one do not wait.
 cudaError_t can_overlap(bool* answer) {
-  cudaFuncAttributes attributes{};
-  const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&link_rows));
-  *answer = attributes.ptxVersion >= 90;
-  return code;
+  static OncePerDevice once;
+  static std::atomic<bool> overlaps[64];
+  int device = 0;
+  const cudaError_t code = once([&] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t failed =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&link_product<Bf16, 1>));
+    if (failed == cudaSuccess && cudaGetDevice(&device) == cudaSuccess && device < 64) {
+      overlaps[device].store(attributes.ptxVersion >= 90);
+    }
+    return failed;
+  });
+  if (code != cudaSuccess) return code;
+  const cudaError_t unknown = cudaGetDevice(&device);
+  *answer = unknown == cudaSuccess && device < 64 && overlaps[device].load();
+  return unknown;
 }
 
 bool served(const LinkForward& call) {
   const LinkShape& shape = call.shape;
   return shape.tokens > 0 && shape.tokens <= most_link_tokens && shape.in_features > 0 && shape.hidden_features > 0 &&
          shape.out_features > 0 && call.x.data != nullptr && call.y.data != nullptr && call.w1 != nullptr &&
-         call.w2 != nullptr && (call.w3 != nullptr) == (call.residual == Residual::linear);
+         call.w2 != nullptr && (call.w3 != nullptr) == (call.residual == Residual::linear) && whole_pieces(call) &&
+         has_kernels(call);
 }
 
 }  // namespace

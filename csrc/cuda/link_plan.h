@@ -23,12 +23,11 @@ constexpr int kPiece = 16;       // bytes: what a thread copies, keeps and multi
 constexpr int kRowPieces = 4;    // consecutive pieces of a weight row that one warp takes in a step
 constexpr int kTileRowsPad = 4;  // keeps the partial sums of eight tokens in different shared-memory banks
 
-// One factor pair of a product: weights [rows, depth], contiguous, and tokens [tokens, token_stride >= depth], whose
-// rows are aligned to pieces and zero between depth and the next whole piece.
+// One factor pair of a product: weights [rows, depth], contiguous, and tokens [tokens, token_stride >= depth]. Rows of
+// both are whole pieces at aligned addresses.
 struct Operand {
   const void* weights;  // absent if null
   int64_t depth;
-  int32_t word;  // bytes that a copy of weights may move at once, by their alignment: 16, 4 or 2
   const void* tokens;
   int64_t token_stride;
 };
@@ -44,23 +43,22 @@ struct Product {
   VectorView biases[2];
   MatrixView residual;  // [tokens, rows], rounded to `compute` when read
   Dtype compute;
-  Output target;  // [tokens, target_stride]; columns from rows to target_columns become zero
-  int64_t target_stride, target_columns;
-  Output sum;  // [tokens, rows]: what f is applied to, for a backward pass; not wanted if null
+  Output target;  // [tokens, rows]
+  Output sum;     // [tokens, rows]: what f is applied to, for a backward pass; not wanted if null
 };
 
-// For each row of source, rounded to `rounded`: its LayerNorm and a copy, both zero from width to columns.
+// For each row of source: its LayerNorm and a copy. Source and norm are of the target's dtype or fp32.
 struct Rows {
   MatrixView source;  // [tokens, width]
-  int64_t width, columns;
+  int64_t width;
   int32_t tokens;
   bool overlaps;
-  Dtype rounded;
+  bool rounds;  // the row to the target's dtype, before anything is computed of it
   float eps;
-  VectorView gain, bias;  // absent gain: no norm, the copy alone
-  Output normalised, copy;
-  int64_t stride;      // of both
-  float *mean, *rstd;  // [tokens], for a backward pass; not wanted if null
+  VectorView gain, bias;  // of one dtype; absent gain: no norm, the copy alone
+  Dtype target;
+  void *normalised, *copy;  // [tokens, width] each; not wanted if null
+  float *mean, *rstd;       // [tokens], for a backward pass; not wanted if null
 };
 
 struct LinkPlan {
@@ -70,7 +68,7 @@ struct LinkPlan {
 };
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-constexpr int64_t blocks_of(const Product& product) { return (product.target_columns + kTileRows - 1) / kTileRows; }
+constexpr int64_t blocks_of(const Product& product) { return (product.rows + kTileRows - 1) / kTileRows; }
 
 // How many groups of eight tokens a kernel is built for: 1, 2 or 4.
 RECMAS_ANYWHERE constexpr int groups_for(int64_t tokens) { return tokens <= 8 ? 1 : tokens <= 16 ? 2 : 4; }
@@ -105,9 +103,23 @@ inline bool aligned(const void* data, int64_t row_bytes, int64_t to) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(to) == 0 && row_bytes % to == 0;
 }
 
-inline int32_t copy_word(const void* weights, int64_t row_bytes, int64_t bytes_per_element) {
-  if (aligned(weights, row_bytes, kPiece)) return kPiece;
-  return aligned(weights, row_bytes, 4) ? 4 : static_cast<int32_t>(bytes_per_element);
+// What is served: x and the norms, in the dtype of what they are written with or in fp32 ...
+inline bool has_kernels(const LinkForward& call) {
+  const auto fits = [](const VectorView& gain, const VectorView& bias, Dtype target) {
+    if (gain.data == nullptr) return bias.data == nullptr;
+    const bool alike = bias.data == nullptr || bias.dtype == gain.dtype;
+    return alike && (gain.dtype == Dtype::f32 || gain.dtype == target);
+  };
+  return (call.x.dtype == Dtype::f32 || call.x.dtype == call.compute) && call.y.dtype == call.x.dtype &&
+         fits(call.norm_in_weight, call.norm_in_bias, call.compute) &&
+         fits(call.norm_out_weight, call.norm_out_bias, call.y.dtype);
+}
+
+// ... and weights that are streamed in whole pieces.
+inline bool whole_pieces(const LinkForward& call) {
+  const int64_t bytes = element_bytes(call.compute);
+  const int64_t in = call.shape.in_features * bytes, hidden = call.shape.hidden_features * bytes;
+  return aligned(call.w1, in, kPiece) && aligned(call.w2, hidden, kPiece) && aligned(call.w3, in, kPiece);
 }
 
 // Whether a product can stream x as it lies.
@@ -119,25 +131,22 @@ inline bool streams(const LinkForward& call) {
 
 struct LinkWorkspace {
   int64_t normalised, copy, activations, sums, bytes;  // offsets; a part that is not needed has no bytes
-  int64_t in_stride, hidden_stride;                    // in elements of the compute dtype
 };
 
 inline LinkWorkspace link_workspace(const LinkForward& call) {
   const LinkShape& shape = call.shape;
-  const int64_t bytes = element_bytes(call.compute), piece = kPiece / bytes;
+  const int64_t bytes = element_bytes(call.compute);
   LinkWorkspace space{};
-  space.in_stride = round_up(shape.in_features, piece);
-  space.hidden_stride = round_up(shape.hidden_features, piece);
   const auto take = [&space](bool wanted, int64_t size) {
     const int64_t offset = space.bytes;
     space.bytes += wanted ? round_up(size, 128) : 0;
     return offset;
   };
   const bool norm_in = call.norm_in_weight.data != nullptr;
-  space.normalised = take(norm_in, shape.tokens * space.in_stride * bytes);
+  space.normalised = take(norm_in, shape.tokens * shape.in_features * bytes);
   // Needed or not: how much workspace a call takes then does not depend on its addresses.
-  space.copy = take(true, shape.tokens * space.in_stride * bytes);
-  space.activations = take(true, shape.tokens * space.hidden_stride * bytes);
+  space.copy = take(true, shape.tokens * shape.in_features * bytes);
+  space.activations = take(true, shape.tokens * shape.hidden_features * bytes);
   space.sums = take(call.norm_out_weight.data != nullptr, shape.tokens * shape.out_features * 4);
   return space;
 }
@@ -146,7 +155,6 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   const LinkShape& shape = call.shape;
   const LinkWorkspace space = link_workspace(call);
   char* base = static_cast<char*>(workspace);
-  const int64_t bytes = element_bytes(call.compute);
   const auto tokens = static_cast<int32_t>(shape.tokens);
   const bool norm_in = call.norm_in_weight.data != nullptr, norm_out = call.norm_out_weight.data != nullptr;
   const bool linear = call.residual == Residual::linear, direct = streams(call);
@@ -159,27 +167,27 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   Rows& prepare = plan.prepare;
   prepare.source = call.x;
   prepare.width = shape.in_features;
-  prepare.columns = prepare.stride = space.in_stride;
   prepare.tokens = tokens;
-  prepare.rounded = call.compute;
+  prepare.rounds = true;
+  prepare.target = call.compute;
   prepare.eps = call.eps;
   prepare.gain = call.norm_in_weight;
   prepare.bias = call.norm_in_bias;
-  if (norm_in) prepare.normalised = {base + space.normalised, call.compute};
-  if (copies) prepare.copy = {base + space.copy, call.compute};
+  if (norm_in) prepare.normalised = base + space.normalised;
+  if (copies) prepare.copy = base + space.copy;
   if (norm_in && call.stats != nullptr) {
     prepare.mean = call.stats;
     prepare.rstd = call.stats + tokens;
   }
 
   const void* raw = direct ? call.x.data : base + space.copy;
-  const int64_t raw_stride = direct ? call.x.stride : space.in_stride;
+  const int64_t raw_stride = direct ? call.x.stride : shape.in_features;
   const auto operand = [&](const void* weights, int64_t depth, const void* rows, int64_t stride) {
-    return Operand{weights, depth, copy_word(weights, depth * bytes, bytes), rows, stride};
+    return Operand{weights, depth, rows, stride};
   };
 
   Product& first = plan.first;
-  first.operands[0] = norm_in ? operand(call.w1, shape.in_features, base + space.normalised, space.in_stride)
+  first.operands[0] = norm_in ? operand(call.w1, shape.in_features, base + space.normalised, shape.in_features)
                               : operand(call.w1, shape.in_features, raw, raw_stride);
   first.rows = shape.hidden_features;
   first.tokens = tokens;
@@ -189,11 +197,10 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   first.biases[0] = call.b1;
   first.compute = call.compute;
   first.target = {base + space.activations, call.compute};
-  first.target_stride = first.target_columns = space.hidden_stride;
   first.sum = call.pre;
 
   Product& second = plan.second;
-  second.operands[0] = operand(call.w2, shape.hidden_features, base + space.activations, space.hidden_stride);
+  second.operands[0] = operand(call.w2, shape.hidden_features, base + space.activations, shape.hidden_features);
   if (linear) second.operands[1] = operand(call.w3, shape.in_features, raw, raw_stride);
   second.rows = shape.out_features;
   second.tokens = tokens;
@@ -203,19 +210,18 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   if (call.residual == Residual::identity) second.residual = call.x;
   second.compute = call.compute;
   second.target = norm_out ? Output{base + space.sums, Dtype::f32} : call.y;
-  second.target_stride = second.target_columns = shape.out_features;
   second.sum = call.z;
 
   Rows& normalise = plan.normalise;
   normalise.source = {base + space.sums, shape.out_features, Dtype::f32};
-  normalise.width = normalise.columns = normalise.stride = shape.out_features;
+  normalise.width = shape.out_features;
   normalise.tokens = tokens;
   normalise.overlaps = overlap;
-  normalise.rounded = Dtype::f32;
+  normalise.target = call.y.dtype;
   normalise.eps = call.eps;
   normalise.gain = call.norm_out_weight;
   normalise.bias = call.norm_out_bias;
-  normalise.normalised = call.y;
+  normalise.normalised = call.y.data;
   if (call.stats != nullptr) {
     normalise.mean = call.stats + 2 * shape.tokens;
     normalise.rstd = call.stats + 3 * shape.tokens;

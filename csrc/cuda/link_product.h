@@ -8,6 +8,8 @@
 // reads, nothing synchronises before the warps' partial sums are added, and the bytes in flight are the slots.
 #pragma once
 
+#include <type_traits>
+
 #include "link_plan.h"
 
 namespace recmas::cuda {
@@ -31,34 +33,6 @@ RECMAS_ANYWHERE Piece* slot_of(char* shared, int groups, int stage, int which, i
 
 RECMAS_ANYWHERE float* sum_of(char* shared, int groups, int warp, int token, int row) {
   return reinterpret_cast<float*>(shared) + (warp * groups * kTokenGroup + token) * (kTileRows + kTileRowsPad) + row;
-}
-
-// Copies the `left` elements at source, at most a piece, and zeroes the rest of the slot.
-template <class Element, class Thread>
-RECMAS_ANYWHERE void copy_weights(Thread& thread, Piece* slot, const Element* source, int64_t left, int word,
-                                  const void* anywhere) {
-  constexpr int kElements = kPiece / static_cast<int>(sizeof(Element));
-  if (word == kPiece) {  // rows are whole pieces
-    thread.template copy_async<kPiece>(slot, left > 0 ? source : anywhere, left > 0);
-  } else if (word == 4) {
-    constexpr int kPerWord = 4 / static_cast<int>(sizeof(Element));
-    RECMAS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = i * kPerWord < left;
-      thread.template copy_async<4>(slot->words + i, inside ? source + i * kPerWord : anywhere, inside);
-    }
-  } else {
-    Piece piece;
-    RECMAS_UNROLL
-    for (int i = 0; i < 4; ++i) piece.words[i] = 0;
-    if constexpr (sizeof(Element) == 2) {
-      RECMAS_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        if (i < left) piece.words[i / 2] |= thread.load_bits(source + i) << (i % 2 * 16);
-      }
-    }
-    *slot = piece;
-  }
 }
 
 // The sums of one thread. 16-bit elements: those of mma.sync's result.
@@ -171,22 +145,19 @@ struct Outputs {
 
   template <class Thread>
   RECMAS_ANYWHERE void finish(Thread& thread, const Product& product, char* shared) {
-    if (row >= product.target_columns) return;
+    if (row >= product.rows) return;
     RECMAS_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const int token = first_token + i * kTokenStep;
       if (token >= product.tokens) continue;
+      const int64_t place = token * product.rows + row;
       float value = 0.0f;
-      if (row < product.rows) {
-        for (int warp = 0; warp < kWarps; ++warp) value += *sum_of(shared, kGroups, warp, token, row_in_tile);
-        value += bias;
-        value += round_to(product.compute, residual[i]);
-        if (product.sum.data != nullptr) {
-          thread.store(product.sum.data, product.sum.dtype, token * product.rows + row, value);
-        }
-        if (product.activate) value = gelu(value, product.gelu);
-      }
-      thread.store(product.target.data, product.target.dtype, token * product.target_stride + row, value);
+      for (int warp = 0; warp < kWarps; ++warp) value += *sum_of(shared, kGroups, warp, token, row_in_tile);
+      value += bias;
+      value += round_to(product.compute, residual[i]);
+      if (product.sum.data != nullptr) thread.store(product.sum.data, product.sum.dtype, place, value);
+      if (product.activate) value = gelu(value, product.gelu);
+      thread.store(product.target.data, product.target.dtype, place, value);
     }
   }
 
@@ -217,10 +188,10 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
     RECMAS_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = tile * kTileRows + place.row + half * 8;
-      const int64_t left = row < product.rows ? operand.depth - depth : 0;
+      const bool inside = row < product.rows && depth < operand.depth;
       const auto* source = static_cast<const Element*>(operand.weights) + row * operand.depth + depth;
-      copy_weights<Element>(thread, slot_of(shared, kGroups, stage, half, thread.index()), source, left, operand.word,
-                            operand.weights);
+      thread.copy_async(slot_of(shared, kGroups, stage, half, thread.index()), inside ? source : operand.weights,
+                        inside);
     }
   };
   const auto request_tokens = [&](int64_t step, int stage) {
@@ -232,8 +203,8 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
       const int token = group * kTokenGroup + place.row;
       const bool inside = token < product.tokens && depth < operand.depth;
       const auto* source = static_cast<const Element*>(operand.tokens) + token * operand.token_stride + depth;
-      thread.template copy_async<kPiece>(slot_of(shared, kGroups, stage, 2 + group, thread.index()),
-                                         inside ? source : operand.tokens, inside);
+      thread.copy_async(slot_of(shared, kGroups, stage, 2 + group, thread.index()), inside ? source : operand.tokens,
+                        inside);
     }
   };
 
@@ -270,6 +241,22 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
   sums.deposit(thread, shared, place);
   thread.sync();
   outputs.finish(thread, product, shared);
+}
+
+// act(element, groups) with values of the types that a product's kernel is built for.
+template <class Act>
+auto with_product_types(const Product& product, Act act) {
+  const auto with_groups = [&](auto element) {
+    switch (groups_for(product.tokens)) {
+      case 1:
+        return act(element, std::integral_constant<int, 1>{});
+      case 2:
+        return act(element, std::integral_constant<int, 2>{});
+      default:
+        return act(element, std::integral_constant<int, 4>{});
+    }
+  };
+  return with_element(product.compute, with_groups);
 }
 
 }  // namespace recmas::cuda

@@ -2,6 +2,8 @@
 // Written over a Thread (thread.h on the device, an emulation in csrc/tests), so that the host can run it too.
 #pragma once
 
+#include <type_traits>
+
 #include "link_plan.h"
 
 namespace recmas::cuda {
@@ -22,90 +24,80 @@ RECMAS_ANYWHERE float block_sum(Thread& thread, float value) {
 // What a thread holds of a row at once: every 256th element, so that all of a row of 4096 is on its way before the
 // first element is used. Wider rows are read again in such chunks.
 constexpr int kKept = 16;
-constexpr int64_t kChunk = kKept * kThreads;
+constexpr int kChunk = kKept * kThreads;
 struct Kept {
   float values[kKept];  // until `decode`: the element's own bits, the lowest of the float's
 };
 
+// This thread's elements of the `left` at data, zero beyond them.
 template <class Element, class Thread>
-RECMAS_ANYWHERE void read_as(Thread& thread, const void* data, int64_t begin, int64_t end, Kept& kept) {
+RECMAS_ANYWHERE void read(Thread& thread, const void* data, int64_t begin, int left, Kept& kept) {
+  const auto* own = static_cast<const Element*>(data) + begin + thread.index();
   RECMAS_UNROLL
   for (int i = 0; i < kKept; ++i) {
-    const int64_t at = begin + i * kThreads + thread.index();
-    kept.values[i] = at < end ? bits_as<float>(thread.load_bits(static_cast<const Element*>(data) + at)) : 0.0f;
-  }
-}
-
-template <class Element>
-RECMAS_ANYWHERE void decode_as(Kept& kept) {
-  RECMAS_UNROLL
-  for (int i = 0; i < kKept; ++i) {
-    kept.values[i] = to_float(Element{static_cast<uint16_t>(bits_as<uint32_t>(kept.values[i]))});
+    const bool inside = i * kThreads + thread.index() < left;
+    kept.values[i] = inside ? bits_as<float>(thread.load_bits(own + i * kThreads)) : 0.0f;
   }
 }
 
 // Turns what was read into numbers. Apart from the reading, so that nothing waits for one array before the next is
 // on its way.
-RECMAS_ANYWHERE void decode(Kept& kept, Dtype dtype) {
-  if (dtype == Dtype::bf16) decode_as<Bf16>(kept);
-  if (dtype == Dtype::f16) decode_as<F16>(kept);
-}
-
-// This thread's elements of data[begin, end), zero beyond the end.
-template <class Thread>
-RECMAS_ANYWHERE void read(Thread& thread, const void* data, Dtype dtype, int64_t begin, int64_t end, Kept& kept) {
-  if (dtype == Dtype::f32) {
-    read_as<float>(thread, data, begin, end, kept);
-  } else if (dtype == Dtype::bf16) {
-    read_as<Bf16>(thread, data, begin, end, kept);
-  } else {
-    read_as<F16>(thread, data, begin, end, kept);
+template <class Element>
+RECMAS_ANYWHERE void decode(Kept& kept) {
+  if constexpr (sizeof(Element) == 2) {
+    RECMAS_UNROLL
+    for (int i = 0; i < kKept; ++i) {
+      kept.values[i] = to_float(Element{static_cast<uint16_t>(bits_as<uint32_t>(kept.values[i]))});
+    }
   }
 }
 
-template <class Thread>
+template <class Source, class Parameter, class Target, bool kWhole, class Thread>
 RECMAS_ANYWHERE void run_rows(Thread& thread, const Rows& rows) {
-  const int64_t token = thread.block(), start = token * rows.source.stride;
-  const bool norms = rows.gain.data != nullptr, whole = rows.width <= kChunk;
+  const int64_t token = thread.block();
+  const auto width = static_cast<int>(rows.width);
+  const bool norms = rows.gain.data != nullptr;
   Kept gains{}, biases{}, kept;
-  const auto read_parameters = [&](int64_t column) {
-    if (norms) read(thread, rows.gain.data, rows.gain.dtype, column, rows.width, gains);
-    if (norms && rows.bias.data != nullptr) {
-      read(thread, rows.bias.data, rows.bias.dtype, column, rows.width, biases);
-    }
+  const auto read_parameters = [&](int column) {
+    if (norms) read<Parameter>(thread, rows.gain.data, column, width - column, gains);
+    if (norms && rows.bias.data != nullptr) read<Parameter>(thread, rows.bias.data, column, width - column, biases);
   };
-  const auto read_row = [&](int64_t column) {
-    read(thread, rows.source.data, rows.source.dtype, start + column, start + rows.width, kept);
+  const auto read_row = [&](int column) {
+    read<Source>(thread, rows.source.data, token * rows.source.stride + column, width - column, kept);
   };
   const auto decode_row = [&] {
-    decode(kept, rows.source.dtype);
-    RECMAS_UNROLL
-    for (int i = 0; i < kKept; ++i) kept.values[i] = round_to(rows.rounded, kept.values[i]);
+    decode<Source>(kept);
+    if constexpr (!std::is_same_v<Source, Target>) {
+      RECMAS_UNROLL
+      for (int i = 0; i < kKept; ++i) {
+        if (rows.rounds) kept.values[i] = to_float(from_float<Target>(kept.values[i]));
+      }
+    }
   };
   const auto decode_parameters = [&] {
-    if (norms) decode(gains, rows.gain.dtype);
-    if (norms && rows.bias.data != nullptr) decode(biases, rows.bias.dtype);
+    decode<Parameter>(gains);
+    decode<Parameter>(biases);
   };
   // Sums f(value) over the row; of what lies beyond its end f is not asked.
   const auto sum = [&](auto f) {
     float partial = 0.0f;
-    for (int64_t column = 0; column < rows.width; column += kChunk) {
-      if (!whole) {
+    for (int column = 0; column < width; column += kChunk) {
+      if constexpr (!kWhole) {
         read_row(column);
         decode_row();
       }
       RECMAS_UNROLL
       for (int i = 0; i < kKept; ++i) {
-        if (column + i * kThreads + thread.index() < rows.width) partial += f(kept.values[i]);
+        if (column + i * kThreads + thread.index() < width) partial += f(kept.values[i]);
       }
     }
     return block_sum(thread, partial);
   };
 
   thread.start_dependents();
-  if (whole) read_parameters(0);
+  if constexpr (kWhole) read_parameters(0);
   if (rows.overlaps) thread.wait_for_previous();
-  if (whole) {
+  if constexpr (kWhole) {
     read_row(0);
     decode_row();
     decode_parameters();
@@ -120,8 +112,8 @@ RECMAS_ANYWHERE void run_rows(Thread& thread, const Rows& rows) {
       thread.store(rows.rstd, Dtype::f32, token, rstd);
     }
   }
-  for (int64_t first = 0; first < rows.columns; first += kChunk) {
-    if (!whole) {
+  for (int first = 0; first < width; first += kChunk) {
+    if constexpr (!kWhole) {
       read_parameters(first);
       read_row(first);
       decode_row();
@@ -129,17 +121,32 @@ RECMAS_ANYWHERE void run_rows(Thread& thread, const Rows& rows) {
     }
     RECMAS_UNROLL
     for (int i = 0; i < kKept; ++i) {
-      const int64_t column = first + i * kThreads + thread.index();
-      if (column >= rows.columns) continue;
-      const int64_t place = token * rows.stride + column;
-      if (rows.copy.data != nullptr) thread.store(rows.copy.data, rows.copy.dtype, place, kept.values[i]);
-      if (rows.normalised.data != nullptr) {
-        // Beyond the row, gain and bias are zero; a row that is not finite must not make NaN of them.
+      const int column = first + i * kThreads + thread.index();
+      if (column >= width) continue;
+      const int64_t place = token * rows.width + column;
+      if (rows.copy != nullptr) thread.store(rows.copy, dtype_of<Target>(), place, kept.values[i]);
+      if (rows.normalised != nullptr) {
         const float normalised = (kept.values[i] - mean) * rstd * gains.values[i] + biases.values[i];
-        thread.store(rows.normalised.data, rows.normalised.dtype, place, column < rows.width ? normalised : 0.0f);
+        thread.store(rows.normalised, dtype_of<Target>(), place, normalised);
       }
     }
   }
+}
+
+// act(source, parameter, target, whole) with values of the types that a kernel of rows is built for.
+template <class Act>
+auto with_rows_types(const Rows& rows, Act act) {
+  return with_element(rows.target, [&](auto target) {
+    const auto with_source = [&](auto source) {
+      const auto with_parameter = [&](auto parameter) {
+        return rows.width <= kChunk ? act(source, parameter, target, std::true_type{})
+                                    : act(source, parameter, target, std::false_type{});
+      };
+      return rows.gain.data == nullptr || rows.gain.dtype == Dtype::f32 ? with_parameter(float{})
+                                                                        : with_parameter(target);
+    };
+    return rows.source.dtype == Dtype::f32 ? with_source(float{}) : with_source(target);
+  });
 }
 
 }  // namespace recmas::cuda

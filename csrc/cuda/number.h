@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../link.h"
 
@@ -59,9 +60,15 @@ RECMAS_ANYWHERE float from_float<float>(float value) {
 }
 template <>
 RECMAS_ANYWHERE Bf16 from_float<Bf16>(float value) {
+#ifdef __CUDA_ARCH__
+  Bf16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   const uint32_t bits = bits_as<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 template <>
 RECMAS_ANYWHERE F16 from_float<F16>(float value) {
@@ -106,6 +113,24 @@ RECMAS_ANYWHERE float round_to(Dtype dtype, float value) {
 RECMAS_ANYWHERE float gelu(float x, Gelu kind) {
   if (kind == Gelu::erf) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
   return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+template <class Element>
+RECMAS_ANYWHERE constexpr Dtype dtype_of() {
+  return sizeof(Element) == 4 ? Dtype::f32 : std::is_same_v<Element, Bf16> ? Dtype::bf16 : Dtype::f16;
+}
+
+// act(element) with a value of the type that a dtype names.
+template <class Act>
+auto with_element(Dtype dtype, Act act) {
+  switch (dtype) {
+    case Dtype::f32:
+      return act(float{});
+    case Dtype::bf16:
+      return act(Bf16{});
+    default:
+      return act(F16{});
+  }
 }
 
 constexpr int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }

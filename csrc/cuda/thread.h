@@ -55,18 +55,12 @@ class DeviceThread {
     store_number(data, dtype, index, value);
   }
 
-  // Copies kBytes to shared memory, or zeroes them; source must be an address even where it is not read.
-  template <int kBytes>
+  // Copies 16 bytes to shared memory, or zeroes them; source must be an address even where it is not read.
   __device__ void copy_async(void* target, const void* source, bool inside) const {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    const uint32_t bytes = inside ? kBytes : 0;
-    if constexpr (kBytes == 16) {
-      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
-                   : "memory");
-    } else {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(source), "n"(kBytes), "r"(bytes)
-                   : "memory");
-    }
+    const uint32_t bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
+                 : "memory");
   }
   __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int kPending>

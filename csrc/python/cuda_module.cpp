@@ -77,38 +77,6 @@ void link_forward(Sizes sizes, int compute, int residual, int gelu, float eps, u
   raise_if_failed(code, "link_forward " + size(0) + " x " + size(1) + " -> " + size(2) + " -> " + size(3), device);
 }
 
-void raise_if_handoff_failed(int32_t code, const std::string& op, int64_t count, int64_t row_bytes, int64_t table_rows,
-                             int device) {
-  if (code == cudaSuccess) return;
-  const std::string shape = std::to_string(count) + " x " + std::to_string(row_bytes) + " bytes, table of " +
-                            std::to_string(table_rows) + " rows,";
-  raise_if_failed(code, op + " " + shape, device);
-}
-
-void handoff_scatter(uintptr_t rows, int64_t rows_stride, uintptr_t slot_rows, int64_t count, int64_t row_bytes,
-                     uintptr_t table, int64_t table_stride, int64_t table_rows, int device, uintptr_t stream) {
-  int32_t code = 0;
-  {
-    const py::gil_scoped_release unlocked;
-    code = recmas::cuda::handoff_scatter(reinterpret_cast<const void*>(rows), rows_stride,
-                                         reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
-                                         reinterpret_cast<void*>(table), table_stride, table_rows, stream);
-  }
-  raise_if_handoff_failed(code, "handoff_scatter", count, row_bytes, table_rows, device);
-}
-
-void handoff_take(uintptr_t table, int64_t table_stride, int64_t table_rows, uintptr_t slot_rows, int64_t count,
-                  int64_t row_bytes, uintptr_t rows, int device, uintptr_t stream) {
-  int32_t code = 0;
-  {
-    const py::gil_scoped_release unlocked;
-    code = recmas::cuda::handoff_take(reinterpret_cast<void*>(table), table_stride, table_rows,
-                                      reinterpret_cast<const int64_t*>(slot_rows), count, row_bytes,
-                                      reinterpret_cast<void*>(rows), stream);
-  }
-  raise_if_handoff_failed(code, "handoff_take", count, row_bytes, table_rows, device);
-}
-
 int driver_version() {
   int version = 0;
   const cudaError_t code = cudaDriverGetVersion(&version);
@@ -122,6 +90,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels over raw pointers; recmas_kernels.backends.cuda is the only caller.";
   module.attr("sources") = RECMAS_SOURCES;
   module.attr("toolkit_version") = CUDART_VERSION;
+  module.attr("architectures") = RECMAS_ARCHITECTURES;
   module.def("driver_version", &driver_version,
              "newest CUDA version the installed driver serves, as 1000 * major + 10 * minor; 0 without a driver");
   module.attr("most_link_tokens") = recmas::cuda::most_link_tokens;
@@ -133,10 +102,4 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("device"), py::arg("stream"),
              "sizes: tokens, in, hidden, out; weights: w1, w2, w3; vectors: (address, dtype) of b1, b2, b3 and the "
              "norms' weights and biases; outputs: y, pre, z, stats; 0 for what is absent; see link.h");
-  module.def("handoff_scatter", &handoff_scatter, py::arg("rows"), py::arg("rows_stride"), py::arg("slot_rows"),
-             py::arg("count"), py::arg("row_bytes"), py::arg("table"), py::arg("table_stride"), py::arg("table_rows"),
-             py::arg("device"), py::arg("stream"), "see link.h");
-  module.def("handoff_take", &handoff_take, py::arg("table"), py::arg("table_stride"), py::arg("table_rows"),
-             py::arg("slot_rows"), py::arg("count"), py::arg("row_bytes"), py::arg("rows"), py::arg("device"),
-             py::arg("stream"), "see link.h");
 }

@@ -87,8 +87,8 @@ class EmulatedThread {
       return static_cast<uint32_t>(source->bits);
     }
   }
-  template <int kBytes>
   void copy_async(void* target, const void* source, bool inside) {
+    constexpr int kBytes = 16;
     if (reinterpret_cast<uintptr_t>(target) % kBytes != 0 || reinterpret_cast<uintptr_t>(source) % kBytes != 0) {
       emulation_failed("a misaligned asynchronous copy");
     }

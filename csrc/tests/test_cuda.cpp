@@ -54,7 +54,7 @@ struct Case {
   LinkShape shape;
   Kind kind;
   Dtype compute, x_dtype, vector_dtype;
-  int64_t weight_shift, x_shift, x_gap;  // elements off alignment; between the rows of x
+  int64_t x_shift, x_gap;  // elements off alignment; between the rows of x
   bool overlap, training;
   unsigned seed;
 };
@@ -73,9 +73,9 @@ class Link {
   explicit Link(const Case& of)
       : c(of),
         x(c.shape.tokens * (c.shape.in_features + c.x_gap), c.x_dtype, c.x_shift),
-        w1(c.shape.hidden_features * c.shape.in_features, c.compute, c.weight_shift),
-        w2(c.shape.out_features * c.shape.hidden_features, c.compute, c.weight_shift),
-        w3(c.shape.out_features * c.shape.in_features, c.compute, c.weight_shift),
+        w1(c.shape.hidden_features * c.shape.in_features, c.compute),
+        w2(c.shape.out_features * c.shape.hidden_features, c.compute),
+        w3(c.shape.out_features * c.shape.in_features, c.compute),
         y(c.shape.tokens * c.shape.out_features, c.x_dtype),
         pre(c.shape.tokens * c.shape.hidden_features, c.compute),
         z(c.shape.tokens * c.shape.out_features, c.compute),
@@ -193,31 +193,22 @@ class Link {
 
 void emulate(const Rows& rows, Observer& observer) {
   for (int64_t block = 0; block < rows.tokens; ++block) {
-    EmulatedBlock(block, kThreads, kWarps * 4, observer).run([&](EmulatedThread& thread) { run_rows(thread, rows); });
-  }
-}
-
-template <class Element, int kGroups>
-void emulate_as(const Product& product, Observer& observer) {
-  for (int64_t block = 0; block < blocks_of(product); ++block) {
-    EmulatedBlock(block, kThreads, shared_bytes(product), observer).run([&](EmulatedThread& thread) {
-      run_product<Element, kGroups>(thread, product);
+    with_rows_types(rows, [&](auto source, auto parameter, auto target, auto whole) {
+      EmulatedBlock(block, kThreads, kWarps * 4, observer).run([&](EmulatedThread& thread) {
+        run_rows<decltype(source), decltype(parameter), decltype(target), decltype(whole)::value>(thread, rows);
+      });
     });
   }
 }
 
-template <class Element>
-void emulate_as(const Product& product, Observer& observer) {
-  const int groups = groups_for(product.tokens);
-  if (groups == 1) return emulate_as<Element, 1>(product, observer);
-  if (groups == 2) return emulate_as<Element, 2>(product, observer);
-  emulate_as<Element, 4>(product, observer);
-}
-
 void emulate(const Product& product, Observer& observer) {
-  if (product.compute == Dtype::f32) return emulate_as<float>(product, observer);
-  if (product.compute == Dtype::bf16) return emulate_as<Bf16>(product, observer);
-  emulate_as<F16>(product, observer);
+  for (int64_t block = 0; block < blocks_of(product); ++block) {
+    with_product_types(product, [&](auto element, auto groups) {
+      EmulatedBlock(block, kThreads, shared_bytes(product), observer).run([&](EmulatedThread& thread) {
+        run_product<decltype(element), decltype(groups)::value>(thread, product);
+      });
+    });
+  }
 }
 
 double relative_error(const std::vector<double>& actual, const std::vector<double>& truth) {
@@ -285,13 +276,12 @@ void check(const Case& c) {
   if (plan.normalises) launch(plan.normalise);
 
   char name[200];
-  std::snprintf(name, sizeof name,
-                "%d x %d -> %d -> %d, residual %d norms %d%d biases %d gelu %d dtype %d of x %d shifts %d %d",
-                static_cast<int>(c.shape.tokens), static_cast<int>(c.shape.in_features),
-                static_cast<int>(c.shape.hidden_features), static_cast<int>(c.shape.out_features),
-                static_cast<int>(c.kind.residual), c.kind.norm_in, c.kind.norm_out, c.kind.biases,
-                static_cast<int>(c.kind.gelu), static_cast<int>(c.compute), static_cast<int>(c.x_dtype),
-                static_cast<int>(c.weight_shift), static_cast<int>(c.x_shift));
+  std::snprintf(
+      name, sizeof name, "%d x %d -> %d -> %d, residual %d norms %d%d biases %d gelu %d dtype %d of x %d shift %d",
+      static_cast<int>(c.shape.tokens), static_cast<int>(c.shape.in_features),
+      static_cast<int>(c.shape.hidden_features), static_cast<int>(c.shape.out_features),
+      static_cast<int>(c.kind.residual), c.kind.norm_in, c.kind.norm_out, c.kind.biases, static_cast<int>(c.kind.gelu),
+      static_cast<int>(c.compute), static_cast<int>(c.x_dtype), static_cast<int>(c.x_shift));
   CHECK(observer.read_once[0].all(1) && observer.read_once[1].all(1), "%s: a weight is not read exactly once", name);
   CHECK(observer.read_once[2].all(c.kind.residual == Residual::linear), "%s: w3 is not read exactly once", name);
   CHECK(observer.written_once[0].all(1), "%s: an output is not written exactly once", name);
@@ -351,18 +341,40 @@ void test_chosen() {
       const int64_t out = kind.residual == Residual::identity ? 40 : 23;
       for (int i = 0; i < 3; ++i) {  // every kind with three of them, every three with other kinds
         const int64_t tokens = kTokens[(k + 2 * i) % 6];
-        check({{tokens, 40, 46, out}, kind, dtype, dtype, dtype, 0, 0, 0, true, seed % 2 == 0, ++seed});
+        check({{tokens, 40, 48, out}, kind, dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
       }
     }
-    check({{1, 1, 1, 1}, kKinds[0], dtype, Dtype::f32, Dtype::f32, 0, 0, 0, true, seed % 2 == 0, ++seed});
-    check({{5, 256, 512, 16}, kKinds[1], dtype, dtype, dtype, 0, 0, 0, true, seed % 2 == 0, ++seed});
+    check({{1, 8, 8, 8}, kKinds[0], dtype, Dtype::f32, Dtype::f32, 0, 0, true, seed % 2 == 0, ++seed});
+    check({{5, 256, 512, 16}, kKinds[1], dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
     // With 8 stages of 256 or 128 elements: one more than the ring holds, in W1 and across W2 and W3.
-    check({{2, 2304, 16, 24}, kKinds[1], dtype, dtype, dtype, 0, 0, 0, true, seed % 2 == 0, ++seed});
-    check({{19, 1288, 24, 16}, kKinds[3], dtype, dtype, dtype, 0, 0, 0, false, seed % 2 == 0, ++seed});
+    check({{2, 2304, 16, 24}, kKinds[1], dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
+    check({{19, 1288, 24, 16}, kKinds[3], dtype, dtype, dtype, 0, 0, false, seed % 2 == 0, ++seed});
   }
   // Rows that a block of link_rows does not hold at once, on either side.
-  check({{2, 4099, 8, 24}, kKinds[1], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, 0, true, true, ++seed});
-  check({{1, 8, 8, 8200}, kKinds[5], Dtype::f16, Dtype::f16, Dtype::f32, 0, 0, 0, true, true, ++seed});
+  check({{2, 4104, 8, 24}, kKinds[1], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, true, true, ++seed});
+  check({{1, 8, 8, 8200}, kKinds[5], Dtype::f16, Dtype::f16, Dtype::f32, 0, 0, true, true, ++seed});
+}
+
+// What is refused: rows of weights that are not whole pieces, and weights that begin beside them.
+void test_refused() {
+  Case c{{2, 40, 48, 40}, kKinds[0], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, true, false, 1};
+  CHECK(whole_pieces(Link(c).call()), "whole pieces are refused");
+  for (const LinkShape& shape : {LinkShape{2, 41, 48, 41}, LinkShape{2, 40, 47, 40}}) {
+    c.shape = shape;
+    CHECK(!whole_pieces(Link(c).call()), "half a piece is served");
+  }
+  c.shape = {2, 40, 48, 40};
+  Link link(c);
+  LinkForward call = link.call();
+  call.w2 = link.w2.data() + 2;
+  CHECK(!whole_pieces(call), "weights off alignment are served");
+  call = link.call();
+  CHECK(has_kernels(call), "one dtype is refused");
+  call.norm_out_bias.dtype = Dtype::f32;
+  CHECK(!has_kernels(call), "a norm of two dtypes is served");
+  call = link.call();
+  call.compute = Dtype::f16;
+  CHECK(!has_kernels(call), "bf16 rows are served in fp16");
 }
 
 void test_random(int count) {
@@ -374,14 +386,13 @@ void test_random(int count) {
   for (int i = 0; i < count; ++i) {
     Case c{};
     c.kind = kKinds[pick(0, 7)];
-    const int64_t unit = pick(0, 2) == 0 ? 8 : pick(0, 1) + 1;  // aligned rows, even rows, any rows
-    const auto width = [&] { return std::max<int64_t>(unit, pick(1, 300) / unit * unit); };
-    c.shape = {pick(1, 32), width(), width(), width()};
-    if (c.kind.residual == Residual::identity) c.shape.out_features = c.shape.in_features;
     c.compute = dtypes[pick(0, 2)];
+    const int64_t unit = kPiece / element_bytes(c.compute);
+    const auto width = [&] { return pick(1, 300 / unit) * unit; };
+    c.shape = {pick(1, 32), width(), width(), pick(1, 300)};
+    if (c.kind.residual == Residual::identity) c.shape.out_features = c.shape.in_features;
     c.x_dtype = pick(0, 3) == 0 ? Dtype::f32 : c.compute;
-    c.vector_dtype = pick(0, 3) == 0 ? Dtype::f32 : c.compute;
-    c.weight_shift = pick(0, 2) == 0 ? pick(0, 7) : 0;
+    c.vector_dtype = c.x_dtype != c.compute || pick(0, 3) == 0 ? Dtype::f32 : c.compute;
     c.x_shift = pick(0, 3) == 0 ? pick(0, 7) : 0;
     c.x_gap = pick(0, 2) == 0 ? pick(0, 9) : 0;
     c.overlap = pick(0, 3) != 0;
@@ -396,6 +407,7 @@ void test_random(int count) {
 int main(int argc, char** argv) {
   test_numbers();
   test_chosen();
+  test_refused();
   test_random(argc > 1 ? std::atoi(argv[1]) : 60);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

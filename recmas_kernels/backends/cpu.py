@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recmas_kernels import reference
 from recmas_kernels.backends import native, packing, settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
@@ -64,7 +65,9 @@ def declines(call: Call) -> str | None:
         return None
     if call.dtype not in _DTYPES:
         return f"the kernels have no {str(call.dtype).removeprefix('torch.')}"
-    if 0 in (call.in_features, call.out_features) or (call.op != "alignment_fwd" and call.hidden_features == 0):
+    if 0 in (call.in_features, call.out_features) or (
+        not call.op.startswith("alignment") and call.hidden_features == 0
+    ):
         return "a size is 0"
     return None
 
@@ -260,6 +263,11 @@ def handoff_bwd(dy: Tensor, slot_rows: Tensor) -> tuple[Tensor, Tensor]:
     drows = dy.new_empty(slots.shape[0], dy.shape[1])
     _native().handoff_take(dembeds, slots, drows)
     return drows, dembeds
+
+
+def alignment_bwd(grad: Tensor, dloss: Tensor) -> Tensor:
+    """See `recmas_kernels.reference.alignment_bwd`; where a loss is the end, dloss is 1 and there is nothing to do."""
+    return grad if dloss.item() == 1 else reference.alignment_bwd(grad, dloss)
 
 
 def alignment_fwd(

@@ -5,8 +5,6 @@
 | ``RECMAS_BACKEND`` | the backend that serves where no `use_backend` block does; "auto" by default |
 | ``RECMAS_CHECK`` | 1: check slot rows for duplicates, and packed weights for writes inside their scope |
 | ``RECMAS_CPU_ISA`` | the instruction set of the CPU kernels; the processor's best by default |
-| ``RECMAS_TUNE`` | 1: time the Triton variants of each new shape, and keep the fastest |
-| ``RECMAS_TUNE_DIR`` | folder of the tuner's answers; ``~/.cache/recmas_kernels`` by default |
 
 An empty value counts as absent.
 """
@@ -14,7 +12,6 @@ An empty value counts as absent.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 
@@ -42,14 +39,3 @@ def checks() -> bool:
 def cpu_isa() -> str | None:
     """``RECMAS_CPU_ISA``."""
     return _value("RECMAS_CPU_ISA")
-
-
-def tunes() -> bool:
-    """Whether ``RECMAS_TUNE`` is 1."""
-    return _value("RECMAS_TUNE") == "1"
-
-
-def tune_folder() -> Path:
-    """``RECMAS_TUNE_DIR``, or its default."""
-    folder = _value("RECMAS_TUNE_DIR")
-    return Path(folder) if folder else Path.home() / ".cache" / "recmas_kernels"

@@ -233,7 +233,7 @@ def test_a_whole_session_from_cells_to_its_page(tmp_path: Path) -> None:
     assert backward["ratios"].keys() == {"eager", "addmm"}
     assert backward["impls"]["products"]["gemm_ceiling_pct"] == pytest.approx(100.0)
     asked = {answer["question"][0] for answer in content["recmas"]["answers"]}
-    assert asked == {"3", "4", "5"}
+    assert asked == {"3", "4", "5", "6"}
     summary = subprocess.run(
         [sys.executable, "-m", "benchmarks.report.gpu_tables", str(records)], cwd=ROOT, capture_output=True, text=True
     )

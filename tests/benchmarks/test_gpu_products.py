@@ -1,25 +1,23 @@
-"""The product suite reaches past the dispatch: what it calls exists, fits, and can be tuned apart."""
+"""The product suite reaches past the dispatch: what it calls exists and fits."""
 
 from __future__ import annotations
 
-import os
 from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.harness.gpu.tuned import Tuned
 from benchmarks.suites.gpu.test_bench_products import OURS, PAIRS, PLAIN, draw
 
 pytest.importorskip("triton")
 
-from recmas_kernels.backends.triton import gradients, matmul, tuning
+from benchmarks.gpu.candidates import gradients, products
 
 FUNCTIONS = {
-    "up": (matmul, "up"),
-    "down": (matmul, "down"),
-    "hidden gradient": (matmul, "hidden_gradient"),
-    "input gradient": (matmul, "input_gradient"),
+    "up": (products, "up"),
+    "down": (products, "down"),
+    "hidden gradient": (products, "hidden_gradient"),
+    "input gradient": (products, "input_gradient"),
     "weight gradients": (gradients, "weight_gradients"),
 }
 
@@ -38,23 +36,3 @@ def test_the_librarys_products_are_the_same_products(kind: str) -> None:
     given = {name: tensor.double() for name, tensor in draw(4, torch.device("cpu"), seed=0).items()}
     products = torch.cat([(left @ right).flatten() for left, right in PAIRS[kind](given)])
     torch.testing.assert_close(products, PLAIN[kind](given).flatten())
-
-
-def test_what_the_tuner_finds_out_stays_inside() -> None:
-    tuned, device = Tuned(), torch.device("cuda", 0)
-    seen: list[tuple[str | None, str | None]] = []
-    place = ("tile", 0, "key")
-
-    def call() -> None:
-        seen.append((os.environ.get("RECMAS_TUNE"), tuning.recall("tile", ["key"], device)))
-        tuning._recalled[place] = "128 x 256"
-
-    with (
-        mock.patch.dict(tuning._recalled, {place: None}, clear=True),
-        mock.patch.object(tuning, "_answers_for", return_value=(None, {})),
-    ):
-        tuned(call)
-        tuned(call)
-        assert tuning._recalled == {place: None}
-    assert seen == [("1", None), ("1", "128 x 256")]
-    assert tuned.answers == {place: "128 x 256"}

@@ -1,8 +1,7 @@
-"""benchmarks/run_gpu.sh without a GPU: its refusals; with a stand-in for Python its phases, limits and exit codes."""
+"""`benchmarks.gpu.run` without a GPU: its plan and outcomes, and what it leaves when a step fails or hangs."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,161 +9,133 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import cells, repeat, run
+from benchmarks.gpu.run import PLAN, Step
 from benchmarks.harness.gpu import preflight, small_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
-
-# Answers as the real one would, and says what it was asked; a phase named in FAIL fails, one in HANG never ends.
-FAKE_PYTHON = """#!/usr/bin/env bash
-case "$*" in
-  "-m benchmarks.harness.gpu.preflight") echo "$FAKE_SANITIZER"; exit 0 ;;
-  "setup.py build_ext --inplace") phase=build ;;
-  "-m recmas_kernels.info") echo info; exit 0 ;;
-  "-c import xdist") exit 1 ;;
-  "-m pytest -m gpu"*) phase=tests ;;
-  "-m benchmarks.harness.gpu.small_shapes") phase=sanitize ;;
-  "-m pytest benchmarks/suites/gpu"*)
-    phase=bench
-    echo '{}' >"${@: -1}" ;;
-  "-m benchmarks.report.gpu_tables"*) echo "the table"; exit 0 ;;
-  *) echo "not expected: $*"; exit 77 ;;
-esac
-echo "$phase: $*"
-[[ " $HANG " == *" $phase "* ]] && sleep 600
-[[ " $FAIL " == *" $phase "* ]] && exit 3
-exit 0
-"""
-FAKE_SANITIZER = """#!/usr/bin/env bash
-echo "sanitizer $2, caching ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}"
-while [[ $1 != *python* ]]; do shift; done
-"$@"
-"""
+NAMES = {"PYTHON": sys.executable, "OUT": "", "SANITIZER": "", "NCU": "", "PATH": "/usr/bin:/bin"}
 
 
-@pytest.fixture
-def run_script(tmp_path: Path):
-    for name, text in (("fake-python", FAKE_PYTHON), ("fake-sanitizer", FAKE_SANITIZER)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-
-    def run(*arguments: str, sanitizer: bool = True, **variables: str) -> tuple[int, dict[str, str], str]:
-        """Exit code, the files in the folder by name, and what was printed."""
-        environment = {
-            **os.environ,
-            "PYTHON": str(tmp_path / "fake-python"),
-            "FAKE_SANITIZER": str(tmp_path / "fake-sanitizer") if sanitizer else "",
-            **variables,
-        }
-        folder = tmp_path / "a folder"
-        done = subprocess.run(
-            [SCRIPT, *arguments, folder], env=environment, capture_output=True, text=True, timeout=120
-        )
-        files = {path.name: path.read_text() for path in folder.iterdir()} if folder.is_dir() else {}
-        return done.returncode, files, done.stdout + done.stderr
-
-    return run
+def test_the_plan_fits_into_one_command_of_ten_minutes():
+    assert sum(step.seconds for step in PLAN) <= 570
+    assert [step.name for step in PLAN if step.decides] == [step.name for step in PLAN[:3]]
 
 
-def test_every_phase_leaves_its_log(run_script):
-    code, files, printed = run_script()
-    assert code == 0, printed
-    assert files.keys() == {"build.log", "tests.log", "sanitize.log", "bench.log", "bench.json", "summary.md"}
-    assert "sanitizer memcheck, caching 1" in files["sanitize.log"]
-    assert "sanitizer racecheck, caching 1" in files["sanitize.log"]
-    assert "tests/kernels/triton/test_gpu.py" in files["tests.log"]
-    assert "tests/runtime/test_files.py" not in files["tests.log"]
-    assert "--grid full --seconds 5" in files["bench.log"]  # five hundred and some
-    assert [line[: line.index(":")] for line in files["summary.md"].splitlines() if line.startswith("- ")] == [
-        "- build",
-        "- tests",
-        "- sanitize",
-        "- bench",
-    ]
-    assert files["summary.md"].endswith("the table\n")
+@pytest.mark.parametrize("name", cells.STEPS)
+def test_each_step_fits_its_seconds_by_the_account_of_its_cells(name):
+    """And measures something; five seconds are left for starting."""
+    (step,) = [step for step in PLAN if step.name == name]
+    found = cells.cells(name)
+    assert found
+    assert sum(case.seconds for _, case in found) <= step.seconds - 5
+    assert f"--step {name} " in run.script(step)
 
 
-@pytest.mark.parametrize("phase", ["build", "tests", "sanitize", "bench"])
-def test_a_phase_that_fails_is_named_and_the_others_run(run_script, phase):
-    code, files, _ = run_script(FAIL=phase)
-    assert code == 1
-    assert len(files) == 6
-    verdicts = {line[2:].partition(":")[0]: line for line in files["summary.md"].splitlines() if line.startswith("- ")}
-    assert "FAILED (exit 3)" in verdicts.pop(phase)
-    assert all("passed" in verdict for verdict in verdicts.values())
+def test_no_cell_belongs_to_two_steps():
+    ids = [case.id for name in cells.STEPS for _, case in cells.cells(name)]
+    assert len(set(ids)) == len(ids)
 
 
-def test_a_phase_that_hangs_is_stopped_and_what_was_measured_stays(run_script):
-    code, files, _ = run_script("--seconds", "6", "--phases", "tests bench", HANG="bench")
-    assert code == 1
-    assert "bench: stopped after" in files["summary.md"]
-    assert files.keys() == {"tests.log", "bench.log", "bench.json", "summary.md"}
-    assert "--seconds 0" in files["bench.log"]
+def ran(tmp_path: Path, *plan: Step, **names: str) -> tuple[int, str, dict[str, str]]:
+    """Exit code, the record, and the logs."""
+    said: list[str] = []
+    code = run.run(tmp_path / "out", plan, {**NAMES, "OUT": str(tmp_path / "out"), **names}, said.append)
+    record = (tmp_path / "out" / "record.md").read_text()
+    assert record == "".join(line + "\n" for line in said)
+    return code, record, {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.log")}
 
 
-def test_a_phase_for_which_no_time_is_left_is_said(run_script):
-    code, files, _ = run_script("--seconds", "2", "--phases", "tests bench", HANG="tests")
-    assert code == 1
-    assert "- tests: stopped after" in files["summary.md"]
-    assert "- bench: not run: the time is spent" in files["summary.md"]
-
-
-def test_an_absent_sanitizer_is_counted_as_skipped(run_script):
-    code, files, _ = run_script(sanitizer=False)
+def test_every_step_leaves_its_log_and_its_line(tmp_path):
+    code, record, logs = ran(tmp_path, Step("one", 5, ("echo first", "echo second")), Step("two", 5, ("echo third",)))
     assert code == 0
-    assert "- sanitize: skipped: no compute-sanitizer" in files["summary.md"]
-    assert "sanitize.log" not in files
+    assert logs == {"one": "first\nsecond\n", "two": "third\n"}
+    assert "- one: passed in 0 s: second\n- two: passed in 0 s: third" in record
+    assert "of 10 s" in record
 
 
-def test_results_of_an_earlier_run_do_not_stay(run_script, tmp_path):
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    (folder / "bench.json").write_text("old")
-    (folder / "mine.txt").write_text("kept")
-    _, files, _ = run_script("--phases", "build")
-    assert files.keys() == {"mine.txt", "build.log", "summary.md"}
+def test_a_failure_that_decides_nothing_lets_the_others_run(tmp_path):
+    code, record, logs = ran(tmp_path, Step("one", 5, ("(exit 3)", "echo after")), Step("two", 5, ("echo third",)))
+    assert code == 1
+    assert "- one: FAILED (exit 3) after 0 s: after" in record
+    assert logs["two"] == "third\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seconds", "soon"], "--seconds is 'soon', expected a whole number"),
-        (["--seconds"], "--seconds needs a value"),
-        (["--phases", "build dance"], "no phase 'dance', expected build, tests, sanitize or bench"),
-        (["--fast"], "unknown option --fast (--help lists them)"),
-        (["one", "two"], "one folder, got one and two"),
-    ],
-)
-def test_bad_arguments_give_one_line(tmp_path, arguments, message):
-    done = subprocess.run([SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_a_wrong_result_ends_the_run_and_names_what_was_not_reached(tmp_path):
+    plan = Step("tests", 5, ("false",), decides=True), Step("few", 5, ("echo",)), Step("many", 5, ("echo",))
+    code, record, logs = ran(tmp_path, *plan)
+    assert code == 1
+    assert "- tests: FAILED (exit 1)" in record
+    assert "Not reached: few, many." in record
+    assert logs.keys() == {"tests"}
 
 
-def test_help_says_what_the_exit_codes_mean():
-    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "Exit code: 0 if every phase passed" in done.stdout
+def test_a_step_that_hangs_is_interrupted_and_says_what_it_knew(tmp_path):
+    """As by Ctrl-C: pytest names the tests that failed before."""
+    program = (
+        "import time\ntry:\n    print('one failed', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('summary of what failed', flush=True)"
+    )
+    code, record, logs = ran(tmp_path, Step("slow", 1, (f'$PYTHON -c "{program}"',)), Step("next", 5, ("echo on",)))
+    assert code == 1
+    assert "- slow: INTERRUPTED after 1 s, which is its limit: summary of what failed" in record
+    assert logs["slow"] == "one failed\nsummary of what failed\n"
+    assert "- next: passed" in record
+
+
+def test_the_record_is_there_while_the_run_goes_on(tmp_path):
+    code, _, logs = ran(tmp_path, Step("one", 5, ("echo first",)), Step("two", 5, ("cat $OUT/record.md",)))
+    assert code == 0
+    assert "- one: passed in 0 s: first" in logs["two"]
+
+
+def test_a_tool_that_is_missing_is_counted_as_skipped(tmp_path):
+    code, record, _ = ran(tmp_path, Step("sanitize", 5, ("$SANITIZER --tool memcheck",)))
+    assert code == 0
+    assert "- sanitize: skipped: no sanitizer in CUDA_HOME, PATH or /usr/local/cuda" in record
+
+
+def test_results_of_an_earlier_run_do_not_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("two.log", "few.json", "mine.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    ran(tmp_path, Step("one", 5, ("false",), decides=True), Step("two", 5, ("echo",)), Step("few", 5, ("echo",)))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.md", "one.log", "mine.txt"}
+
+
+def test_what_runs_on_a_device_imports_no_command_line():
+    """Such a machine has no jsonargparse."""
+    files = run.environment(Path())["FILES"].split()
+    assert "tests/runtime/devices/test_offload.py" in files
+    program = (
+        "import sys; sys.modules['jsonargparse'] = None; import pytest;"
+        f"sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider', *{files!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=run.ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_repeated_calls_are_compared_bit_by_bit(monkeypatch, capsys):
+    assert repeat.main(["--device", "cpu", "--calls", "12"]) == 0
+    assert capsys.readouterr().out.count(": 0 calls with other bits") == 6
+    calls = iter(range(10**6))
+    link = lambda x: x + (next(calls) % 3 == 2)  # noqa: E731
+    assert repeat._different(link, torch.zeros(2, 2), torch.ones(4), 12) > 0
+
+
+def test_the_plan_is_printed(capsys):
+    assert run.main(["--plan"]) == 0
+    printed = capsys.readouterr().out
+    assert all(step.name in printed for step in PLAN)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a device it would run")
-def test_without_a_device_one_line_says_so_and_nothing_is_written(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run([SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("run_gpu.sh cannot run with")
-    assert "torch" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_without_a_device_one_line_says_so_and_nothing_is_written(tmp_path, capsys):
+    assert run.main([str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("make gpu cannot run with")
+    assert "torch" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_a_python_that_is_not_there(tmp_path):
-    environment = {**os.environ, "PYTHON": "/nonexistent/python"}
-    done = subprocess.run([SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "run_gpu.sh cannot run: no Python called /nonexistent/python\n"
 
 
 def test_preflight_names_everything_that_is_missing(monkeypatch):

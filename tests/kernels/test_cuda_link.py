@@ -35,7 +35,7 @@ CONFIGS = {
     **configs(),
     "released": LinkConfig("inner", 1024, 1024, 1024, "identity"),
     "deep": LinkConfig("outer", 4104, 520, 264, "linear"),  # more steps than the ring has stages
-    "odd": LinkConfig("outer", 123, 301, 77, "linear"),
+    "odd rows": LinkConfig("outer", 120, 304, 77, "linear"),
 }
 TOKENS = (1, 7, 8, 9, 16, 17, 32)
 
@@ -47,7 +47,10 @@ TOKENS = (1, 7, 8, 9, 16, 17, 32)
         ({"tokens": 0}, None),
         ({"tokens": cuda.MOST_TOKENS}, None),
         ({"op": "link_fwd_train", "training": True}, None),
-        ({"in_features": 1, "hidden_features": 3, "out_features": 99999}, None),
+        ({"in_features": 8, "hidden_features": 16, "out_features": 99999}, None),
+        ({"in_features": 4, "dtype": torch.float32}, None),
+        ({"in_features": 4}, "rows of 4 in features are no multiple of 16 bytes"),
+        ({"hidden_features": 2050}, "rows of 2050 hidden features are no multiple of 16 bytes"),
         ({"tokens": cuda.MOST_TOKENS + 1}, "33 tokens: its link kernels stream the weights past 32 at most"),
         ({"dtype": torch.float64}, "the kernels have no float64"),
         ({"hidden_features": 0}, "a size is 0"),
@@ -64,11 +67,54 @@ def test_explain_tells_device_driver_and_alignment(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(driver_version=lambda: 13010))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    text = explain_call(CALL._replace(hidden_features=1543))
-    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1; w1 by 16 bytes, w2 by 2 bytes" in text
-    assert "w2 by 4 bytes" in explain_call(CALL._replace(hidden_features=1542))
+    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1)" in explain_call(CALL)
     handoff = CALL._replace(op="handoff_fwd", hidden_features=0)
-    assert "cuda: serves this call (bfloat16 on sm_90, driver for CUDA 13.1)" in explain_call(handoff)
+    assert "cuda: serves this call (by torch's own copies of rows)" in explain_call(handoff)
+
+
+SHIPPED = ["80-real", "90-real", "90-virtual", "100-real", "120-real"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "driver", "reason"),
+    [
+        ((8, 0), SHIPPED, 13000, None),
+        ((8, 9), SHIPPED, 13000, None),
+        ((9, 0), SHIPPED, 13000, None),
+        ((10, 3), SHIPPED, 13000, None),
+        ((12, 1), SHIPPED, 13000, None),
+        ((11, 0), SHIPPED, 13010, None),  # translated
+        ((11, 0), SHIPPED, 13000, "the driver, for CUDA 13.0, reads no PTX of CUDA 13.1"),
+        ((7, 5), SHIPPED, 13010, "holds code for 80-real, 90-real, 90-virtual, 100-real, 120-real alone"),
+        ((9, 0), ["90a-real"], 13010, None),
+        ((10, 0), ["90a-real", "90a-virtual"], 13010, "holds code for"),
+        ((10, 0), ["90"], 13010, None),
+        ((10, 0), ["90"], 13000, "reads no PTX"),
+        ((8, 0), ["86-real"], 13010, "holds code for 86-real alone"),
+    ],
+    ids=str,
+)
+def test_code_or_ptx_that_the_driver_reads(capability, architectures, driver, reason):
+    found = cuda.code_missing(capability, architectures, driver, 13010)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "reason"),
+    [
+        (13000, (9, 0), None),
+        (12090, (9, 0), "the driver serves CUDA 12.9, the module was built with CUDA 13.1"),
+        (13000, (11, 0), "cuda:0 has compute capability 11.0: its code would have to be translated"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_a_reason_before_any_call(monkeypatch, driver, capability, reason):
+    module = SimpleNamespace(driver_version=lambda: driver, toolkit_version=13010, architectures=",".join(SHIPPED))
+    monkeypatch.setattr(cuda, "_native", lambda: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = cuda.unavailable.__wrapped__()
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.fixture
@@ -103,10 +149,10 @@ def test_a_call_that_makes_no_sense_is_refused(native):
 
 
 # Registers that a thread may use: 128 let two blocks, of two kernels, share a processor.
-REGISTERS = {"link_product": 128, "link_rows": 96, "scatter_rows": 48, "take_rows": 48}
+REGISTERS = {"link_product": 128, "link_rows": 80}
 
 
-@pytest.mark.parametrize("target", ["80", "90a"])
+@pytest.mark.parametrize("target", ["80", "90", "100", "120"])
 def test_nothing_spills(target, tmp_path):
     """The kernels as nvcc compiles them; ``pytest -rP`` prints registers and shared memory."""
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -115,18 +161,15 @@ def test_nothing_spills(target, tmp_path):
     sources = Path(__file__).parents[2] / "csrc" / "cuda"
     command = [nvcc, "-std=c++17", f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v", "-cubin"]
     kernels: dict[str, tuple[int, int, int]] = {}
-    for source in ("link.cu", "handoff.cu"):
-        run = subprocess.run(
-            [*command, "-I", str(sources.parent), "-o", str(tmp_path / "kernels.cubin"), str(sources / source)],
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        pattern = (
-            r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
-        )
-        for name, stack, spill, registers in re.findall(pattern, run.stderr, re.DOTALL):
-            kernels[name] = (int(registers), int(stack), int(spill))
+    run = subprocess.run(
+        [*command, "-I", str(sources.parent), "-o", str(tmp_path / "kernels.cubin"), str(sources / "link.cu")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
+    for name, stack, spill, registers in re.findall(pattern, run.stderr, re.DOTALL):
+        kernels[name] = (int(registers), int(stack), int(spill))
     found = set()
     for name, (registers, stack, spill) in kernels.items():
         kernel = next(known for known in REGISTERS if known in name)
@@ -135,7 +178,7 @@ def test_nothing_spills(target, tmp_path):
         assert (stack, spill) == (0, 0), f"{name} spills"
         assert registers <= REGISTERS[kernel], f"{name}: {registers} registers"
     assert found == set(REGISTERS)
-    assert len(kernels) == 9 + 1 + 4 + 4, "a kernel per dtype and token group; one per word size of the handoff"
+    assert len(kernels) == 9 + 18, "a product per dtype and token group; rows per dtype of what they read and write"
 
 
 @pytest.fixture

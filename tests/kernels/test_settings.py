@@ -15,7 +15,6 @@ READERS = {
     "RECMAS_BACKEND": settings.backend,
     "RECMAS_CPU_ISA": settings.cpu_isa,
     "RECMAS_CHECK": settings.checks,
-    "RECMAS_TUNE": settings.tunes,
 }
 
 
@@ -29,17 +28,10 @@ def test_absent_and_empty_variables_are_alike(variable, empty, monkeypatch):
 def test_names_are_returned_and_switches_are_on_at_1_only(monkeypatch):
     for variable in READERS:
         monkeypatch.setenv(variable, "avx2")
-    assert [read() for read in READERS.values()] == ["avx2", "avx2", False, False]
+    assert [read() for read in READERS.values()] == ["avx2", "avx2", False]
     for variable in READERS:
         monkeypatch.setenv(variable, "1")
-    assert [read() for read in READERS.values()] == ["1", "1", True, True]
-
-
-def test_the_folder_of_the_tuner(monkeypatch, tmp_path):
-    monkeypatch.setenv("RECMAS_TUNE_DIR", str(tmp_path))
-    assert settings.tune_folder() == tmp_path
-    monkeypatch.delenv("RECMAS_TUNE_DIR")
-    assert settings.tune_folder() == Path.home() / ".cache" / "recmas_kernels"
+    assert [read() for read in READERS.values()] == ["1", "1", True]
 
 
 def test_another_mapping_as_the_environment(monkeypatch):

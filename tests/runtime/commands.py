@@ -137,3 +137,10 @@ def _become(folder: Path, output: list[Path], action: Any, arguments: Any) -> No
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def main(arguments: list[str]) -> int:
+    """`recmas.cli.main`, imported when it is called: a machine for tests on a GPU may lack what it parses with."""
+    from recmas.cli import main as run
+
+    return run(arguments)

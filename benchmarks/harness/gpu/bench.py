@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ HOST_CALLS = 50  # bare calls in one timing, where the host is what is measured
 LONG_CALL = 1e-3  # seconds from which one bare call is a timing of its own
 UNTIMED_SETS = 2  # copies where nothing is timed: enough to show that they are taken in turn
 
+Result = TypeVar("Result")
 Builders = Mapping[str, Callable[[], Sequence[Call]]]
 
 
@@ -92,6 +93,14 @@ class GpuBench:
         self.run.add(record)
         clocks.clear()
         cuda.release()
+
+    def seconds_of(self, call: Callable[[], Result]) -> tuple[float, Result]:
+        """What a call takes until the device has done all of it, and what it returns."""
+        begun = perf_counter()
+        result = call()
+        if self.facts is not None:
+            cuda.synchronize()
+        return perf_counter() - begun, result
 
     def answer(self, question: str, what: str, builders: Builders, *, work: Work | None = None, **values: Any) -> None:
         """Time ``builders`` as graphs, none of them under test, as the answer to a question; see `RunFile.answer`.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.harness.gpu.preflight``: what `run_gpu.sh` needs and does not find, in one line.
+"""What ``make gpu`` needs and does not find.
 
 Needs nothing but Python itself, since anything else may be what is missing.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 
 MODULES = ("torch", "triton", "numpy", "transformers", "pytest", "setuptools", "pybind11", "cmake", "ninja")
 PROGRAMS = ("cmake", "ninja")  # where these are on PATH, their Python packages are not needed
@@ -42,15 +41,3 @@ def _device() -> list[str]:
     if not torch.cuda.is_available():
         return ["torch sees no CUDA device (nvidia-smi says whether the driver does)"]
     return []
-
-
-def main() -> int:
-    if found := missing():
-        print(f"run_gpu.sh cannot run with {sys.executable}: {'; '.join(found)}", file=sys.stderr)
-        return 2
-    print(tool("compute-sanitizer") or "")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

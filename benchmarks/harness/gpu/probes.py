@@ -1,4 +1,4 @@
-"""Kernels that each answer one question about the device: how fast L2 is read, how long a launch or a barrier takes."""
+"""Kernels that each answer one question about the device: how fast L2 is read, how long a launch takes."""
 
 from __future__ import annotations
 
@@ -60,22 +60,3 @@ def empty_launch(place: torch.Tensor) -> None:
 def early_launch(place: torch.Tensor) -> None:
     """One short kernel that may start while the one before it ends (sm_90)."""
     _nothing_early[(1,)](place, num_warps=1, launch_pdl=True)
-
-
-@triton.jit
-def _barriers(arrived, COUNT: tl.constexpr):
-    """COUNT barriers of the whole grid, by a counter in memory; all programs must be resident (cooperative launch)."""
-    programs = tl.num_programs(0)
-    for barrier in range(COUNT):
-        tl.atomic_add(arrived, 1, sem="acq_rel")
-        while tl.atomic_add(arrived, 0, sem="acquire") < (barrier + 1) * programs:
-            pass
-
-
-BARRIERS = 64
-
-
-def grid_barriers(arrived: torch.Tensor, programs: int) -> None:
-    """BARRIERS barriers of ``programs`` programs, ``arrived`` being int32 ``[1]``; it is zeroed first."""
-    arrived.zero_()
-    _barriers[(programs,)](arrived, BARRIERS, num_warps=1, launch_cooperative_grid=True)

@@ -17,9 +17,19 @@ from benchmarks.harness.gpu.session import Session
 _SESSION = pytest.StashKey[Session]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The most important cells first; whatever the budget cuts off then matters least."""
+    if (step := config.getoption("step")) is not None:
+        from benchmarks.gpu.cells import cells  # imports the suites
+
+        wanted = {case.id for _, case in cells(step)}
+        items[:] = [item for item in items if _case_id(item) in wanted]
     items.sort(key=_rank)
+
+
+def _case_id(item: pytest.Item) -> str | None:
+    call = getattr(item, "callspec", None)
+    return getattr(call.params.get("case"), "id", None) if call is not None else None
 
 
 def _rank(item: pytest.Item) -> float:

@@ -1,7 +1,7 @@
-"""Each Triton product of a link alone, against the library's product of the same shape with nothing around it.
+"""Each candidate product of a link alone (`benchmarks.gpu.candidates`), against the library's of the same shape.
 
-Reached past the dispatch: no public call runs one product. Bias, GELU, residual and column sums are part of ours and
-not of the library's, so 95 % of its rate is a demand on the product and its epilogue together.
+Bias, GELU, residual and column sums are part of ours and not of the library's, so 95 % of its rate is a demand on the
+product and its epilogue together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.harness.floors import Work, product
 from benchmarks.harness.gpu.bench import PRODUCTS_LT, GpuBench, under_lt
-from benchmarks.harness.gpu.tuned import Tuned
 from benchmarks.harness.names import FUSED, PRODUCTS
 from benchmarks.harness.record import Labels
 from benchmarks.harness.timing import Call
@@ -31,20 +30,16 @@ Operands = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One product of the outer link IN -> HIDDEN -> OUT over ``tokens`` rows; ``tuned``: and as the tuner has it."""
+    """One product of the outer link IN -> HIDDEN -> OUT over ``tokens`` rows."""
 
     kind: str
     tokens: int
     rank: int
-    tuned: bool = False
-
-    @property
-    def seconds(self) -> float:
-        return 45 if self.tuned else 6
+    seconds: float = 6
 
     @property
     def id(self) -> str:
-        return f"gpu-product-{self.kind.replace(' ', '-')}-T{self.tokens}" + ("-tuned" if self.tuned else "")
+        return f"gpu-product-{self.kind.replace(' ', '-')}-T{self.tokens}"
 
 
 def draw(tokens: int, device: torch.device, seed: int) -> Operands:
@@ -67,14 +62,14 @@ def draw(tokens: int, device: torch.device, seed: int) -> Operands:
     }
 
 
-def _matmul() -> Any:
-    from recmas_kernels.backends.triton import matmul
+def _products() -> Any:
+    from benchmarks.gpu.candidates import products
 
-    return matmul
+    return products
 
 
 def _gradients() -> Any:
-    from recmas_kernels.backends.triton import gradients
+    from benchmarks.gpu.candidates import gradients
 
     return gradients
 
@@ -91,12 +86,12 @@ def _flat(grads: Sequence[Tensor]) -> Tensor:
 
 # By kind: our call, the same in plain torch, and the operands of the library's products (left, right).
 OURS: dict[str, Callable[[Operands], Any]] = {
-    "up": lambda o: _matmul().up(o["x"], o["w1"], o["b1"], "none", keep=True),
-    "down": lambda o: _matmul().down(o["act"], o["x"], o["w2"], None, o["w3"], None, "linear"),
-    "hidden gradient": lambda o: _matmul().hidden_gradient(
+    "up": lambda o: _products().up(o["x"], o["w1"], o["b1"], "none", keep=True),
+    "down": lambda o: _products().down(o["act"], o["x"], o["w2"], None, o["w3"], None, "linear"),
+    "hidden gradient": lambda o: _products().hidden_gradient(
         o["dz"], o["w2"], o["pre"], torch.empty_like(o["pre"]), "none", sums=True
     ),
-    "input gradient": lambda o: _matmul().input_gradient(o["dpre"], o["w1"], more=(o["dz"], o["w3"])),
+    "input gradient": lambda o: _products().input_gradient(o["dpre"], o["w1"], more=(o["dz"], o["w3"])),
     "weight gradients": lambda o: _gradients().weight_gradients(
         [(o["dpre"], o["x"], DTYPE), (o["dz"], o["act"], DTYPE), (o["dz"], o["x"], DTYPE)]
     ),
@@ -127,9 +122,7 @@ PAIRS: dict[str, Callable[[Operands], list[tuple[Tensor, Tensor]]]] = {
 def cases(full: bool) -> list[Case]:
     if not full:
         return [Case(kind, 8, 6) for kind in OURS]
-    plain = [Case(kind, tokens, rank) for tokens, rank in ((4096, 14), (16384, 20), (1536, 60)) for kind in OURS]
-    ranks = ((4096, 70), (1536, 150), (16384, 151))
-    return plain + [Case(kind, tokens, rank, tuned=True) for tokens, rank in ranks for kind in OURS]
+    return [Case(kind, tokens, rank) for tokens, rank in ((4096, 70), (16384, 71), (1536, 72)) for kind in OURS]
 
 
 def library(pairs: list[tuple[Tensor, Tensor]]) -> Call:
@@ -166,11 +159,5 @@ def test_product(case: Case, gpu_bench: GpuBench) -> None:
         PRODUCTS: lambda: [library(PAIRS[kind](o)) for o in sets],
         PRODUCTS_LT: lambda: [partial(under_lt, library(PAIRS[kind](o))) for o in sets],
     }
-    tuned = Tuned()
-    if case.tuned:
-        builders["tuned"] = lambda: [partial(tuned, partial(OURS[kind], o)) for o in sets]
     labels = Labels("products", kind, f"{IN}x{HIDDEN}x{OUT}", DTYPE, "product", case.tokens, cold=True, graph=True)
     gpu_bench.measure(labels, builders, work, errors)
-    if case.tuned:
-        chosen = "; ".join(f"{place[0]} {answer}" for place, answer in tuned.answers.items())
-        gpu_bench.run.answer("4: tiles that the tuner chose", f"{kind}, {case.tokens} tokens", chosen=chosen)

@@ -6,6 +6,7 @@ The answers are in the run file under "answers" and, once stored, on the device'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import floors
-from benchmarks.harness.gpu import cuda
 from benchmarks.harness.gpu.bench import GpuBench, under_lt
 from benchmarks.harness.gpu.forecast import COMPILE_MAX
 from benchmarks.harness.names import FUSED
@@ -27,7 +27,6 @@ from recmas_kernels.testing import make_link
 
 DTYPE = torch.bfloat16
 CHAIN = 200  # short kernels in a row, the gap between two of which is wanted
-LAST_RANK = 999
 BODY_BYTES = 2**30  # what an agent's body reads between two latent steps, at least
 
 
@@ -57,8 +56,7 @@ def cases(full: bool) -> list[Case]:
     if not full:
         kinds = ("library product", "max-autotune product", "gelu", "dispatch", "joined operand", "in a body's stream")
         return [Case(kind, 5, SMALL_OUTER if kind == "joined operand" else SMALL_INNER, 10) for kind in kinds]
-    found = [Case("gaps", rank=13), Case("barrier", rank=LAST_RANK)]
-    found += [Case("epilogue", tokens) for tokens in (4096, 1536)]
+    found = [Case("gaps", rank=13)]
     found += [Case("dispatch", tokens) for tokens in (1, 8, 32, 128, 512)]
     found += [Case("dispatch", tokens, OUTER) for tokens in (1, 32, 1536)]
     found += [Case("variant", 16384, narrow(hidden)) for hidden in (128, 256, 512)]
@@ -147,18 +145,6 @@ def gaps(case: Case, bench: GpuBench) -> None:
     bench.answer("2: time per empty kernel in a graph", "one program, one store", builders, **rates)
 
 
-def barrier(case: Case, bench: GpuBench) -> None:
-    """Time of a barrier of one program per multiprocessor. It runs last: were it wrong, it would never end."""
-    from benchmarks.harness.gpu import probes
-
-    assert bench.facts is not None
-    arrived = torch.zeros(1, device=bench.device, dtype=torch.int32)
-    call = partial(probes.grid_barriers, arrived, bench.facts["sms"])
-    call()
-    taken = min(cuda.seconds(call) for _ in range(20))
-    bench.run.answer("2: grid barrier", f"{bench.facts['sms']} programs", us=taken / probes.BARRIERS * 1e6)
-
-
 def gelu(case: Case, bench: GpuBench) -> None:
     """The library's fused tanh GELU against a product with a pass after it, in both forms."""
     work, operands = products_of(case, bench)
@@ -181,25 +167,6 @@ def gelu(case: Case, bench: GpuBench) -> None:
     bench.answer("3: GELU in the library's epilogue", what(case), builders, work=work)
 
 
-def epilogue(case: Case, bench: GpuBench) -> None:
-    """Our product with nothing, with bias and tanh GELU, and with bias and erf GELU after it."""
-    from recmas_kernels.backends.triton import matmul
-
-    work, operands = products_of(case, bench)
-    bias = normal(bench.device, case.config.in_features)
-    builders: dict[str, Callable[[], Sequence[Call]]] = {
-        "library product": lambda: [partial(torch.mm, rows, weight.t(), out=out) for rows, weight, out in operands],
-        "plain": lambda: [
-            partial(matmul.down, rows, rows, weight, None, None, None, "none") for rows, weight, _ in operands
-        ],
-    }
-    for form in ("tanh", "none"):
-        builders[f"bias, GELU ({'erf' if form == 'none' else form})"] = lambda form=form: [
-            partial(matmul.up, rows, weight, bias, form, keep=False) for rows, weight, _ in operands
-        ]
-    bench.answer("4: GELU in our epilogue", what(case), builders, work=work)
-
-
 def link_sets(case: Case, bench: GpuBench, name: str = FUSED) -> list[Call]:
     """Forwards of the case's link, in as many copies as a cold cell needs."""
     link = make_link(case.config, DTYPE).to(bench.device)
@@ -210,20 +177,23 @@ def link_sets(case: Case, bench: GpuBench, name: str = FUSED) -> list[Call]:
 
 
 def variant(case: Case, bench: GpuBench) -> None:
-    """The three ways in which Triton serves a link, on shapes where one of them must be chosen."""
+    """The ways in which Triton may serve a link, a candidate's among them, on shapes where one must be chosen."""
+    from benchmarks.gpu.candidates.link import installed
     from recmas_kernels.backends.triton import plan
 
-    def build(name: str) -> list[Call]:
+    def build(way: Callable[[], AbstractContextManager[object]]) -> list[Call]:
         def call(run: Call) -> None:
-            with mock.patch.object(plan, "variant", return_value=name), use_backend("triton"):
+            with way(), use_backend("triton"):
                 run()
 
         return [partial(call, run) for run in link_sets(case, bench)]
 
-    names = [plan.LIBRARY, plan.MATMUL]
+    names = [plan.LIBRARY]
     if case.config.residual != "linear" and case.config.hidden_features <= plan.WIDEST_SMALL:
         names.append(plan.SMALL)
-    builders = {name: partial(build, name) for name in names} | {"eager": partial(link_sets, case, bench, "eager")}
+    ways = {name: partial(mock.patch.object, plan, "variant", return_value=name) for name in names}
+    builders = {name: partial(build, way) for name, way in ways.items()}
+    builders |= {"candidate": partial(build, installed), "eager": partial(link_sets, case, bench, "eager")}
     work = floors.link_forward(case.config, case.tokens, DTYPE.itemsize)
     bench.answer("4: which Triton variant", what(case), builders, work=work)
 
@@ -304,9 +274,7 @@ TESTS: dict[str, Callable[[Case, GpuBench], None]] = {
     "library product": library_product,
     "max-autotune product": autotuned_product,
     "gaps": gaps,
-    "barrier": barrier,
     "gelu": gelu,
-    "epilogue": epilogue,
     "variant": variant,
     "dispatch": dispatch,
     "joined operand": joined_operand,

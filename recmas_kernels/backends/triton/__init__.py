@@ -1,9 +1,9 @@
-"""Triton kernels for CUDA and ROCm devices: links over many tokens, the alignment loss, the handoff.
+"""Triton kernels for CUDA and ROCm devices: links over many tokens, and the alignment loss.
 
 One file per kernel family: ``rows`` (LayerNorm and the residual), ``activation`` (GELU), ``small_hidden`` (the whole
-link in one kernel), ``matmul`` (products with epilogues: ``product`` by pointers, ``persistent`` by tensor
-descriptors, ``epilogue`` what they share), ``gradients`` (of the weights), ``alignment``, ``handoff``; ``link`` calls
-them in the order that ``plan`` chooses. Nothing is imported, compiled or tuned before the first call that needs it.
+link in one kernel), ``library`` (torch's own products), ``alignment``; ``link`` calls them in the order that ``plan``
+chooses. A handoff is torch's own copies of rows: a kernel would move the same bytes in as many launches. Nothing is
+imported or compiled before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from recmas_kernels.backends.call import Call
+from recmas_kernels.reference import handoff_, handoff_bwd, handoff_fwd
+
+__all__ = ["handoff_", "handoff_bwd", "handoff_fwd"]
 
 OLDEST_TRITON = (3, 5)
 OLDEST_CAPABILITY = (8, 0)
@@ -25,10 +28,8 @@ _FAMILIES = {
     "link_fwd": "link",
     "link_fwd_train": "link",
     "link_bwd": "link",
-    "handoff_fwd": "handoff",
-    "handoff_": "handoff",
-    "handoff_bwd": "handoff",
     "alignment_fwd": "alignment",
+    "alignment_bwd": "alignment",
 }
 
 

@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recmas_kernels import reference
 from recmas_kernels.backends.triton.device import launching
 from recmas_kernels.backends.triton.rows import row_block
 from recmas_kernels.reference import COSINE_EPS
+
+SCALED = 8192  # elements of a gradient that a program scales: few programs, where there is nothing to do
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows"])
@@ -108,3 +111,24 @@ def alignment_fwd(
             num_warps=warps,
         )
         return losses.sum(), grad
+
+
+@triton.jit
+def _scale(grad, by, elements, BLOCK: tl.constexpr):
+    """``grad *= by`` in place; nothing is read or written where by is 1, as it is at the end of a loss of its own."""
+    factor = tl.load(by).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < elements
+        value = tl.load(grad + place, mask=inside).to(tl.float32)
+        tl.store(grad + place, value * factor, mask=inside)
+
+
+def alignment_bwd(grad: Tensor, dloss: Tensor) -> Tensor:
+    """``grad`` itself, contiguous, times the scalar ``dloss``, which the host never waits for."""
+    if not grad.is_contiguous():
+        return reference.alignment_bwd(grad, dloss)
+    if grad.numel() > 0:
+        with launching("alignment_bwd", grad):
+            _scale[(triton.cdiv(grad.numel(), SCALED),)](grad, dloss, grad.numel(), BLOCK=SCALED, num_warps=8)
+    return grad

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends.triton import activation, gradients, library, matmul, plan, rows, small_hidden
+from recmas_kernels.backends.triton import activation, library, plan, rows, small_hidden
 from recmas_kernels.backends.triton.device import launching
 from recmas_kernels.reference import LinkArguments
 
 _WIDEST_STRIDE = 2**24  # elements between rows of x; a kernel indexes the 128 rows of a tile in 32 bits
 
 
-_Forward = tuple[Tensor, Tensor | None, Tensor, Tensor]  # y, pre if kept, z, stats
+_Forward = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # y, pre if kept, z, stats if kept
 
 
 def _rows(arguments: LinkArguments, width: int) -> Tensor:
@@ -47,6 +48,7 @@ def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Te
     with launching("link_fwd_train", arguments.x):
         y, pre, z, stats = _forward(_narrow(arguments), keep=True)
     assert pre is not None
+    assert stats is not None
     return y, pre, z, stats
 
 
@@ -62,12 +64,15 @@ def _forward(arguments: LinkArguments, *, keep: bool) -> _Forward:
             x.new_zeros(4, 0, dtype=torch.float32),
         )
 
-    def attempt(variant: str) -> _Forward:
-        if variant == plan.SMALL:
-            return _forward_small(arguments, keep=keep)
-        return _forward_stages(arguments, variant, keep=keep)
+    variant = plan.variant(_question("train" if keep else "infer", arguments))
+    if variant == plan.SMALL:
+        return _forward_small(arguments, keep=keep)
+    return _forward_stages(arguments, PRODUCTS[variant], keep=keep)
 
-    return attempt(plan.variant(_question("train" if keep else "infer", arguments), attempt))
+
+def _stats(x: Tensor, *, keep: bool) -> Tensor | None:
+    """For means and deviations of both norms; zeros where there is none."""
+    return torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device) if keep else None
 
 
 def _forward_small(arguments: LinkArguments, *, keep: bool) -> _Forward:
@@ -75,7 +80,7 @@ def _forward_small(arguments: LinkArguments, *, keep: bool) -> _Forward:
     y = torch.empty(x.shape[0], arguments.w2.shape[0], dtype=x.dtype, device=x.device)
     pre = _rows(arguments, arguments.w1.shape[0]) if keep else None
     z = _rows(arguments, arguments.w2.shape[0]) if keep and gain_out is not None else y
-    stats = torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device)
+    stats = _stats(x, keep=keep)
     small_hidden.forward(
         x,
         arguments.w1,
@@ -98,26 +103,33 @@ def _forward_small(arguments: LinkArguments, *, keep: bool) -> _Forward:
     return y, pre, x.new_empty(0, dtype=arguments.dtype) if gain_out is None else z, stats
 
 
-def _forward_stages(arguments: LinkArguments, variant: str, *, keep: bool) -> _Forward:
-    x, w1, b1, w2, b2, w3, b3, gain_in, bias_in, gain_out, bias_out, residual, gelu, eps, dtype = arguments
-    hidden_features = w1.shape[0]
-    stats = torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device)
-    joint = library.joint(x, hidden_features, residual, dtype) if variant == plan.LIBRARY else None
-    raw = joint[:, hidden_features:] if joint is not None and residual == "linear" else None
-    u = x.to(dtype)
-    if gain_in is not None:
-        u = _rows(arguments, x.shape[1])
-        rows.normalise(x, gain_in, bias_in, eps, dtype, plain=raw, normed=u, stats=stats[:2])
-    elif raw is not None:
-        raw.copy_(x)
-    addend = None
-    if joint is not None:
-        pre = library.up(u, w1, b1, gelu, joint[:, :hidden_features], keep=keep)
-        z = library.down(joint, w2, b2, w3, b3)
-        addend = x if residual == "identity" else None
-    else:
-        act, pre = matmul.up(u, w1, b1, gelu, keep=keep)
-        z = matmul.down(act, x.to(dtype), w2, b2, w3, b3, residual)
+Products = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+"""``products(arguments, normed, keep=...)``: z, pre if it is to be kept, and what is still to be added to z.
+
+``normed(raw)`` gives the first product's operand, and copies x in the compute dtype into ``raw`` if that is given."""
+
+
+def _forward_stages(arguments: LinkArguments, products: Products, *, keep: bool) -> _Forward:
+    x, gain_in, bias_in, eps, dtype = (
+        arguments.x,
+        arguments.norm_in_weight,
+        arguments.norm_in_bias,
+        arguments.eps,
+        arguments.dtype,
+    )
+    gain_out, bias_out = arguments.norm_out_weight, arguments.norm_out_bias
+    stats = _stats(x, keep=keep)
+
+    def normed(raw: Tensor | None = None) -> Tensor:
+        if gain_in is not None:
+            u = _rows(arguments, x.shape[1])
+            rows.normalise(x, gain_in, bias_in, eps, dtype, plain=raw, normed=u, stats=stats)
+            return u
+        if raw is not None:
+            raw.copy_(x)
+        return x.to(dtype)
+
+    z, pre, addend = products(arguments, normed, keep=keep)
     if gain_out is None and addend is None:
         return z.to(x.dtype), pre, x.new_empty(0, dtype=dtype), stats
     y = torch.empty(z.shape, dtype=x.dtype, device=x.device)
@@ -125,8 +137,20 @@ def _forward_stages(arguments: LinkArguments, variant: str, *, keep: bool) -> _F
         rows.normalise(z, None, None, eps, dtype, addend=addend, plain=y)
         return y, pre, x.new_empty(0, dtype=dtype), stats
     kept = z if keep and addend is not None else None
-    rows.normalise(z, gain_out, bias_out, eps, dtype, addend=addend, plain=kept, normed=y, stats=stats[2:])
+    rows.normalise(z, gain_out, bias_out, eps, dtype, addend=addend, plain=kept, normed=y, stats=stats, side=rows.OUT)
     return y, pre, z, stats
+
+
+def _library_products(
+    arguments: LinkArguments, normed: Callable[..., Tensor], *, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, w1, b1, w2, b2, w3, b3 = arguments[:7]
+    hidden_features = w1.shape[0]
+    joint = library.joint(x, hidden_features, w3, arguments.dtype)
+    u = normed(joint[:, hidden_features:] if joint.shape[1] > hidden_features else None)
+    pre = library.up(u, w1, b1, arguments.gelu, joint[:, :hidden_features], keep=keep)
+    z = library.down(joint, x, w2, b2, w3, b3)
+    return z, pre, x if arguments.residual == "identity" else None
 
 
 def link_bwd(
@@ -140,12 +164,8 @@ def link_bwd(
         found = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs)
     else:
         with launching("link_bwd", x):
-            saved = (dy, pre, z, stats)
-
-            def attempt(variant: str) -> tuple[Tensor | None, ...]:
-                return _backward(arguments, saved, needs, variant)
-
-            found = attempt(plan.variant(_question("backward", arguments), attempt))
+            variant = plan.variant(_question("backward", arguments))
+            found = _backward(arguments, (dy, pre, z, stats), needs, variant)
     return tuple(
         grad.to(tensor.dtype) if need and grad is not None and tensor is not None else x.new_empty(0)
         for grad, tensor, need in zip(found, inputs, needs, strict=True)
@@ -178,7 +198,9 @@ def _backward(
     if gain_out is not None:
         dz = _rows(arguments, w2.shape[0])
         sums = need_gain_out or need_bias_out or need_b2 or need_b3
-        found = rows.normalise_backward(dy, z, stats[2:], gain_out, None, dtype, sums=sums, total=True, drows=dz)
+        found = rows.normalise_backward(
+            dy, z, stats, gain_out, None, dtype, side=rows.OUT, sums=sums, total=True, drows=dz
+        )
         if found is not None:
             dgain_out, dbias_out, dbias = found
     elif need_b2 or need_b3:
@@ -190,8 +212,7 @@ def _backward(
     dpre = du = db1 = None
     around = _Around(dz, w3, residual)
     if need_du or need_w1 or need_b1:
-        stage = {plan.SMALL: _small_gradients, plan.LIBRARY: _library_gradients, plan.MATMUL: _matmul_gradients}
-        dpre, du, db1 = stage[variant](
+        dpre, du, db1 = GRADIENTS[variant](
             arguments,
             around if gain_in is None else _Around(dz, None, "none"),
             pre,
@@ -211,7 +232,7 @@ def _backward(
             found = rows.normalise_backward(
                 du,
                 x,
-                stats[:2],
+                stats,
                 gain_in,
                 bias_in,
                 dtype,
@@ -228,8 +249,9 @@ def _backward(
 
     problems: list[_Problem | None] = [(dpre, u, w1) if need_w1 else None, (dz, act, w2) if need_w2 else None]
     problems.append((dz, x.to(dtype), w3) if need_w3 and w3 is not None else None)
-    dw1, dw2, dw3 = _weight_gradients(variant, problems)
-    return dx, dw1, db1, dw2, dbias, dw3, dbias, dgain_in, dbias_in, dgain_out, dbias_out
+    dw1, dw2, dw3 = _weight_gradients(WEIGHT_GRADIENTS.get(variant, library.weight_gradients), problems)
+    db3 = dbias.clone() if dbias is not None and need_b2 and need_b3 else dbias  # each gradient has its own memory
+    return dx, dw1, db1, dw2, dbias, dw3, db3, dgain_in, dbias_in, dgain_out, dbias_out
 
 
 _Problem = tuple[Tensor | None, Tensor | None, Tensor]  # left, right, the weight whose gradient is left^T right
@@ -287,26 +309,20 @@ def _library_gradients(
     return dpre, add(start, dpre, w1), db1
 
 
-def _matmul_gradients(
-    arguments: LinkArguments, around: _Around, pre: Tensor, act: Tensor | None, *, need_du: bool, need_b1: bool
-) -> _Stage:
-    dpre, db1 = matmul.hidden_gradient(around.dz, arguments.w2, pre, act, arguments.gelu, sums=need_b1)
-    if not need_du:
-        return dpre, None, db1
-    more = None if around.w3 is None else (around.dz, around.w3)
-    addend = around.dz if around.residual == "identity" else None
-    return dpre, matmul.input_gradient(dpre, arguments.w1, more=more, addend=addend), db1
-
-
-def _weight_gradients(variant: str, problems: list[_Problem | None]) -> list[Tensor | None]:
+def _weight_gradients(
+    compute: Callable[[list[tuple[Tensor, Tensor, torch.dtype]]], list[Tensor]], problems: list[_Problem | None]
+) -> list[Tensor | None]:
     """``left^T right`` in the weight's dtype for each ``(left, right, weight)``; None stays None."""
     wanted = []
     for left, right, weight in filter(None, problems):
         assert left is not None
         assert right is not None
         wanted.append((left, right, weight.dtype))
-    if variant == plan.MATMUL and wanted:
-        found = iter(gradients.weight_gradients(wanted))
-    else:
-        found = iter([library.weight_gradient(*problem) for problem in wanted])
+    found = iter(compute(wanted) if wanted else [])
     return [None if problem is None else next(found) for problem in problems]
+
+
+# What a variant is made of. A candidate for another one adds itself here (benchmarks/gpu/candidates).
+PRODUCTS: dict[str, Products] = {plan.LIBRARY: _library_products}
+GRADIENTS: dict[str, Callable[..., _Stage]] = {plan.SMALL: _small_gradients, plan.LIBRARY: _library_gradients}
+WEIGHT_GRADIENTS: dict[str, Callable[[list[tuple[Tensor, Tensor, torch.dtype]]], list[Tensor]]] = {}

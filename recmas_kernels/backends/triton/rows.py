@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recmas_kernels.backends.triton.device import TRITON_DTYPES
 
+IN, OUT = 0, 2  # first row of a norm's mean and rstd among a link's statistics [4, T]
 PROGRAMS = 256  # of the backward: about two per SM of a large GPU, and 256 partials to add up
 
 
@@ -23,7 +24,7 @@ def row_block(width: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 256))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _normalise(
     rows,  # [T, width], any dtype
     addend,  # [T, width] or None: added to the row first
@@ -31,14 +32,15 @@ def _normalise(
     normed,  # [T, width] or None: receives the LayerNorm of the row; without a weight, the row itself
     weight,  # [width] or None
     bias,  # [width] or None
-    mean_out,  # float32 [T] or None
-    rstd_out,  # float32 [T] or None
+    stats,  # float32 [4, T] or None; rows of it would be aligned or not by the number of tokens
+    tokens,
     width,
     eps,
     rows_stride,
     addend_stride,
     plain_stride,
     normed_stride,
+    SIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,9 +60,10 @@ def _normalise(
         value = centred * rstd * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
             value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-        if mean_out is not None:
-            tl.store(mean_out + row, mean)
-            tl.store(rstd_out + row, rstd)
+        if stats is not None:
+            place = stats + SIDE * tokens.to(tl.int64) + row
+            tl.store(place, mean)
+            tl.store(place + tokens, rstd)
     if normed is not None:
         tl.store(normed + row * normed_stride + columns, value.to(COMPUTE), mask=inside)
 
@@ -76,11 +79,12 @@ def normalise(
     plain: Tensor | None = None,
     normed: Tensor | None = None,
     stats: Tensor | None = None,
+    side: int = IN,
 ) -> None:
     """One pass: ``plain = rows + addend`` and ``normed = LayerNorm(rows + addend)``, each if given.
 
     All ``[T, width]`` of any float dtype and row stride; arithmetic is float32, the sum is rounded to ``dtype``.
-    ``stats``, float32 ``[2, T]``, receives mean and rstd. ``plain`` may be ``rows`` itself.
+    ``stats``, float32 ``[4, T]``, receives mean and rstd from row ``side`` on. ``plain`` may be ``rows`` itself.
     """
     tokens, width = rows.shape
     block, warps = row_block(width)
@@ -91,14 +95,15 @@ def normalise(
         normed,
         weight,
         bias,
-        None if stats is None else stats[0],
-        None if stats is None else stats[1],
+        stats,
+        tokens,
         width,
         eps,
         rows.stride(0),
         0 if addend is None else addend.stride(0),
         0 if plain is None else plain.stride(0),
         0 if normed is None else normed.stride(0),
+        SIDE=side,
         COMPUTE=TRITON_DTYPES[dtype],
         BLOCK=block,
         num_warps=warps,
@@ -109,8 +114,7 @@ def normalise(
 def _normalise_backward(
     dout,  # [T, width]: the gradient of the LayerNorm's output
     rows,  # [T, width]: the LayerNorm's input
-    mean,  # float32 [T]
-    rstd,  # float32 [T]
+    stats,  # float32 [4, T]
     weight,  # [width]
     bias,  # [width] or None; read only for normed
     addend,  # [T, width] or None: a gradient that reached the input by another way
@@ -122,6 +126,7 @@ def _normalise_backward(
     dout_stride,
     rows_stride,
     addend_stride,
+    SIDE: tl.constexpr,
     TOTAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,8 +143,9 @@ def _normalise_backward(
         row = tl.cast(index, tl.int64)
         grad = tl.load(dout + row * dout_stride + columns, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(rows + row * rows_stride + columns, mask=inside, other=0.0).to(COMPUTE).to(tl.float32)
-        scale = tl.load(rstd + row)
-        xhat = tl.where(inside, (value - tl.load(mean + row)) * scale, 0.0)
+        place = stats + SIDE * tokens.to(tl.int64) + row
+        scale = tl.load(place + tokens)
+        xhat = tl.where(inside, (value - tl.load(place)) * scale, 0.0)
         if normed is not None:
             out = xhat * gain
             if bias is not None:
@@ -157,12 +163,12 @@ def _normalise_backward(
                 dvalue += tl.load(addend + row * addend_stride + columns, mask=inside, other=0.0).to(tl.float32)
             tl.store(drows + row * width + columns, dvalue, mask=inside)
     if partials is not None:
-        place = partials + program.to(tl.int64) * width + columns
+        corner = partials + program.to(tl.int64) * width + columns
         plane = programs.to(tl.int64) * width
-        tl.store(place, dweight, mask=inside)
-        tl.store(place + plane, dbias, mask=inside)
+        tl.store(corner, dweight, mask=inside)
+        tl.store(corner + plane, dbias, mask=inside)
         if TOTAL:
-            tl.store(place + 2 * plane, total, mask=inside)
+            tl.store(corner + 2 * plane, total, mask=inside)
 
 
 def normalise_backward(
@@ -173,6 +179,7 @@ def normalise_backward(
     bias: Tensor | None,
     dtype: torch.dtype,
     *,
+    side: int = IN,
     sums: bool,
     total: bool = False,
     addend: Tensor | None = None,
@@ -182,7 +189,7 @@ def normalise_backward(
     """One pass: ``drows = d LayerNorm(rows) + addend`` and ``normed = LayerNorm(rows)``, each if given (contiguous).
 
     With ``sums``, returns float32 ``[2, width]``, the gradients of weight and bias; with ``total`` as well, a third
-    row, the column sums of drows without the addend. ``stats [2, T]`` holds mean and rstd.
+    row, the column sums of drows without the addend. ``stats [4, T]`` holds mean and rstd from row ``side`` on.
     """
     tokens, width = rows.shape
     block, warps = row_block(width)
@@ -192,8 +199,7 @@ def normalise_backward(
     _normalise_backward[(programs,)](
         dout,
         rows,
-        stats[0],
-        stats[1],
+        stats,
         weight,
         bias,
         addend,
@@ -205,6 +211,7 @@ def normalise_backward(
         dout.stride(0),
         rows.stride(0),
         0 if addend is None else addend.stride(0),
+        SIDE=side,
         TOTAL=total,
         COMPUTE=TRITON_DTYPES[dtype],
         BLOCK=block,

@@ -44,7 +44,7 @@ def _forward(
     y,  # [T, out] contiguous
     pre,  # [T, hidden] contiguous, or None
     z,  # [T, out] contiguous: the output norm's input; y itself where it is not needed afterwards
-    stats,  # float32 [4, T]: mean_in, rstd_in, mean_out, rstd_out
+    stats,  # float32 [4, T] or None: mean_in, rstd_in, mean_out, rstd_out
     tokens,
     in_features,
     hidden_features,
@@ -71,8 +71,6 @@ def _forward(
     in_lane = tl.arange(0, BLOCK_IN)
     out_lane = tl.arange(0, BLOCK_OUT)
     plane = tl.cast(tokens, tl.int64)
-    row_stats = stats + first + row
-
     if gi is not None:
         mean = tl.zeros([BLOCK_TOKENS], tl.float32)
         spread = tl.zeros([BLOCK_TOKENS], tl.float32)
@@ -82,8 +80,9 @@ def _forward(
             columns = tl.minimum(in_features - start, BLOCK_IN).to(tl.float32)
             mean, spread = _merge(mean, spread, start * 1.0, tile.to(COMPUTE).to(tl.float32), inside, columns)
         rstd = 1 / tl.sqrt_rn(spread / in_features + eps)
-        tl.store(row_stats, mean, mask=live)
-        tl.store(row_stats + plane, rstd, mask=live)
+        if stats is not None:
+            tl.store(stats + first + row, mean, mask=live)
+            tl.store(stats + plane + first + row, rstd, mask=live)
 
     hidden = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], tl.float32)
     w1_columns = w1 + lane[None, :] * in_features
@@ -129,8 +128,9 @@ def _forward(
 
     if go is not None:
         rstd_out = 1 / tl.sqrt_rn(spread_out / out_features + eps)
-        tl.store(row_stats + 2 * plane, mean_out, mask=live)
-        tl.store(row_stats + 3 * plane, rstd_out, mask=live)
+        if stats is not None:
+            tl.store(stats + 2 * plane + first + row, mean_out, mask=live)
+            tl.store(stats + 3 * plane + first + row, rstd_out, mask=live)
         tl.debug_barrier()  # other threads of this program wrote the z that is read here
         y_rows = y + first * out_features + row[:, None] * out_features
         for start in range(0, out_features, BLOCK_OUT):
@@ -158,13 +158,13 @@ def forward(
     y: Tensor,
     pre: Tensor | None,
     z: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
     residual: str,
     gelu: str,
     eps: float,
     dtype: torch.dtype,
 ) -> None:
-    """Fill ``y``, ``z`` (the same tensor, or one in ``dtype``), ``pre`` (if kept) and ``stats``; residual not "linear".
+    """Fill ``y``, ``z`` (the same tensor, or one in ``dtype``), ``pre`` and ``stats`` (if kept); residual not "linear".
 
     x ``[T, in]`` of any row stride; everything written is contiguous; stats is float32 ``[4, T]``.
     """

@@ -19,7 +19,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from recmas_kernels.backends.triton import alignment, handoff, link, plan, tuning  # noqa: E402
+from benchmarks.gpu.candidates import tiles  # noqa: E402
+from benchmarks.gpu.candidates.link import NAME, installed  # noqa: E402
+from recmas_kernels.backends.triton import alignment, link, plan  # noqa: E402
 from recmas_kernels.reference import LinkArguments  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}  # bytes that one program may use: 163, 99 and 227 KB
@@ -30,8 +32,7 @@ REGISTERS = {
     "_activate": 128,
     "_activate_backward": 168,
     "_align": 80,
-    "_scatter": 40,
-    "_take": 40,
+    "_scale": 64,
     "_forward": 255,
     "_backward": 255,
     "_product": 255,
@@ -100,7 +101,7 @@ def compiled(request, monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", StandInDriver(request.param))
     monkeypatch.setattr(plan, "_shared_memory", lambda _: SHARED_MEMORY[request.param])
-    monkeypatch.setattr(plan, "_capability", lambda _: divmod(request.param, 10))
+    monkeypatch.setattr(tiles, "_capability", lambda _: divmod(request.param, 10))
     return request.param, found
 
 
@@ -136,10 +137,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def call_link(monkeypatch, variant, tokens, in_features, hidden, out_features, residual, *, norm, dtype=torch.bfloat16):
+def call_link(monkeypatch, variant, *sizes, **options):
     """Forward for training and backward with every gradient."""
-    monkeypatch.setattr(plan, "variant", lambda *_: variant)
+    with installed(), monkeypatch.context() as patch:
+        patch.setattr(plan, "variant", lambda *_: variant)
+        _call_link(*sizes, **options)
 
+
+def _call_link(tokens, in_features, hidden, out_features, residual, *, norm, dtype=torch.bfloat16):
     def vector(size):
         return meta(size, dtype=dtype)
 
@@ -170,24 +175,34 @@ def test_small_variant(compiled, monkeypatch, width, hidden):
     check(compiled, {"_forward", "_backward", "_normalise_backward"}, warpgroups=hidden < 512)
 
 
-def test_matmul_variant_of_an_outer_link(compiled, monkeypatch):
-    call_link(monkeypatch, plan.MATMUL, 16384, 2048, 3072, 1536, "linear", norm=True)
+@pytest.fixture
+def by_pointers(monkeypatch):
+    choose = tiles.choose
+    monkeypatch.setattr(tiles, "choose", lambda *given, described, **how: choose(*given, described=False, **how))
+
+
+def test_candidates_of_an_outer_link(compiled, monkeypatch, by_pointers):
+    call_link(monkeypatch, NAME, 16384, 2048, 3072, 1536, "linear", norm=True)
     check(compiled, PASSES | {"_product", "_weight_gradients"})
 
 
-def test_matmul_variant_of_an_inner_link(compiled, monkeypatch):
-    call_link(monkeypatch, plan.MATMUL, 1536, 2048, 2048, 2048, "identity", norm=False)
+def test_candidates_of_an_inner_link(compiled, monkeypatch, by_pointers):
+    call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_product", "_weight_gradients"})
 
 
 @pytest.mark.parametrize("compiled", [90], ids=["sm_90"], indirect=True)
-@pytest.mark.parametrize("config", plan.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
-def test_persistent_products(compiled, monkeypatch, config):
-    """Every tile that tuning may choose, on every product of an outer and of an inner link."""
-    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
-    monkeypatch.setattr(tuning, "choose", lambda kind, key, device, options, attempt: options[-1])
-    call_link(monkeypatch, plan.MATMUL, 16384, 2048, 3072, 1536, "linear", norm=False)
-    call_link(monkeypatch, plan.MATMUL, 1536, 2048, 2048, 2048, "identity", norm=False)
+@pytest.mark.parametrize("config", tiles.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
+def test_candidates_by_tensor_descriptors(compiled, monkeypatch, config):
+    """Every tile, on every product of an outer and of an inner link."""
+    choose = tiles.choose
+
+    def by_descriptors(*given, described, **how):
+        return config if described else choose(*given, described=False, **how)
+
+    monkeypatch.setattr(tiles, "choose", by_descriptors)
+    call_link(monkeypatch, NAME, 16384, 2048, 3072, 1536, "linear", norm=False)
+    call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_persistent_product", "_weight_gradients"})
 
 
@@ -199,7 +214,7 @@ def test_default_variant_at_sizes_that_divide_nothing(compiled, monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [90], ids=["sm_90"], indirect=True)
-@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, NAME])
 def test_sizes_of_one_compile(compiled, monkeypatch, variant):
     """A launch turns every size and stride of 1 into a constant; the code must still have one type on every path."""
     sizes = [(1, 1, 1, 1, "identity"), (16, 16, 1, 16, "identity"), (1, 17, 1, 1, "linear"), (2, 16, 16, 1, "linear")]
@@ -208,13 +223,13 @@ def test_sizes_of_one_compile(compiled, monkeypatch, variant):
             call_link(monkeypatch, variant, tokens, in_features, hidden, out_features, residual, norm=True)
     one, ids = meta(1, 1), meta(1, dtype=torch.int64)
     alignment.alignment_fwd(one, one, ids, meta(1, dtype=torch.bool), 1.0, 0.1, 1.0)
-    handoff.handoff_bwd(handoff.handoff_fwd(one, one, ids), ids)
+    alignment.alignment_bwd(one, torch.empty((), device="meta"))
     _, found = compiled
-    assert {"_align", "_scatter", "_take"} < {kernel.name for kernel in found.values()}
+    assert {"_align", "_scale"} < {kernel.name for kernel in found.values()}
 
 
 @pytest.mark.parametrize("compiled", [86], ids=["sm_86"], indirect=True)
-@pytest.mark.parametrize(("variant", "hidden"), [(plan.SMALL, 256), (plan.SMALL, 512), (plan.MATMUL, 3072)])
+@pytest.mark.parametrize(("variant", "hidden"), [(plan.SMALL, 256), (plan.SMALL, 512), (NAME, 3072)])
 def test_the_smaller_tiles_fit_into_99_kilobytes(compiled, monkeypatch, variant, hidden):
     call_link(monkeypatch, variant, 16384, 2048, hidden, 2048, "identity", norm=True)
     _, found = compiled
@@ -228,6 +243,14 @@ def test_row_ops(compiled):
     rows, ids = meta(16384, 2048), meta(16384, dtype=torch.int64)
     alignment.alignment_fwd(rows, meta(151936, 2048), ids, meta(16384, dtype=torch.bool), 1.0, 0.1, 1.0)
     alignment.alignment_fwd(meta(64, 8192), meta(64, 8192), None, None, 1.0, 0.0, 1.0)
-    handoff.handoff_fwd(rows, meta(32768, 2048), ids)
-    handoff.handoff_bwd(meta(32768, 2048), ids)
-    check(compiled, {"_align", "_scatter", "_take"})
+    alignment.alignment_bwd(rows, torch.empty((), device="meta"))
+    check(compiled, {"_align", "_scale"})
+
+
+def test_one_compile_for_all_numbers_of_tokens(compiled, monkeypatch):
+    """Rows of statistics lie wherever the number of tokens puts them; no kernel is built for where that is."""
+    for tokens in (1024, 1025, 1026, 1027):
+        call_link(monkeypatch, plan.LIBRARY, tokens, 256, 256, 256, "identity", norm=True)
+    _, found = compiled
+    names = [kernel.name for kernel in found.values()]
+    assert sorted(names) == sorted(["_normalise", "_normalise", "_normalise_backward", "_normalise_backward", *GELU])

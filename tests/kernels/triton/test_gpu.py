@@ -18,7 +18,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from recmas_kernels.backends.triton import plan, tuning  # noqa: E402
+from recmas_kernels.backends.triton import plan  # noqa: E402
 
 CONFIGS = {
     **configs(),
@@ -30,7 +30,7 @@ CONFIGS = {
 CASES = [
     (variant, kind)
     for kind, config in CONFIGS.items()
-    for variant in (plan.LIBRARY, plan.SMALL, plan.MATMUL)
+    for variant in (plan.LIBRARY, plan.SMALL)
     if variant != plan.SMALL or (config.residual != "linear" and config.hidden_features <= plan.WIDEST_SMALL)
 ]
 
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_stay_in_the_error_budget(monkeypatch, variant, ki
     assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
 
 
-@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL])
 def test_a_graph_replays_the_link(monkeypatch, variant):
     monkeypatch.setattr(plan, "variant", lambda *_: variant)
     with torch.device("cpu"):
@@ -93,35 +93,8 @@ def test_a_first_call_inside_a_graph_is_recorded_or_says_what_to_do():
     assert done.returncode == 0 or "make the same call once before recording" in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs tensor descriptors (sm_90)"
-)
-@pytest.mark.parametrize("config", plan.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
-@pytest.mark.parametrize("kind", ["inner", "outer", "large"])
-@pytest.mark.parametrize("tokens", [1, 129, 20000])
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
-def test_persistent_products(monkeypatch, config, kind, tokens, dtype):
-    """More tiles than SMs at 20000 tokens; sizes of eight that no tile divides otherwise."""
-    monkeypatch.setattr(plan, "variant", lambda *_: plan.MATMUL)
-    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
-    monkeypatch.setattr(tuning, "choose", lambda name, key, device, options, attempt: options[-1])
-    shape = {
-        "inner": LinkConfig("inner", 264, 200, 264, "identity"),
-        "outer": LinkConfig("outer", 136, 520, 72, "linear"),
-        "large": CONFIGS["large"],
-    }[kind]
-    with torch.device("cpu"):
-        link = make_link(shape, dtype)
-        x = make_rows(tokens, shape.in_features, dtype=dtype)
-        dy = make_rows(tokens, shape.out_features, dtype=dtype, seed=2)
-    first = check_link(link.cuda(), x.cuda(), dy.cuda())
-    again = run(link, x.cuda(), dy.cuda())
-    assert torch.equal(first.y, again.y)
-    assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL])
 def test_tensors_of_a_device_that_is_not_current(monkeypatch, variant):
     monkeypatch.setattr(plan, "variant", lambda *_: variant)
     with torch.device("cpu"):
@@ -131,7 +104,7 @@ def test_tensors_of_a_device_that_is_not_current(monkeypatch, variant):
     assert torch.equal(run(link.cuda(1), x.cuda(1), x.cuda(1)).y.cuda(0), expected)
 
 
-@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL, plan.MATMUL])
+@pytest.mark.parametrize("variant", [plan.LIBRARY, plan.SMALL])
 def test_work_runs_on_the_current_stream(monkeypatch, variant):
     """Behind a long wait on a stream of its own, with nothing that orders the default stream after it."""
     monkeypatch.setattr(plan, "variant", lambda *_: variant)

@@ -1,8 +1,7 @@
-"""Which Triton kernels serve which link, what the backend declines, and what tuning remembers. No kernel runs."""
+"""Which Triton kernels serve which link, what the backend declines. No kernel runs."""
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 
@@ -20,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from recmas_kernels.backends.triton import plan, tuning  # noqa: E402
+from recmas_kernels.backends.triton import plan  # noqa: E402
 from recmas_kernels.backends.triton.device import launching  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -33,19 +32,19 @@ def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16, tok
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        (link(), [plan.LIBRARY, plan.MATMUL]),
-        (link(hidden=256), [plan.SMALL, plan.LIBRARY, plan.MATMUL]),
-        (link(hidden=256, tokens=511), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
-        (link(hidden=512), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
-        (link(hidden=513), [plan.LIBRARY, plan.MATMUL]),
-        (link(hidden=256, residual="linear"), [plan.LIBRARY, plan.MATMUL]),
-        (link(hidden=256, width=2047), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
-        (link(hidden=256, dtype=torch.float32), [plan.LIBRARY, plan.MATMUL, plan.SMALL]),
+        (link(), [plan.LIBRARY]),
+        (link(hidden=256), [plan.SMALL, plan.LIBRARY]),
+        (link(hidden=256, tokens=511), [plan.LIBRARY, plan.SMALL]),
+        (link(hidden=512), [plan.LIBRARY, plan.SMALL]),
+        (link(hidden=513), [plan.LIBRARY]),
+        (link(hidden=256, residual="linear"), [plan.LIBRARY]),
+        (link(hidden=256, width=2047), [plan.LIBRARY, plan.SMALL]),
+        (link(hidden=256, dtype=torch.float32), [plan.LIBRARY, plan.SMALL]),
     ],
 )
 def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, expected):
     assert plan.candidates(chosen) == expected
-    assert plan.variant(chosen, lambda _: None) == expected[0]
+    assert plan.variant(chosen) == expected[0]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +54,7 @@ def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, 
             link(),
             [
                 "library: the default",
-                "matmul: never the default before it has been timed",
                 "small: 2048 hidden features do not stay on chip, up to 512 do",
-                "tensor descriptors: fit",
             ],
         ),
         (
@@ -65,27 +62,16 @@ def test_the_default_is_the_first_of_the_variants_that_compute_the_link(chosen, 
             [
                 "small: the default",
                 "library: could serve it",
-                "matmul: never the default before it has been timed",
-                "tensor descriptors: fit",
             ],
         ),
         (link(residual="linear"), ["library: the default", "small: a W3 is a large product of its own"]),
         (link(hidden=256, tokens=64), ["small: 64 tokens are few programs, 512 are enough"]),
         (link(hidden=300), ["small: masks of sizes that are no multiples of 16 spill registers"]),
-        (link(hidden=300), ["tensor descriptors: rows of 600 bytes are no multiple of 16"]),
-        (link(dtype=torch.float32), ["tensor descriptors: exact float32 products have no use for tensor descriptors"]),
     ],
 )
 def test_every_variant_comes_with_its_reason(chosen, lines):
     found = plan.describe(chosen)
     assert [line for line in found if line in lines] == lines, found
-
-
-def test_a_tuned_answer_is_named(monkeypatch):
-    monkeypatch.setattr(tuning, "recall", lambda *_: plan.MATMUL)
-    found = plan.describe(link(hidden=256))
-    assert found[0] == "matmul: the fastest when tuned on this device"
-    assert "small: slower when tuned" in found
 
 
 def test_explain_shows_the_variants_of_the_backend_that_serves(monkeypatch):
@@ -103,45 +89,15 @@ def test_explain_shows_the_variants_of_the_backend_that_serves(monkeypatch):
         assert "library" not in explain(outer, make_rows(3, 40))
 
 
-def test_wide_tiles_where_they_fill_the_device():
-    wide, narrow = (128, 256), (128, 128)
-
-    def first(results, dtype=torch.bfloat16, **options):
-        return plan.matmul_configs(results, dtype, CPU, **options)[0][:2]
-
-    assert first([(16384, 1536)]) == wide
-    assert first([(1536, 1536)]) == narrow
-    assert first([(16384, 1536)], wide=False) == narrow
-    assert first([(1536, 2048), (1536, 1536), (1536, 2048)]) == wide  # 264 tiles: two full waves of 132
-    assert first([(16384, 1536)], torch.float32) == (64, 64)
+def test_an_outer_link_joins_its_operands_where_that_moves_fewer_bytes():
+    sizes = 2048, 3072, 1536
+    assert [plan.joins(tokens, *sizes) for tokens in (64, 15360, 15361, 65536)] == [False, False, True, True]
+    assert not plan.joins(2**20, 2048, 3072, 1024)
 
 
 def test_a_device_with_little_shared_memory_gets_the_library(monkeypatch):
     monkeypatch.setattr(plan, "_shared_memory", lambda _: 64 * 1024)
     assert plan.candidates(link(hidden=256)) == [plan.LIBRARY]
-
-
-@pytest.mark.parametrize(
-    ("capability", "shared_memory", "dtype", "reason"),
-    [
-        ((9, 0), 232448, torch.bfloat16, None),
-        ((8, 0), 166912, torch.bfloat16, "sm_80 has no tensor descriptors"),
-        ((12, 0), 101376, torch.bfloat16, "99 KB of shared memory"),
-        ((9, 0), 232448, torch.float32, "float32"),
-    ],
-    ids=str,
-)
-def test_devices_without_a_copy_engine(monkeypatch, capability, shared_memory, dtype, reason):
-    monkeypatch.setattr(plan, "_capability", lambda _: capability)
-    monkeypatch.setattr(plan, "_shared_memory", lambda _: shared_memory)
-    found = plan.no_copy_engine(CPU, dtype)
-    assert found is None if reason is None else reason in found
-
-
-def test_persistent_tiles_are_no_default():
-    configs = plan.matmul_configs([(16384, 1536)], torch.bfloat16, CPU)
-    assert not any(config.persistent for config in configs)
-    assert all(config.persistent for config in plan.persistent_configs())
 
 
 @pytest.mark.parametrize(
@@ -201,56 +157,3 @@ def test_without_triton_the_reason_is_named(monkeypatch):
     assert "triton cannot be imported" in backend.unavailable()
     monkeypatch.undo()
     backend.unavailable.cache_clear()
-
-
-@pytest.fixture
-def device(monkeypatch, tmp_path):
-    """A pretended GPU whose answers are kept in a folder of the test's own."""
-    monkeypatch.setenv("RECMAS_TUNE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU 80GB")
-    monkeypatch.setattr(tuning, "_answers", {})
-    monkeypatch.setattr(tuning, "_recalled", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    seconds = {"slow": 2.0, "fast": 1.0, "default": 1.5}
-    monkeypatch.setattr(tuning, "milliseconds", lambda run: seconds[run()])
-    return torch.device("cuda", 0)
-
-
-def ask(device, options=("default", "fast", "slow")):
-    return tuning.choose("variant", ("train", 64), device, options, lambda option: option)
-
-
-def test_nothing_is_timed_unless_asked_for(device, tmp_path):
-    assert ask(device) == "default"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_fastest_is_remembered_across_processes(device, monkeypatch, tmp_path):
-    monkeypatch.setenv("RECMAS_TUNE", "1")
-    assert ask(device) == "fast"
-    monkeypatch.delenv("RECMAS_TUNE")
-    monkeypatch.setattr(tuning, "_answers", {})
-    monkeypatch.setattr(tuning, "_recalled", {})
-    assert ask(device) == "fast"
-    assert [file.name for file in tmp_path.iterdir()] == [f"Some-GPU-80GB-{tuning.fingerprint()}.json"]
-    assert ask(device, ("default", "slow")) == "default"  # an answer that is no longer an option is not followed
-
-
-def test_nothing_is_timed_while_a_graph_records(device, monkeypatch):
-    monkeypatch.setenv("RECMAS_TUNE", "1")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert ask(device) == "default"
-
-
-def test_an_option_that_does_not_fit_the_device_is_the_slowest(monkeypatch):
-    def too_large(run, **_):
-        raise OutOfResources(300000, 232448, "shared memory")
-
-    monkeypatch.setattr(triton.testing, "do_bench", too_large)
-    assert tuning.milliseconds(lambda: None) == math.inf
-
-
-def test_a_damaged_file_is_named(device, tmp_path):
-    tuning.path("Some GPU 80GB").write_text("{")
-    with pytest.raises(RuntimeError, match=r"cannot read the tuning file .*Some-GPU-80GB"):
-        ask(device)

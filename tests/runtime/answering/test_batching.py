@@ -10,8 +10,8 @@ import torch
 from recmas import SEQUENTIAL, Agent, AnswerOptions, RecursiveMAS
 from recmas.answering import batching
 from recmas.answering.plan import Plan
-from recmas.cli import main
 from recmas.evaluation.sweeps import sweep
+from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent
 
 QUESTIONS = ["fox", "the lazy dog " * 8, "0 + 1 =", "what is the answer to everything? " * 3, "plan", "?"]

@@ -11,12 +11,12 @@ import torch
 
 from recmas import SEQUENTIAL, Agent, Pattern, RecursiveMAS
 from recmas.answering import batching
-from recmas.cli import main
 from recmas.devices.offload import Offloader
 from recmas.evaluation.baselines import looped_model, single_agent
 from recmas.evaluation.sweeps import sweep
 from recmas.sizing.report import memory_table
 from recmas.training import InnerConfig, train_inner
+from tests.runtime.commands import main
 from tests.runtime.devices.test_placement import same
 from tests.runtime.fake_devices import FakeDevices
 from tests.runtime.tiny import tiny_agent

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
-from recmas.cli import main
 from recmas.engine.fixed_shapes import bucket
 from recmas.sizing.checkpoint_bytes import checkpoint_bytes
 from recmas.sizing.free_memory import free_bytes
@@ -22,6 +21,7 @@ from recmas.sizing.model_bytes import model_bytes
 from recmas.sizing.report import memory_table, size
 from recmas.sizing.row_bytes import Length, row_bytes
 from recmas_kernels.backends import cpu
+from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent, tiny_model
 
 CPU = torch.device("cpu")

@@ -23,6 +23,5 @@ def triton_serves_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(activation, "TILE_COLUMNS", 32)
     monkeypatch.setattr(activation, "SUM_BLOCKS", 2)
     monkeypatch.setattr(plan, "small_config", lambda *_, backward: plan.SmallConfig(32, 16, 4, 2))
-    monkeypatch.setattr(plan, "matmul_configs", lambda *_, **__: [plan.MatmulConfig(32, 64, 16, 4, 2)])
     with use_backend("triton"), poisoned_allocations():
         yield

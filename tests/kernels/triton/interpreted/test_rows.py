@@ -1,4 +1,4 @@
-"""The alignment loss and the handoff, in the interpreter."""
+"""The alignment loss, and the handoff where Triton serves, in the interpreter."""
 
 from __future__ import annotations
 
@@ -74,6 +74,20 @@ def test_masked_rows_may_hold_anything():
     spoiled = loss_and_grad(lambda p: alignment_loss(p, table, token_ids=ids, mask=mask, mse_weight=0.5), pred)
     assert torch.equal(spoiled[0], clean[0])
     assert torch.equal(spoiled[1][1], torch.zeros(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
+def test_the_gradient_of_a_loss_that_something_follows(monkeypatch, factor, dtype):
+    """Scaled where it lies, unless by 1; a graph that is retained gives the same again."""
+    pred, target = make_rows(9, 1000, dtype=dtype), make_rows(9, 1000, dtype=dtype, seed=2)
+    monkeypatch.setattr("recmas_kernels.backends.triton.alignment.SCALED", 1024)
+    alone = loss_and_grad(lambda p: alignment_loss(p, target), pred)[1]
+    learning = pred.detach().requires_grad_()
+    loss = alignment_loss(learning, target)
+    for by in (factor, 1.0, factor):
+        (grad,) = torch.autograd.grad(loss, learning, torch.tensor(by), retain_graph=True)
+        torch.testing.assert_close(grad, (alone.float() * by).to(dtype), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [5, -1, 2**40])

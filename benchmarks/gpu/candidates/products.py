@@ -1,7 +1,7 @@
 """The products of a link with their pointwise work in the epilogue, for many tokens and a large hidden width.
 
 The activation, the second operand pair of an outer link ([a | x] [W2 | W3]^T without a joint buffer), the residual and
-GELU's derivative never make a pass of their own. Two kernels form them, `product` and `persistent`: `plan` says which.
+GELU's derivative never make a pass of their own. Two kernels form them, `product` and `persistent`: `tiles` says which.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends.triton import persistent, plan, product, tuning
-from recmas_kernels.backends.triton.epilogue import PLAIN, SLOPE, UP
-from recmas_kernels.backends.triton.product import Product
+from benchmarks.gpu.candidates import persistent, product, tiles
+from benchmarks.gpu.candidates.epilogue import PLAIN, SLOPE, UP
+from benchmarks.gpu.candidates.product import Product
 
 
 def _run(work: Product) -> Tensor | None:
@@ -19,15 +19,9 @@ def _run(work: Product) -> Tensor | None:
     rows, columns = work.out.shape
     device, dtype = work.out.device, work.left.dtype
     described = persistent.refusal(work) is None
-    options = plan.matmul_configs([(rows, columns)], dtype, device, wide=work.mode != SLOPE.value)
-    if described:
-        options = [*options, *plan.persistent_configs()]
-
-    def launch(config: plan.MatmulConfig) -> Tensor | None:
-        return (persistent if config.persistent else product).launch(work, config)
-
-    key = (work.mode, str(dtype), tuning.bucket(rows), columns, work.left.shape[1], work.more_depth, work.turned)
-    return launch(tuning.choose("product", (*key, described), device, options, launch))
+    wide = work.mode != SLOPE.value
+    config = tiles.choose([(rows, columns)], dtype, device, wide=wide, described=described)
+    return (persistent if config.persistent else product).launch(work, config)
 
 
 def up(u: Tensor, w1: Tensor, b1: Tensor | None, gelu: str, *, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,15 +1,16 @@
-"""The products by tensor descriptors against float64, at sizes no tile divides; what the copy engine refuses."""
+"""Links of the candidates' products against float64, at sizes no tile divides; what the copy engine refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from benchmarks.gpu.candidates import persistent, tiles
+from benchmarks.gpu.candidates.epilogue import PLAIN
+from benchmarks.gpu.candidates.link import installed
+from benchmarks.gpu.candidates.product import Product
 from recmas_kernels import LinkConfig, recursive_link
-from recmas_kernels.backends.triton import persistent, plan, tuning
-from recmas_kernels.backends.triton.epilogue import PLAIN
-from recmas_kernels.backends.triton.product import Product
-from recmas_kernels.testing import check_link, make_link, make_rows, name_of, run
+from recmas_kernels.testing import check_link, configs, make_link, make_rows, name_of, run
 
 # Every size is a multiple of eight and of nothing more: tiles are 32 x 64 x 16.
 CONFIGS = {
@@ -18,6 +19,16 @@ CONFIGS = {
     "no-residual-tanh": LinkConfig("inner", 40, 72, 40, "none", activation="gelu_tanh"),
     "equation-4": LinkConfig("outer", 40, 136, 104, "linear", norm=False),
 }
+
+
+POINTERS = tiles.MatmulConfig(32, 64, 16, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "choose", lambda *_, **__: POINTERS)
+    with installed():
+        yield
 
 
 @pytest.fixture
@@ -31,19 +42,25 @@ def launched(monkeypatch) -> list[Product]:
         found.append(product)
         return launch(product, config)
 
-    config = plan.MatmulConfig(32, 64, 16, 4, 2, persistent=True)
-    monkeypatch.setattr(plan, "variant", lambda *_: plan.MATMUL)
-    monkeypatch.setattr(plan, "persistent_configs", lambda: [config])
-    monkeypatch.setattr(tuning, "choose", lambda kind, key, device, options, attempt: options[-1])
-    monkeypatch.setattr(plan, "no_copy_engine", lambda *_: None)  # float32 as well
-    monkeypatch.setattr(plan, "multiprocessors", lambda _: 2)
+    described_tile = POINTERS._replace(persistent=True)
+    monkeypatch.setattr(tiles, "choose", lambda *_, described, **__: described_tile if described else POINTERS)
+    monkeypatch.setattr(tiles, "no_copy_engine", lambda *_: None)  # float32 as well
+    monkeypatch.setattr(tiles, "multiprocessors", lambda _: 2)
     monkeypatch.setattr(persistent, "launch", record)
     return found
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float32, 37), (torch.float16, 37)], ids=str)
+@pytest.mark.parametrize("kind", configs())
+def test_by_pointers(kind, dtype, tokens):
+    config = configs()[kind]
+    x = make_rows(tokens, config.in_features, dtype=dtype)
+    check_link(make_link(config, dtype), x, make_rows(tokens, config.out_features, dtype=dtype, seed=2))
+
+
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float16, 69)], ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_outputs_and_gradients_stay_in_the_error_budget(launched, kind, dtype, tokens):
+def test_by_tensor_descriptors(launched, kind, dtype, tokens):
     config = CONFIGS[kind]
     x = make_rows(tokens, config.in_features, dtype=dtype)
     check_link(make_link(config, dtype), x, make_rows(tokens, config.out_features, dtype=dtype, seed=2))
@@ -58,7 +75,7 @@ def test_same_bits_as_the_product_by_pointers(launched, monkeypatch, kind):
     link, x, dy = make_link(config), make_rows(37, config.in_features), make_rows(37, config.out_features, seed=2)
     described = run(link, x, dy)
     assert launched
-    monkeypatch.setattr(plan, "persistent_configs", list)
+    monkeypatch.setattr(tiles, "choose", lambda *_, **__: POINTERS)
     plain = run(link, x, dy)
     assert torch.equal(described.y, plain.y)
     for name, grad in plain.grads.items():

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton import plan
+from benchmarks.gpu.candidates import tiles
+from benchmarks.gpu.candidates.epilogue import finish, place
 from recmas_kernels.backends.triton.device import TRITON_DTYPES, dot_precision, within
-from recmas_kernels.backends.triton.epilogue import finish, place
 
 
 class Product(NamedTuple):
@@ -44,7 +44,7 @@ class Product(NamedTuple):
         """Depth of the second pair, 0 without one."""
         return 0 if self.more_left is None else self.more_left.shape[1]
 
-    def partials(self, config: plan.MatmulConfig) -> Tensor | None:
+    def partials(self, config: tiles.MatmulConfig) -> Tensor | None:
         """float32 ``[row tiles, columns]`` for the column sums, if they are wanted."""
         if not self.sums:
             return None
@@ -142,13 +142,13 @@ def _product(
     )  # fmt: skip
 
 
-def launch(product: Product, config: plan.MatmulConfig) -> Tensor | None:
+def launch(product: Product, config: tiles.MatmulConfig) -> Tensor | None:
     """Fill ``out`` (and pre or act); returns the float32 column sums if they are wanted."""
     left, right, more_left, more_right = product.left, product.right, product.more_left, product.more_right
     rows, columns = product.out.shape
     depth, more_depth = left.shape[1], product.more_depth
     partials = product.partials(config)
-    _product[(plan.tiles(rows, columns, config),)](
+    _product[(tiles.tiles(rows, columns, config),)](
         left,
         right,
         more_left,

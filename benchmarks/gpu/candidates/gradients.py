@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recmas_kernels.backends.triton import plan, tuning
+from benchmarks.gpu.candidates import tiles
+from benchmarks.gpu.candidates.epilogue import place
 from recmas_kernels.backends.triton.device import dot_precision
-from recmas_kernels.backends.triton.epilogue import place
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -91,22 +91,19 @@ def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list
         sizes += [*out.shape, left.stride(0), right.stride(0)]
     absent = 3 - len(problems)
 
-    def launch(config: plan.MatmulConfig) -> None:
-        _weight_gradients[(sum(plan.tiles(out.shape[0], out.shape[1], config) for out in outs),)](
-            *tensors,
-            *[None] * 3 * absent,
-            *sizes,
-            *[0] * 4 * absent,
-            first.shape[0],
-            PRECISION=dot_precision(first.dtype),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            DEPTH=config.depth,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-    key = (str(first.dtype), tuning.bucket(first.shape[0]), *sizes)
-    options = plan.matmul_configs([(out.shape[0], out.shape[1]) for out in outs], first.dtype, first.device)
-    launch(tuning.choose("gradients", key, first.device, options, launch))
+    sizes_of = [(out.shape[0], out.shape[1]) for out in outs]
+    config = tiles.choose(sizes_of, first.dtype, first.device, wide=True, described=False)
+    _weight_gradients[(sum(tiles.tiles(*size, config) for size in sizes_of),)](
+        *tensors,
+        *[None] * 3 * absent,
+        *sizes,
+        *[0] * 4 * absent,
+        first.shape[0],
+        PRECISION=dot_precision(first.dtype),
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        DEPTH=config.depth,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return outs

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from recmas_kernels.backends.triton import plan
+from benchmarks.gpu.candidates import tiles
+from benchmarks.gpu.candidates.epilogue import SLOPE, finish, place
+from benchmarks.gpu.candidates.product import Product
 from recmas_kernels.backends.triton.device import TRITON_DTYPES
-from recmas_kernels.backends.triton.epilogue import SLOPE, finish, place
-from recmas_kernels.backends.triton.product import Product
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _tiled(product: Product) -> dict[str, Tensor | None]:
 
 def refusal(product: Product) -> str | None:
     """Why the copy engine cannot move the product's tiles; None if it can."""
-    reason = plan.no_copy_engine(product.out.device, product.left.dtype)
+    reason = tiles.no_copy_engine(product.out.device, product.left.dtype)
     if reason is not None:
         return reason
     for name, tensor in _tiled(product).items():
@@ -97,14 +97,14 @@ def refusal(product: Product) -> str | None:
             continue
         # Rows may lie apart, but not on top of each other, as those of an expanded tensor do.
         apart, width = tensor.stride(0), tensor.shape[1]
-        if tensor.stride(1) != 1 or apart < width or not plan.even(apart, tensor.dtype):
-            return f"{name} has rows {apart * tensor.element_size()} bytes apart, not a multiple of {plan.EVEN_BYTES}"
-        if tensor.data_ptr() % plan.EVEN_BYTES:
-            return f"{name} does not begin at a multiple of {plan.EVEN_BYTES} bytes"
+        if tensor.stride(1) != 1 or apart < width or not tiles.even(apart, tensor.dtype):
+            return f"{name} has rows {apart * tensor.element_size()} bytes apart, not a multiple of {tiles.EVEN_BYTES}"
+        if tensor.data_ptr() % tiles.EVEN_BYTES:
+            return f"{name} does not begin at a multiple of {tiles.EVEN_BYTES} bytes"
     return None
 
 
-def launch(product: Product, config: plan.MatmulConfig) -> Tensor | None:
+def launch(product: Product, config: tiles.MatmulConfig) -> Tensor | None:
     """As `product.launch`, for a product that is not refused."""
     rows, columns = product.out.shape
     tile, piece = [config.rows, config.depth], [config.rows, config.columns // 4]
@@ -116,7 +116,7 @@ def launch(product: Product, config: plan.MatmulConfig) -> Tensor | None:
         for name, tensor in _tiled(product).items()
     }
     partials = product.partials(config)
-    programs = min(plan.tiles(rows, columns, config), plan.multiprocessors(product.out.device))
+    programs = min(tiles.tiles(rows, columns, config), tiles.multiprocessors(product.out.device))
     _persistent_product[(programs,)](
         described["left"],
         described["right"],
