@@ -1,10 +1,10 @@
-"""The reference implementation's outer training step, as an algorithm: what ours is measured against.
+"""The reference implementation's training, as an algorithm: what ours is measured against.
 
-Samples run one by one, each with its own backward. A sample's visits make one graph over all rounds: an agent reads its
-whole prompt and its gold text at once, without a cache; all layers' hidden states and the logits of all positions are
-computed in every visit; the latents it sends are among its hidden states; and the cross entropy of the last agent's
-answer is built in every round, although only the last one's is the loss. Only the first agent's first visit runs
-without gradients. Links and their order are ours, and so are the positions of the latents (those that
+The outer step: samples run one by one, each with its own backward. A sample's visits make one graph over all rounds: an
+agent reads its whole prompt and its gold text at once, without a cache; all layers' hidden states and the logits of all
+positions are computed in every visit; the latents it sends are among its hidden states; and the cross entropy of the
+last agent's answer is built in every round, although only the last one's is the loss. Only the first agent's first
+visit runs without gradients. Links and their order are ours, and so are the positions of the latents (those that
 predict the text's tokens; the reference takes those of the tokens), so that gradients must be equal.
 """
 
@@ -21,6 +21,9 @@ from benchmarks.peers.reference_run import SLOT
 from recmas import RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
+from recmas.prompts.rows import Fields
+from recmas.training import DataSource, InnerConfig
+from recmas.training.pairs import utterances
 
 IGNORED = -100
 
@@ -114,3 +117,39 @@ def _prompt(agent: Agent, text: str, received: Tensor | None) -> Tensor:
 
 def _target_ids(agent: Agent, text: str) -> Tensor:
     return torch.tensor([*agent.tokenizer(text)["input_ids"], agent.tokenizer.eos_token_id])
+
+
+def reference_inner(
+    system: RecursiveMAS, role: str, link: nn.Module, rows: Sequence[Fields], config: InnerConfig
+) -> float:
+    """Train an inner link as the reference does; the mean loss of the last epoch.
+
+    The frozen model runs again for every batch of every epoch, with all layers' hidden states and the logits of all
+    positions; the loss is made of plain operators. Batches, schedule and optimiser are ours.
+    """
+    agent, source = system.agents[role], DataSource(rows, config.batch_size, config.seed)
+    optimizer = torch.optim.AdamW(link.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+    losses = []
+    for step in range(config.steps):
+        said = utterances(system, role, source.batch(step), 1)
+        width = max(len(one.prompt) + len(one.said) for one in said)
+        ids = [[*one.prompt, *one.said, *[agent.pad_id] * (width - len(one.prompt) - len(one.said))] for one in said]
+        mask = [[1] * len(row.prompt) + [1] * len(row.said) for row in said]
+        mask = [row + [0] * (width - len(row)) for row in mask]
+        with torch.no_grad():
+            output = agent.model(
+                input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True
+            )
+        spoken = [(at, len(one.prompt), len(one.said)) for at, one in enumerate(said)]
+        hidden = torch.cat([output.hidden_states[-1][at, first - 1 : first - 1 + n] for at, first, n in spoken])
+        target = agent.model.get_input_embeddings().weight[torch.tensor([i for one in said for i in one.said])]
+        loss = (1 - F.cosine_similarity(link(hidden), target.detach())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(link.parameters(), config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        optimizer.step()
+        losses.append(loss.item())
+    epoch = losses[-(len(rows) // config.batch_size) :]
+    return sum(epoch) / len(epoch)
