@@ -107,6 +107,41 @@ struct LinkBackward {
   Output dnorm_in_weight, dnorm_in_bias, dnorm_out_weight, dnorm_out_bias;
 };
 
+// A product of a frozen weight: y = x W^T + b.
+struct FrozenForward {
+  int64_t tokens, in_features, out_features;
+  MatrixView x;        // [tokens, in_features], fp32 or of the stored dtype
+  const void* weight;  // [out_features, in_features] as panels, from pack_weight in the stored dtype; or as it lies
+  VectorView bias;     // [out_features]
+  Output y;            // [tokens, out_features]
+  Dtype stored;
+  Form form;  // packed; or stored, which takes up to 16 tokens
+  Isa isa;
+  int32_t threads;
+};
+
+// Its input gradient dx = dy W, from the same panels.
+struct FrozenBackward {
+  int64_t tokens, in_features, out_features;
+  MatrixView dy;  // [tokens, out_features], fp32 or of the stored dtype
+  const void* panels;
+  Output dx;  // [tokens, in_features]
+  Dtype stored;
+  Isa isa;
+  int32_t threads;
+};
+
+// y = x / sqrt(mean(x^2) + eps) * (offset + gain), row by row.
+struct RmsNorm {
+  int64_t rows, columns;
+  MatrixView x;     // [rows, columns]
+  VectorView gain;  // [columns]
+  float offset, eps;
+  Output y;  // [rows, columns], of x's dtype
+  Isa isa;
+  int32_t threads;
+};
+
 struct Alignment {
   int64_t tokens, features, table_rows;
   MatrixView pred;           // [tokens, features]
@@ -127,10 +162,20 @@ int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute, Isa isa);
 Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, Isa isa,
                    int32_t threads);
 
+// And back: `weight` [rows, columns] contiguous, of `compute`; the bits that were packed if they were of `compute`.
+Status unpack_weight(const void* packed, int64_t rows, int64_t columns, void* weight, Dtype compute, Isa isa,
+                     int32_t threads);
+
 int64_t link_forward_workspace(const LinkForward& call);  // bytes, 64-byte aligned by the caller
 Status link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes);
 int64_t link_backward_workspace(const LinkBackward& call);
 Status link_backward(const LinkBackward& call, void* workspace, int64_t workspace_bytes);
+
+int64_t frozen_forward_workspace(const FrozenForward& call);
+Status frozen_forward(const FrozenForward& call, void* workspace, int64_t workspace_bytes);
+int64_t frozen_backward_workspace(const FrozenBackward& call);
+Status frozen_backward(const FrozenBackward& call, void* workspace, int64_t workspace_bytes);
+Status rms_norm(const RmsNorm& call);
 
 // The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
 Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,

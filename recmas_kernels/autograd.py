@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from recmas_kernels import serve
-from recmas_kernels.derivatives import alignment_gradients, keep_link, link_gradients
+from recmas_kernels.derivatives import (
+    alignment_gradients,
+    frozen_linear_backward,
+    frozen_linear_setup,
+    keep_link,
+    link_gradients,
+)
 from recmas_kernels.observed import is_ordinary, observed
 from recmas_kernels.reference import LinkArguments
 
@@ -49,3 +55,17 @@ class Alignment(torch.autograd.Function):
             return alignment_gradients(inputs, ctx.weights, grad, dloss)
         ctx.grad = None
         return serve.alignment_bwd(grad, dloss), *(None,) * 6
+
+
+class Frozen(torch.autograd.Function):
+    """``apply(x, panels, bias, out_features, stored) -> y``, as `Link`."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        y = serve.frozen_linear(*values)
+        frozen_linear_setup(ctx, values, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return frozen_linear_backward(ctx, dy)

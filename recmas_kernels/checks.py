@@ -187,6 +187,30 @@ def outside(name: str, index: Tensor, rows: int, chosen: Tensor | None = None) -
     return ValueError(f"{name}[{place}] is {int(index[place])}, expected a row in [0, {rows})")
 
 
+def check_frozen(x: Any, in_features: int, dtype: torch.dtype) -> None:
+    """Raise unless ``x [..., in_features]`` fits a frozen weight of ``dtype``."""
+    expect_rows("x", x)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {in_features}]")
+    if x.dtype is not dtype and not autocast_enabled("cpu"):
+        raise ValueError(
+            f"x has dtype {x.dtype} and the frozen weight has {dtype}: convert one of them, or run under torch.autocast"
+        )
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device} and the packed weight is on cpu: move one of them")
+
+
+def check_panels(rows: Tensor, panels: Tensor, stored: torch.dtype) -> None:
+    """Raise unless the kernels of a frozen weight can read rows ``[..., n]`` and bytes of panels."""
+    expect_rows("rows", rows)
+    expect_tensor("panels", panels)
+    expect_device("panels", panels, "rows", rows.device)
+    if rows.device.type != "cpu":
+        raise ValueError(f"rows are on {rows.device}, expected the CPU: only its kernels read panels")
+    if rows.dtype not in (torch.float32, stored):
+        raise TypeError(f"rows have dtype {rows.dtype}, expected torch.float32 or the panels' {stored}")
+
+
 def check_handoff(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     """Raise unless ``rows [n, d]`` can be written to the rows ``slot_rows [n]`` of ``embeds [R, d]``."""
     expect_matrix("rows", rows)

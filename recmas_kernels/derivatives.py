@@ -115,6 +115,37 @@ def _requiring_grad(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
     ]
 
 
+def frozen_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, panels, _, _, stored = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(panels)
+    ctx.in_features, ctx.stored = x.shape[-1], stored
+
+
+def frozen_linear_backward(ctx: Any, dy: Tensor | None) -> Gradients:
+    """Of x alone: weight and bias are frozen."""
+    nothing = (None,) * 4
+    if dy is None or not ctx.needs_input_grad[0]:
+        return None, *nothing
+    (panels,) = ctx.saved_tensors
+    if torch.is_grad_enabled() or observed() or not is_ordinary(dy):
+        op = torch.ops.recmas.frozen_linear_bwd.default
+        return op(dy.contiguous(), panels, ctx.in_features, ctx.stored), *nothing
+    return serve.frozen_linear_bwd(dy, panels, ctx.in_features, ctx.stored), *nothing
+
+
+def frozen_linear_bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, panels, _, stored = inputs
+    ctx.save_for_backward(panels)
+    ctx.out_features, ctx.stored = dy.shape[-1], stored
+
+
+def frozen_linear_bwd_backward(ctx: Any, ddx: Tensor) -> Gradients:
+    """A product is linear: the derivative of its input gradient is the product, without its bias."""
+    op = torch.ops.recmas.frozen_linear.default
+    return op(ddx.contiguous(), *ctx.saved_tensors, None, ctx.out_features, ctx.stored), None, None, None
+
+
 def handoff_fwd_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[2])

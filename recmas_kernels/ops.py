@@ -31,6 +31,9 @@ SCHEMAS = {
     "link_fwd_train": f"(Tensor x, {_PARAMETERS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "link_bwd": "(Tensor dy, Tensor x, Tensor? pre, Tensor? z, Tensor? stats, "
     f"{_PARAMETERS}, {_SETTINGS}, bool[11] needs) -> ({_ELEVEN})",
+    "frozen_linear": "(Tensor x, Tensor panels, Tensor? bias, SymInt out_features, ScalarType stored) -> Tensor",
+    "frozen_linear_bwd": "(Tensor dy, Tensor panels, SymInt in_features, ScalarType stored) -> Tensor",
+    "frozen_weight": "(Tensor panels, SymInt out_features, SymInt in_features, ScalarType stored) -> Tensor",
     "handoff_fwd": "(Tensor rows, Tensor embeds, Tensor slot_rows) -> Tensor",
     "handoff_": "(Tensor rows, Tensor(a!) embeds, Tensor slot_rows) -> ()",
     "handoff_bwd": "(Tensor dy, Tensor slot_rows) -> (Tensor, Tensor)",
@@ -68,6 +71,24 @@ def _op_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: Any
     arguments = _link_arguments(x, *rest[:-1])
     checks.check_saved(arguments, dy, pre, z, stats)
     return serve.link_bwd(arguments, dy, pre, z, stats, rest[-1])
+
+
+def _op_frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, stored: torch.dtype) -> Tensor:
+    checks.check_panels(x, panels, stored)
+    if bias is not None:
+        checks.expect_shape("bias", bias, out_features)
+        checks.expect_device("bias", bias, "x", x.device)
+    return serve.frozen_linear(x, panels, bias, out_features, stored)
+
+
+def _op_frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
+    checks.check_panels(dy, panels, stored)
+    return serve.frozen_linear_bwd(dy, panels, in_features, stored)
+
+
+def _op_frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    checks.expect_tensor("panels", panels)
+    return serve.frozen_weight(panels, out_features, in_features, stored)
 
 
 def _op_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
@@ -145,6 +166,20 @@ def _fake_link_bwd(dy: Tensor, x: Tensor, pre: Any, z: Any, stats: Any, *rest: A
     )
 
 
+def _fake_frozen_linear(x: Tensor, panels: Tensor, bias: Any, out_features: int, stored: torch.dtype) -> Tensor:
+    _expect_one_device(x=x, panels=panels, bias=bias)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
+    _expect_one_device(dy=dy, panels=panels)
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+def _fake_frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    return panels.new_empty(out_features, in_features, dtype=stored)
+
+
 def _fake_handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:
     _expect_one_device(embeds=embeds, rows=rows, slot_rows=slot_rows)
     return embeds.new_empty(embeds.shape)
@@ -170,11 +205,15 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  
     "link_fwd": (_op_link_fwd, _fake_link_fwd),
     "link_fwd_train": (_op_link_fwd_train, _fake_link_fwd_train),
     "link_bwd": (_op_link_bwd, _fake_link_bwd),
+    "frozen_linear": (_op_frozen_linear, _fake_frozen_linear),
+    "frozen_linear_bwd": (_op_frozen_linear_bwd, _fake_frozen_linear_bwd),
+    "frozen_weight": (_op_frozen_weight, _fake_frozen_weight),
     "handoff_fwd": (_op_handoff_fwd, _fake_handoff_fwd),
     "handoff_": (_op_handoff_, _fake_handoff_),
     "handoff_bwd": (_op_handoff_bwd, _fake_handoff_bwd),
     "alignment_fwd": (_op_alignment_fwd, _fake_alignment_fwd),
 }
+_CONSTANT = {"frozen_weight"}  # ops of no floating-point input: nothing to differentiate
 _WRITES = {"handoff_": 1}  # op: the argument that it writes into
 
 _library = torch.library.Library("recmas", "FRAGMENT")  # a reload of this module drops the old one with its ops
@@ -186,7 +225,7 @@ for _op, _schema in SCHEMAS.items():
     if _op in _WRITES:
         _library.impl(_op, derivatives.refuse_autograd(_op), "Autograd", with_keyset=True)
         _library.impl(_op, derivatives.bump_version(_op, _WRITES[_op]), "ADInplaceOrView", with_keyset=True)
-    else:
+    elif _op not in _CONSTANT:
         _setup, _backward = (getattr(derivatives, f"{_op}_{part}") for part in ("setup", "backward"))
         torch.library.register_autograd(f"recmas::{_op}", _backward, setup_context=_setup, lib=_library)
 flops.register()
@@ -194,6 +233,9 @@ flops.register()
 link_fwd = torch.ops.recmas.link_fwd.default
 link_fwd_train = torch.ops.recmas.link_fwd_train.default
 link_bwd = torch.ops.recmas.link_bwd.default
+frozen_linear = torch.ops.recmas.frozen_linear.default
+frozen_linear_bwd = torch.ops.recmas.frozen_linear_bwd.default
+frozen_weight = torch.ops.recmas.frozen_weight.default
 handoff_fwd = torch.ops.recmas.handoff_fwd.default
 handoff_ = torch.ops.recmas.handoff_.default
 handoff_bwd = torch.ops.recmas.handoff_bwd.default

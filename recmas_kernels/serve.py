@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends import settings
+from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.choice import choose
 from recmas_kernels.devices import autocast_enabled
@@ -61,6 +61,21 @@ def link_bwd(
     if pre is None:
         _, pre, z, stats = link_fwd_train(arguments)
     return _serve(_link_call("link_bwd", arguments, True), arguments, dy, pre, z, stats, needs)
+
+
+def frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, stored: torch.dtype) -> Tensor:
+    """y ``[..., out_features]`` in x's dtype. Panels exist where the CPU kernels do, so these serve every call."""
+    return cpu.frozen_linear(x, panels, bias, out_features, stored)
+
+
+def frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
+    """dx ``[..., in_features]`` in dy's dtype."""
+    return cpu.frozen_linear_bwd(dy, panels, in_features, stored)
+
+
+def frozen_weight(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    """The weight ``[out_features, in_features]`` that panels were made of."""
+    return cpu.unpack_frozen(panels, out_features, in_features, stored)
 
 
 def handoff_fwd(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> Tensor:

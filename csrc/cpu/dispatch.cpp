@@ -44,6 +44,28 @@ Status check_link(const LinkConfig& config, const LinkWeights& weights, const Ma
   return kernels_of(config.isa) == nullptr ? Status::isa_unavailable : Status::ok;
 }
 
+// Rows of a frozen product are of the stored dtype or fp32.
+bool reads_frozen(const MatrixView& rows, Dtype stored) {
+  return rows.data != nullptr && known(stored) && (rows.dtype == Dtype::f32 || rows.dtype == stored);
+}
+
+template <class Call>
+Status check_frozen(const Call& call, const void* weight, const MatrixView& rows, const Output& result) {
+  if (call.tokens <= 0 || call.in_features <= 0 || call.out_features <= 0 || call.threads < 1) {
+    return Status::bad_argument;
+  }
+  if (weight == nullptr || result.data == nullptr || !reads_frozen(rows, call.stored)) return Status::bad_argument;
+  return kernels_of(call.isa) == nullptr ? Status::isa_unavailable : Status::ok;
+}
+
+Status check_frozen(const FrozenForward& call) {
+  constexpr int64_t kMostStreamed = 16;  // cpu/stream.h
+  const bool streamed = call.form == Form::stored && call.tokens <= kMostStreamed;
+  if (call.form != Form::packed && !streamed) return Status::bad_argument;
+  return check_frozen(call, call.weight, call.x, call.y);
+}
+Status check_frozen(const FrozenBackward& call) { return check_frozen(call, call.panels, call.dy, call.dx); }
+
 }  // namespace
 
 Isa best_isa() {
@@ -77,6 +99,17 @@ Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packe
     return Status::bad_argument;
   }
   kernels->pack_weight(weight, rows, columns, packed, compute, threads);
+  return Status::ok;
+}
+
+Status unpack_weight(const void* packed, int64_t rows, int64_t columns, void* weight, Dtype compute, Isa isa,
+                     int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (kernels == nullptr) return Status::isa_unavailable;
+  if (weight == nullptr || packed == nullptr || rows <= 0 || columns <= 0 || threads < 1 || !known(compute)) {
+    return Status::bad_argument;
+  }
+  kernels->unpack_weight(packed, rows, columns, weight, compute, threads);
   return Status::ok;
 }
 
@@ -119,6 +152,43 @@ Status link_backward(const LinkBackward& call, void* workspace, int64_t workspac
     return Status::workspace_too_small;
   }
   kernels->link_backward(call, workspace);
+  return Status::ok;
+}
+
+int64_t frozen_forward_workspace(const FrozenForward& call) {
+  return check_frozen(call) == Status::ok ? kernels_of(call.isa)->frozen_forward_workspace(call) : -1;
+}
+
+Status frozen_forward(const FrozenForward& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_frozen(call);
+  if (status != Status::ok) return status;
+  const Kernels* kernels = kernels_of(call.isa);
+  if (workspace_bytes < kernels->frozen_forward_workspace(call)) return Status::workspace_too_small;
+  kernels->frozen_forward(call, workspace);
+  return Status::ok;
+}
+
+int64_t frozen_backward_workspace(const FrozenBackward& call) {
+  return check_frozen(call) == Status::ok ? kernels_of(call.isa)->frozen_backward_workspace(call) : -1;
+}
+
+Status frozen_backward(const FrozenBackward& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_frozen(call);
+  if (status != Status::ok) return status;
+  const Kernels* kernels = kernels_of(call.isa);
+  if (workspace_bytes < kernels->frozen_backward_workspace(call)) return Status::workspace_too_small;
+  kernels->frozen_backward(call, workspace);
+  return Status::ok;
+}
+
+Status rms_norm(const RmsNorm& call) {
+  if (call.rows <= 0 || call.columns <= 0 || call.threads < 1 || call.x.data == nullptr || call.gain.data == nullptr ||
+      call.y.data == nullptr || call.y.dtype != call.x.dtype || !known(call.x.dtype) || !known(call.gain.dtype)) {
+    return Status::bad_argument;
+  }
+  const Kernels* kernels = kernels_of(call.isa);
+  if (kernels == nullptr) return Status::isa_unavailable;
+  kernels->rms_norm(call);
   return Status::ok;
 }
 

@@ -1,4 +1,5 @@
-// Laying a matrix out as panels (tile.h), from any storage type, rounded to the compute dtype on the way.
+// Laying a matrix out as panels (tile.h), from any storage type, rounded to the compute dtype on the way; and from the
+// panels of its transpose, which gives the input gradient of a weight that exists as panels only.
 #pragma once
 
 #include "tile.h"
@@ -14,7 +15,9 @@ struct Right {
   Form form;        // packed: panels already, in packed_format(compute)
   int64_t k, columns;
   Dtype compute;
-  int64_t ahead = 256;  // bytes from a place in memory that is laid out to the one that is prefetched with it
+  int64_t ahead = 256;   // bytes from a place in memory that is laid out to the one that is prefetched with it
+  bool turned = false;   // memory holds panels of the transpose, in packed_format(compute), the first k columns of it
+  bool widened = false;  // memory holds panels of 16-bit elements, [stride][columns], that are laid out in fp32
 
   bool packed() const { return form == Form::packed; }
 };
@@ -132,9 +135,89 @@ void pack_transposed(const Right& m, const Stored* from, int64_t columns, char* 
   }
 }
 
+// Of panels [column / kPanel][k][kPanel], the block at k `first` of kWidth k and the kWidth columns from `column` on:
+// on return block[c] holds one column, a k in each lane. k from `present` on are 0. What lies `ahead` bytes further is
+// prefetched: the same block of a later panel, where no hardware prefetcher would look for it.
+template <Format format>
+inline void load_block(const char* panel, int64_t column, int64_t first, int64_t present, int64_t ahead,
+                       Vec (&block)[kWidth]) {
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const char* step = panel + (first + i) / (format == Format::pairs ? 2 : 1) * step_bytes(format);
+    __builtin_prefetch(step + column * 4 + ahead);
+    if (i >= present) {
+      block[i] = set1(0.0f);
+    } else if constexpr (format == Format::f16) {
+      block[i] = load(reinterpret_cast<const F16*>(step) + column);
+    } else {
+      block[i] = load(reinterpret_cast<const float*>(step) + column);
+      if constexpr (format == Format::pairs) block[i] = i % 2 == 0 ? low_halves(block[i]) : high_halves(block[i]);
+    }
+  }
+  transpose(block);
+}
+
+// Calls body(block, column, k): every block of columns [0, columns) and k [first, first + count) of the panels.
+// first and count are whole multiples of kWidth, but where the matrix ends.
+template <class Body>
+inline void each_block(const char* panels, Format format, int64_t k, int64_t columns, int64_t first, int64_t count,
+                       const Body& body) {
+  const int64_t bytes = panel_bytes(format, k);
+  for (int64_t column = 0; column < columns; column += kWidth) {
+    const char* panel = panels + column / kPanel * bytes;
+    for (int64_t i = 0; i < count; i += kWidth) {
+      Vec block[kWidth];
+      if (format == Format::f32) load_block<Format::f32>(panel, column % kPanel, first + i, count - i, bytes, block);
+      if (format == Format::f16) load_block<Format::f16>(panel, column % kPanel, first + i, count - i, bytes, block);
+      if (format == Format::pairs)
+        load_block<Format::pairs>(panel, column % kPanel, first + i, count - i, bytes, block);
+      body(block, column, i);
+    }
+  }
+}
+
+// Columns [first_column, ...) of the matrix whose transpose's panels memory holds.
+inline void pack_turned(const Right& m, int64_t first_column, int64_t columns, Format format, char* out) {
+  const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
+  const int64_t per_step = format == Format::pairs ? 2 : 1;
+  each_block(static_cast<const char*>(m.data), packed_format(m.compute), m.columns, m.k, first_column, columns,
+             [&](const Vec(&block)[kWidth], int64_t k, int64_t column) {
+               for (int64_t i = 0; i < kWidth && k + i < m.k; i += per_step) {
+                 const Vec value = format == Format::pairs ? join_pairs(block[i], block[i + 1]) : block[i];
+                 store_step(out + (k + i) / per_step * bytes, format, column, value);
+               }
+             });
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t c = round_up(columns, kWidth); c < kPanel; c += kWidth)
+      store_step(out + step * bytes, format, c, set1(0.0f));
+  }
+}
+
+// The weight's row k of a panel: kWidth columns from `column` on, in fp32.
+template <Format format>
+inline Vec panel_row(const char* panel, int64_t k, int64_t column) {
+  const char* step = panel + k / (format == Format::pairs ? 2 : 1) * step_bytes(format);
+  if constexpr (format == Format::f16) return load(reinterpret_cast<const F16*>(step) + column);
+  const Vec found = load(reinterpret_cast<const float*>(step) + column);
+  if constexpr (format == Format::pairs) return k % 2 == 0 ? low_halves(found) : high_halves(found);
+  return found;
+}
+
+template <Format format>
+inline void widen_panel(const Right& m, int64_t first_column, char* out) {
+  const char* panel = static_cast<const char*>(m.data) + first_column / kPanel * panel_bytes(format, m.stride);
+  for (int64_t k = 0; k < m.k; ++k) {
+    for (int64_t c = 0; c < kPanel; c += kWidth) {
+      store_step(out + k * step_bytes(Format::f32), Format::f32, c, panel_row<format>(panel, k, c));
+    }
+  }
+}
+
 // Columns [first_column, first_column + kPanel) of m; columns beyond the matrix become 0.
 inline void pack_panel(const Right& m, int64_t first_column, Format format, char* panel) {
   const int64_t columns = smaller(kPanel, m.columns - first_column);
+  if (m.turned) return pack_turned(m, first_column, columns, format, panel);
+  if (m.widened && m.compute == Dtype::f16) return widen_panel<Format::f16>(m, first_column, panel);
+  if (m.widened) return widen_panel<Format::pairs>(m, first_column, panel);
   typed(m.data, m.dtype, [&](const auto* data) {
     if (m.transposed) {
       const auto* rows = data + first_column * m.stride;
@@ -143,6 +226,25 @@ inline void pack_panel(const Right& m, int64_t first_column, Format format, char
       pack_transposed<Format::f32>(m, rows, columns, panel);
     } else {
       pack_rows(m, data + first_column, columns, format, panel);
+    }
+  });
+}
+
+// The rows [rows][k] of a weight that one of its panels holds, in the dtype that the panel holds them in.
+inline void unpack_panel(const char* panel, Format format, int64_t k, int64_t rows, void* out) {
+  each_block(panel, format, k, rows, 0, k, [&](const Vec(&block)[kWidth], int64_t row, int64_t first) {
+    const int64_t count = smaller(kWidth, k - first);
+    for (int64_t r = 0; r < kWidth && row + r < rows; ++r) {
+      const int64_t at = (row + r) * k + first;
+      if (format == Format::f32) {
+        store(static_cast<float*>(out) + at, block[r], count);
+      } else if (format == Format::f16) {
+        store(static_cast<F16*>(out) + at, block[r], count);
+      } else {  // the upper halves as they are: narrowing might flush what is denormal
+        uint32_t bits[kWidth];
+        store(reinterpret_cast<float*>(bits), block[r]);
+        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = static_cast<uint16_t>(bits[i] >> 16);
+      }
     }
   });
 }

@@ -11,9 +11,10 @@ namespace recmas::cpu::RECMAS_ISA {
 // second level. Whole panels would be read from the second level and left-hand rows from the third, and 16 columns do
 // too little with each. With AVX-512, 48 columns do enough: pieces lost there.
 constexpr int64_t kPiece = RECMAS_ISA_LEVEL == 1 ? 256 : 128;  // a multiple of kChain, so that sums keep their bits
-constexpr int64_t kManyRows = 48;                              // the fewest that are many
-constexpr int64_t kBandGroups = 24;                            // of kTileRows rows
-constexpr int64_t kPiecePanels = 64;                           // at a time
+static_assert(RECMAS_ISA_LEVEL != 1 || kPiece % kPanel == 0, "pieces of a turned weight are whole panels");
+constexpr int64_t kManyRows = 48;     // the fewest that are many
+constexpr int64_t kBandGroups = 24;   // of kTileRows rows
+constexpr int64_t kPiecePanels = 64;  // at a time
 
 inline int64_t piece_count(int64_t k) { return (k + kPiece - 1) / kPiece; }
 
@@ -40,6 +41,18 @@ struct BandRoom {
 
 inline Right piece_of(const Right& right, int64_t k, int64_t count) {
   Right piece = right;
+  if (right.turned) {  // whole panels of the transpose
+    piece.data =
+        static_cast<const char*>(right.data) + k / kPanel * panel_bytes(packed_format(right.compute), right.columns);
+    piece.k = count;
+    return piece;
+  }
+  if (right.widened) {
+    const Format format = packed_format(right.compute);
+    piece.data = static_cast<const char*>(right.data) + panel_steps(format, k) * step_bytes(format);
+    piece.k = count;
+    return piece;
+  }
   const int64_t elements = right.transposed ? k : k * right.stride;
   piece.data = static_cast<const char*>(right.data) + elements * dtype_bytes(right.dtype);
   piece.k = count;

@@ -68,10 +68,12 @@ inline uint16_t narrow_bf16(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits | 0x400000u) >> 16);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-// fp16 and fp32 exponents differ by 112; multiplying by 2^112 rebiases normal and subnormal values alike.
+// fp16 and fp32 exponents differ by 112. Subnormal values count units of 2^-24; no fp32 subnormal takes part, which a
+// processor may be set to take for zero.
 inline float widen_f16(uint16_t half) {
   const uint32_t magnitude = (half & 0x7fffu) << 13, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t finite = float_bits(bits_float(magnitude) * 0x1p112f);
+  const float units = static_cast<float>(static_cast<int32_t>(half & 0x3ffu)) * 0x1p-24f;
+  const uint32_t finite = magnitude < 0x00800000u ? float_bits(units) : magnitude + 0x38000000u;
   return bits_float(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 }
 inline uint16_t narrow_f16(float value) {

@@ -16,6 +16,13 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
     const int64_t steps = panel_steps(term.format(), right.k);
     return {panel + panel_bytes(term.format(), right.k) + group * steps * 64, steps, 1, 64};
   }
+  if (right.turned) return {panel, 0, 1, 0};  // laying it out prefetches
+  if (right.widened) {
+    const Format format = packed_format(right.compute);
+    const int64_t lines = panel_bytes(format, right.stride) / 64 / groups + 1;
+    const char* next = static_cast<const char*>(right.data) + column / kPanel * panel_bytes(format, right.stride);
+    return {next + group * lines * 64, lines, 1, 64};
+  }
   const int64_t bytes = dtype_bytes(right.dtype), stride = right.stride * bytes;
   const char* data = static_cast<const char*>(right.data);
   const Ahead whole = right.transposed ? Ahead{data + column * stride, width, (right.k * bytes + 63) / 64, stride}

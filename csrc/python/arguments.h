@@ -29,6 +29,12 @@ class Arguments {
     return value;
   }
 
+  float number() {
+    const double value = PyFloat_AsDouble(object());
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return static_cast<float>(value);
+  }
+
  private:
   PyObject* const* next_;
 };

@@ -13,9 +13,15 @@ namespace py = pybind11;
 PyObject* link_forward(PyObject* const* values, Py_ssize_t count);
 PyObject* link_backward(PyObject* const* values, Py_ssize_t count);
 
+// cpu_frozen.cpp
+PyObject* frozen_forward(PyObject* const* values, Py_ssize_t count);
+PyObject* frozen_backward(PyObject* const* values, Py_ssize_t count);
+PyObject* rms_norm(PyObject* const* values, Py_ssize_t count);
+
 // cpu_packing.cpp
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns);
 void pack_weight(int isa, int threads, int compute, py::handle weight, py::handle packed);
+void unpack_weight(int isa, int threads, py::handle packed, py::handle weight);
 
 // cpu_rows.cpp
 void handoff_scatter(py::handle rows, py::handle slot_rows, py::handle table);

@@ -14,6 +14,9 @@ using namespace recmas::python;
 PyMethodDef fast_entries[] = {
     fast<&link_forward>("link_forward"),
     fast<&link_backward>("link_backward"),
+    fast<&frozen_forward>("frozen_forward"),
+    fast<&frozen_backward>("frozen_backward"),
+    fast<&rms_norm>("rms_norm"),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -27,6 +30,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("best_isa", [] { return static_cast<int>(recmas::cpu::best_isa()); });
   module.def("packed_bytes", &packed_bytes);
   module.def("pack_weight", &pack_weight);
+  module.def("unpack_weight", &unpack_weight);
   module.def("handoff_scatter", &handoff_scatter);
   module.def("handoff_take", &handoff_take);
   module.def("alignment", &alignment);

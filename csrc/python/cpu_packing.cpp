@@ -1,4 +1,4 @@
-// Packed weights: their size and the packing.
+// Packed weights: their size, the packing, and the way back.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include "../link.h"
 #include "cpu_entries.h"
 #include "cpu_run.h"
+#include "operands.h"
 #include "tensors.h"
 
 namespace recmas::python {
@@ -23,6 +24,20 @@ void pack_weight(int isa, int threads, int compute, py::handle weight, py::handl
   run("pack_weight", [&] {
     return cpu::pack_weight({view.data, view.kernel_dtype()}, view.rows, view.columns, target,
                             static_cast<Dtype>(compute), static_cast<Isa>(isa), threads);
+  });
+}
+
+void unpack_weight(int isa, int threads, py::handle packed, py::handle weight) {
+  const View view = Operands::described(weight.ptr(), "weight"), panels = Operands::described(packed.ptr(), "panels");
+  if (view.dimensions != 2 || view.dtype == View::kOther || !view.is_contiguous()) {
+    throw py::value_error("unpack_weight: the weight is not a contiguous matrix of a served dtype");
+  }
+  const Dtype dtype = view.kernel_dtype();
+  Operands::expect(panels.element_bytes == 1 && panels.dense &&
+                       panels.is_vector(cpu::packed_bytes(view.rows, view.columns, dtype, static_cast<Isa>(isa))),
+                   "panels");
+  run("unpack_weight", [&] {
+    return cpu::unpack_weight(panels.data, view.rows, view.columns, view.data, dtype, static_cast<Isa>(isa), threads);
   });
 }
 

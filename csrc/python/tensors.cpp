@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <string>
+#include <vector>
 
 namespace recmas::python {
 
@@ -36,8 +37,14 @@ int32_t kernel_dtype_of(uint8_t code, uint8_t bits) {
   return View::kOther;
 }
 
-void set_last_dimensions(View& view, const int64_t* sizes, const int64_t* strides) {
+void set_dimensions(View& view, const int64_t* sizes, const int64_t* strides) {
   const int32_t n = view.dimensions;
+  view.elements = 1;
+  view.dense = true;
+  for (int32_t i = n; i-- > 0;) {
+    view.dense = view.dense && (sizes[i] == 1 || strides[i] == view.elements);
+    view.elements *= sizes[i];
+  }
   view.columns = n > 0 ? sizes[n - 1] : 1;
   view.column_stride = n > 0 ? strides[n - 1] : 1;
   view.rows = n > 1 ? sizes[n - 2] : 1;
@@ -79,9 +86,11 @@ View Reader::read(PyObject* object) const {
             0,
             0,
             0,
+            0,
+            false,
             found.type_bits * found.type_lanes / 8,
             found.type_code == kInt && found.type_bits == 64 && found.type_lanes == 1};
-  set_last_dimensions(view, found.sizes, found.strides);
+  set_dimensions(view, found.sizes, found.strides);
   return view;
 }
 
@@ -99,16 +108,12 @@ View Reader::read_attributes(PyObject* object) const {
   view.is_int64 = dtype.is(int64_);
   const py::tuple sizes = tensor.attr("shape"), strides = tensor.attr("stride")();
   view.dimensions = static_cast<int32_t>(sizes.size());
-  int64_t last_sizes[2] = {1, 1}, last_strides[2] = {1, 1};
-  const size_t kept = sizes.size() < 2 ? sizes.size() : 2;
-  for (size_t i = 0; i < kept; ++i) {
-    last_sizes[i] = sizes[sizes.size() - kept + i].cast<int64_t>();
-    last_strides[i] = strides[sizes.size() - kept + i].cast<int64_t>();
+  std::vector<int64_t> all_sizes, all_strides;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    all_sizes.push_back(sizes[i].cast<int64_t>());
+    all_strides.push_back(strides[i].cast<int64_t>());
   }
-  const int32_t dimensions = view.dimensions;
-  view.dimensions = static_cast<int32_t>(kept);
-  set_last_dimensions(view, last_sizes, last_strides);
-  view.dimensions = dimensions;
+  set_dimensions(view, all_sizes.data(), all_strides.data());
   return view;
 }
 

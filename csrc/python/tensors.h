@@ -20,6 +20,8 @@ struct View {
   int32_t dimensions;
   int32_t dtype;  // link.h's number; kOther for element types that the kernels do not read
   int64_t rows, columns, row_stride, column_stride;  // of the last two dimensions; a vector is one row
+  int64_t elements;
+  bool dense;  // all dimensions follow each other in memory
   int32_t element_bytes;
   bool is_int64;
 

@@ -33,6 +33,37 @@ constexpr size_t kGuard = 0;
 constexpr size_t kGuard = 64;
 #endif
 
+// Values rounded to a dtype, as stored in it and in fp32. Rounds toward zero: any value of the dtype will do.
+struct Rounded {
+  std::vector<float> values;
+  std::vector<uint16_t> halves;
+
+  Rounded(const std::vector<float>& given, Dtype dtype) : values(given) {
+    for (float& value : values) {
+      uint32_t bits;
+      if (dtype == Dtype::f16) {  // 10 bits of mantissa; exponents from -14 on, smaller values become 0
+        std::memcpy(&bits, &value, sizeof bits);
+        const int32_t exponent = static_cast<int32_t>(bits >> 23 & 0xff) - 127 + 15;
+        const uint32_t sign = bits >> 16 & 0x8000;
+        const bool zero = exponent <= 0;
+        halves.push_back(
+            static_cast<uint16_t>(zero ? sign : sign | (static_cast<uint32_t>(exponent) << 10) | (bits >> 13 & 0x3ff)));
+        bits = zero ? sign << 16 : bits & ~0x1fffu;
+        std::memcpy(&value, &bits, sizeof bits);
+      } else if (dtype == Dtype::bf16) {
+        std::memcpy(&bits, &value, sizeof bits);
+        halves.push_back(static_cast<uint16_t>(bits >> 16));
+        bits &= 0xffff0000u;
+        std::memcpy(&value, &bits, sizeof bits);
+      }
+    }
+  }
+  const void* data() const {
+    return halves.empty() ? static_cast<const void*>(values.data()) : static_cast<const void*>(halves.data());
+  }
+  size_t bytes() const { return halves.empty() ? values.size() * 4 : halves.size() * 2; }
+};
+
 // `bytes` of NaN (all ones, in every floating type), 64-byte aligned, between two bands checked at the end.
 class Guarded {
  public:

@@ -126,6 +126,120 @@ void test_link(Isa isa, const Shape& s) {
   CHECK(std::memcmp(g.dw1.data(), again.dw1.data(), g.dw1.size() * sizeof(float)) == 0, "dw1 differs between runs");
 }
 
+// A frozen product and its input gradient in every dtype, against double precision, and the weight back from its
+// panels.
+void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, int64_t out) {
+  const Rounded weight(random_values(static_cast<size_t>(out * in), 1, 1.0f / std::sqrt(static_cast<float>(in))),
+                       stored);
+  const Rounded x(random_values(static_cast<size_t>(tokens * in), 2), rows);
+  const Rounded dy(random_values(static_cast<size_t>(tokens * out), 3), rows);
+  const std::vector<float> bias = random_values(static_cast<size_t>(out), 4);
+  const int64_t bytes = cpu::packed_bytes(out, in, stored, isa);
+  const Guarded panels = workspace_of(bytes), back = workspace_of(static_cast<int64_t>(weight.bytes()));
+  CHECK(cpu::pack_weight({weight.data(), stored}, out, in, panels.get(), stored, isa, 2) == Status::ok, "not packed");
+  CHECK(cpu::unpack_weight(panels.get(), out, in, back.get(), stored, isa, 3) == Status::ok, "not unpacked");
+  CHECK(std::memcmp(back.get(), weight.data(), weight.bytes()) == 0, "isa %d dtype %d: other bits came back",
+        static_cast<int>(isa), static_cast<int>(stored));
+
+  const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
+  const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
+  const cpu::FrozenForward forward{tokens,
+                                   in,
+                                   out,
+                                   {x.data(), in, rows},
+                                   panels.get(),
+                                   {bias.data(), Dtype::f32},
+                                   {y.get(), Dtype::f32},
+                                   stored,
+                                   Form::packed,
+                                   isa,
+                                   3};
+  const cpu::FrozenBackward backward{tokens, in,  out, {dy.data(), out, rows}, panels.get(), {dx.get(), Dtype::f32},
+                                     stored, isa, 3};
+  const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);
+  const int64_t backward_bytes = cpu::frozen_backward_workspace(backward);
+  const Guarded scratch = workspace_of(forward_bytes), more = workspace_of(backward_bytes);
+  CHECK(cpu::frozen_forward(forward, scratch.get(), forward_bytes) == Status::ok, "frozen_forward failed");
+  CHECK(cpu::frozen_backward(backward, more.get(), backward_bytes) == Status::ok, "frozen_backward failed");
+
+  cpu::FrozenForward in_place = forward;
+  const Guarded streamed = Guarded::floats(static_cast<size_t>(tokens * out));
+  in_place.weight = weight.data();
+  in_place.form = Form::stored;
+  in_place.y = {streamed.get(), Dtype::f32};
+  const int64_t in_place_bytes = cpu::frozen_forward_workspace(in_place);
+  CHECK((in_place_bytes < 0) == (tokens > 16), "more rows than can be streamed");
+  if (tokens <= 16) {
+    const Guarded rows_copied = workspace_of(in_place_bytes);
+    CHECK(cpu::frozen_forward(in_place, rows_copied.get(), in_place_bytes) == Status::ok, "not streamed");
+  }
+
+  std::vector<double> exact_y(static_cast<size_t>(tokens * out)), exact_dx(static_cast<size_t>(tokens * in), 0.0);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = bias[o];
+      for (int64_t i = 0; i < in; ++i) {
+        sum += static_cast<double>(x.values[t * in + i]) * weight.values[o * in + i];
+        exact_dx[t * in + i] += static_cast<double>(dy.values[t * out + o]) * weight.values[o * in + i];
+      }
+      exact_y[t * out + o] = sum;
+    }
+  }
+  const double bound = 16.0 * std::sqrt(static_cast<double>(in + out + 16)) * std::ldexp(1.0, -24);
+  const double y_error = largest_error(y.values(), exact_y), dx_error = largest_error(dx.values(), exact_dx);
+  if (tokens <= 16) {
+    const double error = largest_error(streamed.values(), exact_y);
+    CHECK(error <= bound, "streamed isa %d dtypes %d %d: error %g", static_cast<int>(isa), static_cast<int>(stored),
+          static_cast<int>(rows), error);
+  }
+  CHECK(y_error <= bound && dx_error <= bound, "frozen isa %d dtypes %d %d (%lld %lld %lld): errors %g %g, bound %g",
+        static_cast<int>(isa), static_cast<int>(stored), static_cast<int>(rows), static_cast<long long>(tokens),
+        static_cast<long long>(in), static_cast<long long>(out), y_error, dx_error, bound);
+}
+
+void test_frozen(Isa isa) {
+  for (const Dtype stored : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+    for (const Dtype rows : {Dtype::f32, stored}) {
+      for (const int64_t tokens : {int64_t{1}, int64_t{5}, int64_t{9}, int64_t{131}}) {
+        test_frozen(isa, stored, rows, tokens, 37, 53);
+        test_frozen(isa, stored, rows, tokens, 96, 17);
+      }
+      test_frozen(isa, stored, rows, 3, 1, 1);
+      test_frozen(isa, stored, rows, 3, 512, 20);     // rows 2 KB apart
+      test_frozen(isa, stored, rows, 2, 50, 1950);    // several passes over the out features
+      test_frozen(isa, stored, rows, 515, 19, 1930);  // and several blocks of rows
+    }
+  }
+  float number = 1.0f;
+  cpu::FrozenForward call{
+      1, 1, 1, {&number, 1, Dtype::f16}, &number, {}, {&number, Dtype::f32}, Dtype::bf16, Form::packed, isa, 1};
+  CHECK(cpu::frozen_forward_workspace(call) == -1, "rows of a dtype that the kernel does not read");
+  CHECK(cpu::frozen_forward(call, &number, 0) == Status::bad_argument, "rows of a dtype that the kernel does not read");
+}
+
+void test_rms_norm(Isa isa) {
+  const int64_t rows = 3;
+  for (const int64_t columns : {int64_t{1}, int64_t{37}, int64_t{64}, int64_t{200}}) {
+    const size_t count = static_cast<size_t>(rows * columns);
+    const std::vector<float> x = random_values(count, 1), gain = random_values(static_cast<size_t>(columns), 2);
+    const Guarded y = Guarded::floats(count);
+    const cpu::RmsNorm call{rows, columns, {x.data(), columns, Dtype::f32}, {gain.data(), Dtype::f32},
+                            1.0f, 1e-6f,   {y.get(), Dtype::f32},           isa,
+                            2};
+    CHECK(cpu::rms_norm(call) == Status::ok, "rms_norm failed");
+    std::vector<double> exact(count);
+    for (int64_t r = 0; r < rows; ++r) {
+      double squares = 0.0;
+      for (int64_t c = 0; c < columns; ++c) squares += static_cast<double>(x[r * columns + c]) * x[r * columns + c];
+      const double scale = 1.0 / std::sqrt(squares / static_cast<double>(columns) + 1e-6);
+      for (int64_t c = 0; c < columns; ++c) exact[r * columns + c] = x[r * columns + c] * scale * (1.0 + gain[c]);
+    }
+    const double error = largest_error(y.values(), exact), bound = 32.0 * std::ldexp(1.0, -24);
+    CHECK(error <= bound, "rms_norm isa %d columns %lld: error %g", static_cast<int>(isa),
+          static_cast<long long>(columns), error);
+  }
+}
+
 void test_handoff() {
   const std::vector<float> rows = random_values(2 * 5, 1), table = random_values(4 * 5, 2);
   const Guarded out = Guarded::floats(20), taken = Guarded::floats(10);
@@ -209,6 +323,8 @@ int main() {
     test_link(isa, {288, 300, 16, 256, Residual::linear, true, true});  // bands of rows, two terms of few pieces
     test_link(isa, {300, 256, 270, 130, Residual::linear, false, true});
     test_alignment(isa);
+    test_frozen(isa);
+    test_rms_norm(isa);
   }
   test_handoff();
   if (failures == 0)

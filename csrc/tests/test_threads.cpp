@@ -1,5 +1,6 @@
 // Kernels on several threads, at shapes large enough that they use them: the same bits as on one thread, and, built
-// under ThreadSanitizer, no race. There, `test_threads forward|backward <n>` leaves out the n-th barrier of that pass.
+// under ThreadSanitizer, no race. There, `test_threads forward|backward|frozen <n>` leaves out the n-th barrier of that
+// pass.
 
 #include <cstdio>
 #include <cstdlib>
@@ -111,9 +112,47 @@ void test_alignment(Isa isa) {
         static_cast<int>(isa));
 }
 
+struct Frozen {
+  std::vector<float> y, dx;
+};
+
+// Rows 2 KB apart are copied first; two blocks of rows forward, and two passes over the out features backward.
+Frozen run_frozen(Isa isa, int threads) {
+  const int64_t tokens = 150, in = 512, out = 1930;
+  const std::vector<float> weight = random_values(static_cast<size_t>(out * in), 1);
+  const std::vector<float> x = random_values(static_cast<size_t>(tokens * in), 2);
+  const std::vector<float> dy = random_values(static_cast<size_t>(tokens * out), 3);
+  const Guarded panels = workspace_of(cpu::packed_bytes(out, in, Dtype::f32, isa));
+  cpu::pack_weight({weight.data(), Dtype::f32}, out, in, panels.get(), Dtype::f32, isa, 1);
+  const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
+  const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
+  const cpu::FrozenForward forward{
+      tokens,       in,  out,    {x.data(), in, Dtype::f32}, panels.get(), {}, {y.get(), Dtype::f32}, Dtype::f32,
+      Form::packed, isa, threads};
+  const cpu::FrozenBackward backward{
+      tokens, in, out, {dy.data(), out, Dtype::f32}, panels.get(), {dx.get(), Dtype::f32}, Dtype::f32, isa, threads};
+  const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);
+  const int64_t backward_bytes = cpu::frozen_backward_workspace(backward);
+  const Guarded scratch = workspace_of(forward_bytes), more = workspace_of(backward_bytes);
+  CHECK(cpu::frozen_forward(forward, scratch.get(), forward_bytes) == Status::ok, "frozen_forward failed");
+  CHECK(cpu::frozen_backward(backward, more.get(), backward_bytes) == Status::ok, "frozen_backward failed");
+  return {y.values(), dx.values()};
+}
+
+void test_frozen(Isa isa) {
+  const Frozen one = run_frozen(isa, 1), several = run_frozen(isa, kThreads);
+  CHECK(same(one.y, several.y) && same(one.dx, several.dx), "isa %d: frozen products differ between thread counts",
+        static_cast<int>(isa));
+}
+
 #ifdef RECMAS_POSIX_THREADS
-void run_without_barrier(bool backward, int barrier) {
+void run_without_barrier(const char* pass_name, int barrier) {
   skipped_barrier = barrier;
+  if (std::strcmp(pass_name, "frozen") == 0) {
+    for (int pass = 0; pass < 20; ++pass) run_frozen(Isa::baseline, kThreads);
+    return;
+  }
+  const bool backward = std::strcmp(pass_name, "backward") == 0;
   const Case c(kShapes[0]);
   // ThreadSanitizer remembers the last few accesses only, so that one pass shows the race in about half of all runs.
   for (int pass = 0; pass < 20; ++pass) {
@@ -127,7 +166,7 @@ void run_without_barrier(bool backward, int barrier) {
 int main(int count, char** arguments) {
 #ifdef RECMAS_POSIX_THREADS
   if (count == 3) {
-    run_without_barrier(std::strcmp(arguments[1], "backward") == 0, std::atoi(arguments[2]));
+    run_without_barrier(arguments[1], std::atoi(arguments[2]));
     return 0;
   }
 #endif
@@ -140,6 +179,7 @@ int main(int count, char** arguments) {
     for (const Shape& shape : kShapes) test_link(isa, shape);
     test_packing(isa);
     test_alignment(isa);
+    test_frozen(isa);
   }
   if (failures == 0) std::printf("all checks of threads passed\n");
   return failures == 0 ? 0 : 1;

@@ -61,6 +61,7 @@ class RecursiveMAS(System):
         trust_remote_code: bool = False,
         seed: int | None = None,
         compile: bool = False,
+        accelerate: bool = True,
     ) -> Self:
         """A system of given models with fresh links of the released shape, float32.
 
@@ -77,7 +78,7 @@ class RecursiveMAS(System):
             dtype: of the agents loaded here; "auto" is the checkpoint's.
             trust_remote_code: for transformers.
             seed: of the links; None draws from torch's global generator.
-            compile: as for `Agent`, of the agents loaded here.
+            compile, accelerate: as for `Agent`, of the agents loaded here.
         """
         if link_scale not in ("embedding", "none"):
             raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
@@ -88,7 +89,7 @@ class RecursiveMAS(System):
             if role not in models:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
         sources = {role: (os.fspath(model), dtype) for role, model in models.items() if not isinstance(model, Agent)}
-        loaded = load_agents(sources, place(device, pattern.roles), trust_remote_code, compile)
+        loaded = load_agents(sources, place(device, pattern.roles), trust_remote_code, compile, accelerate)
         agents = {role: model if isinstance(model, Agent) else loaded[role] for role, model in models.items()}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -122,6 +123,7 @@ class RecursiveMAS(System):
         *,
         offload: bool = False,
         compile: bool = False,
+        accelerate: bool = True,
         allow_outside: bool = False,
         allow_hub: bool = False,
     ) -> Self:
@@ -135,7 +137,7 @@ class RecursiveMAS(System):
             trust_remote_code: for transformers.
             offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
-            compile: as for `Agent`.
+            compile, accelerate: as for `Agent`; under offload nothing is accelerated.
             allow_outside: load models and links from other folders, too, where the system names any.
             allow_hub: load models from the hub, too, where the system names any; else the hub is never asked.
 
@@ -144,7 +146,7 @@ class RecursiveMAS(System):
                 one line naming it.
         """
         trust = Trust(allow_outside, allow_hub)
-        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile, trust)
+        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile, accelerate, trust)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the system into `folder`; one that is there is replaced whole, or stays whole if this is cut short.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ _CPU = torch.device("cpu")  # named in every allocation: the default device may 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
-_MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
+MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 
@@ -129,7 +130,7 @@ def _forward(
         return y
     threads, run = torch.get_num_threads(), _native().link_forward
     forms: tuple[Tensor | bool, ...] = (False, False, False)
-    if not in_place or tokens > _MOST_STREAMED:
+    if not in_place or tokens > MOST_STREAMED:
         compute = arguments.dtype
         forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(arguments.w3, compute, isa))
     if run(isa, threads, arguments, *forms, y, pre, z, stats):
@@ -188,6 +189,57 @@ def link_bwd(
         else grad.to(tensor.dtype)
         for grad, tensor in zip(outputs, tensors, strict=True)
     )
+
+
+def pack_frozen(weight: Tensor) -> Tensor:
+    """Panels of a contiguous weight ``[out, in]``, in its own dtype."""
+    return _pack(weight, (weight.dtype, _isa()))
+
+
+def unpack_frozen(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` that `pack_frozen` made panels of, bit by bit."""
+    weight = torch.empty(out_features, in_features, dtype=stored, device=_CPU)
+    _native().unpack_weight(_isa(), torch.get_num_threads(), panels, weight)
+    return weight
+
+
+def frozen_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, stored: torch.dtype) -> Tensor:
+    """``x W^T + b`` for rows ``[..., in]`` in fp32 or the stored dtype, in x's dtype.
+
+    ``panels`` may be the weight ``[out, in]`` itself, for up to `MOST_STREAMED` rows.
+    """
+    return _frozen(_native().frozen_forward, x, stored, (panels, bias), out_features)
+
+
+def frozen_linear_bwd(dy: Tensor, panels: Tensor, in_features: int, stored: torch.dtype) -> Tensor:
+    """``dy W`` for rows ``[..., out]``, in dy's dtype."""
+    return _frozen(_native().frozen_backward, dy, stored, (panels,), in_features)
+
+
+def _frozen(run: Any, rows: Tensor, stored: torch.dtype, weight: tuple[Tensor | None, ...], features: int) -> Tensor:
+    result = torch.empty(*rows.shape[:-1], features, dtype=rows.dtype, device=_CPU)
+    if result.numel() == 0:
+        return result
+    settings = (_isa(), torch.get_num_threads(), _DTYPES[stored])
+    if not run(*settings, rows, *weight, result) and not run(*settings, rows.contiguous(), *weight, result):
+        raise AssertionError("contiguous rows are readable")
+    return result
+
+
+def reads(dtype: torch.dtype) -> bool:
+    """Whether the kernels read tensors of a dtype."""
+    return dtype in _DTYPES
+
+
+def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) (offset + weight)`` over the last dimension of ``x [..., n]``, in its dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+    if y.numel() == 0:
+        return y
+    run, settings = _native().rms_norm, (_isa(), torch.get_num_threads())
+    if not run(*settings, x, weight, offset, eps, y) and not run(*settings, x.contiguous(), weight, offset, eps, y):
+        raise AssertionError("contiguous rows are readable")
+    return y
 
 
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:

@@ -22,7 +22,7 @@ def explain(link: Any, x: torch.Tensor) -> str:
     """Which kernel would serve ``link(x)`` in the present grad mode, and why not the others.
 
     Args:
-        link: a `RecursiveLink`, or any module with its ``config``.
+        link: a `RecursiveLink`, any module with its ``config``, or a `FrozenLinear`.
         x: ``[..., in_features]``, a floating-point tensor.
 
     Returns:
@@ -32,6 +32,9 @@ def explain(link: Any, x: torch.Tensor) -> str:
         TypeError: no link, no tensor, or one of integers.
         ValueError: x does not fit the link.
     """
+    own = getattr(type(link), "explain", None)
+    if own is not None:  # a FrozenLinear's
+        return str(own(link, x))
     config: Any = getattr(link, "config", None)
     if not isinstance(link, torch.nn.Module) or not isinstance(config, LinkConfig):
         raise TypeError(f"link is a {type(link).__name__}, expected a RecursiveLink")

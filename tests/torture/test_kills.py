@@ -19,6 +19,7 @@ import pytest
 
 from recmas import RecursiveMAS
 from recmas.config.system_json import read_spec
+from recmas_kernels import named_weights
 from tests.runtime.commands import Ended, Started
 from tests.runtime.lean import contents, lean_system, write_lean
 from tests.torture.amounts import SEED, amount
@@ -136,4 +137,4 @@ def test_a_killed_save_leaves_the_old_system_or_the_new_one(tmp_path, record_pro
 def parts(mas: RecursiveMAS) -> list[float]:
     """Numbers that distinguish two systems in each of their parts."""
     modules = [*mas.inner_links.values(), *mas.outer_links.values(), mas.agents["solver"].model]
-    return [sum(p.double().sum().item() for p in module.parameters()) for module in modules]
+    return [sum(weight.double().sum().item() for _, weight in named_weights(module)) for module in modules]

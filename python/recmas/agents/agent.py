@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import recmas_kernels
 from recmas.agents.decoding import Reply, write
 from recmas.agents.loading import load_model
 from recmas.agents.model import FrozenModel
@@ -33,8 +34,11 @@ class Agent(FrozenModel):
         source: hub id or folder the model came from; None if it was built in memory.
         compile: run the decoder's step through `torch.compile`, latents and tokens alike, where the model can run at
             fixed shapes.
+        accelerate: on the CPU, run the model's frozen linear layers from packed weights (`recmas_kernels.accelerate`);
+            the model is changed in place.
 
     Attributes:
+        accelerated: which layers are packed, and why others are not; None if nothing was asked for, or not on the CPU.
         stepper: how single positions are run, and why the latest were not captured (`recmas.engine.stepper`).
 
     Raises:
@@ -42,10 +46,19 @@ class Agent(FrozenModel):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, source: str | None = None, compile: bool = False
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        source: str | None = None,
+        compile: bool = False,
+        accelerate: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, name=name)
         self.source = source
+        packs = accelerate and self.device.type == "cpu"
+        self.accelerated = recmas_kernels.accelerate(self.model) if packs else None
         self.stepper = Stepper(compiled=compile)
 
     @classmethod
@@ -58,6 +71,7 @@ class Agent(FrozenModel):
         *,
         name: str | None = None,
         compile: bool = False,
+        accelerate: bool = True,
         root: Path | None = None,
         offline: bool = False,
     ) -> Agent:
@@ -73,7 +87,7 @@ class Agent(FrozenModel):
             device: where the model is to be.
             trust_remote_code: for transformers.
             name: begins error messages.
-            compile: as for `Agent`.
+            compile, accelerate: as for `Agent`.
             root: a folder that holds the model's and that nobody vouches for: nothing outside of it is read, and
                 nothing is allocated that its files do not hold (`recmas.agents.model_folder`).
             offline: never ask the hub.
@@ -85,7 +99,7 @@ class Agent(FrozenModel):
         source = os.fspath(path_or_id)
         name = name or Path(source).name
         model, tokenizer = load_model(source, dtype, device, trust_remote_code, name, root, offline)
-        return cls(model, tokenizer, name=name, source=source, compile=compile)
+        return cls(model, tokenizer, name=name, source=source, compile=compile, accelerate=accelerate)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model (safetensors) and tokenizer into `folder`."""
@@ -96,6 +110,12 @@ class Agent(FrozenModel):
         self.stepper.forget()
         self.model.to(*args, **kwargs)
         return self
+
+    def unpack(self) -> None:
+        """Give the model its plain linear layers back, if they are packed."""
+        if self.accelerated is not None:
+            self.accelerated.close()
+            self.accelerated = None
 
     def think(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from recmas.agents.model import FrozenModel
+from recmas_kernels import named_weights
 
 _UNRELATED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -22,9 +23,9 @@ def described(agent: FrozenModel) -> str:
 def model_digest(agent: FrozenModel) -> str:
     """sha256 of the model's configuration, and of every parameter and buffer in full."""
     digest = hashlib.sha256(described(agent).encode())
-    for name, value in [*agent.model.named_parameters(), *agent.model.named_buffers()]:
+    for name, value in named_weights(agent.model):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

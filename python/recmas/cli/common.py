@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from recmas.tools import Toolbox
 
 
+def add_accelerate(parser: CommandLineParser) -> None:
+    """``--no-accelerate``."""
+    parser.add_argument(
+        "--no-accelerate",
+        action="store_true",
+        help="on a CPU, leave agents' frozen linear layers as they are, not packed for the kernels (slower)",
+    )
+
+
 def add_system(parser: CommandLineParser) -> None:
     """The system and how it is loaded."""
     parser.add_argument("system", type=str, help="folder of the system")
@@ -37,6 +46,7 @@ def add_system(parser: CommandLineParser) -> None:
         help="kernels: auto, reference, cpu, cuda or triton; a named one never falls back (default: what "
         "RECMAS_BACKEND names, else auto)",
     )
+    add_accelerate(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -177,6 +187,7 @@ def loaded(options: Namespace, folder: Path | None = None) -> Iterator[Recursive
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),
+            accelerate=not options.no_accelerate,
             allow_outside=options.allow_outside,
             allow_hub=options.allow_hub,
         )

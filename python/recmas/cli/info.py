@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
 
-from recmas.cli.common import EXCHANGE, add_answering, add_device, add_offload, dump
+from recmas.cli.common import EXCHANGE, add_accelerate, add_answering, add_device, add_offload, dump
 from recmas.cli.parser import CommandLineParser
 from recmas.sizing import BATCH_SIZE
 
@@ -28,6 +28,7 @@ def add_options(parser: CommandLineParser) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     add_device(parser)
     add_offload(parser)
+    add_accelerate(parser)
     add_answering(parser, (*EXCHANGE, "max_new_tokens"))
     parser.add_argument("--prompt-tokens", type=PositiveInt, default=512, help="tokens of a prompt, messages aside")
     parser.add_argument("--batch-size", type=PositiveInt, default=BATCH_SIZE, help="questions answered at once")
@@ -44,6 +45,7 @@ def execute(options: Namespace) -> int:
         device=options.device,
         dtype=options.dtype,
         offload=options.offload,
+        accelerate=not options.no_accelerate,
         mode=options.mode,
         rounds=options.rounds,
         latent_steps=options.latent_steps,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,6 @@ STAGES = {
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
     "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
 }
-ORIGIN = "origin.json"
-"""In the output's ``training``: which system it was made of."""
 KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
 
 
@@ -53,6 +52,11 @@ def add_options(parser: CommandLineParser) -> None:
             help="JSONL file as --data; the links with least loss on it are kept",
         )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check everything, show what would be trained, how long and beside how much memory; write nothing",
+        )
         if stage != "all":
             only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
             command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
@@ -83,10 +87,11 @@ def _add_pairs(command: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     from recmas import training
-    from recmas.config.system_json import FILE_NAME, read_spec
+    from recmas.cli import Ended
+    from recmas.config.system_json import read_spec
     from recmas.files.locks import one_writer
-    from recmas.files.reading import sha256
     from recmas.system.folder import check_place, is_new, save
+    from recmas.training.origin import RECORD, check_origin, origin
     from recmas.training.processes import processes
 
     stage, chosen = options.stage, options[options.stage]
@@ -101,18 +106,17 @@ def execute(options: Namespace) -> int:
     together = processes()
     new = output.resolve() != system.resolve()
     read_spec(system)
-    origin = {FILE_NAME: sha256(system / FILE_NAME)}
     if new:
         check_place(output)
     if new and not is_new(output):
         _check_resumable(output, stage, chosen.resume)
-        _check_origin(output, system, origin)
+        check_origin(output, system)
         new, system = False, output  # it began as the system that it was made of
     for path in (logs, *logs.glob("*")):
         inside(output, str(path.relative_to(output)), str(output))
     read_spec(system)
     with ExitStack() as stack:
-        if not new and together.writes:
+        if not new and together.writes and not chosen.dry_run:
             stack.enter_context(one_writer(output))
         mas = stack.enter_context(loaded(chosen, system))
 
@@ -121,11 +125,22 @@ def execute(options: Namespace) -> int:
             if new and together.writes:
                 # With its runs' folders, so that it can be resumed whenever it ends.
                 runs: dict[str, str | None] = {f"{logs.name}/{run}": None for run in _runs(stage, only, mas)}
-                save(mas, output, runs | {f"{logs.name}/{ORIGIN}": json.dumps(origin) + "\n"})
+                save(mas, output, runs | {RECORD: origin(system)})
                 stack.enter_context(one_writer(output))
 
         train: Any = getattr(training, f"train_{stage}")
-        result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
+        if chosen.dry_run:
+            train(mas, rows, config, output=logs, resume=chosen.resume, on_start=lambda: True, **only)
+            if together.writes:
+                _show(_planned(stage, config, only, rows, mas), chosen.json)
+            return 0
+        try:
+            result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
+        except Ended as end:
+            if end.number != signal.SIGTERM or not output.exists():
+                raise
+            print(f"recmas: ended by SIGTERM, all steps are in {logs}; --resume goes on", file=sys.stderr)
+            return 0
         if not together.writes:
             return 0
         mas.save_pretrained(output)
@@ -179,18 +194,6 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
 
 
-def _check_origin(output: Path, system: Path, origin: Mapping[str, str]) -> None:
-    """Raise ValueError unless `output` was made of `system` as it is."""
-    from recmas.files.reading import read_json
-
-    place = output / "training" / ORIGIN
-    if place.exists() and read_json(place) != origin:
-        raise ValueError(
-            f"--output: {output} was made of another system than {system}, or of this one before it changed; go on "
-            f"with what it holds (recmas train STAGE {output} --resume), or choose another folder"
-        )
-
-
 def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str]:
     """The folders of a command's runs."""
     from recmas.training.alignment import run_name
@@ -201,6 +204,34 @@ def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str
         return [run for each in ("inner", "warmup", "outer") for run in _runs(each, only, system)]
     keys = (only.get("roles") or system.inner_links) if stage == "inner" else (only.get("edges") or system.outer_links)
     return [run_name(stage, key) for key in keys]
+
+
+def _planned(
+    stage: str, config: Any, only: Mapping[str, Any], rows: Sequence[Any], system: RecursiveMAS
+) -> dict[str, Any]:
+    """What a command would train; texts of train all, if given, are what its first two stages read."""
+    from recmas.training.plan import Part, plan
+
+    named = ("inner", "warmup", "outer") if stage == "all" else (stage,)
+    configs = config.stages(system.defaults.rounds) if stage == "all" else (config,)
+    keys = only.get("roles" if stage == "inner" else "edges")
+    texts = len(only.get("texts", rows))
+    return plan(
+        system,
+        [
+            Part(name, settings, len(rows) if name == "outer" else texts, keys)
+            for name, settings in zip(named, configs, strict=True)
+        ],
+    )
+
+
+def _show(planned: dict[str, Any], as_json: bool) -> None:
+    from recmas.training.plan import table
+
+    if as_json:
+        dump(planned)
+    else:
+        print(table(planned))
 
 
 def _config_class(stage: str) -> Any:

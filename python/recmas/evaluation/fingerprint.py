@@ -12,6 +12,7 @@ import torch
 from recmas.agents.fingerprint import described, tokenizer_digest
 from recmas.config.system_json import edge_name
 from recmas.system.system import System
+from recmas_kernels import named_weights
 
 SAMPLED = 1024  # about so many elements of each tensor of an agent stand for it
 
@@ -41,7 +42,7 @@ def digest(system: System) -> str:
     for name, link in links.items():
         tensors.update({f"{name}.{key}": value for key, value in link.state_dict().items()})
     for role, agent in system.agents.items():
-        for key, value in [*agent.model.named_parameters(), *agent.model.named_buffers()]:
+        for key, value in named_weights(agent.model):
             flat = value.detach().reshape(-1)
             tensors[f"agent {role}.{key} {list(value.shape)}"] = flat[:: max(1, flat.numel() // SAMPLED)]
     for name, value in sorted(tensors.items()):

@@ -19,7 +19,12 @@ class Stored(NamedTuple):
 
     name: str
     dtype: str
-    elements: int
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return math.prod(self.shape)
 
 
 def stored_tensors(folder: Path) -> Iterator[Stored]:
@@ -41,7 +46,7 @@ def stored_tensors(folder: Path) -> Iterator[Stored]:
             raise ValueError(f"{index}: cannot be read: {error}") from None
     for name in names:
         for tensor, described in _header(folder / name).items():
-            yield Stored(tensor, str(described["dtype"]), math.prod(described["shape"]))
+            yield Stored(tensor, str(described["dtype"]), tuple(described["shape"]))
 
 
 def _header(file: Path) -> dict[str, Any]:

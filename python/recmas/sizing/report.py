@@ -29,7 +29,7 @@ class AgentMemory:
 
     Attributes:
         role, model, device: as placed; shares: the role whose model this one uses, if it does.
-        parameters: of the model; weights: their bytes in `dtype`.
+        parameters: of the model; weights: their bytes in `dtype`, the rows that fill packed ones up included.
         links: bytes of the links on the agent's device: its inner one, and those to it.
         cache_per_token: bytes of keys and values per position and row.
         row: bytes per row of a batch while the agent works, at the table's lengths.
@@ -81,6 +81,7 @@ def memory_table(
     device: Devices = "cpu",
     dtype: str = "auto",
     offload: bool = False,
+    accelerate: bool = True,
     mode: str = "latent",
     rounds: int | None = None,
     latent_steps: int | Mapping[str, int] | None = None,
@@ -100,6 +101,7 @@ def memory_table(
         device: as `RecursiveMAS.from_pretrained` takes it.
         dtype: of models and links; "auto" is what the system says, and float32 for links.
         offload: weights are in host memory, and on their device for their visits alone.
+        accelerate: agents on a CPU are packed, as `RecursiveMAS.from_pretrained` does it.
         mode: "latent" or "text".
         rounds: None is the system's own; so for the next two.
         latent_steps: for all agents, or by role.
@@ -134,6 +136,7 @@ def memory_table(
             check_model_folder(Path(source), folder, f"agent {role!r}", trust_remote_code)
         weights, shapes[role], known = _model(role, source, wanted, trust_remote_code)
         shape, length = shapes[role], lengths[role]
+        packs = accelerate and not offload and placement[role].type == "cpu"
         agents.append(
             AgentMemory(
                 role=role,
@@ -142,7 +145,7 @@ def memory_table(
                 shares=None if shares == role else shares,
                 parameters=weights.parameters,
                 dtype=known,
-                weights=weights.bytes_in(known),
+                weights=weights.bytes_in(known, packs),
                 links=links[role],
                 cache_per_token=shape.cache_per_token,
                 row=shape.cache(sum(length)) + shape.work(length.prompt),

@@ -213,6 +213,7 @@ def load(
     trust_remote_code: bool,
     offload: bool,
     compile: bool,
+    accelerate: bool,
     trust: Trust,
 ) -> SystemClass:
     """The system in `folder`. See `RecursiveMAS.from_pretrained`."""
@@ -240,7 +241,8 @@ def load(
         edge_scores = _load_edge_scores(scores, outer_links, placement)
     models = {role: (source, spec.agents[role].dtype if dtype is None else dtype) for role, source in sources.items()}
     root = None if trust.outside else folder
-    agents = load_agents(models, placement, trust_remote_code, compile, root=root, offline=not trust.hub)
+    packs = accelerate and not offload
+    agents = load_agents(models, placement, trust_remote_code, compile, packs, root=root, offline=not trust.hub)
     try:
         return cls(
             agents,
@@ -261,6 +263,7 @@ def load_agents(
     placement: Placement,
     trust_remote_code: bool,
     compile: bool,
+    accelerate: bool,
     *,
     root: Path | None = None,
     offline: bool = False,
@@ -271,7 +274,7 @@ def load_agents(
         models: folder or hub id, and dtype, by role.
         placement: device by role.
         trust_remote_code: for transformers.
-        compile: as for `Agent`.
+        compile, accelerate: as for `Agent`.
         root, offline: as for `Agent.from_pretrained`.
     """
     shared: dict[tuple[str, str | torch.dtype, torch.device], Agent] = {}
@@ -288,6 +291,7 @@ def load_agents(
                 trust_remote_code,
                 name=role,
                 compile=compile,
+                accelerate=accelerate,
                 root=root,
                 offline=offline,
             )

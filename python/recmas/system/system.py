@@ -22,7 +22,7 @@ from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
 from recmas.system.member import Member, Prompts
 from recmas.system.walk import Walk
-from recmas_kernels import RecursiveLink, packed
+from recmas_kernels import FrozenLinear, RecursiveLink, packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -232,6 +232,13 @@ class System:
         return self.outline.steps_by_role(asked)
 
     def _new_offloader(self, placement: Placement) -> Offloader:
+        for agent in self.agents.values():
+            agent.unpack()  # copies on other devices read plain weights
+        for role, agent in self.agents.items():
+            if any(isinstance(part, FrozenLinear) and part.packed() is not None for part in agent.model.modules()):
+                raise ValueError(
+                    f"offload: the model of {role!r} is packed for somebody else, too: unpack it there first"
+                )
         parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
         for role, link in self.inner_links.items():
             parts[role].append(link)

@@ -49,7 +49,7 @@ class _AnswerLoss(torch.autograd.Function):
 
 def _parts(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     held = LOGITS.get(hidden.device.type, MOST_LOGITS)
-    rows = max(LEAST_ROWS, held // agent.model.get_output_embeddings().weight.shape[0])
+    rows = max(LEAST_ROWS, held // agent.vocabulary)
     return list(zip(hidden.split(rows), ids.split(rows), strict=True))
 
 

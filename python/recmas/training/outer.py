@@ -130,6 +130,28 @@ def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping
     return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
 
 
+def trained_edges(system: System, config: OuterConfig, edges: Sequence[Edge] | None = None) -> list[Edge]:
+    """Edges whose links `train_outer` trains: the given ones, or all that the rounds use and that latents pass.
+
+    Raises:
+        ValueError: links that the rounds need are missing, or a given edge has no link or passes no latents.
+    """
+    system.check_run(config.most_rounds)
+    steps = system.steps_by_role(config.latent_steps)
+    needed = system.pattern.edges(config.most_rounds)
+    passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
+    if not passed:
+        raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
+    chosen = passed if edges is None else [(a, b) for a, b in edges]
+    for edge in chosen:
+        if edge not in needed:
+            known = ", ".join(map(edge_name, sorted(needed)))
+            raise ValueError(f"edges: {edge_name(edge)} is not used by {config.most_rounds} rounds, only {known}")
+        if steps[edge[0]] == 0:
+            raise ValueError(f"edges: {edge_name(edge)} passes no latents: {edge[0]!r} has 0 latent steps")
+    return chosen
+
+
 def train_outer(
     system: System,
     rows: RowSource,
@@ -166,19 +188,7 @@ def train_outer(
             fields or targets.
     """
     config = config or OuterConfig()
-    system.check_run(config.most_rounds)
-    steps = system.steps_by_role(config.latent_steps)
-    needed = system.pattern.edges(config.most_rounds)
-    passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
-    chosen = passed if edges is None else [(a, b) for a, b in edges]
-    if not passed:
-        raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
-    for edge in chosen:
-        if edge not in needed:
-            known = ", ".join(map(edge_name, sorted(needed)))
-            raise ValueError(f"edges: {edge_name(edge)} is not used by {config.most_rounds} rounds, only {known}")
-        if steps[edge[0]] == 0:
-            raise ValueError(f"edges: {edge_name(edge)} passes no latents: {edge[0]!r} has 0 latent steps")
+    chosen, steps = trained_edges(system, config, edges), system.steps_by_role(config.latent_steps)
     if config.most_rounds > 1 and config.learning_rate > SAFE_RATE:
         warnings.warn(
             f"learning_rate {config.learning_rate:g} through {config.most_rounds} rounds: more than {SAFE_RATE:g} tends"

@@ -8,7 +8,9 @@ import shutil
 
 import pytest
 
+from recmas import RecursiveMAS
 from recmas.cli import main
+from recmas.config.system_json import edge_name
 from tests.runtime.killing import another_writer
 from tests.runtime.lean import contents, lean_rows, write_lean
 
@@ -162,6 +164,41 @@ def test_another_system_is_not_gone_on_with(trained, monkeypatch, capsys, tmp_pa
     (tmp_path / "system" / "system.json").write_text(json.dumps(spec))
     words = ["train", stage, str(tmp_path / "system"), "--data", "rows.jsonl", *QUICK, "--output", f"out-{stage}"]
     err = check_refused(trained, monkeypatch, capsys, [*words, "--resume"])
-    assert f"out-{stage} was made of another system than {tmp_path / 'system'}" in err
+    assert f"--output: out-{stage} was made of {trained / 'system'} (sha256 " in err
+    assert f"not of {tmp_path / 'system'} as it is now" in err
     words[2] = "system"
     assert main([*words, "--resume"]) == 0  # nothing is left to do
+
+
+def test_weights_of_a_model_make_another_system(trained, monkeypatch, capsys, tmp_path):
+    shutil.copytree(trained / "system", tmp_path / "system")
+    weights = next((tmp_path / "system" / "agents").glob("*/model.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + bytes(4))
+    words = ["train", "inner", str(tmp_path / "system"), "--data", "rows.jsonl", *QUICK, "--output", "out-inner"]
+    assert "was made of" in check_refused(trained, monkeypatch, capsys, [*words, "--resume"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(trained, monkeypatch, capsys, stage):
+    monkeypatch.chdir(trained)
+    before = contents(trained)
+    words = ["train", stage, "system", "--data", "rows.jsonl", *QUICK, "--output", "new", "--dry-run"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    runs = {"inner": 3, "warmup": 3, "outer": 1, "all": 7}[stage]
+    assert len(told["runs"]) == runs
+    mas = RecursiveMAS.from_pretrained("system")
+    counts = {f"inner {role}": link for role, link in mas.inner_links.items()}
+    counts |= {f"warmup {edge_name(edge)}": link for edge, link in mas.outer_links.items()}
+    for run in told["runs"]:
+        assert (run["steps"], run["rows_per_step"], run["epochs"]) == (2, 2, round(4 / run["rows"], 2))
+        if run["run"] in counts:
+            assert run["parameters"] == sum(p.numel() for p in counts[run["run"]].parameters())
+    assert told["memory"]["models"] == sum(p.nbytes for p in mas.agents["solver"].model.parameters())
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count("parameters") == runs
+    assert "memory beside activations: models " in out
+    check_refused(trained, monkeypatch, capsys, [*words, "--data", "no target.jsonl"])
+    assert contents(trained) == before

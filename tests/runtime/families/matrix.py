@@ -44,6 +44,7 @@ from recmas.sizing.model_bytes import model_bytes
 from recmas.system.prompt_assembly import assemble
 from recmas.training import outer_loss
 from recmas.training.proofs import TRAINING
+from recmas_kernels import named_weights
 from tests.runtime.families.tiny_configs import VARIANTS, tiny_config
 from tests.runtime.tiny import tiny_link, tiny_tokenizer
 
@@ -174,7 +175,7 @@ def examine(model_type: str, checks: Collection[str] | None = None) -> Result:
 def sensitivity(agent: Agent, check: Check) -> float:
     """What rounding explains of a check where errors grow fast: a trusted run on an embedding table moved by one unit
     in the last place, against the plain one, times the factor of `recmas.engine.probe`."""
-    disturbed = copy.deepcopy(agent)
+    disturbed = Agent(copy.deepcopy(agent.model), agent.tokenizer, name=agent.name)
     table = disturbed.model.get_input_embeddings().weight
     table.data.copy_(moved(table.data))
     with everything_off():
@@ -209,7 +210,7 @@ def saved_and_loaded(model: Any) -> Agent:
         tiny_tokenizer(None).save_pretrained(folder)
         agent = Agent.from_pretrained(folder, name="tiny")
     agent.source = None
-    found = dict(agent.model.named_parameters())
+    found = dict(named_weights(agent.model))
     tables = {id(model.get_input_embeddings().weight)}
     for name, weight in model.named_parameters():
         first = 1 if id(weight) in tables else 0  # some models set the padding token's row, 0, to zero when they load

@@ -20,6 +20,7 @@ from recmas.sizing.free_memory import free_bytes
 from recmas.sizing.model_bytes import model_bytes
 from recmas.sizing.report import memory_table, size
 from recmas.sizing.row_bytes import Length, row_bytes
+from recmas_kernels.backends import cpu
 from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent, tiny_model
 
@@ -107,8 +108,9 @@ def total(modules):
 def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
     system(tmp_path)
     for dtype in ("auto", "bfloat16"):
-        table = memory_table(tmp_path / "s", dtype=dtype)
-        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", dtype=None if dtype == "auto" else torch.bfloat16)
+        table = memory_table(tmp_path / "s", dtype=dtype, accelerate=False)
+        asked = None if dtype == "auto" else torch.bfloat16
+        loaded = RecursiveMAS.from_pretrained(tmp_path / "s", dtype=asked, accelerate=False)
         for agent in table.agents:
             model = loaded.agents[agent.role].model
             assert agent.parameters == sum(weight.numel() for weight in model.parameters())
@@ -120,6 +122,21 @@ def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
         assert device.weights == sum(agent.weights for agent in table.agents)
         assert device.links == total([*loaded.inner_links.values(), *loaded.outer_links.values()])
         assert device.peak == device.weights + device.links + device.batch
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_packed_weights_take_no_more_than_the_table_says(tmp_path):
+    system(tmp_path)
+    plain, table = (memory_table(tmp_path / "s", accelerate=accelerate) for accelerate in (False, True))
+    loaded = RecursiveMAS.from_pretrained(tmp_path / "s")
+    for line, agent in zip(table.agents, loaded.agents.values(), strict=True):
+        layers = {id(part._parameters["weight"]): part for part in agent.accelerated.packed.values()}
+        rest = sum(weight.nbytes for weight in agent.model.parameters() if id(weight) not in layers)
+        panels = sum(part.packed().data.nbytes for part in layers.values())
+        assert layers
+        assert rest + panels <= line.weights
+    offloaded = memory_table(tmp_path / "s", offload=True)
+    assert [line.weights for line in offloaded.agents] == [line.weights for line in plain.agents]
 
 
 def test_rows_grow_with_what_is_asked_for(tmp_path):
@@ -138,15 +155,15 @@ def test_a_model_that_roles_share_is_counted_once(tmp_path):
     one = tiny_agent("llama", "one")
     mas = RecursiveMAS.create({**dict.fromkeys(MIXTURE.roles, one)}, MIXTURE, latent_steps=2, seed=0)
     mas.save_pretrained(tmp_path / "s")
-    table = memory_table(tmp_path / "s")
+    table = memory_table(tmp_path / "s", accelerate=False)
     assert [agent.shares for agent in table.agents] == [None, "math", "math", "math"]
     assert table.devices[0].weights == total([one.model])
 
 
 def test_devices_have_lines_of_their_own(tmp_path):
     system(tmp_path)
-    agents = {agent.role: agent for agent in memory_table(tmp_path / "s").agents}
-    table = memory_table(tmp_path / "s", device={"planner": "meta", "critic": "meta"})
+    agents = {agent.role: agent for agent in memory_table(tmp_path / "s", accelerate=False).agents}
+    table = memory_table(tmp_path / "s", device={"planner": "meta", "critic": "meta"}, accelerate=False)
     meta, cpu = table.devices
     assert (meta.device, cpu.device) == ("meta", "cpu")
     assert meta.weights == agents["planner"].weights + agents["critic"].weights
@@ -163,7 +180,7 @@ def test_a_hub_id_is_looked_up_in_the_cache_of_this_machine(tmp_path, monkeypatc
     shutil.copytree(tmp_path / "s" / "agents" / "critic", cached)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: str(cached / name))
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: pytest.fail("the network was asked"))
-    critic = memory_table(tmp_path / "s", allow_hub=True).agents[1]
+    critic = memory_table(tmp_path / "s", allow_hub=True, accelerate=False).agents[1]
     assert (critic.model, critic.weights) == ("someone/critic", total([mas.agents["critic"].model]))
 
 

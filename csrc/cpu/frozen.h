@@ -1,0 +1,283 @@
+// Products of frozen weights, which exist as panels only: y = x W^T + b, and the input gradient dx = dy W.
+//
+// Forward, rows that a product can read as they lie are neither copied nor waited for. Backward, a few rows are
+// multiplied with the panels as they stand; for more, the panels are laid out again as those of the transpose, a piece
+// at a time in the second-level cache. So no second form of a weight exists.
+#pragma once
+
+#include "arena.h"
+#include "product.h"
+#include "rows.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+// Rows of a block forward: they stay in the second-level cache, or in the shared one where bands keep theirs.
+constexpr int64_t kFrozenRows = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
+constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
+constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
+
+constexpr int64_t kWidened = 24;     // rows from which on 16-bit panels are widened once, not in each tile
+constexpr int64_t kGradientFew = 4;  // rows whose gradients need no other layout
+
+// Threads that are worth starting: a byte from memory takes as long as 6 flops.
+inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t columns, Dtype stored) {
+  const double elements = static_cast<double>(k) * static_cast<double>(columns);
+  const double flops = 2.0 * static_cast<double>(rows), bytes = static_cast<double>(dtype_bytes(stored));
+  return useful_threads(threads, elements * (flops > 6.0 * bytes ? flops : 6.0 * bytes));
+}
+
+inline bool multiplies_pairs(Dtype stored, Dtype rows) {
+  return kDotPairs && stored == Dtype::bf16 && rows == Dtype::bf16;
+}
+
+// Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond k to read, and
+// not a multiple of 2 KB apart, where eight of them would share few sets of the first-level cache.
+inline bool reads_in_place(const FrozenForward& call, bool pairs) {
+  if (call.x.dtype != (pairs ? Dtype::bf16 : Dtype::f32)) return false;
+  // Streaming reads whole vectors, packed pairs whole pairs.
+  const int64_t whole = call.form == Form::stored ? 2 * kWidth : packed_format(call.stored) == Format::pairs ? 2 : 1;
+  if (call.in_features % whole != 0) return false;
+  return call.tokens <= 2 || call.x.stride * dtype_bytes(call.x.dtype) % 2048 != 0;
+}
+
+// What products in bands need, for each thread.
+struct Bands {
+  int64_t sum_floats, scratch_each;
+  float* sums;
+  char* scratch;
+
+  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
+  char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
+};
+
+inline Bands take_bands(Arena& arena, int64_t threads, const BandRoom& room, int64_t panel_scratch) {
+  Bands bands{room.sums, larger(room.scratch, panel_scratch), nullptr, nullptr};
+  bands.sums = arena.floats(threads * bands.sum_floats);
+  bands.scratch = arena.take(threads * bands.scratch_each);
+  return bands;
+}
+
+struct FrozenPlan {
+  int64_t threads, block, workspace;
+  bool in_place;
+  Left rows;
+  bool widens;
+  Bands bands;
+};
+
+inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
+  FrozenPlan plan{};
+  Arena arena(base);
+  const bool pairs = multiplies_pairs(call.stored, call.x.dtype);
+  plan.threads = frozen_threads(call.threads, call.tokens, call.in_features, call.out_features, call.stored);
+  plan.block = smaller(call.tokens, kFrozenRows);
+  plan.in_place = reads_in_place(call, pairs);
+  plan.rows = {nullptr, left_stride(call.in_features, pairs), pairs};
+  if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  BandRoom room{pairs};
+  room.add(plan.block, call.out_features, piece_count(call.in_features));
+  plan.widens = RECMAS_ISA_LEVEL <= 1 && plan.block >= kWidened && call.form == Form::packed &&
+                call.stored != Dtype::f32 && !pairs;
+  plan.bands = take_bands(arena, plan.threads, room, plan.widens ? panel_bytes(Format::f32, call.in_features) : 0);
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline void frozen_product(const Team& team, const FrozenForward& call, const FrozenPlan& plan, const Left& rows,
+                           int64_t first, int64_t count) {
+  const int64_t columns = call.out_features;
+  Term terms[1] = {
+      {rows, {call.weight, call.stored, call.in_features, true, call.form, call.in_features, columns, call.stored}}};
+  if (plan.widens) {
+    terms[0].right.form = Form::stored;
+    terms[0].right.transposed = false;
+    terms[0].right.widened = true;
+  }
+  const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    if (call.bias.data == nullptr) return false;
+    load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
+    return true;
+  };
+  const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
+  };
+  multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
+}
+
+// Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
+inline void copy_rows(const Team& team, const MatrixView& from, int64_t first, int64_t count, int64_t column,
+                      int64_t columns, const Left& to) {
+  const Dtype dtype = to.dtype();
+  for (int64_t r = team.begin(count); r < team.end(count); ++r) {
+    const int64_t at = (first + r) * from.stride + column;
+    typed(from.data, from.dtype, [&](const auto* p) {
+      typed(to.row(r), dtype, [&](auto* row) {
+        each_vector(columns, [&](int64_t c, auto lanes) { store(row + c, load(p + at + c, lanes), lanes); });
+      });
+    });
+    pad_left(to, r, columns);
+  }
+}
+
+inline int64_t frozen_forward_workspace(const FrozenForward& call) { return plan_frozen(call, nullptr).workspace; }
+
+inline void frozen_forward(const FrozenForward& call, void* workspace) {
+  const FrozenPlan plan = plan_frozen(call, workspace);
+  const int64_t row_bytes = call.x.stride * dtype_bytes(call.x.dtype);
+  run_team(plan.threads, [&](const Team& team) {
+    for (int64_t first = 0; first < call.tokens; first += plan.block) {
+      const int64_t count = smaller(plan.block, call.tokens - first);
+      Left rows = plan.rows;
+      if (plan.in_place) {
+        rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + first * row_bytes;  // only read
+        rows.stride = call.x.stride;
+      } else {
+        copy_rows(team, call.x, first, count, 0, call.in_features, rows);
+        team.wait();
+      }
+      frozen_product(team, call, plan, rows, first, count);
+      if (!plan.in_place) team.wait();  // the next block overwrites the rows
+    }
+  });
+}
+
+struct FrozenGradientPlan {
+  int64_t threads, block, depth, workspace;
+  bool few;
+  Left rows;
+  float* sums;  // [block][in_features], null where one pass gives dx or dx itself is fp32
+  Bands bands;
+};
+
+inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void* base) {
+  FrozenGradientPlan plan{};
+  Arena arena(base);
+  plan.few = call.tokens <= kGradientFew;
+  const bool pairs = multiplies_pairs(call.stored, call.dy.dtype) && !plan.few;
+  plan.threads = frozen_threads(call.threads, call.tokens, call.out_features, call.in_features, call.stored);
+  plan.block = smaller(call.tokens, kGradientRows);
+  plan.depth = smaller(call.out_features, kGradientDepth);
+  plan.rows = {nullptr, left_stride(round_up(plan.depth, kPanel), pairs), pairs};
+  plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
+    plan.sums = arena.floats(plan.block * call.in_features);
+  }
+  BandRoom room{pairs};
+  if (!plan.few) room.add(plan.block, call.in_features, piece_count(plan.depth));
+  plan.bands = take_bands(arena, plan.threads, room,
+                          plan.few ? 0 : panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth));
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline int64_t frozen_backward_workspace(const FrozenBackward& call) {
+  return plan_frozen_gradient(call, nullptr).workspace;
+}
+
+// tile[r][i] = sum over `panels` panels of row r (fp32, zero beyond the last column) times their rows first + i. Sums
+// stay in the lanes of one vector for each i until the end, so that no product waits for a sum across lanes.
+template <Format format, int rows>
+void multiply_turned(const char* panel, int64_t panels, int64_t k, int64_t first, int64_t width, const Left& left,
+                     float* tile) {
+  const int64_t bytes = panel_bytes(format, k);
+  Vec sums[rows][kPanel];
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < kPanel; ++i) sums[r][i] = set1(0.0f);
+  }
+  for (int64_t p = 0; p < panels; ++p, panel += bytes) {
+    const float* at[rows];
+    for (int r = 0; r < rows; ++r) at[r] = static_cast<const float*>(left.row(r)) + p * kPanel;
+    for (int64_t i = 0; i < width; ++i) {
+      Vec w[kPanelVecs];
+      for (int v = 0; v < kPanelVecs; ++v) {
+        w[v] = panel_row<format>(panel, first + i, v * kWidth);
+        __builtin_prefetch(panel + panel_bytes(format, first + i) + v * 64 + bytes);
+      }
+      for (int r = 0; r < rows; ++r) {
+        Vec sum = sums[r][i];
+        for (int v = 0; v < kPanelVecs; ++v) sum = fma(w[v], load(at[r] + v * kWidth), sum);
+        sums[r][i] = sum;
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < kPanel; i += kWidth) {
+      Vec block[kWidth];
+      for (int j = 0; j < kWidth; ++j) block[j] = sums[r][i + j];
+      transpose(block);
+      for (int j = 1; j < kWidth; ++j) block[0] = add(block[0], block[j]);
+      store(tile + r * kPanel + i, block[0]);
+    }
+  }
+}
+
+template <Format format>
+inline void multiply_turned(int64_t rows, const char* panel, int64_t panels, int64_t k, int64_t first, int64_t width,
+                            const Left& left, float* tile) {
+  static_assert(kGradientFew == 4, "a case for each number of rows");
+  if (rows == 1) multiply_turned<format, 1>(panel, panels, k, first, width, left, tile);
+  if (rows == 2) multiply_turned<format, 2>(panel, panels, k, first, width, left, tile);
+  if (rows == 3) multiply_turned<format, 3>(panel, panels, k, first, width, left, tile);
+  if (rows == 4) multiply_turned<format, 4>(panel, panels, k, first, width, left, tile);
+}
+
+// Adds what out features [out, out + depth) give to the gradients of rows [first, first + count).
+inline void frozen_gradient(const Team& team, const FrozenBackward& call, const FrozenGradientPlan& plan, int64_t first,
+                            int64_t count, int64_t out, int64_t depth) {
+  const int64_t columns = call.in_features;
+  const char* panels =
+      static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
+  const Term terms[1] = {
+      {plan.rows, {panels, call.stored, 0, false, Form::stored, depth, columns, call.stored, 0, true}}};
+  const bool last = out + depth == call.out_features;
+  float* const sums = plan.sums != nullptr ? plan.sums : static_cast<float*>(call.dx.data) + first * columns;
+  const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+    if (out == 0) return false;
+    load_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    return true;
+  };
+  const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+    if (last) {
+      store_tile(call.dx.data, call.dx.dtype, columns, first + row, rows, column, width, tile);
+    } else {
+      store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    }
+  };
+  if (!plan.few) {
+    return multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
+  }
+  const Format format = packed_format(call.stored);
+  for (int64_t strip = team.begin(panel_count(columns)); strip < team.end(panel_count(columns)); ++strip) {
+    const int64_t column = strip * kPanel, width = smaller(kPanel, columns - column);
+    alignas(64) float tile[kGradientFew * kPanel], before[kGradientFew * kPanel];
+    if (format == Format::f32) {
+      multiply_turned<Format::f32>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    } else if (format == Format::f16) {
+      multiply_turned<Format::f16>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    } else {
+      multiply_turned<Format::pairs>(count, panels, panel_count(depth), columns, column, width, plan.rows, tile);
+    }
+    if (start(0, count, column, width, before)) {
+      for (int64_t r = 0; r < count; ++r) add_line(tile + r * kPanel, before + r * kPanel, width);
+    }
+    finish(0, count, column, width, tile);
+  }
+}
+
+inline void frozen_backward(const FrozenBackward& call, void* workspace) {
+  const FrozenGradientPlan plan = plan_frozen_gradient(call, workspace);
+  run_team(plan.threads, [&](const Team& team) {
+    for (int64_t first = 0; first < call.tokens; first += plan.block) {
+      const int64_t count = smaller(plan.block, call.tokens - first);
+      for (int64_t out = 0; out < call.out_features; out += plan.depth) {
+        const int64_t depth = smaller(plan.depth, call.out_features - out);
+        copy_rows(team, call.dy, first, count, out, depth, plan.rows);
+        team.wait();
+        frozen_gradient(team, call, plan, first, count, out, depth);
+        team.wait();  // the next rows take the place of these
+      }
+    }
+  });
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA

@@ -1,0 +1,181 @@
+"""`accelerate`: run the frozen linear layers of any model from packed weights, and its RMSNorms as one kernel each."""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recmas_kernels import rms_norm
+from recmas_kernels.frozen import Panels, why_not_packed
+from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
+from recmas_kernels.shared_linear import SharedLinear, share, unshare
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Accelerated:
+    """A model whose plain frozen linear layers are `FrozenLinear`, until `close`.
+
+    Args:
+        model: any module; changed in place.
+
+    Attributes:
+        packed: by name, the layers that changed.
+        shared: by name, layers whose weight is not packed but read in place by few rows.
+        norms: by name, the RMSNorms that run as one kernel.
+        left: by name, why other linear layers stayed as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.packed: dict[str, FrozenLinear] = {}
+        self.shared: dict[str, SharedLinear] = {}
+        self.norms: dict[str, nn.Module] = {}
+        self.left: dict[str, str] = {}
+        linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        owners, outside = _owners(model), _held_outside(model, linears.values())
+        for name, part in linears.items():
+            if isinstance(part, FrozenLinear) and part.packed() is not None:
+                self.packed[name] = freeze(part)
+                continue
+            reason = _why_not(part)
+            if reason is not None:
+                self.left[name] = reason
+            elif others := owners[part.weight.untyped_storage().data_ptr()] - {name}:
+                self.shared[name] = share(part)
+                self.left[name] = f"it shares its weight with {', '.join(sorted(others))}; few rows read it in place"
+            elif id(part.weight) in outside:
+                self.left[name] = "a module outside of the model holds its weight, too"
+            else:
+                self.packed[name] = freeze(part)
+        for name, part in model.named_modules():
+            if rms_norm.serve(part):
+                self.norms[name] = part
+
+    def close(self) -> None:
+        """Make the layers plain again, with the weights that they have now; those that others accelerated stay."""
+        while self.norms:
+            rms_norm.release(self.norms.popitem()[1])
+        while self.packed:
+            name, frozen = self.packed.popitem()
+            try:
+                thaw(frozen)
+            except BaseException:  # no memory for the weight: it is still packed, and can be closed later
+                self.packed[name] = frozen
+                raise
+        while self.shared:
+            unshare(self.shared.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        held = self._panels()
+        plain = sum(panels.out_features * panels.in_features * panels.dtype.itemsize for panels in held)
+        lines = [f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB"]
+        return "\n".join(lines + [f"{name or 'the model'} is left as it is: {why}" for name, why in self.left.items()])
+
+    @property
+    def elements(self) -> int:
+        """Of all packed weights."""
+        return sum(panels.out_features * panels.in_features for panels in self._panels())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all panels."""
+        return sum(panels.data.nbytes for panels in self._panels())
+
+    def _panels(self) -> list[Panels]:
+        found = (frozen.packed() for frozen in self.packed.values())
+        return [panels for panels in found if panels is not None]
+
+
+def accelerate(model: nn.Module) -> Accelerated:
+    """Make every plain frozen ``nn.Linear`` inside ``model`` a `FrozenLinear`, whose weight is packed.
+
+    A packed weight is read once, in order, at the speed of memory, and in 16 bits where those hold a float32 weight
+    exactly. It takes the place of the original, so that no weight exists twice; results stay the same within rounding.
+    Left alone are layers that learn, subclasses, layers with hooks or a forward of their own, and weights that no
+    CPU kernel reads. A weight that other modules share (a head tied to the embedding) is not packed, since nothing
+    could be freed; few rows read it in place. State dicts, moves, casts, copies, and weights that are replaced or set
+    to learn work on the model as it is; see `FrozenLinear`. `Accelerated.close` or the end of a ``with`` block makes
+    the layers plain again; a model that was accelerated several times is plain after as many.
+
+    A packed weight's own parameter holds NaN, so whoever read the parameters of ``model.parameters()`` for their values
+    reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
+    and the layer is left alone; a tensor that only shares its memory keeps that memory, and its values.
+
+    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for.
+
+    Args:
+        model: any module, on any device; only weights on the CPU are packed.
+
+    Returns:
+        What was done; ``str()`` of it says it in lines.
+
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    return Accelerated(model)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, as the model has them unpacked; one packed weight is unpacked at a time."""
+    seen: set[int] = set()
+    for prefix, part in model.named_modules():
+        for name, held in part._parameters.items():
+            if held is None or id(held) in seen:
+                continue
+            seen.add(id(held))
+            weight = part.unpacked_weight() if isinstance(part, FrozenLinear) and name == "weight" else held
+            assert weight is not None
+            yield f"{prefix}.{name}" if prefix else name, weight
+    yield from model.named_buffers()
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """Names of the modules that hold a piece of each storage, by its address."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, part in model.named_modules():
+        for held in (*part._parameters.values(), *part._buffers.values()):
+            if held is not None and held.layout is torch.strided and held.device.type != "meta":
+                owners[held.untyped_storage().data_ptr()].add(name)
+    return owners
+
+
+def _why_not(linear: nn.Linear) -> str | None:
+    """Why a linear layer is left alone, but for who else holds its weight."""
+    reason = None if type(linear) is SharedLinear else why_not_frozen(linear)
+    return reason or why_not_packed(linear.weight)
+
+
+def _held_outside(model: nn.Module, linears: Iterable[nn.Linear]) -> set[int]:
+    """The ids of those weights that modules outside of ``model`` hold, too: packing would empty them."""
+    weights = [weight for part in linears if (weight := part._parameters.get("weight")) is not None]
+    inside = {id(part._parameters) for part in model.modules()}
+    found: set[int] = set()
+    for held in gc.get_referrers(*weights):
+        if type(held) is dict and id(held) not in inside and _is_of_a_module(held):
+            found.update(id(weight) for weight in held.values())
+    return found
+
+
+def _is_of_a_module(parameters: dict[str, Any]) -> bool:
+    for owner in gc.get_referrers(parameters):
+        attributes = owner if type(owner) is dict else owner.__dict__ if issubclass(type(owner), nn.Module) else {}
+        if attributes.get("_parameters") is parameters:
+            return True
+    return False

@@ -1,0 +1,159 @@
+"""RMSNorms of any model in one kernel instead of eight operators, recognised by what they compute."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.choice import requested
+from recmas_kernels.devices import autocast_enabled
+from recmas_kernels.observed import observed
+
+_EPS_NAMES = ("variance_epsilon", "eps")  # what modules call it
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"} | {"forward"}
+_ROWS = 4
+
+
+def recognised(norm: nn.Module) -> tuple[float, float] | None:
+    """``(offset, eps)`` of a frozen module on the CPU that computes ``x / sqrt(mean(x^2) + eps) (offset + weight)``.
+
+    What it computes with random gains is compared with float64, element by element, so that no name and no present
+    value decides; None for every other module, and for one whose ``forward`` takes more than the rows.
+    """
+    weight, eps = norm._parameters.get("weight"), _eps_of(norm)
+    if weight is None or eps is None or norm._parameters.keys() != {"weight"} or norm._modules or norm._buffers:
+        return None
+    if weight.dim() != 1 or weight.requires_grad or weight.device.type != "cpu" or not cpu.reads(weight.dtype):
+        return None
+    if cpu.unavailable() is not None or not _takes_rows_alone(type(norm).forward):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    gains = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    rows = torch.randn(_ROWS, weight.shape[0], generator=generator) + 0.5
+    rows[::2] *= eps**0.5  # where eps weighs as much as the row
+    rows = rows.to(weight.dtype)
+    found = _computed(norm, gains, rows)
+    if found is None or found.shape != rows.shape or found.dtype is not weight.dtype:
+        return None
+    unit = rows.double() * torch.rsqrt(rows.double().square().mean(dim=-1, keepdim=True) + eps)
+    for offset in (0.0, 1.0):
+        exact = unit * (offset + gains.double())
+        if bool(((found.double() - exact).abs() <= 4 * torch.finfo(weight.dtype).eps * exact.abs()).all()):
+            return offset, eps
+    return None
+
+
+def _takes_rows_alone(forward: Any) -> bool:
+    _, *taken = inspect.signature(forward).parameters.values()
+    return len(taken) == 1 and taken[0].kind in (taken[0].POSITIONAL_ONLY, taken[0].POSITIONAL_OR_KEYWORD)
+
+
+def _computed(norm: nn.Module, gains: Tensor, rows: Tensor) -> Tensor | None:
+    """What the module's class makes of ``rows`` with these gains; the module itself is not touched."""
+    probe: nn.Module = object.__new__(type(norm))
+    probe.__dict__.update(norm.__dict__)
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(gains, requires_grad=False)}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            found = type(norm).forward(probe, rows)
+        except Exception:  # a module of another kind, which takes rows of another shape
+            return None
+    return found if isinstance(found, Tensor) else None
+
+
+class NormKernel:
+    """The ``forward`` of one recognised norm: one kernel, where no gradient is asked for and nothing observes.
+
+    A norm that was changed since, in any attribute, mode or dtype, is looked at again; one that computes something else
+    now runs as its class says. Copies and pickles of the norm do so, too.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm, self.owners = norm, 1
+        self.computes: tuple[float, float] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and len(args) == 1 and not torch.compiler.is_compiling():
+            y = self._served(args[0])
+            if y is not None:
+                return y
+        return type(self.norm).forward(self.norm, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_class, (self.norm,)
+
+    def _served(self, x: Any) -> Tensor | None:
+        weight = self.norm._parameters.get("weight")
+        if type(x) is not Tensor or not x.is_cpu or observed() or x.is_neg() or x._is_zerotensor() or weight is None:
+            return None
+        if x.dtype is not weight.dtype or x.shape[-1:] != weight.shape or type(weight) not in (Tensor, nn.Parameter):
+            return None
+        learns = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+        if learns or not (weight.is_cpu and weight.is_contiguous()) or autocast_enabled("cpu"):
+            return None
+        if not self._unchanged(weight):
+            self.look()
+        if self.computes is None or requested() not in ("auto", "cpu"):
+            return None
+        return cpu.rms_norm(x, weight, *self.computes)
+
+    def look(self) -> None:
+        """Find out what the norm computes as it is now."""
+        self.computes = recognised(self.norm)  # first, for threads that find the norm unchanged meanwhile
+        weight = self.norm._parameters.get("weight")
+        self.kind, self.function = type(self.norm), type(self.norm).forward
+        self.dtype = None if weight is None else weight.dtype
+        self.size = len(self.norm.__dict__)
+        self.state = [item for item in self.norm.__dict__.items() if item[0] not in _OF_MODULES]
+
+    def _unchanged(self, weight: Tensor) -> bool:
+        held, kind = self.norm.__dict__, type(self.norm)
+        if kind is not self.kind or kind.forward is not self.function or weight.dtype is not self.dtype:
+            return False
+        return len(held) == self.size and all(held.get(name, self) is value for name, value in self.state)
+
+
+def serve(norm: nn.Module) -> bool:
+    """Have a norm run as one kernel, until as many `release`, if it is `recognised`."""
+    present = norm.__dict__.get("forward")
+    if isinstance(present, NormKernel):
+        present.owners += 1
+        return True
+    if _of_itself(norm, present):
+        del norm.__dict__["forward"]
+    elif present is not None:
+        return False
+    kernel = NormKernel(norm)
+    norm.__dict__["forward"] = kernel
+    kernel.look()
+    if kernel.computes is None:
+        del norm.__dict__["forward"]
+    return kernel.computes is not None
+
+
+def release(norm: nn.Module) -> None:
+    """Undo one `serve`: the last has the norm run as its class says. Another ``forward`` set since stays."""
+    present = norm.__dict__.get("forward")
+    if isinstance(present, NormKernel):
+        present.owners -= 1
+        if present.owners == 0:
+            del norm.__dict__["forward"]
+
+
+def _of_class(norm: nn.Module) -> MethodType:
+    return MethodType(type(norm).forward, norm)
+
+
+def _of_itself(norm: nn.Module, forward: Any) -> bool:
+    """Whether a ``forward`` in an instance is its class's, as in copies of served norms."""
+    return isinstance(forward, MethodType) and forward.__self__ is norm and forward.__func__ is type(norm).forward
+
+
+def _eps_of(norm: nn.Module) -> float | None:
+    found = (getattr(norm, name, None) for name in _EPS_NAMES)
+    return next((eps for eps in found if isinstance(eps, float)), None)

@@ -1,0 +1,197 @@
+"""Products of frozen weights: results, gradients, the bits of the weight, modes of torch, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recmas_kernels import FrozenLinear, use_backend
+from recmas_kernels.backends import cpu
+from recmas_kernels.frozen import frozen_linear, pack
+from recmas_kernels.testing import LOW_PRECISION, make_rows
+from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
+from tests.kernels.frozen import budget, error, make_linear
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+SIZES = [(37, 53), (96, 17), (64, 200), (1, 1)]
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_and_gradients_match_float64(isa: str, dtype: torch.dtype, sizes: tuple[int, int]):
+    linear = make_linear(*sizes, dtype=dtype)
+    exact_weight, exact_bias = linear.weight.double(), linear.bias.double()
+    with instruction_set(isa), guarded_allocations():
+        frozen = FrozenLinear.from_linear(linear)
+        for tokens in (1, 2, 5, 9, 130):
+            x = make_rows(tokens, sizes[0], dtype=dtype).requires_grad_()
+            y = frozen(x)
+            dy = make_rows(tokens, sizes[1], dtype=dtype, seed=2)
+            (dx,) = torch.autograd.grad(y, x, dy)
+            exact = F.linear(x.detach().double(), exact_weight, exact_bias)
+            assert y.dtype is dtype
+            assert error(y.detach(), exact) <= budget(dtype, sizes[0])
+            assert error(dx, dy.double() @ exact_weight) <= budget(dtype, sizes[1])
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_of_16_bit_values_is_kept_in_16_bits(stored: torch.dtype):
+    linear = make_linear(96, 50)
+    linear.weight.data = linear.weight.data.to(stored).float()
+    panels = pack(linear.weight)
+    assert panels.stored is stored
+    assert torch.equal(panels.weight(), linear.weight)
+    x = make_rows(3, 96)
+    assert error(frozen_linear(x, panels), F.linear(x.double(), linear.weight.double())) <= budget(torch.float32, 96)
+    linear.weight.data[3, 5] = 1 + 2**-20
+    assert pack(linear.weight).stored is torch.float32
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("flushing", [False, True])
+@pytest.mark.parametrize("low", [0, 7])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_every_bit_comes_back(isa: str, dtype: torch.dtype, low: int, flushing: bool):
+    """NaN of every kind, denormal numbers on a processor set to take them for zero, and negative zero among them."""
+    bits = torch.arange(2**16, dtype=torch.int32).view(256, 256)
+    weight = bits.to(torch.int16).view(dtype) if dtype.itemsize == 2 else (bits * 65536 + low).view(dtype)
+    if dtype is torch.float16:
+        with pytest.raises(ValueError, match="it holds NaN"):
+            pack(weight)
+        weight = torch.where(weight.isnan(), 1.0, weight)
+    kind = torch.int16 if dtype.itemsize == 2 else torch.int32
+    torch.set_flush_denormal(flushing)
+    try:
+        with instruction_set(isa):
+            panels = pack(weight)
+            back = panels.weight()
+    finally:
+        torch.set_flush_denormal(False)
+    assert panels.stored is (torch.bfloat16 if dtype is torch.float32 and low == 0 else dtype)
+    assert torch.equal(back.view(kind), weight.view(kind))
+
+
+def test_float16_is_chosen_by_bits():
+    """Denormal float16 values are kept, NaN is not narrowed."""
+    weight = torch.arange(1, 2049, dtype=torch.float32).view(32, 64) * 2.0**-24
+    assert pack(weight).stored is torch.float16
+    assert torch.equal(pack(weight).weight(), weight)
+    weight[0, 0] = torch.nan
+    assert pack(weight).stored is torch.float32
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("stored", LOW_PRECISION)
+def test_many_rows_in_bands(isa: str, stored: torch.dtype):
+    """Blocks of rows and pieces of the sum, each with a rest."""
+    weight = make_linear(300, 1930).weight.to(stored).float()
+    with instruction_set(isa), guarded_allocations():
+        panels = pack(weight)
+        assert panels.stored is stored
+        for tokens in (23, 24, 47, 48, 520):
+            x = make_rows(tokens, 300).requires_grad_()
+            y = frozen_linear(x, panels)
+            dy = make_rows(tokens, 1930, seed=2)
+            assert error(y.detach(), F.linear(x.detach().double(), weight.double())) <= budget(torch.float32, 300)
+            (dx,) = torch.autograd.grad(y, x, dy)
+            assert error(dx, dy.double() @ weight.double()) <= budget(torch.float32, 1930)
+
+
+def test_panels_made_in_inference_mode_serve_gradients():
+    linear = make_linear()
+    with torch.inference_mode():
+        panels = pack(linear.weight)
+    x = make_rows(3, 37).requires_grad_()
+    (dx,) = torch.autograd.grad(frozen_linear(x, panels).sum(), x)
+    torch.testing.assert_close(dx, linear.weight.sum(dim=0).expand_as(dx))
+
+
+def test_threads_change_no_bit():
+    frozen = FrozenLinear.from_linear(make_linear(512, 300))
+    for tokens in (1, 4, 40):
+        x = make_rows(tokens, 512).requires_grad_()
+        found = []
+        for count in (1, 3):
+            with threads(count):
+                y = frozen(x)
+                found.append((y, *torch.autograd.grad(y.sum(), x)))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_rows_of_any_shape_and_stride():
+    linear = make_linear()
+    frozen = FrozenLinear.from_linear(linear)
+    rows = make_rows(2, 3, 2 * 37)
+    for x in (rows[0, 0, :37], rows[:, :, :37], rows[0, :, :37], rows[..., ::2], rows[:0, :, :37], rows[:1, 1:2, 37:]):
+        y = frozen(x)
+        torch.testing.assert_close(y, linear(x))
+        assert y.shape == linear(x).shape
+        assert y.is_contiguous()
+
+
+def test_transforms_and_second_derivatives():
+    linear = make_linear()
+    frozen = FrozenLinear.from_linear(linear)
+    x = make_rows(4, 37)
+    torch.testing.assert_close(torch.func.vmap(frozen)(x), linear(x))
+    torch.testing.assert_close(torch.func.jacrev(frozen)(x[0]), linear.weight)
+    tangent = make_rows(4, 37, seed=3)
+    torch.testing.assert_close(torch.func.jvp(frozen, (x,), (tangent,))[1], tangent @ linear.weight.T)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    (expected,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_ops_pass_opcheck():
+    panels = pack(make_linear().weight)
+    x = make_rows(3, 37).requires_grad_()
+    torch.library.opcheck(torch.ops.recmas.frozen_linear.default, (x, panels.data, None, 53, torch.float32))
+    dy = make_rows(3, 53).requires_grad_()
+    torch.library.opcheck(torch.ops.recmas.frozen_linear_bwd.default, (dy, panels.data, 37, torch.float32))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_autocast_gives_autocasts_dtype(stored: torch.dtype):
+    linear = make_linear()
+    linear.weight.data = linear.weight.data.to(stored).float()
+    frozen = FrozenLinear.from_linear(linear)
+    x = make_rows(5, 37)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = frozen(x), linear(x)
+    assert y.dtype is expected.dtype is torch.bfloat16
+    assert error(y, linear.double()(x.double())) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_plain_torch_on_request():
+    linear = make_linear()
+    frozen = FrozenLinear.from_linear(linear)
+    x = make_rows(3, 37)
+    with use_backend("reference"):
+        assert torch.equal(frozen(x), linear(x))
+
+
+def test_what_does_not_fit_is_one_line():
+    frozen = FrozenLinear.from_linear(make_linear())
+    for x, kind, message in [
+        (make_rows(2, 36), ValueError, r"x has shape \(2, 36\), expected \[\.\.\., 37\]"),
+        (make_rows(2, 37, dtype=torch.bfloat16), ValueError, "x has dtype torch.bfloat16 and the frozen weight has"),
+        (torch.zeros(2, 37, dtype=torch.int64), TypeError, "x has dtype torch.int64"),
+        ([1.0], TypeError, "x is a list"),
+        (torch.tensor(1.0), ValueError, "x has no dimension"),
+        (torch.zeros(2, 37, device="meta"), ValueError, "x is on meta"),
+    ]:
+        with pytest.raises(kind, match=message):
+            frozen(x)
+    with pytest.raises(ValueError, match="it learns"):
+        FrozenLinear.from_linear(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"it is a .*Bilinear"):
+        FrozenLinear.from_linear(nn.Bilinear(3, 3, 3))
+    with pytest.raises(ValueError, match="the kernels have no float64"):
+        pack(torch.zeros(2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="panels has another shape"):
+        torch.ops.recmas.frozen_linear(make_rows(1, 37), frozen.panels.data[:-1], None, 53, torch.float32)

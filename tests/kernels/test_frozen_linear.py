@@ -1,0 +1,260 @@
+"""`FrozenLinear` in its parameter's life: read, replaced, trained, parametrised, moved, copied, compiled."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+
+from recmas_kernels import FrozenLinear, explain
+from recmas_kernels.backends import cpu
+from recmas_kernels.testing import make_rows
+from tests.kernels.frozen import make_linear
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+
+def pair() -> tuple[nn.Linear, FrozenLinear]:
+    """A plain frozen layer and its packed twin."""
+    frozen = FrozenLinear.from_linear(make_linear())
+    assert frozen.packed() is not None
+    return make_linear(), frozen
+
+
+def saved(frozen: FrozenLinear) -> FrozenLinear:
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    loaded: FrozenLinear = torch.load(file, weights_only=False)
+    return loaded
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def assigned(module: nn.Module) -> None:
+    module.weight = nn.Parameter(make_rows(53, 37, seed=9))
+
+
+def swapped(module: nn.Module) -> None:
+    module.weight.data = make_rows(53, 37, seed=9)
+
+
+def swapped_unseen(module: nn.Module) -> None:
+    next(iter(module.parameters())).data = make_rows(53, 37, seed=9)
+
+
+def written(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.weight.mul_(3)
+
+
+def in_dictionary(module: nn.Module) -> None:
+    module._parameters["weight"] = nn.Parameter(make_rows(53, 37, seed=9))
+
+
+def seeded(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    def run(module: nn.Module) -> None:
+        torch.manual_seed(3)
+        change(module)
+
+    return run
+
+
+CHANGES = {
+    "assigned": assigned,
+    "data replaced": swapped,
+    "data of its parameter replaced": swapped_unseen,
+    "written": written,
+    "put in the dictionary": in_dictionary,
+    "parametrized": lambda module: parametrize.register_parametrization(module, "weight", Doubled()),
+    "spectral_norm": seeded(lambda module: parametrizations.spectral_norm(module)),
+    "spectral_norm of old": seeded(lambda module: spectral_norm(module)),
+    "weight_norm": lambda module: parametrizations.weight_norm(module),
+    "weight_norm of old": lambda module: weight_norm(module),
+    "pruned": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+    "loaded": lambda module: module.load_state_dict(nn.Linear(37, 53).state_dict()),
+    "loaded by assignment": lambda module: module.load_state_dict(nn.Linear(37, 53).state_dict(), assign=True),
+    "cast": lambda module: module.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_changed_weight_is_used_and_kept(change: str):
+    """By every way of changing one; and what is unpacked, saved, copied and cast afterwards is the newer one."""
+    x, layers = make_rows(4, 37), pair()
+    for layer in layers:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            CHANGES[change](layer.eval())
+    plain, frozen = layers
+    torch.testing.assert_close(frozen(x), plain(x))
+    state = plain.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in frozen.state_dict().items())
+    assert frozen.state_dict().keys() == state.keys()
+    if change != "weight_norm of old":  # which torch does not copy
+        torch.testing.assert_close(copy.deepcopy(frozen)(x), plain(x))
+    torch.testing.assert_close(frozen.double().float()(x), plain(x))
+    frozen.unpack()
+    torch.testing.assert_close(frozen(x), plain(x))
+    assert all(torch.equal(value, state[key]) for key, value in frozen.state_dict().items())
+
+
+def test_functional_call_uses_what_it_is_given_and_leaves_the_layer_packed():
+    linear, frozen = pair()
+    x = make_rows(3, 37)
+    given = {"weight": make_rows(53, 37, seed=4).requires_grad_(), "bias": make_rows(53, seed=5).requires_grad_()}
+    for some in (given, {"weight": given["weight"]}):
+        expected, found = (functional_call(layer, some, (x,)) for layer in (linear, frozen))
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(y.square().sum(), [*some.values()]) for y in (expected, found)]
+        assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+    assert frozen.packed() is not None
+    torch.testing.assert_close(frozen(x), linear(x))
+    found = functional_call(frozen, dict(frozen.named_parameters()), (x,))
+    torch.testing.assert_close(found, linear(x))
+    differentiated = torch.func.grad(lambda weights: functional_call(frozen, weights, (x,)).sum())
+    with pytest.raises(RuntimeError, match="weight is packed, and what stands for it has no values"):
+        differentiated(dict(frozen.named_parameters()))
+    torch.testing.assert_close(differentiated(dict(frozen.state_dict()))["bias"], torch.full((53,), 3.0))
+
+
+def test_a_bias_given_to_a_call_has_its_gradient():
+    linear, frozen = pair()
+    x, bias = make_rows(3, 37), make_rows(53, seed=5).requires_grad_()
+    y = functional_call(frozen, {"bias": bias}, (x,))
+    torch.testing.assert_close(y, functional_call(linear, {"bias": bias}, (x,)))
+    assert torch.equal(torch.autograd.grad(y.sum(), bias)[0], torch.full((53,), 3.0))
+
+
+@pytest.mark.parametrize("which", ["module", "weight", "bias"])
+def test_what_is_set_to_learn_learns(which: str):
+    layers = pair()
+    for layer in layers:
+        (layer if which == "module" else getattr(layer, which)).requires_grad_(True)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3, momentum=0.9)
+        for step in range(3):
+            optimizer.zero_grad()
+            layer(make_rows(5, 37, seed=step)).square().sum().backward()
+            optimizer.step()
+    plain, frozen = layers
+    learned = {key for key in ("weight", "bias") if not torch.equal(getattr(plain, key), getattr(make_linear(), key))}
+    assert learned == ({"weight", "bias"} if which == "module" else {which})
+    for key in ("weight", "bias"):
+        torch.testing.assert_close(getattr(frozen, key), getattr(plain, key))
+
+
+def test_reading_the_weight_makes_the_layer_plain():
+    linear, frozen = pair()
+    parameter = frozen._parameters["weight"]
+    assert parameter.shape == linear.weight.shape
+    assert parameter.dtype is linear.weight.dtype
+    assert frozen.weight is parameter
+    assert frozen.weight is frozen.weight
+    assert torch.equal(parameter, linear.weight)
+    assert frozen.packed() is None
+    assert frozen.pack()
+    assert parameter.untyped_storage().nbytes() == 4
+    assert parameter.isnan().all()
+    with pytest.raises(RuntimeError, match="written-to"):
+        parameter.data.add_(1)
+
+
+def test_a_write_into_a_packed_weight_is_found(monkeypatch: pytest.MonkeyPatch):
+    _, frozen = pair()
+    monkeypatch.setenv("RECMAS_CHECK", "1")
+    frozen(make_rows(1, 37))
+    next(frozen.parameters()).data.fill_(1)
+    with pytest.raises(RuntimeError, match="weight was written while it is packed"):
+        frozen(make_rows(1, 37))
+
+
+def test_state_copies_and_pickles_leave_the_layer_packed():
+    linear, frozen = pair()
+    assert torch.equal(frozen.state_dict()["weight"], linear.weight)
+    x = make_rows(2, 37)
+    for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), saved(frozen)):
+        assert copied.packed() is None
+        assert torch.equal(copied.weight, linear.weight)
+        torch.testing.assert_close(copied(x), linear(x))
+        assert copied.pack()
+        torch.testing.assert_close(copied(x), linear(x))
+        copied.unpack()
+        assert torch.equal(copied.weight, linear.weight)
+    assert frozen.packed() is not None
+
+
+def test_loads_and_casts_pack_again_where_that_can_be():
+    _, frozen = pair()
+    other = nn.Linear(37, 53)
+    frozen.load_state_dict(other.state_dict())
+    assert frozen.packed() is not None
+    assert torch.equal(frozen.state_dict()["weight"], other.weight)
+    assert frozen.double().packed() is None
+    assert frozen.float().packed() is not None
+    assert torch.equal(frozen.state_dict()["weight"], other.weight)
+    assert frozen.to(torch.bfloat16).packed().dtype is torch.bfloat16
+    assert frozen.to("meta").weight.device.type == "meta"
+    given = nn.Parameter(make_rows(53, 37))
+    frozen = pair()[1]
+    frozen.load_state_dict({"weight": given, "bias": nn.Parameter(make_rows(53))}, assign=True)
+    assert not given.isnan().any()  # somebody else's
+    frozen.unpack()
+    assert frozen.float().packed() is None
+
+
+def test_a_layer_made_in_inference_mode():
+    with torch.inference_mode():
+        linear = make_linear()
+        frozen = FrozenLinear.from_linear(linear)
+    x = make_rows(3, 37).requires_grad_()
+    (dx,) = torch.autograd.grad(frozen(x).sum(), x)
+    torch.testing.assert_close(dx[0], linear.weight.sum(dim=0))
+    with torch.inference_mode():
+        frozen.unpack()
+    assert not frozen.weight.is_inference()
+
+
+def test_compiled(fresh_compiler: None):
+    linear, frozen = pair()
+    model = nn.Sequential(frozen, nn.Tanh())
+    x, dy = make_rows(3, 37).requires_grad_(), make_rows(3, 53)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), linear(x).tanh())
+    torch.testing.assert_close(*(torch.autograd.grad(run(x), x, dy)[0] for run in (compiled, model)))
+    assigned(frozen)
+    torch.testing.assert_close(compiled(x), model(x))
+    model[0] = frozen = FrozenLinear.from_linear(linear)
+    torch.testing.assert_close(compiled(x), linear(x).tanh())
+    frozen.requires_grad_(True)
+    trained = torch.compile(model)
+    (gradient,) = torch.autograd.grad(trained(x.detach()).sum(), next(frozen.parameters()))
+    expected = torch.autograd.grad(linear.requires_grad_(True)(x.detach()).tanh().sum(), linear.weight)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_packed_layer_is_refused(strict: bool):
+    linear, frozen = pair()
+    x = make_rows(3, 37)
+    with pytest.raises(Exception, match=r"packed(.|\n)*unpack"):
+        torch.export.export(frozen, (x,), strict=strict)
+    frozen.unpack()
+    torch.testing.assert_close(torch.export.export(frozen, (x,), strict=strict).module()(x), linear(x))
+
+
+def test_explain_says_who_serves():
+    frozen = FrozenLinear.from_linear(make_linear())
+    assert "cpu: serves this call" in explain(frozen, make_rows(2, 37))
+    frozen.unpack()
+    assert "plain torch" in explain(frozen, make_rows(2, 37))
