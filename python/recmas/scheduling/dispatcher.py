@@ -142,13 +142,13 @@ class Dispatcher:
             self._waiting.setdefault((row.number, visit), (row, work))
 
     def _drop(self, row: Row, error: Exception) -> None:
-        row.fail(error)
         self._rows.pop(row.number, None)
         for key in [key for key in self._waiting if key[0] == row.number]:
             del self._waiting[key]
         for under_way in self._under_way.values():
             if row in under_way.rows:
                 under_way.task.dropped.add(under_way.rows.index(row))
+        row.fail(error)
 
     def _expire(self, now: float) -> None:
         for row in [row for row in self._rows.values() if row.deadline is not None and row.deadline <= now]:

@@ -49,8 +49,6 @@ class Draining(ApiError):
 
 def of_refusal(error: ValueError) -> ApiError:
     """What is wrong with a request, by whoever checked it as the one row of a run."""
-    if isinstance(error, ApiError):
-        return error
     return ApiError(400, re.sub("^row 0[:,] ", "", " ".join(str(error).split())), "invalid_value")
 
 
