@@ -25,7 +25,7 @@ def test_the_digest_is_that_of_every_source(tmp_path):
         "python/tensors.cpp": {"tensors", "cpu"},
         "python/cuda_module.cpp": {"cuda"},
         "cpu/product.h": {"cpu"},
-        "cuda/handoff.cu": {"cuda"},
+        "cuda/link.cu": {"cuda"},
         "link.h": {"tensors", "cpu", "cuda"},
         "tests/test_cpu.cpp": set(),
     }.items():
