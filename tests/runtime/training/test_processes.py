@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from recmas import RecursiveMAS
@@ -47,10 +48,15 @@ def links(folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes of it: the sum of two batches' gradients has one order only."""
+    """What one process of as many threads makes of it: the sum of two batches' gradients has one order only."""
     folder = write_lean(tmp_path_factory.mktemp("alone"))
     mas = RecursiveMAS.from_pretrained(folder / "system")
-    train_all(mas, lean_rows(), AllConfig(**SETTINGS), cache=folder / "pairs", progress=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `launched` does: torch's own products sum by the number of threads
+    try:
+        train_all(mas, lean_rows(), AllConfig(**SETTINGS), cache=folder / "pairs", progress=False)
+    finally:
+        torch.set_num_threads(threads)
     mas.save_pretrained(folder / "out")
     return folder
 
