@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recmas_kernels import frozen
 from recmas_kernels.frozen import Panels
-from recmas_kernels.observed import observed
+from recmas_kernels.observed import traced
 
 
 class FrozenLinear(nn.Linear):
@@ -128,7 +128,7 @@ class FrozenLinear(nn.Linear):
         found = super().__getattr__(name)
         if name != "weight" or (panels := self.packed()) is None:
             return found
-        if observed():  # a trace or transform takes what it reads for its own
+        if traced():  # a trace or transform takes what it reads for its own
             return panels.weight()
         self.unpack()
         return found

@@ -27,6 +27,10 @@ except (AttributeError, ImportError):  # a torch that has moved one of them
         """True: this torch does not show whether anything observes ops, so every op goes through the dispatcher."""
         return True
 
+    def traced() -> bool:
+        """Whether a compilation is active: this torch does not show the rest."""
+        return torch.compiler.is_compiling()
+
     def transformed() -> bool:
         """False: this torch does not show whether a transform is active; the ops raise torch's own errors then."""
         return False
@@ -40,13 +44,15 @@ else:
 
     def observed() -> bool:
         """Whether a trace, mode, transform or profiler is active on this thread; 0.3 us."""
+        return traced() or _len_torch_function_stack() > 0 or _profiler_enabled()
+
+    def traced() -> bool:
+        """`observed`, but for function modes (a device context) and profilers, which leave tensors as they are."""
         return (
             torch.compiler.is_compiling()
             or _len_torch_dispatch_stack() > 0
-            or _len_torch_function_stack() > 0
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
-            or _profiler_enabled()
             or _get_tracing_state() is not None
         )
 

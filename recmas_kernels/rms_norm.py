@@ -32,9 +32,9 @@ def recognised(norm: nn.Module) -> tuple[float, float] | None:
         return None
     if cpu.unavailable() is not None or not _takes_rows_alone(type(norm).forward):
         return None
-    generator = torch.Generator().manual_seed(0)
-    gains = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    rows = torch.randn(_ROWS, weight.shape[0], generator=generator) + 0.5
+    generator = torch.Generator("cpu").manual_seed(0)
+    gains = torch.randn(weight.shape, generator=generator, device="cpu").to(weight.dtype)
+    rows = torch.randn(_ROWS, weight.shape[0], generator=generator, device="cpu") + 0.5
     rows[::2] *= eps**0.5  # where eps weighs as much as the row
     rows = rows.to(weight.dtype)
     found = _computed(norm, gains, rows)

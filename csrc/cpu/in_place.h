@@ -1,5 +1,5 @@
 // One left-hand row times a weight [k][columns] as it lies in memory: its rows are read in order, and the sums wait in
-// the first-level cache. Panels, laid out to be read once, cost a third more (2048 x 2048, AVX2).
+// the first-level cache. Panels would be laid out to be read once.
 #pragma once
 
 #include "terms.h"
@@ -12,7 +12,7 @@ constexpr int64_t kSpan = 32 * kPanel;  // columns at a time
 template <int term_count>
 inline bool in_place(const Term (&terms)[term_count], int64_t rows) {
   bool all = rows == 1;
-  for (const Term& term : terms) all = all && !term.right.packed() && !term.right.transposed && !term.left.bf16;
+  for (const Term& term : terms) all = all && term.right.in_rows() && !term.left.bf16;
   return all;
 }
 

@@ -20,6 +20,8 @@ struct Right {
   bool widened = false;  // memory holds panels of 16-bit elements, [stride][columns], that are laid out in fp32
 
   bool packed() const { return form == Form::packed; }
+  // Whether memory holds [k][columns], and neither the transpose nor panels of any kind.
+  bool in_rows() const { return !packed() && !transposed && !turned && !widened; }
 };
 
 template <class Lanes>

@@ -48,7 +48,7 @@ inline void multiply_step(Accumulators<rows, vecs>& acc, Accumulators<rows, vecs
 #endif
   } else if constexpr (format == Format::pairs) {
     // One k after the other: with both halves of the pairs widened at once, 6 x 16 sums left AVX2 two registers short
-    // (T = 6 from 453 to 649 us where the weights are cached, 2048 wide).
+    // (docs/kernels.md, Pairs without native products).
     const float* a = static_cast<const float*>(left) + 2 * step;
     Vec w[vecs];
     for (int c = 0; c < vecs; ++c) w[c] = low_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth));
@@ -84,7 +84,7 @@ constexpr int64_t kChain = 128;
 // Sums of products of two bf16: what a chain loses is thousands of times less than what rounding to bf16 does.
 constexpr int64_t kDotChain = 2048;
 // How far ahead a panel read by one group of rows alone is prefetched, in bytes: into the first-level cache, or further
-// ahead into the second where so few sums leave time for what lies between (T = 1, 2048 wide: 10 to 30% of it).
+// ahead into the second where so few sums leave time for what lies between (docs/kernels.md, Far prefetch).
 constexpr int64_t kPrefetch = 4608, kFarPrefetch = 16384;
 
 // Memory that will be wanted soon, prefetched while a tile is computed: one cache line per step, as far as steps go.

@@ -221,8 +221,10 @@ def _frozen(run: Any, rows: Tensor, stored: torch.dtype, weight: tuple[Tensor | 
     if result.numel() == 0:
         return result
     settings = (_isa(), torch.get_num_threads(), _DTYPES[stored])
-    if not run(*settings, rows, *weight, result) and not run(*settings, rows.contiguous(), *weight, result):
-        raise AssertionError("contiguous rows are readable")
+    if not run(*settings, rows, *weight, result):
+        panels, *bias = weight
+        if not run(*settings, rows.contiguous(), panels, *map(_vector, bias), result):
+            raise AssertionError("converted tensors are readable")
     return result
 
 

@@ -86,12 +86,12 @@ def test_float16_is_chosen_by_bits():
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("stored", LOW_PRECISION)
 def test_many_rows_in_bands(isa: str, stored: torch.dtype):
-    """Blocks of rows and pieces of the sum, each with a rest."""
+    """Blocks of rows and pieces of the sum, each with a rest; of rows also a single one."""
     weight = make_linear(300, 1930).weight.to(stored).float()
     with instruction_set(isa), guarded_allocations():
         panels = pack(weight)
         assert panels.stored is stored
-        for tokens in (23, 24, 47, 48, 520):
+        for tokens in (23, 24, 47, 48, 513, 520):
             x = make_rows(tokens, 300).requires_grad_()
             y = frozen_linear(x, panels)
             dy = make_rows(tokens, 1930, seed=2)

@@ -58,6 +58,16 @@ def written(module: nn.Module) -> None:
         module.weight.mul_(3)
 
 
+def written_in_a_device_context(module: nn.Module) -> None:
+    with torch.device("cpu"):
+        written(module)
+
+
+def written_under_a_profiler(module: nn.Module) -> None:
+    with torch.profiler.profile():
+        written(module)
+
+
 def in_dictionary(module: nn.Module) -> None:
     module._parameters["weight"] = nn.Parameter(make_rows(53, 37, seed=9))
 
@@ -75,6 +85,8 @@ CHANGES = {
     "data replaced": swapped,
     "data of its parameter replaced": swapped_unseen,
     "written": written,
+    "written in a device context": written_in_a_device_context,
+    "written under a profiler": written_under_a_profiler,
     "put in the dictionary": in_dictionary,
     "parametrized": lambda module: parametrize.register_parametrization(module, "weight", Doubled()),
     "spectral_norm": seeded(lambda module: parametrizations.spectral_norm(module)),
@@ -135,6 +147,14 @@ def test_a_bias_given_to_a_call_has_its_gradient():
     y = functional_call(frozen, {"bias": bias}, (x,))
     torch.testing.assert_close(y, functional_call(linear, {"bias": bias}, (x,)))
     assert torch.equal(torch.autograd.grad(y.sum(), bias)[0], torch.full((53,), 3.0))
+
+
+def test_a_bias_of_any_stride():
+    linear, frozen = pair()
+    x = make_rows(3, 37)
+    for bias in (make_rows(106)[::2], make_rows(1).expand(53)):
+        given = {"bias": bias}
+        torch.testing.assert_close(functional_call(frozen, given, (x,)), functional_call(linear, given, (x,)))
 
 
 @pytest.mark.parametrize("which", ["module", "weight", "bias"])

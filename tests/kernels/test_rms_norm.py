@@ -60,9 +60,9 @@ def test_norms_are_known_by_what_they_compute(isa: str, dtype: torch.dtype, offs
                 copied[0].weight.mul_(2)
                 assert not torch.equal(copied(x), model(x))  # a copy reads its own weight
                 x.requires_grad_()
-                (dx,) = torch.autograd.grad(model(x).sum(), x)
+                found, expected = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), Norm.forward(model[0], x)))
                 x.requires_grad_(False)
-                assert dx.shape == x.shape
+                assert torch.equal(found, expected)
             assert "forward" not in model[0].__dict__
 
 
@@ -193,6 +193,12 @@ def test_copies_and_pickles_read_their_own_weight_and_can_be_served_again():
     assert "forward" in norm.__dict__
     twice.close()
     assert "forward" not in norm.__dict__
+
+
+def test_the_default_device_may_be_another():
+    norm = Norm(24)
+    with torch.device("meta"), accelerate(nn.Sequential(norm)) as done:
+        assert list(done.norms) == ["0"]
 
 
 def test_looking_at_norms_draws_no_random_number():
