@@ -1,6 +1,6 @@
 // Kernels on several threads, at shapes large enough that they use them: the same bits as on one thread, and, built
-// under ThreadSanitizer, no race. There, `test_threads forward|backward|frozen <n>` leaves out the n-th barrier of that
-// pass.
+// under ThreadSanitizer, no race. There, `test_threads <pass> <n>` leaves out the n-th barrier of that pass: forward,
+// backward, frozen_forward or frozen_backward.
 
 #include <cstdio>
 #include <cstdlib>
@@ -117,7 +117,7 @@ struct Frozen {
 };
 
 // Rows 2 KB apart are copied first; two blocks of rows forward, and two passes over the out features backward.
-Frozen run_frozen(Isa isa, int threads) {
+Frozen run_frozen(Isa isa, int forward_threads, int backward_threads) {
   const int64_t tokens = 150, in = 512, out = 1930;
   const std::vector<float> weight = random_values(static_cast<size_t>(out * in), 1);
   const std::vector<float> x = random_values(static_cast<size_t>(tokens * in), 2);
@@ -126,11 +126,20 @@ Frozen run_frozen(Isa isa, int threads) {
   cpu::pack_weight({weight.data(), Dtype::f32}, out, in, panels.get(), Dtype::f32, isa, 1);
   const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
   const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
-  const cpu::FrozenForward forward{
-      tokens,       in,  out,    {x.data(), in, Dtype::f32}, panels.get(), {}, {y.get(), Dtype::f32}, Dtype::f32,
-      Form::packed, isa, threads};
+  const cpu::FrozenForward forward{tokens,
+                                   in,
+                                   out,
+                                   {x.data(), in, Dtype::f32},
+                                   panels.get(),
+                                   {},
+                                   {y.get(), Dtype::f32},
+                                   Dtype::f32,
+                                   Form::packed,
+                                   isa,
+                                   forward_threads};
   const cpu::FrozenBackward backward{
-      tokens, in, out, {dy.data(), out, Dtype::f32}, panels.get(), {dx.get(), Dtype::f32}, Dtype::f32, isa, threads};
+      tokens,          in, out, {dy.data(), out, Dtype::f32}, panels.get(), {dx.get(), Dtype::f32}, Dtype::f32, isa,
+      backward_threads};
   const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);
   const int64_t backward_bytes = cpu::frozen_backward_workspace(backward);
   const Guarded scratch = workspace_of(forward_bytes), more = workspace_of(backward_bytes);
@@ -140,7 +149,7 @@ Frozen run_frozen(Isa isa, int threads) {
 }
 
 void test_frozen(Isa isa) {
-  const Frozen one = run_frozen(isa, 1), several = run_frozen(isa, kThreads);
+  const Frozen one = run_frozen(isa, 1, 1), several = run_frozen(isa, kThreads, kThreads);
   CHECK(same(one.y, several.y) && same(one.dx, several.dx), "isa %d: frozen products differ between thread counts",
         static_cast<int>(isa));
 }
@@ -148,15 +157,16 @@ void test_frozen(Isa isa) {
 #ifdef RECMAS_POSIX_THREADS
 void run_without_barrier(const char* pass_name, int barrier) {
   skipped_barrier = barrier;
-  if (std::strcmp(pass_name, "frozen") == 0) {
-    for (int pass = 0; pass < 20; ++pass) run_frozen(Isa::baseline, kThreads);
-    return;
-  }
-  const bool backward = std::strcmp(pass_name, "backward") == 0;
+  const bool frozen = std::strncmp(pass_name, "frozen_", 7) == 0;
+  const bool backward = std::strcmp(pass_name + (frozen ? 7 : 0), "backward") == 0;
   const Case c(kShapes[0]);
   // ThreadSanitizer remembers the last few accesses only, so that one pass shows the race in about half of all runs.
   for (int pass = 0; pass < 20; ++pass) {
-    run(c, Isa::baseline, backward ? 1 : kThreads, kThreads, backward);
+    if (frozen) {
+      run_frozen(Isa::baseline, backward ? 1 : kThreads, backward ? kThreads : 1);
+    } else {
+      run(c, Isa::baseline, backward ? 1 : kThreads, kThreads, backward);
+    }
   }
 }
 #endif
