@@ -10,6 +10,7 @@ from recmas.agents.fingerprint import model_digest
 from recmas.cli import main
 from recmas.engine.abilities import fingerprint
 from recmas.evaluation.fingerprint import digest
+from recmas.training import outer_loss
 from recmas_kernels import FrozenLinear
 from recmas_kernels.backends import cpu
 from tests.runtime.tiny import FAMILIES, prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
@@ -110,6 +111,42 @@ def test_systems_are_accelerated_unless_told_otherwise(tmp_path, capsys):
         assert main(["run", str(tmp_path / "system"), "--question", "fox", "--max-new-tokens", "6", *more]) == 0
         outputs.append(capsys.readouterr().out.rpartition(",")[0])  # the time comes last
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+def test_gradients_of_outer_training_are_those_of_plain_agents(latents: str):
+    rows = [
+        {"question": question, "targets": dict.fromkeys(SEQUENTIAL.roles, answer)}
+        for question, answer in (("fox", "the dog"), ("dog", "a fox"))
+    ]
+    found = []
+    for make in (tiny_agent, accelerated):
+        agents = {role: make("llama") for role in SEQUENTIAL.roles}
+        system = RecursiveMAS.create(agents, SEQUENTIAL, rounds=2, latent_steps=2, seed=0)
+        weights = [weight for link in system.outer_links.values() for weight in link.parameters()]
+        loss = outer_loss(system, rows, 2, latents=latents)
+        found.append(torch.cat([part.reshape(-1) for part in (loss, *torch.autograd.grad(loss, weights))]).detach())
+    plain, packed = found
+    bound = 1024 * EPS * plain.abs().max().item()  # a few roundings in each layer of 2 rounds, forth and back
+    torch.testing.assert_close(packed, plain, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_greedy_texts_are_equal_where_the_margin_exceeds_the_error(family: str):
+    plain, packed = tiny_agent(family), accelerated(family)
+    prompt, _ = prompts(plain, (9, 4, 1))
+    replies = plain.decode(prompt, 8), packed.decode(prompt, 8)
+    decided = 0
+    for row, (expected, found) in enumerate(zip(*replies, strict=True)):
+        ids = torch.tensor([expected])
+        one = type(prompt)(prompt.embeds[row : row + 1], prompt.mask[row : row + 1])
+        logits = [agent.logits(agent.hidden(one, ids, torch.ones_like(ids)))[0] for agent in (plain, packed)]
+        error = (logits[0] - logits[1]).abs().amax(dim=-1)
+        best = logits[0].topk(2, dim=-1).values
+        sure = (best[:, 0] - best[:, 1] > 2 * error).long().cumprod(dim=0).sum().item()
+        assert found[:sure] == expected[:sure]
+        decided += sure
+    assert decided > 0
 
 
 def test_two_agents_of_one_model():
