@@ -86,13 +86,11 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
 inline void frozen_product(const Team& team, const FrozenForward& call, const FrozenPlan& plan, const Left& rows,
                            int64_t first, int64_t count) {
   const int64_t columns = call.out_features;
-  Term terms[1] = {
-      {rows, {call.weight, call.stored, call.in_features, true, call.form, call.in_features, columns, call.stored}}};
-  if (plan.widens) {
-    terms[0].right.form = Form::stored;
-    terms[0].right.transposed = false;
-    terms[0].right.widened = true;
-  }
+  const Layout layout = plan.widens                 ? Layout::narrow_panels
+                        : call.form == Form::packed ? Layout::panels
+                                                    : Layout::columns;
+  const Term terms[1] = {
+      {rows, {call.weight, call.stored, call.in_features, layout, call.form, call.in_features, columns, call.stored}}};
   const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     if (call.bias.data == nullptr) return false;
     load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
@@ -228,7 +226,7 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
   const char* panels =
       static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
   const Term terms[1] = {
-      {plan.rows, {panels, call.stored, 0, false, Form::stored, depth, columns, call.stored, 0, true}}};
+      {plan.rows, {panels, call.stored, 0, Layout::turned_panels, Form::stored, depth, columns, call.stored}}};
   const bool last = out + depth == call.out_features;
   float* const sums = plan.sums != nullptr ? plan.sums : static_cast<float*>(call.dx.data) + first * columns;
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {

@@ -12,7 +12,7 @@ constexpr int64_t kSpan = 32 * kPanel;  // columns at a time
 template <int term_count>
 inline bool in_place(const Term (&terms)[term_count], int64_t rows) {
   bool all = rows == 1;
-  for (const Term& term : terms) all = all && term.right.in_rows() && !term.left.bf16;
+  for (const Term& term : terms) all = all && term.right.layout == Layout::rows && !term.left.bf16;
   return all;
 }
 

@@ -17,7 +17,7 @@ int64_t packed_bytes(int64_t rows, int64_t columns, Dtype compute) {
 }
 
 void pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packed, Dtype compute, int32_t threads) {
-  const Right right{weight.data, weight.dtype, columns, true, Form::stored, columns, rows, compute};
+  const Right right{weight.data, weight.dtype, columns, Layout::columns, Form::stored, columns, rows, compute};
   const Format format = packed_format(compute);
   const int64_t panels = panel_count(rows), bytes = panel_bytes(format, columns);
   run_team(smaller(threads, panels), [&](const Team& team) {

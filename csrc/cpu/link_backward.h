@@ -252,7 +252,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
                                 Dtype compute, bool last) {
   if (gradient.output.data == nullptr) return;
   const Term terms[1] = {
-      {left, {right.data, right.dtype, right.stride, false, Form::stored, block.tokens, columns, compute}}};
+      {left, {right.data, right.dtype, right.stride, Layout::rows, Form::stored, block.tokens, columns, compute}}};
   const bool resident = all_panels_bytes(terms[0]) <= kResidentBytes;
   char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
   const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;

@@ -15,8 +15,10 @@ namespace recmas::cpu::RECMAS_ISA {
 constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
-  return transposed ? Right{weight.data, weight.dtype, columns, true, weight.form, columns, rows, compute}
-                    : Right{weight.data, weight.dtype, columns, false, weight.form, rows, columns, compute};
+  const Layout stored = transposed ? Layout::columns : Layout::rows;
+  const Layout layout = weight.form == Form::packed ? Layout::panels : stored;
+  return transposed ? Right{weight.data, weight.dtype, columns, layout, weight.form, columns, rows, compute}
+                    : Right{weight.data, weight.dtype, columns, layout, weight.form, rows, columns, compute};
 }
 
 inline double link_flops(const LinkShape& s, Residual residual) {

@@ -6,22 +6,26 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// The right-hand matrix of a product, [k][columns] in the mathematics.
+// What memory holds of the right-hand matrix of a product, which is [k][columns] in the mathematics.
+enum class Layout {
+  rows,           // [k][columns]
+  columns,        // [columns][k]: a weight as nn.Linear stores it
+  panels,         // in packed_format(compute)
+  turned_panels,  // panels of the transpose, in packed_format(compute), the first k columns of it
+  narrow_panels,  // panels of 16-bit elements, [stride][columns], that are laid out in fp32
+};
+
 struct Right {
   const void* data;
   Dtype dtype;
-  int64_t stride;   // elements between memory rows
-  bool transposed;  // memory holds [columns][k] (a weight as nn.Linear stores it), else [k][columns]
-  Form form;        // packed: panels already, in packed_format(compute)
+  int64_t stride;  // elements between memory rows
+  Layout layout;
+  Form form;  // of what is stored: how it may be summed
   int64_t k, columns;
   Dtype compute;
-  int64_t ahead = 256;   // bytes from a place in memory that is laid out to the one that is prefetched with it
-  bool turned = false;   // memory holds panels of the transpose, in packed_format(compute), the first k columns of it
-  bool widened = false;  // memory holds panels of 16-bit elements, [stride][columns], that are laid out in fp32
+  int64_t ahead = 256;  // bytes from a place in memory that is laid out to the one that is prefetched with it
 
-  bool packed() const { return form == Form::packed; }
-  // Whether memory holds [k][columns], and neither the transpose nor panels of any kind.
-  bool in_rows() const { return !packed() && !transposed && !turned && !widened; }
+  bool packed() const { return layout == Layout::panels; }
 };
 
 template <class Lanes>
@@ -217,11 +221,13 @@ inline void widen_panel(const Right& m, int64_t first_column, char* out) {
 // Columns [first_column, first_column + kPanel) of m; columns beyond the matrix become 0.
 inline void pack_panel(const Right& m, int64_t first_column, Format format, char* panel) {
   const int64_t columns = smaller(kPanel, m.columns - first_column);
-  if (m.turned) return pack_turned(m, first_column, columns, format, panel);
-  if (m.widened && m.compute == Dtype::f16) return widen_panel<Format::f16>(m, first_column, panel);
-  if (m.widened) return widen_panel<Format::pairs>(m, first_column, panel);
+  if (m.layout == Layout::turned_panels) return pack_turned(m, first_column, columns, format, panel);
+  if (m.layout == Layout::narrow_panels) {
+    if (m.compute == Dtype::f16) return widen_panel<Format::f16>(m, first_column, panel);
+    return widen_panel<Format::pairs>(m, first_column, panel);
+  }
   typed(m.data, m.dtype, [&](const auto* data) {
-    if (m.transposed) {
+    if (m.layout == Layout::columns) {
       const auto* rows = data + first_column * m.stride;
       if (format == Format::pairs) return pack_transposed<Format::pairs>(m, rows, columns, panel);
       if (format == Format::f16) return pack_transposed<Format::f16>(m, rows, columns, panel);

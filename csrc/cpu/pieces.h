@@ -41,24 +41,25 @@ struct BandRoom {
 
 inline Right piece_of(const Right& right, int64_t k, int64_t count) {
   Right piece = right;
-  if (right.turned) {  // whole panels of the transpose
+  if (right.layout == Layout::turned_panels) {  // whole panels of the transpose
     piece.data =
         static_cast<const char*>(right.data) + k / kPanel * panel_bytes(packed_format(right.compute), right.columns);
     piece.k = count;
     return piece;
   }
-  if (right.widened) {
+  if (right.layout == Layout::narrow_panels) {
     const Format format = packed_format(right.compute);
     piece.data = static_cast<const char*>(right.data) + panel_steps(format, k) * step_bytes(format);
     piece.k = count;
     return piece;
   }
-  const int64_t elements = right.transposed ? k : k * right.stride;
+  const bool transposed = right.layout == Layout::columns;
+  const int64_t elements = transposed ? k : k * right.stride;
   piece.data = static_cast<const char*>(right.data) + elements * dtype_bytes(right.dtype);
   piece.k = count;
   // The next piece of the same rows of memory; at their end the first one of the next panel's.
   const int64_t next = k + kPiece < right.k ? kPiece : kPanel * right.stride - k;
-  if (right.transposed) piece.ahead = next * dtype_bytes(right.dtype);
+  if (transposed) piece.ahead = next * dtype_bytes(right.dtype);
   return piece;
 }
 
@@ -68,7 +69,7 @@ inline bool transposes(const Term (&terms)[term_count], int64_t rows) {
   bool all = true;
   for (const Term& term : terms) {
     const Right& right = term.right;
-    all = all && !right.packed() && right.transposed && !streams(right, term.left.bf16, rows) && !term.left.bf16;
+    all = all && right.layout == Layout::columns && !streams(right, term.left.bf16, rows) && !term.left.bf16;
   }
   return all;
 }

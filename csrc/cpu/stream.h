@@ -96,7 +96,7 @@ constexpr int64_t kStreamLimit = 16;
 
 // Whether a product reads `right` in place instead of packing it.
 inline bool streams(const Right& right, bool bf16_left, int64_t rows) {
-  if (right.form != Form::stored || !right.transposed || rows > kStreamLimit) return false;
+  if (right.form != Form::stored || right.layout != Layout::columns || rows > kStreamLimit) return false;
   if (bf16_left) return right.dtype == Dtype::bf16;
   return right.dtype == right.compute || right.dtype != Dtype::f32;
 }

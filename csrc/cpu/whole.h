@@ -16,8 +16,8 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
     const int64_t steps = panel_steps(term.format(), right.k);
     return {panel + panel_bytes(term.format(), right.k) + group * steps * 64, steps, 1, 64};
   }
-  if (right.turned) return {panel, 0, 1, 0};  // laying it out prefetches
-  if (right.widened) {
+  if (right.layout == Layout::turned_panels) return {panel, 0, 1, 0};  // laying it out prefetches
+  if (right.layout == Layout::narrow_panels) {
     const Format format = packed_format(right.compute);
     const int64_t lines = panel_bytes(format, right.stride) / 64 / groups + 1;
     const char* next = static_cast<const char*>(right.data) + column / kPanel * panel_bytes(format, right.stride);
@@ -25,8 +25,9 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
   }
   const int64_t bytes = dtype_bytes(right.dtype), stride = right.stride * bytes;
   const char* data = static_cast<const char*>(right.data);
-  const Ahead whole = right.transposed ? Ahead{data + column * stride, width, (right.k * bytes + 63) / 64, stride}
-                                       : Ahead{data + column * bytes, right.k, (width * bytes + 63) / 64, stride};
+  const Ahead whole = right.layout == Layout::columns
+                          ? Ahead{data + column * stride, width, (right.k * bytes + 63) / 64, stride}
+                          : Ahead{data + column * bytes, right.k, (width * bytes + 63) / 64, stride};
   const int64_t begin = whole.rows * group / groups, end = whole.rows * (group + 1) / groups;
   return {whole.at + begin * stride, end - begin, whole.row_lines, stride};
 }
