@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "answer questions with a system",
     "serve": "answer requests over HTTP, in the OpenAI format",
     "eval": "measure a system's accuracy on questions with known answers",
-    "train": "train a system's links: inner, warmup or outer",
+    "train": "train a system's links: inner, warmup, outer or all",
     "lab": "the relay lab: build, questions, eval, demo",
     "convert": "read and write the reference implementation's systems and links",
     "inspect": "show a system's parts, and what its latents look like",

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -40,7 +40,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "the server is being shut down"},
     504: {"description": "there was no answer in time"},
 }
-_LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _CHAT: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -61,11 +61,19 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         service: answers.
         keys: that are let in; None lets everybody in who reaches it.
     """
-    app = FastAPI(title="recmas", version=__version__, docs_url=None, redoc_url=None)
+
+    async def check_host(request: Request) -> None:
+        """A page of another site may not make its own name lead here."""
+        named = request.headers.get("host", "")
+        hosts = _LOOPBACK | {service.settings.host.lower()}
+        if keys is None and service.settings.loopback and _host(named) not in hosts:
+            raise ApiError(400, f"host: this server does not answer for {named!r}", "wrong_host")
+
+    app = FastAPI(
+        title="recmas", version=__version__, docs_url=None, redoc_url=None, dependencies=[Depends(check_host)]
+    )
     _describe(app)
     _answer_errors(app)
-    if keys is None and service.settings.loopback:  # a page of another site may not make its name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, service.settings.host])
 
     def check_key(request: Request) -> None:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
@@ -110,12 +118,23 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         except ApiError:
             service.metrics.requests.labels("refused").inc()
             raise
+        except Exception:
+            service.metrics.requests.labels("failed").inc()
+            raise
         reply = Reply(asked.name, service.name)
         if asked_for.stream:
             return _Stream(service, asked, _stream(asked, asked_for, reply))
         return JSONResponse(await _whole(service, asked, asked_for, reply, request))
 
     return app
+
+
+def _host(named: str) -> str | None:
+    """The host of a Host header, without its port and without the brackets of IPv6; None where it has none."""
+    try:
+        return urlsplit(f"//{named}").hostname
+    except ValueError:
+        return None
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -228,6 +247,12 @@ def _answer_errors(app: FastAPI) -> None:
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         said = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(said.body, error.status_code, headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def mistaken(request: Request, error: Exception) -> JSONResponse:
+        """A mistake of this server, which the web server logs."""
+        said = ApiError(500, "this request failed; the server's log says why", "failed")
+        return JSONResponse(said.body, said.status)
 
 
 def _describe(app: FastAPI) -> None:
