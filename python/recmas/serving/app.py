@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from recmas.answering.answers import Answer
-from recmas.scheduling.row import VisitDone
+from recmas.serving.delivery import Stream, whole
 from recmas.serving.errors import ApiError, Draining
 from recmas.serving.keys import ApiKeys
-from recmas.serving.protocol import ChatRequest, Reply, event, read_request, usage
-from recmas.serving.service import Asked, Service
+from recmas.serving.protocol import ChatRequest, Reply, read_request
+from recmas.serving.service import Service
 from recmas_kernels import __version__
 
-SILENCE = 15.0
-"""Seconds after which a stream without news says that it is still there."""
 PATIENCE = 30.0
 """Seconds that a client has to send its request."""
 
@@ -123,8 +117,8 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
             raise
         reply = Reply(asked.name, service.name)
         if asked_for.stream:
-            return _Stream(service, asked, _stream(asked, asked_for, reply))
-        return JSONResponse(await _whole(service, asked, asked_for, reply, request))
+            return Stream(service, asked, asked_for, reply)
+        return JSONResponse(await whole(service, asked, asked_for, reply, request))
 
     return app
 
@@ -156,86 +150,6 @@ async def _body(request: Request, most: int) -> bytes:
         raise ApiError(408, f"the request did not arrive in {PATIENCE:.0f} s", "too_slow") from None
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request had arrived", "left") from None
-
-
-async def _whole(service: Service, asked: Asked, wanted: ChatRequest, reply: Reply, request: Request) -> Any:
-    """The answer in one piece; nobody computes it any more when the client has left."""
-
-    async def collect() -> dict[str, Any]:
-        visits: list[VisitDone] = []
-        async for item in asked.news():
-            if isinstance(item, VisitDone):
-                visits.append(item)
-            elif isinstance(item, Answer):
-                shown = [asdict(visit) for visit in visits] if wanted.trace else None
-                return reply.whole(item, _finish(visits), usage(item, asked.positions), shown)
-        raise AssertionError("an answer ends the news")
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(until_gone())
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done() and not answer.done():
-            service.drop(asked)
-        return await answer
-    finally:
-        gone.cancel()
-        service.drop(asked)  # where this request was cancelled
-
-
-class _Stream(StreamingResponse):
-    """An answer as it is written; nobody computes it any more when the client has left, whether it had begun or not."""
-
-    def __init__(self, service: Service, asked: Asked, pieces: AsyncIterator[bytes]) -> None:
-        super().__init__(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._service, self._asked = service, asked
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._service.drop(self._asked)
-
-
-async def _stream(asked: Asked, wanted: ChatRequest, reply: Reply) -> AsyncIterator[bytes]:
-    """The answer as it is written, with the visits where a trace is wanted."""
-    visits: list[VisitDone] = []
-    news = aiter(asked.news())
-    coming = asyncio.ensure_future(anext(news))
-    try:
-        yield reply.chunk({"role": "assistant", "content": ""})
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=SILENCE)
-            if not done:
-                yield b": still at work\n\n"
-                continue
-            item = coming.result()
-            if isinstance(item, str):
-                yield reply.chunk({"content": item})
-            elif isinstance(item, VisitDone):
-                visits.append(item)
-                if wanted.trace:
-                    yield reply.beside(recmas={"visit": asdict(item)})
-            elif isinstance(item, Answer):
-                yield reply.chunk({}, _finish(visits))
-                if wanted.stream_options is not None and wanted.stream_options.include_usage:
-                    yield reply.beside(usage=usage(item, asked.positions))
-                break
-            coming = asyncio.ensure_future(anext(news))
-        yield b"data: [DONE]\n\n"
-    except ApiError as error:
-        yield event(error.body)
-    finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
-
-
-def _finish(visits: list[VisitDone]) -> str:
-    """Why the text ends: by itself, or at its bound."""
-    return "stop" if visits[-1].complete else "length"
 
 
 def _answer_errors(app: FastAPI) -> None:
