@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 after a one-line error, 1 after one of recmas itself; 130, 143 or 129 after SIGINT, SIGTERM or
-        SIGHUP.
+        SIGHUP, but 0 where SIGTERM ended a training or a server in order.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
