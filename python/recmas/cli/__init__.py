@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "answer questions with a system",
     "serve": "answer requests over HTTP, in the OpenAI format",
     "eval": "measure a system's accuracy on questions with known answers",
-    "train": "train a system's links: inner, warmup or outer",
+    "train": "train a system's links: inner, warmup, outer or all",
     "lab": "the relay lab: build, questions, eval, demo",
     "convert": "read and write the reference implementation's systems and links",
     "inspect": "show a system's parts, and what its latents look like",
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 after a one-line error, 1 after one of recmas itself; 130, 143 or 129 after SIGINT, SIGTERM or
-        SIGHUP.
+        SIGHUP, but 0 where SIGTERM ended a training or a server in order.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

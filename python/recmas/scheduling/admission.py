@@ -15,9 +15,12 @@ from recmas.system.member import Member, Prompts
 
 
 class Room(NamedTuple):
-    """Positions of a row's longest prompt at one agent, slots left out, and of the agent's context, where known."""
+    """Positions of a row's prompts at one agent, slots left out, and of the agent's context, where known.
 
-    positions: int
+    Prompts are those of the first round and, where there are more, of all later ones.
+    """
+
+    positions: tuple[int, ...]
     context: int | None
 
 
@@ -36,7 +39,7 @@ class Admission:
         Raises:
             ValueError: the row lacks a field, or holds what no prompt can.
         """
-        prompts, longest = self._prompts, 0
+        prompts, positions = self._prompts, []
         with self._lock:
             for round in range(1, min(rounds, 2) + 1):
                 check_fields(row, 0, dict.fromkeys(prompts.template(round).fields, self._role))
@@ -44,8 +47,8 @@ class Admission:
                 prompts.renderer.check_chat(row)
             for round in range(1, min(rounds, 2) + 1):
                 segments = prompts.segments(round, row)
-                longest = max(longest, sum(len(segment) for segment in segments if not isinstance(segment, Slot)))
-        return Room(longest, self._context)
+                positions.append(sum(len(segment) for segment in segments if not isinstance(segment, Slot)))
+        return Room(tuple(positions), self._context)
 
 
 def check_room(manner: Manner, rooms: Mapping[str, Room]) -> int:
@@ -59,14 +62,15 @@ def check_room(manner: Manner, rooms: Mapping[str, Room]) -> int:
     mode, most = manner.options.mode, 0
     for visit in manner.pattern.visits(manner.rounds):
         room = rooms[visit.role]
+        prompt = room.positions[min(visit.round, 2) - 1]
         read = slot_positions(visit, manner.pattern, mode, manner.latent_steps, tokens)
         adds = added(visit, mode, manner.latent_steps, tokens)
         thinks = mode == "latent" and not visit.final
-        sure = room.positions + (read if mode == "latent" else 0) + (max(adds - 1, 0) if thinks else 0)
+        sure = prompt + (read if mode == "latent" else 0) + (max(adds - 1, 0) if thinks else 0)
         if room.context is not None and sure > room.context:
             raise ValueError(
                 f"agent {visit.role!r}: the prompt takes {sure} positions with its latents, more than the "
                 f"{room.context} of its context"
             )
-        most = max(most, room.positions + read + adds)
+        most = max(most, prompt + read + adds)
     return most

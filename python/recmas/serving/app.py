@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from recmas.answering.answers import Answer
-from recmas.scheduling.row import VisitDone
+from recmas.serving.delivery import Stream, whole
 from recmas.serving.errors import ApiError, Draining
 from recmas.serving.keys import ApiKeys
-from recmas.serving.protocol import ChatRequest, Reply, event, read_request, usage
-from recmas.serving.service import Asked, Service
+from recmas.serving.protocol import ChatRequest, Reply, read_request
+from recmas.serving.service import Service
 from recmas_kernels import __version__
 
-SILENCE = 15.0
-"""Seconds after which a stream without news says that it is still there."""
 PATIENCE = 30.0
 """Seconds that a client has to send its request."""
 
@@ -40,7 +34,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "the server is being shut down"},
     504: {"description": "there was no answer in time"},
 }
-_LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _CHAT: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -61,11 +55,19 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         service: answers.
         keys: that are let in; None lets everybody in who reaches it.
     """
-    app = FastAPI(title="recmas", version=__version__, docs_url=None, redoc_url=None)
+
+    async def check_host(request: Request) -> None:
+        """A page of another site may not make its own name lead here."""
+        named = request.headers.get("host", "")
+        hosts = _LOOPBACK | {service.settings.host.lower()}
+        if keys is None and service.settings.loopback and _host(named) not in hosts:
+            raise ApiError(400, f"host: this server does not answer for {named!r}", "wrong_host")
+
+    app = FastAPI(
+        title="recmas", version=__version__, docs_url=None, redoc_url=None, dependencies=[Depends(check_host)]
+    )
     _describe(app)
     _answer_errors(app)
-    if keys is None and service.settings.loopback:  # a page of another site may not make its name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, service.settings.host])
 
     def check_key(request: Request) -> None:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
@@ -110,12 +112,23 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         except ApiError:
             service.metrics.requests.labels("refused").inc()
             raise
+        except Exception:
+            service.metrics.requests.labels("failed").inc()
+            raise
         reply = Reply(asked.name, service.name)
         if asked_for.stream:
-            return _Stream(service, asked, _stream(asked, asked_for, reply))
-        return JSONResponse(await _whole(service, asked, asked_for, reply, request))
+            return Stream(service, asked, asked_for, reply)
+        return JSONResponse(await whole(service, asked, asked_for, reply, request))
 
     return app
+
+
+def _host(named: str) -> str | None:
+    """The host of a Host header, without its port and without the brackets of IPv6; None where it has none."""
+    try:
+        return urlsplit(f"//{named}").hostname
+    except ValueError:
+        return None
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -139,86 +152,6 @@ async def _body(request: Request, most: int) -> bytes:
         raise ApiError(400, "the client left before its request had arrived", "left") from None
 
 
-async def _whole(service: Service, asked: Asked, wanted: ChatRequest, reply: Reply, request: Request) -> Any:
-    """The answer in one piece; nobody computes it any more when the client has left."""
-
-    async def collect() -> dict[str, Any]:
-        visits: list[VisitDone] = []
-        async for item in asked.news():
-            if isinstance(item, VisitDone):
-                visits.append(item)
-            elif isinstance(item, Answer):
-                shown = [asdict(visit) for visit in visits] if wanted.trace else None
-                return reply.whole(item, _finish(visits), usage(item, asked.positions), shown)
-        raise AssertionError("an answer ends the news")
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(until_gone())
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done() and not answer.done():
-            service.drop(asked)
-        return await answer
-    finally:
-        gone.cancel()
-        service.drop(asked)  # where this request was cancelled
-
-
-class _Stream(StreamingResponse):
-    """An answer as it is written; nobody computes it any more when the client has left, whether it had begun or not."""
-
-    def __init__(self, service: Service, asked: Asked, pieces: AsyncIterator[bytes]) -> None:
-        super().__init__(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._service, self._asked = service, asked
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._service.drop(self._asked)
-
-
-async def _stream(asked: Asked, wanted: ChatRequest, reply: Reply) -> AsyncIterator[bytes]:
-    """The answer as it is written, with the visits where a trace is wanted."""
-    visits: list[VisitDone] = []
-    news = aiter(asked.news())
-    coming = asyncio.ensure_future(anext(news))
-    try:
-        yield reply.chunk({"role": "assistant", "content": ""})
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=SILENCE)
-            if not done:
-                yield b": still at work\n\n"
-                continue
-            item = coming.result()
-            if isinstance(item, str):
-                yield reply.chunk({"content": item})
-            elif isinstance(item, VisitDone):
-                visits.append(item)
-                if wanted.trace:
-                    yield reply.beside(recmas={"visit": asdict(item)})
-            elif isinstance(item, Answer):
-                yield reply.chunk({}, _finish(visits))
-                if wanted.stream_options is not None and wanted.stream_options.include_usage:
-                    yield reply.beside(usage=usage(item, asked.positions))
-                break
-            coming = asyncio.ensure_future(anext(news))
-        yield b"data: [DONE]\n\n"
-    except ApiError as error:
-        yield event(error.body)
-    finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
-
-
-def _finish(visits: list[VisitDone]) -> str:
-    """Why the text ends: by itself, or at its bound."""
-    return "stop" if visits[-1].complete else "length"
-
-
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
@@ -228,6 +161,12 @@ def _answer_errors(app: FastAPI) -> None:
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         said = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(said.body, error.status_code, headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def mistaken(request: Request, error: Exception) -> JSONResponse:
+        """A mistake of this server, which the web server logs."""
+        said = ApiError(500, "this request failed; the server's log says why", "failed")
+        return JSONResponse(said.body, said.status)
 
 
 def _describe(app: FastAPI) -> None:

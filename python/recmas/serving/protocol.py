@@ -90,7 +90,7 @@ class ChatRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         for name, value in given.items():
-            if value is not None and name in _NOT_DONE and value not in _NOT_DONE[name]:
+            if value is not None and name in _NOT_DONE and not _asks_for_nothing(name, value):
                 raise PydanticCustomError("not_done", "this server does not do `{name}`", {"name": name})
         return {name: value for name, value in given.items() if value is not None and name not in _NOT_DONE}
 
@@ -200,6 +200,11 @@ class Reply:
 def event(content: Any) -> bytes:
     """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field has one of its values in `_NOT_DONE`; in Python, though not in JSON, true equals 1."""
+    return any(value == each and isinstance(value, bool) is isinstance(each, bool) for each in _NOT_DONE[name])
 
 
 def _text(message: ChatMessage) -> str:

@@ -6,6 +6,7 @@ Everything is checked, for all stages, before the first one begins. A stage that
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from recmas.config.system_json import edge_name
@@ -41,7 +42,8 @@ def train_all(
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``, as for `train_outer`.
         config: settings; None takes the defaults.
         texts: rows of the first two stages, any texts for example; None takes ``rows``.
-        validation: rows, not a callable, whose loss is measured now and then in every stage.
+        validation: rows, not a callable, whose loss is measured now and then in every stage; with ``texts``, which
+            they need not resemble, in the last one alone, and so ``patience`` is of that one.
         output: folder of logs and checkpoints, one folder per run; None keeps none.
         cache: `PairCache`, or its folder, as for `train_inner`.
         resume: go on where the folder's checkpoints stopped, in whichever stage that was.
@@ -63,6 +65,9 @@ def train_all(
     aligned = shared | {"cache": cache}
     if texts is None:
         aligned["validation"] = validation
+    else:
+        aligned["validation"] = None
+        inner, warmup = replace(inner, patience=None), replace(warmup, patience=None)
     shared["validation"] = validation
     stages: list[tuple[str, Any]] = [
         ("inner", lambda **options: train_inner(system, said, inner, **aligned, **options)),

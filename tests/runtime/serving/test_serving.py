@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import openai
 import pytest
 
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
+from recmas.prompts.rows import Fields
 from recmas.scheduling.executor import Failed, LocalExecutor, Report
 from recmas.scheduling.task import Task
 from recmas.serving.protocol import ChatRequest
+from recmas.serving.server import address
+from recmas.serving.settings import ServeSettings
 from tests.runtime.scheduling.rows import QUESTIONS, tiny_system
 from tests.runtime.serving.served import Served, served
 
@@ -123,11 +127,13 @@ def test_keys(system: RecursiveMAS, tmp_path: Path) -> None:
         for key in ("a-key-of-some-length", "another-key-of-some-length"):
             assert server.client(key).models.list().data[0].id == "tiny"
             server.client(key).chat.completions.create(model="tiny", messages=asked("fox"))
-        for wrong in ("a-key-of-some-lengtH", "# ours", "", "a-key"):
-            with pytest.raises((openai.AuthenticationError, openai.OpenAIError)):
-                server.client(wrong).chat.completions.create(model="tiny", messages=asked("fox"))
-        assert raw(server, b"{}")[0] == 401
-        assert raw(server, b"{}", {"Authorization": "Bearer \xff\xfe"})[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            server.client("a-key-of-some-lengtH").models.list()
+        body = json.dumps({"model": "tiny", "messages": asked("fox")}).encode()
+        for wrong in ("a-key-of-some-lengtH", "# ours", "", "a-key", "\xff\xfe"):
+            status, said = raw(server, body, {"Authorization": f"Bearer {wrong}"})
+            assert (status, said["error"]["code"]) == (401, "invalid_api_key")
+        assert raw(server, body)[0] == 401
 
 
 WRONG = {
@@ -169,6 +175,17 @@ WRONG = {
     "stop": (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": ["y"]}', 400, "invalid_value"),
     "large": (b'{"x": "' + b"x" * (1 << 20) + b'"}', 413, "too_large"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", True), ("logprobs", 0), ("top_logprobs", False), ("presence_penalty", False), ("parallel_tool_calls", 1)]
+    + [(name, True) for name in ("temperature", "top_p", "seed", "max_tokens", "rounds", "latent_steps")],
+)
+def test_a_boolean_is_no_number(server: Served, name: str, value: object) -> None:
+    status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x"), name: value}).encode())
+    assert status == 400, said
+    assert name in said["error"]["message"]
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -241,6 +258,25 @@ def test_what_failed_is_in_the_log_and_not_in_the_answer(
     assert [str(record.exc_info[1]) for record in logged if record.exc_info] == ["/a/path of this machine"]
 
 
+def test_a_mistake_of_the_server_is_an_error_like_others(
+    system: RecursiveMAS, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reason is in the log alone, it is counted, and its place in the queue is free again."""
+
+    class Broken(LocalExecutor):
+        def rooms(self, rounds: int, row: Fields) -> NoReturn:
+            raise KeyError("/a/path of this machine")
+
+    with served(system, Broken(system), queue=1) as server:
+        for _ in range(2):
+            status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x")}).encode())
+            assert (status, said["error"]["type"], said["error"]["code"]) == (500, "server_error", "failed")
+            assert "/a/path" not in said["error"]["message"]
+        assert server.counted("recmas_requests_total", outcome="failed") == 2
+        assert server.counted("recmas_requests_under_way") == 0
+    assert capsys.readouterr().err.count("KeyError: '/a/path of this machine'") == 2
+
+
 def test_who_waits_when_draining_ends_is_told(system: RecursiveMAS) -> None:
     held = Held(system)
     with served(system, held) as server, ThreadPoolExecutor(2) as pool:
@@ -264,9 +300,27 @@ def test_other_ways_in_are_shut(server: Served) -> None:
     """A page of another site can send neither plain text nor a name of its own for this address."""
     body = json.dumps({"model": "tiny", "messages": asked("x")}).encode()
     assert raw(server, body, {"Content-Type": "text/plain"})[0] == 415
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "localhost@evil.example", "[::1", ""):
+        status, said = raw(server, body, {"Host": host})
+        assert (status, said["error"]["code"]) == (400, "wrong_host"), host
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]", "[::1]:8000"):
+        assert raw(server, body, {"Host": host})[0] == 200, host
+
+
+def test_the_page_may_load_nothing_and_ask_this_server_alone(server: Served) -> None:
     connection = http.client.HTTPConnection(server.at.removeprefix("http://"), timeout=60)
-    connection.request("GET", "/v1/models", headers={"Host": "evil.example"})
-    assert connection.getresponse().status == 400
+    connection.request("GET", "/")
+    rules = connection.getresponse().headers["content-security-policy"].split("; ")
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", "form-action 'none'"} < set(rules)
+
+
+def test_an_address_serves_one_server() -> None:
+    """It is taken before models are loaded, so that a second server does not load them for nothing."""
+    with address(ServeSettings(port=0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: Address already in use"):  # noqa: SIM117
+            with address(ServeSettings(port=port)):
+                pass
 
 
 class Held(LocalExecutor):
