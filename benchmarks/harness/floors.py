@@ -120,11 +120,14 @@ def body_backward(parameters: int, layers: int, features: int, fed: range, batch
     return Work(batch * (2 * parameters * len(fed) + attention), read, read)
 
 
-def body_pass(parameters: int, layers: int, features: int, fed: range, batch: int, passes: int) -> Work:
-    """A decoder's body run over the positions ``fed`` on a cache of those before, float32, in so many passes.
+def body_pass(
+    parameters: int, layers: int, features: int, fed: range, batch: int, passes: int, element: int = 4
+) -> Work:
+    """A decoder's body run over the positions ``fed`` on a cache of those before, in so many passes.
 
-    Each position is multiplied by every weight and attends to itself and all before; each pass reads the weights.
+    Each position is multiplied by every weight, of ``element`` bytes, and attends to itself and all before; each
+    pass reads the weights.
     """
     attention = 4 * layers * features * sum(position + 1 for position in fed)  # queries by keys, weights by values
-    read = passes * 4 * parameters
+    read = passes * element * parameters
     return Work(batch * (2 * parameters * len(fed) + attention), read, read)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
+from recmas.engine.messages import Prompt
 from recmas_kernels import FusedRecursiveLink, LinkConfig
 from recmas_kernels.testing import make_link
 
@@ -59,6 +60,12 @@ def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> 
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return Agent(model, word_tokenizer(vocabulary), name="random")
+
+
+def random_prompt(agent: Agent, batch: int, length: int) -> Prompt:
+    """Random tokens ``[batch, length]`` without padding, the same for every agent of one vocabulary."""
+    ids = torch.randint(agent.vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(agent.device)
+    return Prompt(agent.embed(ids), torch.ones_like(ids))
 
 
 def released_links(features: int) -> tuple[FusedRecursiveLink, FusedRecursiveLink]:

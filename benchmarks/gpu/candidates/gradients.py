@@ -100,10 +100,6 @@ def weight_gradients(problems: list[tuple[Tensor, Tensor, torch.dtype]]) -> list
         *[0] * 4 * absent,
         first.shape[0],
         PRECISION=dot_precision(first.dtype),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     return outs

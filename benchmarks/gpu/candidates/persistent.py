@@ -141,10 +141,6 @@ def launch(product: Product, config: tiles.MatmulConfig) -> Tensor | None:
         # (72 bytes per thread under Triton 3.6), and two depths are two loops, which are not flattened.
         FLATTEN=product.mode != SLOPE.value and product.more_left is None,
         WHOLE_COLUMNS=columns % config.columns == 0,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     return None if partials is None else partials.sum(0)

@@ -177,10 +177,6 @@ def launch(product: Product, config: tiles.MatmulConfig) -> Tensor | None:
         PRECISION=dot_precision(left.dtype),
         WHOLE_DEPTH=depth % config.depth == 0 and more_depth % config.depth == 0,
         WHOLE_COLUMNS=columns % config.columns == 0,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     return None if partials is None else partials.sum(0)

@@ -20,6 +20,11 @@ class MatmulConfig(NamedTuple):
     stages: int
     persistent: bool = False
 
+    def options(self) -> dict[str, int]:
+        """What every launch of a kernel in these tiles is given."""
+        tile = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+        return {**tile, "num_warps": self.warps, "num_stages": self.stages}
+
 
 @cache
 def multiprocessors(device: torch.device) -> int:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.growth import BATCH, R2, GrowthCase, growth_labels, growth_record
-from benchmarks.harness.models import random_agent, released_links
+from benchmarks.harness.models import random_agent, random_prompt, released_links
 from benchmarks.harness.scaling import whole
 from benchmarks.harness.time_bound import LEAST_ROUNDS
 from benchmarks.peers.reference_rollout import reference_rollout
@@ -80,9 +80,7 @@ def both_links(features: int, tokens: int) -> Call:
 
 
 def start(agent: Agent, prompt: int) -> Prompt:
-    vocabulary = agent.model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (BATCH, prompt), generator=torch.Generator().manual_seed(0))
-    return Prompt(agent.embed(ids), torch.ones_like(ids))
+    return random_prompt(agent, BATCH, prompt)
 
 
 def text_turn(agent: Agent, prompt: int, steps: int) -> Call:

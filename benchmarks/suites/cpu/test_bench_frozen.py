@@ -16,12 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.floors import Work
 from benchmarks.harness.goals import Goal
-from benchmarks.harness.models import word_tokenizer
+from benchmarks.harness.models import random_prompt, word_tokenizer
 from benchmarks.harness.names import EAGER_FLOAT32, FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
 from recmas.agents.agent import Agent
-from recmas.engine.messages import Prompt
 from recmas.engine.prefill import prefill_all
 from recmas_kernels import LinkConfig, packed
 from recmas_kernels.backends import cpu
@@ -113,8 +112,7 @@ class Steps:
 
     def __init__(self, agent: Agent, case: Case) -> None:
         self.agent, self.link = agent, make_link(_inner(case))
-        ids = torch.randint(case.shape.vocabulary, (case.batch, PROMPT), generator=torch.Generator().manual_seed(0))
-        self.past, self.hidden = prefill_all(agent.decoder, Prompt(agent.embed(ids), torch.ones_like(ids)), STEPS * 400)
+        self.past, self.hidden = prefill_all(agent.decoder, random_prompt(agent, case.batch, PROMPT), STEPS * 400)
         self.write = case.op == "write"
 
     def __call__(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.goals import Goal
-from benchmarks.harness.models import random_agent, released_links
+from benchmarks.harness.models import random_agent, random_prompt, released_links
 from benchmarks.harness.names import FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.peers.reference_rollout import reference_rollout
@@ -116,8 +116,7 @@ class Counts:
 def counts(vocabulary: int, features: int, steps: int, prompt: int = 8, batch: int = 2) -> Counts:
     agent: Agent = random_agent(2, features, vocabulary)
     inner, outer = released_links(features)
-    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    start = Prompt(agent.embed(ids), torch.ones_like(ids))
+    start = random_prompt(agent, batch, prompt)
     slot_rows = torch.arange(batch * steps)
     receiver = torch.zeros(batch * steps, features)
 

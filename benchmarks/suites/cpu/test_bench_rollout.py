@@ -9,12 +9,11 @@ import torch
 from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.goals import Goal
-from benchmarks.harness.models import body_parameters, random_agent
+from benchmarks.harness.models import body_parameters, random_agent, random_prompt
 from benchmarks.harness.names import FUSED, REFERENCE
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_rollout import reference_rollout
-from recmas.engine.messages import Prompt
 from recmas_kernels import LinkConfig
 from recmas_kernels.testing import eager_twin, make_link, relative_error
 
@@ -45,8 +44,7 @@ def test_rollout(case: Case, bench: Bench) -> None:
     agent = random_agent(case.layers, case.features, case.vocabulary)
     link = make_link(LinkConfig("inner", case.features, case.features, case.features, "identity"))
     eager = eager_twin(link, torch.float32)
-    ids = torch.randint(case.vocabulary, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
-    prompt = Prompt(agent.embed(ids), torch.ones_like(ids))
+    prompt = random_prompt(agent, case.batch, case.prompt)
     variants = {
         FUSED: lambda: agent.think(prompt, case.steps, link).states,
         REFERENCE: lambda: reference_rollout(agent.model, eager, prompt.embeds, prompt.mask, case.steps),

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from benchmarks.harness.gpu.bench import GpuBench
-from benchmarks.harness.models import random_agent
-from recmas.engine.messages import Prompt
+from benchmarks.harness.models import random_prompt
+from benchmarks.suites.gpu.agent_case import AgentCase
 from recmas.engine.stepper import Stepper
 
-DTYPE = torch.bfloat16
+SECONDS = 25
 
 
-@dataclass(frozen=True)
-class Case:
-    layers: int
-    features: int
-    vocabulary: int
-    prompt: int
-    tokens: int
-    batch: int
-    rank: int
-    seconds: float = 25
-
-    @property
-    def id(self) -> str:
-        return f"gpu-decode-{self.layers}x{self.features}-t{self.prompt}-n{self.tokens}-B{self.batch}"
-
-
-def cases(full: bool) -> list[Case]:
+def cases(full: bool) -> list[AgentCase]:
     if not full:
-        return [Case(2, 64, 256, 12, 6, 2, 9)]
-    return [Case(8, 2048, 32_000, 512, 128, 4, 15)]
+        return [AgentCase("decode", 2, 64, 256, 12, 6, 2, 9, SECONDS)]
+    return [AgentCase("decode", 8, 2048, 32_000, 512, 128, 4, 15, SECONDS)]
 
 
 @torch.no_grad()
-def test_decode(case: Case, gpu_bench: GpuBench) -> None:
-    device = gpu_bench.device
-    agent = random_agent(case.layers, case.features, case.vocabulary).to(device, DTYPE)
+def test_decode(case: AgentCase, gpu_bench: GpuBench) -> None:
+    agent = case.agent(gpu_bench.device)
     agent.model.generation_config.eos_token_id = None  # every row writes all its tokens
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(case.vocabulary, (case.batch, case.prompt), generator=generator).to(device)
-    prompt = Prompt(agent.embed(ids), torch.ones_like(ids))
+    prompt = random_prompt(agent, case.batch, case.prompt)
     ways = {
         "graph": Stepper(),
         "growing cache": Stepper(graphs=False),
@@ -53,13 +32,13 @@ def test_decode(case: Case, gpu_bench: GpuBench) -> None:
     for name, stepper in ways.items():
         agent.stepper = stepper
         for _ in range(3):  # proofs, compilation and capture end with the second
-            seconds[name], written[name] = gpu_bench.seconds_of(lambda: agent.decode(prompt, case.tokens))
+            seconds[name], written[name] = gpu_bench.seconds_of(lambda: agent.decode(prompt, case.steps))
     assert written["graph"] == written["fixed shapes"]
     same = sum(row == other for row, other in zip(written["graph"], written["growing cache"], strict=True))
-    micros = {name: {"p50": taken / case.tokens * 1e6} for name, taken in seconds.items()}
+    micros = {name: {"p50": taken / case.steps * 1e6} for name, taken in seconds.items()}
     gpu_bench.run.answer(
         "6: a token of greedy decoding",
-        f"{case.batch} rows, {case.tokens} tokens",
+        f"{case.batch} rows, {case.steps} tokens",
         t_us=micros,
         rows_as_on_the_growing_cache=f"{same} of {case.batch}",
         not_captured=ways["graph"].reason,

@@ -109,8 +109,8 @@ def add_compile(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="run single steps, latents and tokens, through torch.compile, which takes about a minute for each bucket "
-        "of batch sizes and lengths, and a C++ compiler on a CPU",
+        help="run single steps, latents and tokens, through torch.compile: the first call of each bucket of batch "
+        "sizes and lengths is far slower than the others, and needs a C++ compiler on a CPU",
     )
 
 

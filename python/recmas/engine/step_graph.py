@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -13,6 +13,11 @@ import torch
 KIND = "cuda"
 """Devices on which graphs are captured."""
 _SYNCHRONISES = "called a synchronizing CUDA operation"
+
+
+def current_stream(device: torch.device) -> Hashable:
+    """The stream that orders this thread's work on a device; None where work needs none."""
+    return torch.cuda.current_stream(device) if device.type == KIND else None
 
 
 class StepGraph:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
+
 from recmas.engine import step_graph
 from recmas.engine.buckets import Bucket, BucketPool, Program, Ready
 from recmas.engine.continuation import Continuation, Past
@@ -111,6 +113,8 @@ class Stepper:
             source: the batch that it will run.
             steps: of that batch to come.
         """
+        if self._failed:
+            return None
         if ready.program.modules is None:
             self.reason = "the link is not a module, so a change of its weights cannot be noticed"
             return None
@@ -213,16 +217,21 @@ class Running(Generic[P]):
             self._bucket = None
 
     def _move(self, length: int) -> None:
-        """Into a bucket of so many columns or more."""
+        """Into a bucket of so many columns or more.
+
+        Buckets of two streams are two, as nothing orders what they run; and torch refuses to write to tensors that were
+        made in inference mode outside of it.
+        """
         stepper, source = self._stepper, self._batch
         weight = source.decoder.get_input_embeddings().weight
         rows, columns = bucket(source.mask.shape[0], length)
-        key = rows, columns, weight.device, weight.dtype, stepper.compiled
+        inference, stream = torch.is_inference_mode_enabled(), step_graph.current_stream(weight.device)
+        key = rows, columns, weight.device, weight.dtype, stepper.compiled, inference, stream
         held = self._pool.take(key)
         if held is None:
             held = Bucket(FixedShapeContinuation(source, rows, columns, compiled=stepper.compiled))
         self._ready = held.ready(self._name, self._make)
-        self._graph = stepper.capture(held, self._ready, source, columns - source.length) if self._captures else None
+        self._graph = stepper.capture(held, self._ready, source, length - source.length) if self._captures else None
         held.sights += 1
         held.continuation.load(source)
         self.close()

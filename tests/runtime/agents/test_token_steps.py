@@ -111,6 +111,7 @@ def test_no_step_waits_for_the_device(agent):
         with Counted():
             assert [len(row) for row in tested.decode(batch, tokens)] == [tokens] * 3
         waited.append(looks)
+    assert waited[0] > 0  # what reads the prompt asks for its padding, and is counted
     assert waited == waited[:1] * 3
 
 

@@ -99,6 +99,18 @@ def test_threads_that_share_an_agent_share_no_buffers():
             assert torch.equal(states, alone)
 
 
+def test_buffers_made_in_inference_mode_stay_in_it():
+    """Torch refuses to write to them elsewhere."""
+    agent = fixed(tiny_agent("llama"))
+    link, (batch, _) = tiny_link(agent), prompts(agent, (9, 3))
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append((agent.think(batch, STEPS, link).states, agent.decode(batch, STEPS)))
+    assert all(torch.equal(states, found[0][0]) and texts == found[0][1] for states, texts in found)
+    assert len(agent.stepper.pool.held) == 2
+
+
 @torch.no_grad()
 def test_an_agent_that_moves_leaves_no_buffers_behind():
     agent = fixed(tiny_agent("llama"))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 
+from recmas.agents import token_steps
 from recmas.agents.agent import Agent
+from recmas.engine import step_graph, stepper
+from recmas.engine.fixed_shapes import bucket
 from recmas.engine.messages import Prompt
 from recmas.engine.stepper import AT_ONCE, SPARE, Stepper
 from tests.runtime.fake_graphs import FakeGraphs
@@ -181,6 +185,49 @@ def test_alternating_lengths_do_not_capture_without_end(fake):
     for number in range(12):
         agent.think(batch(agent, ((10,), (80,))[number % 2]), STEPS, link)
     assert (agent.stepper.captures, agent.stepper.reuses) == (2, 8)
+
+
+def test_a_bucket_wider_than_its_steps_does_not_capture_earlier(fake):
+    """One step to come, and a bucket with room for `AT_ONCE`."""
+    agent, link = placed()
+    assert bucket(1, AT_ONCE + 1) == (1, 2 * AT_ONCE)
+    agent.think(batch(agent, (AT_ONCE,)), 2, link)
+    assert (agent.stepper.reason, agent.stepper.captures) == (USED_AGAIN, 0)
+
+
+def test_streams_share_no_buffers(fake):
+    """Nothing orders the work of two streams, so what one of them still runs must not be written by the other."""
+    agent, link = placed()
+    prompt = batch(agent)
+    expected = agent.think(prompt, STEPS, link).states
+    (own,) = agent.stepper.pool.held.values()
+    with torch.cuda.stream(torch.cuda.Stream(torch.device(SECOND))):
+        close(agent.think(prompt, STEPS, link).states, expected)
+    assert own.sights == 1
+    assert len(agent.stepper.pool.held) == 2
+    close(agent.think(prompt, STEPS, link).states, expected)
+    assert own.sights == 2
+
+
+def test_a_text_whose_capture_failed_tries_no_other(fake, monkeypatch):
+    """It stays at fixed shapes; the larger buckets of the same text are not captured either."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(token_steps, "FIRST", 8)
+    monkeypatch.setattr(stepper, "AT_ONCE", 1)
+    monkeypatch.setattr(step_graph, "StepGraph", refused)
+    agent, _ = placed(look=4, fixed_shapes=True)
+    plain, _ = placed(graphs=False)
+    asked = mock.patch.object(agent.stepper, "capture", wraps=agent.stepper.capture)
+    for writer in (agent, plain):
+        writer.model.generation_config.eos_token_id = writer.tokenizer.eos_token = None
+    prompt = batch(agent)
+    with pytest.warns(UserWarning, match="no graph could be captured: no") as warned, asked as capture:
+        assert agent.decode(prompt, 70) == plain.decode(prompt, 70)
+    assert capture.call_count == 2  # one bucket of 64 columns, one of 128
+    assert len(warned) == agent.stepper.captures == 1
 
 
 def test_graphs_see_weights_that_change_in_place_and_follow_those_that_move(fake):

@@ -10,6 +10,7 @@ from benchmarks.gpu.candidates.epilogue import PLAIN
 from benchmarks.gpu.candidates.link import installed
 from benchmarks.gpu.candidates.product import Product
 from recmas_kernels import LinkConfig, recursive_link
+from recmas_kernels.backends.triton import plan
 from recmas_kernels.testing import check_link, configs, make_link, make_rows, name_of, run
 
 # Every size is a multiple of eight and of nothing more: tiles are 32 x 64 x 16.
@@ -112,6 +113,36 @@ def product(**change: torch.Tensor) -> Product:
 def test_what_the_copy_engine_refuses(change, reason):
     found = persistent.refusal(product(**change))
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_memory", "dtype", "reason"),
+    [
+        ((9, 0), 232448, torch.bfloat16, None),
+        ((8, 0), 166912, torch.bfloat16, "sm_80 has no tensor descriptors"),
+        ((12, 0), 101376, torch.bfloat16, "99 KB of shared memory"),
+        ((9, 0), 232448, torch.float32, "float32"),
+    ],
+    ids=str,
+)
+def test_devices_without_a_copy_engine(monkeypatch, capability, shared_memory, dtype, reason):
+    monkeypatch.setattr(tiles, "_capability", lambda _: capability)
+    monkeypatch.setattr(plan, "_shared_memory", lambda _: shared_memory)
+    found = tiles.no_copy_engine(torch.device("cpu"), dtype)
+    assert found is None if reason is None else reason in found
+
+
+def test_wide_tiles_where_they_fill_the_device():
+    wide, narrow = (128, 256), (128, 128)
+
+    def first(results, dtype=torch.bfloat16, **options):
+        return tiles.matmul_configs(results, dtype, torch.device("cpu"), **options)[0][:2]
+
+    assert first([(16384, 1536)]) == wide
+    assert first([(1536, 1536)]) == narrow
+    assert first([(16384, 1536)], wide=False) == narrow
+    assert first([(1536, 2048), (1536, 1536), (1536, 2048)]) == wide  # 264 tiles: two full waves of 132
+    assert first([(16384, 1536)], torch.float32) == (64, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
