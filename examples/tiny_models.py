@@ -56,11 +56,12 @@ def tiny_agent(
     model = AutoModelForCausalLM.from_config(config)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     draw = random.Random(0)
+    rows = torch.tensor([tokenizer(f"{prompt} {answer} <end>")["input_ids"] for prompt, answer in lessons])
+    prompt_length = len(tokenizer(lessons[0][0])["input_ids"])
     for _ in range(steps):
-        batch = draw.choices(lessons, k=64)
-        ids = torch.tensor([tokenizer(f"{prompt} {answer} <end>")["input_ids"] for prompt, answer in batch])
+        ids = rows[draw.choices(range(len(lessons)), k=64)]
         labels = ids.clone()
-        labels[:, : len(tokenizer(batch[0][0])["input_ids"])] = -100  # the prompt itself is not predicted
+        labels[:, :prompt_length] = -100  # the prompt itself is not predicted
         model(input_ids=ids, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
 import traceback
@@ -89,6 +90,16 @@ def started(folder: Path, *words: str, signal_at: tuple[int, int] | None = None)
 def recmas(folder: Path, *words: str) -> Ended:
     """``recmas WORDS`` in `folder`, at its end."""
     return started(folder, *words).wait()
+
+
+def script(folder: Path, path: Path, *places: Path) -> Ended:
+    """``python PATH`` in `folder`, with modules in `places`, at its end."""
+    return Started(folder, _script, path, places).wait()
+
+
+def _script(path: Path, places: tuple[Path, ...]) -> None:
+    sys.argv, sys.path[:0] = [str(path)], [str(place) for place in (path.parent, *places)]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _command(words: tuple[str, ...], signal_at: tuple[int, int] | None) -> int:

@@ -12,12 +12,24 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 KIND = "meta"
 ADDRESS = "data_ptr"
 READS = ("__int__", "__float__", "__bool__", "__index__", "item", "tolist")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What lists, tuples and dictionaries hold, as operators take and give them; torch's own is far slower."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, list | tuple) else [tree]
+
+
+def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: mapped(change, part) for name, part in tree.items()}
+    return type(tree)([mapped(change, part) for part in tree]) if isinstance(tree, list | tuple) else change(tree)
 
 
 class _Placed(torch.Tensor):
@@ -80,7 +92,7 @@ class FakeDevices(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         places = {tensor.device for tensor in given if tensor.dim() > 0 or isinstance(tensor, _Placed)}
         asked = (kwargs or {}).get("device")
         place = torch.device(asked) if asked is not None else next(iter(places), torch.device("cpu"))
@@ -108,4 +120,4 @@ class FakeDevices(TorchDispatchMode):
                 return leaf
             return owners.get(id(leaf)) if id(leaf) in owners else _Placed(leaf, place)
 
-        return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {})))
+        return mapped(wrap, func(*mapped(unwrap, args), **mapped(unwrap, kwargs or {})))

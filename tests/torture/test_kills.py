@@ -22,10 +22,11 @@ from recmas.config.system_json import read_spec
 from recmas_kernels import named_weights
 from tests.runtime.commands import Ended, Started
 from tests.runtime.lean import contents, lean_system, write_lean
-from tests.torture.amounts import SEED, amount
+from tests.torture.amounts import FULL, SEED, amount
 from tests.torture.drivers import SYSTEM, command, saves
 
-TRAIN = ("--data", "rows.jsonl", "--steps", "30", "--batch-size", "2", "--checkpoint-every", "5", "--rounds", "1,2")
+STEPS = ("--steps", "30", "--checkpoint-every", "5") if FULL else ("--steps", "10", "--checkpoint-every", "3")
+TRAIN = ("--data", "rows.jsonl", *STEPS, "--batch-size", "2", "--rounds", "1,2")
 ASK = ("--max-new-tokens", "8", "--batch-size", "2")
 
 

@@ -168,7 +168,7 @@ def test_library_variant(compiled, monkeypatch, width):
     check(compiled, PASSES | GELU)
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(2048, 128), (2048, 256), (2048, 512), (1040, 208)])
+@pytest.mark.parametrize(("width", "hidden"), [(2048, 256), (2048, 512), (1040, 208)])
 def test_small_variant(compiled, monkeypatch, width, hidden):
     call_link(monkeypatch, plan.SMALL, 16384, width, hidden, width, "identity", norm=True)
     # A hidden tile of 512 leaves room for 32 tokens in the forward, half a warpgroup's tile.
@@ -194,7 +194,7 @@ def test_candidates_of_an_inner_link(compiled, monkeypatch, by_pointers):
 @pytest.mark.parametrize("compiled", [90], ids=["sm_90"], indirect=True)
 @pytest.mark.parametrize("config", tiles.persistent_configs(), ids=lambda config: "x".join(map(str, config[:5])))
 def test_candidates_by_tensor_descriptors(compiled, monkeypatch, config):
-    """Every tile, on every product of an outer and of an inner link."""
+    """Every tile on every product of an outer link, one on those of an inner link."""
     choose = tiles.choose
 
     def by_descriptors(*given, described, **how):
@@ -202,7 +202,8 @@ def test_candidates_by_tensor_descriptors(compiled, monkeypatch, config):
 
     monkeypatch.setattr(tiles, "choose", by_descriptors)
     call_link(monkeypatch, NAME, 16384, 2048, 3072, 1536, "linear", norm=False)
-    call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
+    if config == tiles.persistent_configs()[0]:
+        call_link(monkeypatch, NAME, 1536, 2048, 2048, 2048, "identity", norm=False)
     check(compiled, {"_persistent_product", "_weight_gradients"})
 
 

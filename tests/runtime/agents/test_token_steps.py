@@ -26,8 +26,7 @@ def fixed(agent: Agent, look: int = 4, **options: bool) -> Agent:
     return twin
 
 
-@pytest.mark.parametrize("look", [1, 3, 8])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "look"), [(0.9, 1), (0.0, 3), (0.9, 8)])
 def test_the_tokens_of_the_loop(agent, temperature, look):
     """Rows of three lengths, some of which end before the others."""
     batch, _ = prompts(agent, LENGTHS)
@@ -57,8 +56,7 @@ def test_each_row_stops_at_the_end_of_the_context_without_positions_that_the_mod
     assert tested.stepper.pool.held
 
 
-@pytest.mark.parametrize("first", [4, 60])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "first"), [(0.9, 4), (0.0, 60)])
 def test_replies_and_texts_longer_than_the_first_bucket(agent, monkeypatch, temperature, first):
     """Rows read replies of other lengths at other times; the batch moves into larger buckets as it grows."""
     monkeypatch.setattr(token_steps, "FIRST", first)

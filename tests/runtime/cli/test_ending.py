@@ -24,7 +24,7 @@ INNER = (
     "--data",
     "rows.jsonl",
     "--steps",
-    "400",
+    "200",
     "--batch-size",
     "2",
     "--roles",
@@ -77,7 +77,7 @@ def test_a_signal_ends_a_training_with_its_status_and_a_whole_checkpoint(whole, 
     steps = log.read_text().count("\n")
     found = checkpoint.load(log.parent)
     assert found is not None
-    assert found.step == steps < 400
+    assert found.step == steps < 200
     assert recmas(whole, *INNER, "--output", name, "--resume").status == 0
     trained, expected = (contents(whole / each / "links") for each in (name, "whole"))
     assert trained == expected

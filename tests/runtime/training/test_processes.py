@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from recmas import RecursiveMAS
 from recmas.training import AllConfig, train_all
 from recmas.training.processes import Processes
+from tests.runtime.commands import recmas
 from tests.runtime.lean import lean_rows, lean_system, write_lean
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +73,7 @@ def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
 
 def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it(tmp_path):
     write_lean(tmp_path)
-    settings = SETTINGS | {"steps": 400}
+    settings = SETTINGS | {"steps": 200}
     words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
     words += [*options(**settings)]
     run = launched(tmp_path, *words)
@@ -88,14 +89,11 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it
     assert len(told) == 1, err
     assert "another process of this run has ended" in told[0] or "ended by SIGTERM" in told[0]
 
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-    resumed = subprocess.run(
-        [sys.executable, "-m", "recmas", *words, "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = recmas(tmp_path, *words, "--resume")
+    assert resumed.status == 0, resumed.err
     (tmp_path / "whole").mkdir()
     whole = write_lean(tmp_path / "whole")
-    subprocess.run([sys.executable, "-m", "recmas", *words], cwd=whole, env=env, check=True, capture_output=True)
+    assert recmas(whole, *words).status == 0
     stored = [next(iter((place / "out").glob("links/planner*/*.safetensors"))) for place in (tmp_path, whole)]
     ours, theirs = map(load_file, stored)
     assert all(ours[key].equal(theirs[key]) for key in theirs)

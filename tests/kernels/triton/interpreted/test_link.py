@@ -36,7 +36,7 @@ def use(monkeypatch):
     return force
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float32, 37), (torch.float16, 37)], ids=str)
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.float16, 37)], ids=str)
 @pytest.mark.parametrize(("variant", "kind"), SERVED)
 def test_outputs_and_gradients_stay_in_the_error_budget(use, variant, kind, dtype, tokens):
     use(variant)
