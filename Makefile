@@ -77,7 +77,7 @@ define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
 		-DRECMAS_PYTHON=OFF -DRECMAS_TESTS=ON -DRECMAS_WERROR=ON $(2)
 	$(BIN)/cmake --build $(1)
-	$(BIN)/ctest --test-dir $(1) --output-on-failure
+	$(BIN)/ctest --test-dir $(1) --output-on-failure --parallel $$(nproc)
 endef
 
 # Not in .venv: a machine for measuring has its own torch and may reach no registry.
