@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from recmas_kernels.backends import cpu_decoder
 from recmas_kernels.backends.choice import requested
-from recmas_kernels.decoder_parts import Parts, parts_of
+from recmas_kernels.decoder_parts import Packed, Parts, parts_of
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.frozen_linear import OF_PACKING
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
 from recmas_kernels.watch import Watch
@@ -35,19 +35,15 @@ class LayerKernel(OwnForward):
     def __init__(self, layer: nn.Module, proofs: Proofs) -> None:
         super().__init__(layer)
         self._proofs = proofs
-        self._parts: Parts | None = None
-        self._watch: Watch | None = None
+        self._found: _Found | None = None
 
     def look(self) -> bool:
+        self._found = None
         parts = parts_of(self.module)
-        if parts is None:  # looked at again at every call; that is cheap
-            self._parts = self._watch = None
+        if parts is None or not self._proofs.hold(self.module, parts, Packed.of(parts), served):
             return False
-        watch = Watch(self.module, OF_PACKING)  # `Parts.packed` looks at these
-        proved = self._proofs.hold(self.module, parts, served)
-        self._parts = parts if proved else None  # first, for threads that find the layer unchanged meanwhile
-        self._watch = watch
-        return proved
+        self._found = _Found(self.module, parts)
+        return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not torch.compiler.is_compiling():
@@ -63,23 +59,45 @@ class LayerKernel(OwnForward):
             return None
         if given.keys() - _TAKEN and any(given[name] is not None for name in given.keys() - _TAKEN):
             return None
-        if self._watch is None or not self._watch.unchanged():
+        if requested() not in ("auto", "cpu") or autocast_enabled("cpu") or _has_any_global_hook():
+            return None
+        found = self._found
+        packed = found.packed if found is not None and found.watch.unchanged() else None
+        if packed is None:
             self.look()
-        parts = self._parts
-        if parts is None or requested() not in ("auto", "cpu") or autocast_enabled("cpu") or _has_any_global_hook():
+            found = self._found
+            packed = None if found is None else found.packed
+        cache, turned, mask = (
+            given.get("past_key_values"),
+            given.get("position_embeddings"),
+            given.get("attention_mask"),
+        )
+        if found is None or packed is None or cache is None or turned is None:
             return None
-        if not parts.fits(x, given.get("position_embeddings"), given.get("attention_mask")):
+        if not found.parts.fits(x, turned, mask):
             return None
-        cache = given.get("past_key_values")
-        return None if cache is None else served(parts, x, given["position_embeddings"], given["attention_mask"], cache)
+        return served(found.parts, packed, x, turned, mask, cache)
 
 
-def served(parts: Parts, x: Tensor, turned: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor | None:
-    """What the layer makes of ``x [B, 1, d]``; None, before anything is done, if a weight is packed no more."""
-    packed = parts.packed()
-    if packed is None:
-        return None
+class _Found:
+    """What a layer was found to be. Its weights are let go as soon as one of its linear layers lets go of them."""
+
+    def __init__(self, layer: nn.Module, parts: Parts) -> None:
+        self.parts, self.watch = parts, Watch(layer)
+        self.packed: Packed | None = Packed.of(parts)
+        itself = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            if (found := itself()) is not None:
+                found.packed = None
+
+        self._panels = [weakref.ref(linear.panels, forget) for linear in parts.linears]
+
+
+def served(
+    parts: Parts, packed: Packed, x: Tensor, turned: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
+) -> Tensor:
+    """What a layer makes of ``x [B, 1, d]``; its cache has grown by one position."""
     queries, keys, values = cpu_decoder.layer_inputs(parts.sizes, parts.scale, x, packed.inputs, *turned)
     keys, values = cache.update(keys, values, parts.index)
-    sizes = (*parts.sizes, parts.hidden_features, parts.activation)
-    return cpu_decoder.layer_output(sizes, x, queries, keys, values, mask, packed.output)
+    return cpu_decoder.layer_output(parts.sizes + parts.feed, x, queries, keys, values, mask, packed.output)

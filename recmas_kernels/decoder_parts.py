@@ -25,13 +25,6 @@ _MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
-class Packed(NamedTuple):
-    """What the two kernels take of a layer's weights; see `recmas_kernels.backends.cpu_decoder`."""
-
-    inputs: tuple[Any, ...]
-    output: tuple[Any, ...]
-
-
 @dataclass(frozen=True)
 class Parts:
     """Of one layer.
@@ -42,8 +35,8 @@ class Parts:
         sizes: heads, key heads, features of a head.
         scale: of the scores.
         index: of the layer in its cache.
-        features, hidden_features: of rows, and between gate and down.
-        activation: its number; see `recmas_kernels.backends.cpu_decoder.ACTIVATIONS`.
+        features: of rows.
+        feed: features between gate and down, and the activation's number in `cpu_decoder.ACTIVATIONS`.
         dtype: of the weights.
     """
 
@@ -53,8 +46,7 @@ class Parts:
     scale: float
     index: int
     features: int
-    hidden_features: int
-    activation: int
+    feed: tuple[int, int]
     dtype: torch.dtype
 
     def fits(self, x: Tensor, turned: Any, mask: Any) -> bool:
@@ -71,19 +63,20 @@ class Parts:
         plain = type(mask) is Tensor and mask.dtype is torch.bool and mask.is_cpu and mask.dim() == 4
         return plain and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == mask.shape[2] == 1
 
-    def packed(self) -> Packed | None:
-        """The weights as the kernels take them; None if one of them is packed no more."""
-        held = []
-        for linear in self.linears:
-            panels = linear.packed()
-            if panels is None:
-                return None
-            held.append((panels.data, cpu_decoder.dtype_number(panels.stored), linear._parameters["bias"]))
+
+class Packed(NamedTuple):
+    """A layer's weights and norms as the two kernels take them; see `recmas_kernels.backends.cpu_decoder`."""
+
+    inputs: tuple[Any, ...]
+    output: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Packed:
+        """Those of a layer whose weights are packed."""
+        held = [_weight(linear) for linear in parts.linears]
         query, key, value, out, gate, up, down = held
-        norm, query_norm, key_norm, after, before, last = map(_arguments, self.norms)
-        return Packed(
-            norm + query + key + value + query_norm + key_norm, out + after + before + gate + up + down + last
-        )
+        norm, query_norm, key_norm, after, before, last = map(_arguments, parts.norms)
+        return cls(norm + query + key + value + query_norm + key_norm, out + after + before + gate + up + down + last)
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
@@ -106,7 +99,7 @@ def parts_of(layer: nn.Module) -> Parts | None:
         for name in names
     ]
     norms = _norms_of(layer, attention)
-    if norms is None or not all(isinstance(linear, FrozenLinear) for linear in linears):
+    if norms is None or not all(isinstance(linear, FrozenLinear) and linear.packed() for linear in linears):
         return None
     return _measured(attention, mlp, linears, norms)
 
@@ -156,7 +149,7 @@ def _measured(
     if len(dtypes) != 1:
         return None
     sizes = heads, key_heads, features
-    return Parts(tuple(linears), norms, sizes, scale, index, query.in_features, hidden, activation, dtypes.pop())
+    return Parts(tuple(linears), norms, sizes, scale, index, query.in_features, (hidden, activation), dtypes.pop())
 
 
 def _activation_of(function: Any) -> int | None:
@@ -171,6 +164,12 @@ def _activation_of(function: Any) -> int | None:
         if isinstance(found, Tensor) and torch.allclose(found, _ACTIVATIONS[name](x), rtol=1e-6, atol=1e-7):
             return number
     return None
+
+
+def _weight(linear: FrozenLinear) -> tuple[Any, ...]:
+    panels = linear.panels
+    assert panels is not None
+    return panels.data, cpu_decoder.dtype_number(panels.stored), linear._parameters["bias"]
 
 
 def _arguments(norm: nn.Module | None) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recmas_kernels.decoder_parts import Parts
+from recmas_kernels.decoder_parts import Packed, Parts
 from recmas_kernels.frozen_linear import OF_PACKING
 from recmas_kernels.named_weights import named_weights
 from recmas_kernels.own_forward import OF_MODULES
@@ -17,7 +17,7 @@ from recmas_kernels.own_forward import OF_MODULES
 _ROWS, _BEFORE = 2, 6  # rows, and positions in the cache
 _BOUND = 1e-4  # of the largest entry: two orders of float32 sums through one layer, and far below any other formula
 
-Kernel = Callable[[Parts, Tensor, tuple[Tensor, Tensor], Tensor | None, Any], Tensor | None]
+Kernel = Callable[[Parts, Packed, Tensor, tuple[Tensor, Tensor], Tensor | None, Any], Tensor]
 
 
 class Proofs:
@@ -26,13 +26,13 @@ class Proofs:
     def __init__(self) -> None:
         self._held: list[tuple[Any, bool]] = []
 
-    def hold(self, layer: nn.Module, parts: Parts, kernel: Kernel) -> bool:
+    def hold(self, layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel) -> bool:
         """Whether ``layer``'s class makes the same of random rows as ``kernel`` of its parts."""
         formula = _formula(layer, parts)
         for known, holds in self._held:
             if known == formula:
                 return holds
-        self._held.append((formula, _holds(layer, parts, kernel)))
+        self._held.append((formula, _holds(layer, parts, packed, kernel)))
         return self._held[-1][1]
 
 
@@ -71,13 +71,13 @@ class _AsItsClass(nn.Module):
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
-def _holds(layer: nn.Module, parts: Parts, kernel: Kernel) -> bool:
+def _holds(layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel) -> bool:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return all(_agrees(layer, parts, kernel, masked) for masked in (False, True))
+        return all(_agrees(layer, parts, packed, kernel, masked) for masked in (False, True))
 
 
-def _agrees(layer: nn.Module, parts: Parts, kernel: Kernel, masked: bool) -> bool:
+def _agrees(layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel, masked: bool) -> bool:
     """On rows of their own, in float32: 16-bit rounding would hide small differences of the formula."""
     _, key_heads, features = parts.sizes
     shape = _ROWS, key_heads, _BEFORE, features
@@ -100,8 +100,8 @@ def _agrees(layer: nn.Module, parts: Parts, kernel: Kernel, masked: bool) -> boo
         expected = functional_call(_AsItsClass(layer), weights, (x,), given)
     except Exception:  # a layer of another kind, which takes other arguments
         return False
-    found = kernel(parts, x, turned, mask, caches[1])
-    if found is None or not isinstance(expected, Tensor) or expected.shape != found.shape:
+    found = kernel(parts, packed, x, turned, mask, caches[1])
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return False
     pairs = ((found, expected), (caches[1].keys, caches[0].keys), (caches[1].values, caches[0].values))
     return all(bool((a - b).abs().max() <= _BOUND * b.abs().max()) for a, b in pairs)

@@ -7,47 +7,56 @@ from typing import Any
 from torch import nn
 
 from recmas_kernels.backends import cpu
+from recmas_kernels.frozen_linear import FrozenLinear
 
-_GROUPS = ("_parameters", "_modules", "_buffers")
+_GROUPS: tuple[str, ...] = ("_parameters", "_modules", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _INNER = frozenset(nn.Module().__dict__) - {"training"}
-"""What every module has: the groups are watched by what is in them, the rest says nothing about a result."""
+"""What every module has: parameters, buffers and children are watched one by one, the rest decides no result."""
 
 
 class Watch:
-    """A module as it is now; the kernels must be there.
+    """A module as it is now, with parts that are packed `FrozenLinear`s.
 
-    Of all its parts: classes and their ``forward``, attributes by identity, parameters, buffers and children by
-    identity. Hooks of parts count as a change, those of the module itself do not, as it is called through them.
+    Of all parts: classes and their ``forward``, attributes by identity, parameters, buffers and children by identity,
+    and whether packed weights still stand for their panels. Hooks of parts count as a change; those of the module
+    itself do not, as it is called through them.
 
     Args:
         module: with all its parts.
-        ignored: names of attributes that may change.
     """
 
-    def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(self, module: nn.Module) -> None:
         entries: list[Any] = []
         sizes: list[Any] = []
         kinds: list[Any] = []
+        stand_ins: list[Any] = []
         for part in module.modules():
             held = part.__dict__
-            kinds += (part, type(part), type(part).forward)
+            kinds += (part, type(part))
             sizes += (held, len(held))
-            for name, value in held.items():
-                if name not in _INNER and name not in ignored and not (part is module and name == "forward"):
-                    entries += (held, name, value)
-                    entries += _attention_of(value)
-            for group in _GROUPS:
+            if isinstance(part, FrozenLinear):  # computes with its weight and bias alone
+                stand_ins.append(part._parameters["weight"])
+                groups = _GROUPS[:1]
+            else:
+                groups = _GROUPS
+                for name, value in held.items():
+                    if name not in _INNER and not (part is module and name == "forward"):
+                        entries += (held, name, value)
+                        entries += _attention_of(value)
+            for group in groups:
                 sizes += (held[group], len(held[group]))
                 for name, value in held[group].items():
                     entries += (held[group], name, value)
             if part is not module:
                 for name in _HOOKS:
                     sizes += (held[name], 0)
-        self._watched = tuple(entries), tuple(sizes), tuple(kinds)
+        classes = {type(part): type(part).forward for part in module.modules()}
+        forwards = [item for pair in classes.items() for item in pair]
+        self._watched = tuple(entries), tuple(sizes), tuple(kinds), tuple(forwards), tuple(stand_ins)
 
     def unchanged(self) -> bool:
-        """Whether all of it is the same; 2 us for a decoder layer."""
+        """Whether all of it is the same."""
         return cpu.unchanged(*self._watched)
 
 

@@ -1,7 +1,10 @@
 // Whether Python objects are what they were: for modules that a kernel stands for, at every call of it.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu_entries.h"
+#include "tensors.h"
 
 namespace recmas::python {
 
@@ -20,6 +23,12 @@ PyObject* dictionary(PyObject* object) {
   return object;
 }
 
+// Between two calls the weights of other layers went through the caches, so that every object is a miss: 4 us a layer
+// when they are asked for together, 16 one after the other.
+void prefetch(PyObject* objects) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) __builtin_prefetch(PyTuple_GET_ITEM(objects, i));
+}
+
 bool holds(PyObject* watched, PyObject* key, PyObject* value) {
   PyObject* const found = PyDict_GetItemWithError(dictionary(watched), key);
   if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -28,22 +37,30 @@ bool holds(PyObject* watched, PyObject* key, PyObject* value) {
 
 }  // namespace
 
-// unchanged(entries, sizes, kinds): whether each dictionary still has that very value under that key (entries: three in
-// a row) and as many keys (sizes: two), and each object is still of that class, with that forward (kinds: three). 15 ns
-// each; a loop in Python takes five times as long, and a layer has a hundred.
+// unchanged(entries, sizes, kinds, classes, stand_ins): whether each dictionary still has that very value under that key
+// (entries: three in a row) and as many keys (sizes: two), each object is of that class (kinds: two), each class has
+// that forward (classes: two), and each tensor holds one element for all (stand_ins). 15 ns each, or a miss of the
+// caches; a loop in Python takes five times as long, and a layer has a hundred.
 PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
-  if (count != 3) throw py::type_error("unchanged: expected entries, sizes and kinds");
-  PyObject *const entries = rows(values[0], 3), *const sizes = rows(values[1], 2), *const kinds = rows(values[2], 3);
+  if (count != 5) throw py::type_error("unchanged: expected entries, sizes, kinds, classes and stand-ins");
+  PyObject *const entries = rows(values[0], 3), *const sizes = rows(values[1], 2), *const kinds = rows(values[2], 2);
+  PyObject *const classes = rows(values[3], 2), *const stand_ins = rows(values[4], 1);
+  for (PyObject* const objects : {sizes, kinds, entries, stand_ins}) prefetch(objects);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); i += 2) {
     const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1));
     if (PyDict_Size(dictionary(PyTuple_GET_ITEM(sizes, i))) != size) Py_RETURN_FALSE;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds); i += 3) {
-    PyObject* const kind = PyTuple_GET_ITEM(kinds, i + 1);
-    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(kinds, i))) != kind) Py_RETURN_FALSE;
-    if (py::object forward = py::handle(kind).attr("forward"); forward.ptr() != PyTuple_GET_ITEM(kinds, i + 2)) {
-      Py_RETURN_FALSE;
-    }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds); i += 2) {
+    const auto* const kind = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(kinds, i)));
+    if (kind != PyTuple_GET_ITEM(kinds, i + 1)) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); i += 2) {
+    const py::object forward = py::handle(PyTuple_GET_ITEM(classes, i)).attr("forward");
+    if (forward.ptr() != PyTuple_GET_ITEM(classes, i + 1)) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(stand_ins); ++i) {
+    const View view = reader().read(PyTuple_GET_ITEM(stand_ins, i));
+    if (view.row_stride != 0 || view.column_stride != 0) Py_RETURN_FALSE;
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(entries); i += 3) {
     if (!holds(PyTuple_GET_ITEM(entries, i), PyTuple_GET_ITEM(entries, i + 1), PyTuple_GET_ITEM(entries, i + 2))) {

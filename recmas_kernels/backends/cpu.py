@@ -244,9 +244,9 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     return y
 
 
-def unchanged(entries: tuple[Any, ...], sizes: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+def unchanged(*watched: tuple[Any, ...]) -> bool:
     """Whether Python objects are what they were; see `recmas_kernels.watch`."""
-    same: bool = _native().unchanged(entries, sizes, kinds)
+    same: bool = _native().unchanged(*watched)
     return same
 
 
