@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recmas_kernels.backends import cpu_decoder
 from recmas_kernels.frozen_linear import FrozenLinear
 from recmas_kernels.rms_norm import NormKernel
+from recmas_kernels.watch import HOOKS
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -98,10 +99,18 @@ def parts_of(layer: nn.Module) -> Parts | None:
         for part, names in ((attention, _LINEARS["self_attn"]), (mlp, _LINEARS["mlp"]))
         for name in names
     ]
+    if any(_is_called(part) for part in layer.modules() if part is not layer):
+        return None
     norms = _norms_of(layer, attention)
     if norms is None or not all(isinstance(linear, FrozenLinear) and linear.packed() for linear in linears):
         return None
     return _measured(attention, mlp, linears, norms)
+
+
+def _is_called(part: nn.Module) -> bool:
+    """Whether calling a part is more than its class's ``forward``: by hooks, or a ``forward`` of its own."""
+    own = part.__dict__.get("forward")
+    return any(part.__dict__[name] for name in HOOKS) or not (own is None or isinstance(own, NormKernel))
 
 
 def _norms_of(layer: nn.Module, attention: nn.Module) -> tuple[nn.Module | None, ...] | None:

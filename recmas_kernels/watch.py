@@ -10,7 +10,8 @@ from recmas_kernels.backends import cpu
 from recmas_kernels.frozen_linear import FrozenLinear
 
 _GROUPS: tuple[str, ...] = ("_parameters", "_modules", "_buffers")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Of modules; those of the backward pass change no result."""
 _INNER = frozenset(nn.Module().__dict__) - {"training"}
 """What every module has: parameters, buffers and children are watched one by one, the rest decides no result."""
 
@@ -49,7 +50,7 @@ class Watch:
                 for name, value in held[group].items():
                     entries += (held[group], name, value)
             if part is not module:
-                for name in _HOOKS:
+                for name in HOOKS:
                     sizes += (held[name], 0)
         classes = {type(part): type(part).forward for part in module.modules()}
         forwards = [item for pair in classes.items() for item in pair]
