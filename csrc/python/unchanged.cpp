@@ -37,9 +37,9 @@ bool holds(PyObject* watched, PyObject* key, PyObject* value) {
 
 }  // namespace
 
-// unchanged(entries, sizes, kinds, classes, stand_ins): whether each dictionary still has that very value under that key
-// (entries: three in a row) and as many keys (sizes: two), each object is of that class (kinds: two), each class has
-// that forward (classes: two), and each tensor holds one element for all (stand_ins). 15 ns each, or a miss of the
+// unchanged(entries, sizes, kinds, classes, stand_ins): whether each dictionary still has that very value under that
+// key (entries: three in a row) and as many keys (sizes: two), each object is of that class (kinds: two), each class
+// has that forward (classes: two), and each tensor holds one element for all (stand_ins). 15 ns each, or a miss of the
 // caches; a loop in Python takes five times as long, and a layer has a hundred.
 PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
   if (count != 5) throw py::type_error("unchanged: expected entries, sizes, kinds, classes and stand-ins");

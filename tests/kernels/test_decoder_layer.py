@@ -65,7 +65,7 @@ class Served:
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_position_is_that_of_the_plain_layer(isa: str, dtype: torch.dtype, kind: str):
