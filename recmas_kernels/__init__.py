@@ -14,8 +14,8 @@ from recmas_kernels.functional import Norm, alignment_loss, latent_handoff, recu
 from recmas_kernels.fuse import fuse
 from recmas_kernels.fused_link import FusedRecursiveLink
 from recmas_kernels.link import RecursiveLink
-from recmas_kernels.named_weights import named_weights
 from recmas_kernels.version import __version__
+from recmas_kernels.weights import named_weights
 
 __all__ = [
     "BACKENDS",

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from recmas_kernels.decoder_parts import Packed, Parts
 from recmas_kernels.frozen_linear import OF_PACKING
-from recmas_kernels.named_weights import named_weights
 from recmas_kernels.own_forward import OF_MODULES
+from recmas_kernels.weights import named_weights
 
 _ROWS, _BEFORE = 2, 6  # rows, and positions in the cache
 _BOUND = 1e-4  # of the largest entry: two orders of float32 sums through one layer, and far below any other formula

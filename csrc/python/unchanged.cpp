@@ -23,12 +23,6 @@ PyObject* dictionary(PyObject* object) {
   return object;
 }
 
-// Between two calls the weights of other layers went through the caches, so that every object is a miss: 4 us a layer
-// when they are asked for together, 16 one after the other.
-void prefetch(PyObject* objects) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) __builtin_prefetch(PyTuple_GET_ITEM(objects, i));
-}
-
 bool holds(PyObject* watched, PyObject* key, PyObject* value) {
   PyObject* const found = PyDict_GetItemWithError(dictionary(watched), key);
   if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -45,7 +39,6 @@ PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
   if (count != 5) throw py::type_error("unchanged: expected entries, sizes, kinds, classes and stand-ins");
   PyObject *const entries = rows(values[0], 3), *const sizes = rows(values[1], 2), *const kinds = rows(values[2], 2);
   PyObject *const classes = rows(values[3], 2), *const stand_ins = rows(values[4], 1);
-  for (PyObject* const objects : {sizes, kinds, entries, stand_ins}) prefetch(objects);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); i += 2) {
     const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1));
     if (PyDict_Size(dictionary(PyTuple_GET_ITEM(sizes, i))) != size) Py_RETURN_FALSE;
