@@ -95,7 +95,7 @@ class Accelerated:
         plain = sum(panels.out_features * panels.in_features * panels.dtype.itemsize for panels in held)
         lines = [
             f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB",
-            f"{len(self.norms)} norms run as one kernel, {len(self.layers)} decoder layers as two, a position at a time",
+            f"{len(self.norms)} norms run as one kernel, {len(self.layers)} decoder layers as two at one position",
         ]
         return "\n".join(lines + [f"{name or 'the model'} is left as it is: {why}" for name, why in self.left.items()])
 
