@@ -43,6 +43,14 @@ class Accelerated:
         self.norms: dict[str, nn.Module] = {}
         self.layers: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
+        try:
+            self._pack(model)
+            self._serve(model)
+        except BaseException:  # half a model would be nobody's to close
+            self.close()
+            raise
+
+    def _pack(self, model: nn.Module) -> None:
         linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         owners, outside = _owners(model), _held_outside(model, linears.values())
         for name, part in linears.items():
@@ -59,6 +67,8 @@ class Accelerated:
                 self.left[name] = "a module outside of the model holds its weight, too"
             else:
                 self.packed[name] = freeze(part)
+
+    def _serve(self, model: nn.Module) -> None:
         proofs = Proofs()
         for name, part in model.named_modules():
             if own_forward.serve(part, NormKernel):
@@ -129,8 +139,9 @@ def accelerate(model: nn.Module) -> Accelerated:
     reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
     and the layer is left alone; a tensor that only shares its memory keeps that memory, and its values.
 
-    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for. Decoder layers whose
-    parts are known, and that compute the same on random rows, run as two for one position of up to 16 rows.
+    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for. Decoder layers of known
+    classes that compute on random rows what the kernels do run as two, for one position of up to 16 rows. What such a
+    layer names in its own file is compared at every call; functions that these call elsewhere must not change.
 
     Args:
         model: any module, on any device; only weights on the CPU are packed.

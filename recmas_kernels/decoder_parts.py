@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels.backends import cpu_decoder
+from recmas_kernels.frozen import Panels
 from recmas_kernels.frozen_linear import FrozenLinear
 from recmas_kernels.rms_norm import NormKernel
 from recmas_kernels.watch import HOOKS
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_erf": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -23,6 +24,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _NORMS = {"input_layernorm", "post_attention_layernorm"}
 _MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+KNOWN = {
+    f"transformers.models.{room}.modeling_{room}.{name}DecoderLayer"
+    for room, name in {
+        "gemma": "Gemma",
+        "gemma3": "Gemma3",
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+    }.items()
+}
+"""Classes of layers whose code was read: a proof on random rows cannot see a rule for other rows or positions."""
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
@@ -31,8 +44,9 @@ class Parts:
     """Of one layer.
 
     Attributes:
-        linears: query, key, value, out, gate, up, down.
-        norms: of the input, of queries, of keys, after attention, before and after the feed-forward part.
+        linears: query, key, value, out, gate, up, down, by their names in the layer.
+        norms: of the input, of queries, of keys, after attention, before and after the feed-forward part; by name.
+        norm_rules: ``(offset, eps)`` of each norm.
         sizes: heads, key heads, features of a head.
         scale: of the scores.
         index: of the layer in its cache.
@@ -41,14 +55,21 @@ class Parts:
         dtype: of the weights.
     """
 
-    linears: tuple[FrozenLinear, ...]
-    norms: tuple[nn.Module | None, ...]
+    linears: dict[str, FrozenLinear]
+    norms: tuple[tuple[str, nn.Module] | None, ...]
+    norm_rules: tuple[tuple[float, float] | None, ...]
     sizes: tuple[int, int, int]
     scale: float
     index: int
     features: int
     feed: tuple[int, int]
     dtype: torch.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, biases and gains by their names in the layer; packed weights as what stands for them."""
+        parts = [*self.linears.items(), *filter(None, self.norms)]
+        held = ((f"{name}.{key}", tensor) for name, part in parts for key, tensor in part._parameters.items())
+        return {name: tensor for name, tensor in held if tensor is not None}
 
     def fits(self, x: Tensor, turned: Any, mask: Any) -> bool:
         """Whether the kernels take these: rows ``[B, 1, d]``, cosines and sines, and the mask."""
@@ -57,12 +78,25 @@ class Parts:
         for angles in turned:
             if angles.shape not in ((1, 1, self.sizes[2]), (x.shape[0], 1, self.sizes[2])):
                 return False
-            if angles.dtype is not x.dtype or not angles.is_cpu:
+            if angles.dtype is not x.dtype or not is_plain(angles):
                 return False
         if mask is None:
             return True
-        plain = type(mask) is Tensor and mask.dtype is torch.bool and mask.is_cpu and mask.dim() == 4
-        return plain and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == mask.shape[2] == 1
+        return is_plain(mask) and mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1
+
+    def reads(self, x: Tensor, keys: Any, values: Any, mask: Tensor | None) -> bool:
+        """Whether the kernels take what the cache holds, ``[B, key heads, T, D]``, and a mask for it."""
+        if not (is_plain(keys) and is_plain(values)) or not keys.dtype is values.dtype is x.dtype or keys.dim() != 4:
+            return False
+        rows, (_, key_heads, features) = x.shape[0], self.sizes
+        if keys.shape != values.shape or keys.shape[:2] != (rows, key_heads) or keys.shape[3] != features:
+            return False
+        return mask is None or mask.shape in ((1, 1, 1, keys.shape[2]), (rows, 1, 1, keys.shape[2]))
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether something is a tensor of the CPU whose memory holds its values."""
+    return type(tensor) is Tensor and tensor.is_cpu and not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 class Packed(NamedTuple):
@@ -70,21 +104,40 @@ class Packed(NamedTuple):
 
     inputs: tuple[Any, ...]
     output: tuple[Any, ...]
+    vectors: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, parts: Parts) -> Packed:
-        """Those of a layer whose weights are packed."""
-        held = [_weight(linear) for linear in parts.linears]
-        query, key, value, out, gate, up, down = held
-        norm, query_norm, key_norm, after, before, last = map(_arguments, parts.norms)
-        return cls(norm + query + key + value + query_norm + key_norm, out + after + before + gate + up + down + last)
+    def readable(self) -> bool:
+        """Whether the kernels read biases and gains as they lie in memory."""
+        return all(vector.is_contiguous() and not vector.is_neg() for vector in self.vectors)
+
+
+def packed_of(parts: Parts, tensors: dict[str, Tensor], panels: dict[str, Panels]) -> Packed:
+    """Of a layer with these biases and gains (names of `Parts.tensors`) and packed weights (of `Parts.linears`)."""
+    held = [
+        (panels[name].data, cpu_decoder.dtype_number(panels[name].stored), tensors.get(f"{name}.bias"))
+        for name in parts.linears
+    ]
+    query, key, value, out, gate, up, down = held
+    norms: list[tuple[Any, ...]] = [
+        cpu_decoder.NO_NORM if named is None or rule is None else (tensors[f"{named[0]}.weight"], *rule)
+        for named, rule in zip(parts.norms, parts.norm_rules, strict=True)
+    ]
+    norm, query_norm, key_norm, after, before, last = norms
+    vectors = tuple(part for each in (*held, *norms) for part in (each[0], each[-1]) if isinstance(part, Tensor))
+    return Packed(
+        norm + query + key + value + query_norm + key_norm,
+        out + after + before + gate + up + down + last,
+        tuple(vector for vector in vectors if vector.dtype is not torch.uint8),
+    )
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
-    """The parts of a layer that has these, whose linear layers are packed and whose norms run as kernels, and no more.
+    """The parts of a layer of a known class that has these, packed linear layers and norms that run as kernels, only.
 
     That it computes with them what the kernels compute is for a proof to show.
     """
+    if f"{type(layer).__module__}.{type(layer).__qualname__}" not in KNOWN:
+        return None
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None or layer._parameters or layer._buffers:
         return None
@@ -94,17 +147,13 @@ def parts_of(layer: nn.Module) -> Parts | None:
         return None
     if mlp._modules.keys() != {*_LINEARS["mlp"], "act_fn"} or attention._parameters or mlp._parameters:
         return None
-    linears = [
-        part._modules.get(name)
-        for part, names in ((attention, _LINEARS["self_attn"]), (mlp, _LINEARS["mlp"]))
-        for name in names
-    ]
-    if any(_is_called(part) for part in layer.modules() if part is not layer):
+    parts = {"self_attn": attention, "mlp": mlp}
+    linears = {f"{name}.{key}": parts[name]._modules.get(key) for name, keys in _LINEARS.items() for key in keys}
+    if layer.training or any(_is_called(part) or part.training for part in layer.modules() if part is not layer):
         return None
-    norms = _norms_of(layer, attention)
-    if norms is None or not all(isinstance(linear, FrozenLinear) and linear.packed() for linear in linears):
+    if not all(isinstance(linear, FrozenLinear) and linear.packed() for linear in linears.values()):
         return None
-    return _measured(attention, mlp, linears, norms)
+    return _measured(attention, mlp, linears, _norms_of(layer, attention))
 
 
 def _is_called(part: nn.Module) -> bool:
@@ -113,80 +162,73 @@ def _is_called(part: nn.Module) -> bool:
     return any(part.__dict__[name] for name in HOOKS) or not (own is None or isinstance(own, NormKernel))
 
 
-def _norms_of(layer: nn.Module, attention: nn.Module) -> tuple[nn.Module | None, ...] | None:
-    """In the order of `Parts.norms`; None if one does not run as a kernel."""
-    held = layer._modules
-    between: tuple[nn.Module | None, ...] = (None, held.get("post_attention_layernorm"), None)
-    if held.keys() >= _MORE_NORMS:
-        between = tuple(held[name] for name in ("post_attention_layernorm", *sorted(_MORE_NORMS, reverse=True)))
-    norms = (held.get("input_layernorm"), attention._modules.get("q_norm"), attention._modules.get("k_norm"), *between)
-    served = all(norm is None or isinstance(norm.__dict__.get("forward"), NormKernel) for norm in norms)
-    return norms if served and norms[0] is not None and norms[4] is not None else None
+def _norms_of(layer: nn.Module, attention: nn.Module) -> tuple[tuple[str, nn.Module] | None, ...]:
+    """In the order of `Parts.norms`."""
+    last = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    if not layer._modules.keys() >= _MORE_NORMS:
+        last = ("", "post_attention_layernorm", "")
+    heads = ("self_attn.q_norm", "self_attn.k_norm") if attention._modules.keys() >= _HEAD_NORMS else ("", "")
+    names = ("input_layernorm", *heads, *last)
+    return tuple((name, layer.get_submodule(name)) if name else None for name in names)
+
+
+def _rule_of(norm: nn.Module) -> tuple[float, float] | None:
+    """``(offset, eps)`` of a norm that runs as a kernel, as it is now."""
+    kernel = norm.__dict__.get("forward")
+    return kernel.computes if isinstance(kernel, NormKernel) and kernel.look() else None
 
 
 def _measured(
-    attention: nn.Module, mlp: nn.Module, linears: list[Any], norms: tuple[nn.Module | None, ...]
+    attention: nn.Module, mlp: nn.Module, linears: dict[str, Any], norms: tuple[tuple[str, nn.Module] | None, ...]
 ) -> Parts | None:
     features, scale, index = (getattr(attention, name, None) for name in ("head_dim", "scaling", "layer_idx"))
     activation = _activation_of(mlp._modules["act_fn"])
     if type(features) is not int or type(scale) is not float or type(index) is not int or activation is None:
         return None
-    query, key, value, out, gate, up, down = linears
+    query, key, _, _, gate, _, _ = linears.values()
     heads, key_heads = query.out_features // features, key.out_features // features
-    hidden = gate.out_features
-    expected = {
-        query: (query.in_features, heads * features),
-        key: (query.in_features, key_heads * features),
-        value: (query.in_features, key_heads * features),
-        out: (heads * features, query.in_features),
-        gate: (query.in_features, hidden),
-        up: (query.in_features, hidden),
-        down: (hidden, query.in_features),
-    }
-    if any((linear.in_features, linear.out_features) != sizes for linear, sizes in expected.items()):
+    width, hidden = query.in_features, gate.out_features
+    expected = (
+        (width, heads * features),
+        (width, key_heads * features),
+        (width, key_heads * features),
+        (heads * features, width),
+        (width, hidden),
+        (width, hidden),
+        (hidden, width),
+    )
+    if tuple((linear.in_features, linear.out_features) for linear in linears.values()) != expected:
         return None
     if features % 2 or key_heads == 0 or heads % key_heads:
         return None
-    weights = [linear._parameters["weight"] for linear in linears]
-    widths = (query.in_features, features, features, *[query.in_features] * 3)
-    for norm, width in zip(norms, widths, strict=True):
-        if norm is not None:
-            weights.append(norm._parameters["weight"])
-            if weights[-1].shape != (width,):
-                return None
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) != 1:
+    rules = tuple(None if named is None else _rule_of(named[1]) for named in norms)
+    widths = (width, features, features, width, width, width)
+    weights = [linear._parameters["weight"] for linear in linears.values()]
+    for named, rule, size in zip(norms, rules, widths, strict=True):
+        if named is None:
+            continue
+        if rule is None or named[1]._parameters["weight"].shape != (size,):  # type: ignore[union-attr]
+            return None
+        weights.append(named[1]._parameters["weight"])
+    if len({weight.dtype for weight in weights}) != 1:
         return None
     sizes = heads, key_heads, features
-    return Parts(tuple(linears), norms, sizes, scale, index, query.in_features, (hidden, activation), dtypes.pop())
+    return Parts(linears, norms, rules, sizes, scale, index, width, (hidden, activation), weights[0].dtype)
 
 
 def _activation_of(function: Any) -> int | None:
     """The number of the activation that this computes."""
-    x = torch.linspace(-9, 9, 181, device="cpu")
+    x = torch.linspace(-90, 90, 3601, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         try:
             found = function(x)
         except Exception:  # an activation of another kind
             return None
     for number, name in enumerate(cpu_decoder.ACTIVATIONS):
-        if isinstance(found, Tensor) and torch.allclose(found, _ACTIVATIONS[name](x), rtol=1e-6, atol=1e-7):
+        if isinstance(found, Tensor) and torch.allclose(found, PLAIN_ACTIVATIONS[name](x), rtol=1e-6, atol=1e-7):
             return number
     return None
 
 
-def _weight(linear: FrozenLinear) -> tuple[Any, ...]:
-    panels = linear.panels
-    assert panels is not None
-    return panels.data, cpu_decoder.dtype_number(panels.stored), linear._parameters["bias"]
-
-
-def _arguments(norm: nn.Module | None) -> tuple[Any, ...]:
-    if norm is None:
-        return cpu_decoder.NO_NORM
-    offset, eps = norm.__dict__["forward"].computes
-    return norm._parameters["weight"], offset, eps
-
-
 def _is_pair(turned: Any) -> bool:
-    return isinstance(turned, tuple) and len(turned) == 2 and all(type(angles) is Tensor for angles in turned)
+    return isinstance(turned, tuple) and len(turned) == 2 and all(isinstance(angles, Tensor) for angles in turned)

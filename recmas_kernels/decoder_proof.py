@@ -1,4 +1,8 @@
-"""Proof that a decoder layer computes what the kernels compute of its parts: on random rows, in float32."""
+"""Proof that a decoder layer computes what the kernels compute of its parts: on random rows and weights.
+
+Weights are random, since those of a model may be so small that another formula gives the same, and they may change.
+The proof is in float32, where 16-bit rounding hides nothing; a layer of 16 bits agrees in its own type, too, roughly.
+"""
 
 from __future__ import annotations
 
@@ -7,101 +11,141 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from recmas_kernels.decoder_parts import Packed, Parts
+from recmas_kernels import frozen
+from recmas_kernels.decoder_parts import Packed, Parts, packed_of
 from recmas_kernels.frozen_linear import OF_PACKING
 from recmas_kernels.own_forward import OF_MODULES
-from recmas_kernels.weights import named_weights
 
-_ROWS, _BEFORE = 2, 6  # rows, and positions in the cache
+_POSITIONS = (70, 1_000_003)
+"""Of the two rows; one is beyond what any model was trained for, where some scale their queries."""
+_BEFORE = 70  # positions in the cache
 _BOUND = 1e-4  # of the largest entry: two orders of float32 sums through one layer, and far below any other formula
+_ROUGH = 0.1  # in 16 bits
 
 Kernel = Callable[[Parts, Packed, Tensor, tuple[Tensor, Tensor], Tensor | None, Any], Tensor]
 
 
 class Proofs:
-    """Of the layers of one model; layers that differ in nothing but weights and index are proved once."""
+    """Of the layers of one model. Layers that differ in nothing but weights and index share most of theirs."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[Any, bool]] = []
+        self._held: list[tuple[Any, bool, _Weights]] = []
 
-    def hold(self, layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel) -> bool:
+    def hold(self, layer: nn.Module, parts: Parts, kernel: Kernel) -> bool:
         """Whether ``layer``'s class makes the same of random rows as ``kernel`` of its parts."""
         formula = _formula(layer, parts)
-        for known, holds in self._held:
-            if known == formula:
-                return holds
-        self._held.append((formula, _holds(layer, parts, packed, kernel)))
-        return self._held[-1][1]
+        for known, holds, weights in self._held:
+            if _same(known, formula):
+                return holds and _agrees(layer, parts, kernel, weights, masked=True)
+        generator = torch.Generator("cpu").manual_seed(0)
+        weights = _Weights(parts, generator)
+        holds = all(_agrees(layer, parts, kernel, weights, masked) for masked in (False, True))
+        if holds and parts.dtype is not torch.float32:
+            holds = _agrees(layer, parts, kernel, _Weights(parts, generator, parts.dtype), masked=True)
+        self._held.append((formula, holds, weights))
+        return holds
 
 
 def _formula(layer: nn.Module, parts: Parts) -> Any:
-    """All that decides what the layer computes, but for its weights and its index."""
+    """What decides what the layer computes, as far as it can be seen, but for its weights and its index."""
     ignored = OF_MODULES | OF_PACKING | {"layer_idx"}
     described = []
     for name, part in layer.named_modules():
-        # A tensor equals no other object, so layers that hold some are proved one by one.
-        held = {key: object() if isinstance(value, Tensor) else value for key, value in part.__dict__.items()}
         shapes = {key: None if value is None else value.shape for key, value in part._parameters.items()}
-        plain = {key: value for key, value in held.items() if key not in ignored}
+        plain = {key: value for key, value in part.__dict__.items() if key not in ignored}
         described.append((name, type(part), type(part).forward, plain, shapes))
-    return described, [norm and norm.__dict__["forward"].computes for norm in parts.norms], parts.dtype
+    return described, parts.norm_rules, parts.dtype
+
+
+def _same(known: Any, formula: Any) -> bool:
+    try:
+        return bool(known == formula)
+    except Exception:  # attributes whose comparison is no bool, such as tensors and arrays
+        return False
+
+
+class _Weights:
+    """Random ones for a layer: as tensors by their names in `Parts.tensors`, and as the kernels take them."""
+
+    def __init__(self, parts: Parts, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in parts.tensors().items():
+            random = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") - 0.5
+            fan_in = tensor.shape[-1] if tensor.dim() == 2 else 1
+            self.tensors[name] = (random * (12 / fan_in) ** 0.5).to(dtype)
+        panels = {name: frozen.pack(self.tensors[f"{name}.weight"]) for name in parts.linears}
+        self.packed = packed_of(parts, self.tensors, panels)
+        self.generator, self.dtype = generator, dtype
 
 
 class _Cache:
-    """Of one layer: what it held before, and what was appended."""
+    """Of one layer: what it held before, and what was appended, with all that it was told."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+        self.told: Any = None
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *told: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        self.told = told, more
         self.keys, self.values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
         return self.keys, self.values
 
 
-class _AsItsClass(nn.Module):
-    """A layer that is called as its class says, without a kernel in its place."""
+def _shadow(part: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> nn.Module:
+    """A module like this with other weights; the module itself, which other threads may call, is not touched."""
+    made: nn.Module = object.__new__(type(part))
+    made.__dict__.update({name: value for name, value in part.__dict__.items() if name != "forward"})
+    parameters = {
+        name: value if value is None else nn.Parameter(tensors[prefix + name], requires_grad=False)
+        for name, value in part._parameters.items()
+    }
+    children = {
+        name: value if value is None else _shadow(value, tensors, f"{prefix}{name}.")
+        for name, value in part._modules.items()
+    }
+    made.__dict__.update(_parameters=parameters, _modules=children, _buffers=dict(part._buffers))
+    return made
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.layer).forward(self.layer, *args, **kwargs)
+@torch.no_grad()
+def _agrees(
+    layer: nn.Module,
+    parts: Parts,
+    kernel: Kernel,
+    weights: _Weights,
+    masked: bool,
+) -> bool:
+    dtype = weights.dtype
 
+    def random(*sizes: int, scale: float = 1.0) -> Tensor:
+        made = torch.randn(sizes, generator=weights.generator, dtype=torch.float32, device="cpu")
+        return (made * scale).to(dtype)
 
-def _holds(layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel) -> bool:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return all(_agrees(layer, parts, packed, kernel, masked) for masked in (False, True))
-
-
-def _agrees(layer: nn.Module, parts: Parts, packed: Packed, kernel: Kernel, masked: bool) -> bool:
-    """On rows of their own, in float32: 16-bit rounding would hide small differences of the formula."""
     _, key_heads, features = parts.sizes
-    shape = _ROWS, key_heads, _BEFORE, features
-    before = torch.randn(2, *shape, device="cpu") * torch.tensor([4.0, 1.0]).view(2, 1, 1, 1, 1)  # wide scores
-    x = torch.randn(_ROWS, 1, parts.features, device="cpu")
-    turned = tuple(torch.randn(2, _ROWS, 1, features, device="cpu"))
-    mask = torch.rand(_ROWS, 1, 1, _BEFORE + 1, device="cpu") < 0.5 if masked else None
-    if mask is not None:
+    rows = len(_POSITIONS)
+    keys = random(rows, key_heads, _BEFORE, features, scale=4.0)  # wide scores
+    values = random(rows, key_heads, _BEFORE, features)
+    x, turned = random(rows, 1, parts.features), (random(rows, 1, features), random(rows, 1, features))
+    mask = None
+    if masked:
+        mask = torch.rand(rows, 1, 1, _BEFORE + 1, generator=weights.generator, device="cpu") < 0.5
         mask[..., -1] = True
-    caches = [_Cache(*before), _Cache(*before)]
-    weights = {f"layer.{name}": weight.float() for name, weight in named_weights(layer)}
+    caches = [_Cache(keys, values), _Cache(keys, values)]
     given = {
         "attention_mask": mask,
         "position_embeddings": turned,
         "past_key_values": caches[0],
-        "position_ids": torch.full((_ROWS, 1), _BEFORE, device="cpu"),
+        "position_ids": torch.tensor(_POSITIONS, device="cpu")[:, None],
         "use_cache": True,
     }
     try:
-        expected = functional_call(_AsItsClass(layer), weights, (x,), given)
-    except Exception:  # a layer of another kind, which takes other arguments
+        expected = type(layer).forward(_shadow(layer, weights.tensors), x, **given)
+        found = kernel(parts, weights.packed, x, turned, mask, caches[1])
+    except Exception:  # a layer of another kind, which takes other arguments or makes other shapes
         return False
-    found = kernel(parts, packed, x, turned, mask, caches[1])
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+    if not isinstance(expected, Tensor) or expected.shape != found.shape or caches[0].told != caches[1].told:
         return False
+    bound = _BOUND if dtype is torch.float32 else _ROUGH
     pairs = ((found, expected), (caches[1].keys, caches[0].keys), (caches[1].values, caches[0].values))
-    return all(bool((a - b).abs().max() <= _BOUND * b.abs().max()) for a, b in pairs)
+    return all(a.shape == b.shape and bool((a - b).abs().max() <= bound * b.abs().max()) for a, b in pairs)

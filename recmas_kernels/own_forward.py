@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MethodType
@@ -18,12 +19,21 @@ class OwnForward(ABC):
 
     Copies and pickles of the module run as its class says.
 
+    It holds its module weakly, so that a model which nobody holds any more gives its memory back at once.
+
     Args:
         module: whose ``forward`` it becomes.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.owners = module, 1
+        self._module, self.owners = weakref.ref(module), 1
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose ``forward`` this is."""
+        module = self._module()
+        assert module is not None, "the module is called, so it is there"
+        return module
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _of_class, (self.module,)

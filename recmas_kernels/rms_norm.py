@@ -91,7 +91,7 @@ class NormKernel(OwnForward):
         if x.dtype is not weight.dtype or x.shape[-1:] != weight.shape or type(weight) not in (Tensor, nn.Parameter):
             return None
         learns = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
-        if learns or not (weight.is_cpu and weight.is_contiguous()) or autocast_enabled("cpu"):
+        if learns or not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg() or autocast_enabled("cpu"):
             return None
         if not self._unchanged(weight):
             self.look()

@@ -73,6 +73,8 @@ Status check_layer(const Call& call, std::initializer_list<FrozenWeight> weights
   if (call.rows <= 0 || call.rows > most_layer_rows || call.features <= 0 || call.threads < 1) {
     return Status::bad_argument;
   }
+  constexpr int64_t kMost = int64_t{1} << 24;  // so that no product of sizes overflows
+  if (call.features > kMost || call.heads > kMost || call.head_features > kMost) return Status::bad_argument;
   if (call.key_heads <= 0 || call.heads <= 0 || call.heads % call.key_heads != 0 || call.head_features <= 0 ||
       call.head_features % 2 != 0 || call.queries == nullptr) {
     return Status::bad_argument;
@@ -92,6 +94,7 @@ Status check_layer(const LayerInputs& call) {
 }
 
 Status check_layer(const LayerOutput& call) {
+  if (call.activation < Activation::silu || call.activation > Activation::gelu_tanh) return Status::bad_argument;
   if (call.positions <= 0 || call.hidden_features <= 0 || call.keys.data == nullptr || call.values.data == nullptr ||
       call.before_feed.gain.data == nullptr || call.y.data == nullptr || call.y.dtype != call.x.dtype) {
     return Status::bad_argument;

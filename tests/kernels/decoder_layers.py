@@ -20,6 +20,10 @@ class Sizes:
     hidden: int = 80
 
 
+def halves(x: Tensor) -> tuple[Tensor, ...]:
+    return x.chunk(2, dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, sizes: Sizes, bias: bool, head_norms: bool, offset: float) -> None:
         super().__init__()
@@ -33,7 +37,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(sizes.head, offset), Norm(sizes.head, offset)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
+        a, b = halves(x)
         return x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]
 
     def heads(self, linear: nn.Module, x: Tensor) -> Tensor:
@@ -205,7 +209,36 @@ class InTuple(Layer):
         return (super().forward(hidden_states, **given),)
 
 
+class ByIndex(Attention):
+    def scores(self, scores: Tensor) -> Tensor:
+        return scores * (1 + self.layer_idx)
+
+
+class OtherIndex(Attention):
+    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
+        held = cache.update
+        cache.update = lambda keys, values, index: held(keys, values, index + 1)
+        return super().forward(x, turned, mask, cache)
+
+
+class OfType(Attention):
+    """Another rule for 16 bits."""
+
+    def scores(self, scores: Tensor) -> Tensor:
+        return scores if scores.dtype is torch.float32 else 0.5 * scores
+
+
+class ByPosition(Layer):
+    """Far positions are scaled."""
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None, **given: Any) -> Tensor:
+        y = super().forward(hidden_states, **given)
+        return y if position_ids is None else y * (1 + (position_ids[..., None] // 100_000))
+
+
 OTHERS = {
+    "other index": variant(OtherIndex),
+    "by position": ByPosition,
     "capped scores": variant(Capped),
     "turned in pairs": variant(TurnedInPairs),
     "partly turned": variant(PartlyTurned),

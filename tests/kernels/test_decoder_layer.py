@@ -7,23 +7,48 @@ import gc
 import pickle
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import accelerate, decoder_layer
+from recmas_kernels import FrozenLinear, accelerate, decoder_layer, decoder_parts
 from recmas_kernels.backends import cpu, cpu_decoder
 from recmas_kernels.testing import LOW_PRECISION
+from tests.kernels import decoder_layers
 from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
-from tests.kernels.decoder_layers import ACTIVATIONS, OTHERS, Cache, Layer, QuickGelu, Sizes, Step
+from tests.kernels.decoder_layers import (
+    ACTIVATIONS,
+    OTHERS,
+    Attention,
+    ByIndex,
+    Cache,
+    FeedForward,
+    Layer,
+    OfType,
+    QuickGelu,
+    Sizes,
+    Step,
+    variant,
+)
 from tests.kernels.frozen import error, make_linear
 from tests.kernels.rms_norms import Norm
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of these tests count as those of models whose code was read."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in (Layer, *OTHERS.values())}
+    monkeypatch.setattr(decoder_parts, "KNOWN", names)
+
+
 ROUNDINGS = 16  # of values between the operators, which a plain 16-bit layer makes and the kernels do not
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -94,6 +119,10 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_rows():
         with threads(2):
             two, _ = step.run(layer)
         assert torch.equal(one, two)
+        step.x[2:], step.keys[2:] = 3.0, -1.0
+        others, _ = step.run(layer)
+        assert torch.equal(others[:2], one[:2])
+        assert not torch.equal(others[2:], one[2:])
 
 
 @torch.no_grad()
@@ -159,13 +188,130 @@ def test_a_row_that_attends_to_nothing_gets_zeros_from_attention():
 
 
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_layers_of_another_formula_run_as_they_are(other: str, dtype: torch.dtype):
+def test_layers_of_another_formula_run_as_they_are(other: str, scale: float, dtype: torch.dtype):
+    """However little of it shows with the weights of today."""
     layer = made(layer=OTHERS[other], dtype=dtype)
+    for weight in layer.parameters():
+        weight.mul_(scale)
     with accelerate(layer) as done:
         assert not done.layers
         assert "forward" not in layer.__dict__
+
+
+@torch.no_grad()
+def test_a_rule_for_some_layers_or_types_is_found(monkeypatch: pytest.MonkeyPatch):
+    kinds = {name: variant(kind) for name, kind in (("index", ByIndex), ("type", OfType))}
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds.values()}
+    monkeypatch.setattr(decoder_parts, "KNOWN", names)
+    model = nn.ModuleList([made(layer=kinds["index"]) for _ in range(3)])
+    for at, layer in enumerate(model):
+        layer.self_attn.layer_idx = at
+    with accelerate(model) as done:
+        assert list(done.layers) == ["0"]
+    for dtype, served in ((torch.float32, 1), (torch.bfloat16, 0), (torch.float16, 0)):
+        with accelerate(made(layer=kinds["type"], dtype=dtype)) as done:
+            assert len(done.layers) == served
+
+
+@torch.no_grad()
+def test_layers_of_unknown_classes_and_layers_that_train_run_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    with accelerate(made().train()) as done:
+        assert not done.layers
+    monkeypatch.setattr(decoder_parts, "KNOWN", set())
+    with accelerate(made()) as done:
+        assert not done.layers
+
+
+@torch.no_grad()
+def test_accelerating_draws_nothing_and_leaves_nothing_half_done(monkeypatch: pytest.MonkeyPatch):
+    model = nn.ModuleList([made(), made()])
+    monkeypatch.setattr(torch, "manual_seed", lambda *_: pytest.fail("a seed was set"))
+    state = torch.get_rng_state()
+    for layer in model:
+        layer.table = numpy.arange(3)  # two of them cannot be compared
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), accelerate(model) as done:
+            assert len(done.layers) == 2
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(decoder_layer.LayerKernel, "look", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accelerate(model)
+    assert not any(isinstance(part, FrozenLinear) or "forward" in part.__dict__ for part in model.modules())
+
+
+@torch.no_grad()
+def test_a_model_that_nobody_holds_is_gone_at_once():
+    layer, step = made(), step_of("llama", 1)
+    accelerate(layer)
+    step.run(layer)
+    gone = weakref.ref(layer), weakref.ref(layer.mlp.up_proj.panels)
+    gc.disable()
+    try:
+        del layer
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_layer_that_changes_all_the_time_runs_as_its_class_says():
+    layer, step = made(), step_of("llama", 1)
+    expected, _ = step.run(layer)
+    with accelerate(layer), Served() as served:
+        for count in range(20):
+            layer.self_attn.seen = count
+            torch.testing.assert_close(step.run(layer)[0], expected)
+        before = served.count
+        step.run(layer)
+    assert served.count == before
+
+
+@torch.no_grad()
+def test_writes_into_a_packed_weight_are_found(monkeypatch: pytest.MonkeyPatch):
+    layer, step = made(), step_of("llama", 1)
+    monkeypatch.setenv("RECMAS_CHECK", "1")
+    with accelerate(layer):
+        step.run(layer)
+        layer.mlp.up_proj._parameters["weight"].data[0, 0] = 1.0
+        with pytest.raises(RuntimeError, match="written while it is packed"):
+            step.run(layer)
+
+
+class Odd(torch.Tensor):
+    """Of a cache that returns tensors of its own kind."""
+
+
+ODD: dict[str, Callable[[Step], dict[str, Any]]] = {
+    "keys of a subclass": lambda step: {"past_key_values": OddCache(step.keys.as_subclass(Odd), step.values)},
+    "keys negated": lambda step: {"past_key_values": OddCache(torch._neg_view(-step.keys), step.values)},
+    "a mask for all positions": lambda step: {"attention_mask": torch.ones(2, 1, 1, 1, dtype=torch.bool)},
+    "angles negated": lambda step: {"position_embeddings": tuple(torch._neg_view(-angles) for angles in step.turned)},
+}
+
+
+class OddCache(Cache):
+    def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        kind, negated = type(self.keys), self.keys.is_neg()
+        keys, values = super().update(keys, values, index)
+        return (torch._neg_view(-keys) if negated else keys.as_subclass(kind)), values
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@torch.no_grad()
+def test_tensors_that_the_kernels_cannot_read_give_the_plain_result(odd: str, kind: str):
+    layer, step = made(kind), step_of(kind, 2)
+    expected, _ = step.run(layer, **ODD[odd](step))
+    with accelerate(layer):
+        found, _ = step.run(layer, **ODD[odd](step))
+    torch.testing.assert_close(found.as_subclass(Tensor), expected.as_subclass(Tensor))
 
 
 @torch.no_grad()
@@ -245,8 +391,35 @@ CHANGES: dict[str, Callable[[Layer], Any]] = {
     "global hook": lambda layer: None,
     "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
     "class": lambda layer: setattr(layer.mlp, "__class__", Doubled),
+    "hooks replaced": lambda layer: put_hook(layer.mlp),
+    "parameters replaced": lambda layer: setattr(layer.input_layernorm, "_parameters", {"weight": parameter(48)}),
+    "children replaced": lambda layer: setattr(
+        layer.mlp, "_modules", {**layer.mlp._modules, "up_proj": make_linear(48, 80)}
+    ),
+    "dictionary replaced": lambda layer: setattr(
+        layer.self_attn, "__dict__", {**layer.self_attn.__dict__, "scaling": 0.5}
+    ),
+    "packed again": lambda layer: pack_again(layer.mlp.up_proj),
+    "gain negated": lambda layer: setattr(layer.input_layernorm.weight, "data", torch._neg_view(parameter(48).data)),
+    "gain of strides": lambda layer: setattr(layer.input_layernorm.weight, "data", torch.ones(48, 3)[:, 0]),
     "removed norm": lambda layer: setattr(layer, "input_layernorm", nn.Identity()),
 }
+
+
+def put_hook(module: nn.Module) -> None:
+    module._forward_hooks = OrderedDict()
+    module.register_forward_hook(lambda module, x, y: 2 * y)
+
+
+_HELD = []
+
+
+def pack_again(linear: nn.Linear) -> None:
+    """While somebody holds what it was packed in before."""
+    _HELD.append(getattr(linear, "panels", None))
+    linear.weight.mul_(3)
+    if isinstance(linear, FrozenLinear):
+        linear.pack()
 
 
 class Doubled(nn.Module):
@@ -277,6 +450,26 @@ def test_a_layer_changed_meanwhile_computes_what_it_is_now(change: str):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("place", ["function of its file", "method", "forward", "call"])
+@torch.no_grad()
+def test_code_patched_meanwhile_is_what_runs(place: str, monkeypatch: pytest.MonkeyPatch):
+    layer, step = made(), step_of("llama", 2)
+    with accelerate(layer):
+        before, _ = step.run(layer)
+        if place == "function of its file":
+            monkeypatch.setattr(decoder_layers, "halves", lambda x: x.chunk(2, dim=-1)[::-1])
+        elif place == "method":
+            monkeypatch.setattr(Attention, "scores", lambda self, scores: 2 * scores)
+        elif place == "forward":
+            monkeypatch.setattr(Norm, "forward", lambda self, x: x)
+        else:
+            monkeypatch.setattr(FeedForward, "__call__", lambda self, x: x)
+        found, _ = step.run(layer)
+    expected, _ = step.run(layer)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(found, expected)
+
+
 @torch.no_grad()
 def test_hooks_of_the_layer_itself_are_called():
     layer, step, seen = made(), step_of("llama", 2), []
@@ -292,12 +485,14 @@ def test_weights_are_let_go_with_the_layers_that_held_them():
     layer, step = made(), step_of("llama", 1)
     with accelerate(layer):
         step.run(layer)
+        step.run(layer)
         panels = weakref.ref(layer.mlp.up_proj.panels)
         layer.mlp.up_proj.unpack()
         gc.collect()
         assert panels() is None
         found, _ = step.run(layer)
         layer.mlp.up_proj.pack()
+        step.run(layer)  # looks again
         with Served() as served:
             again, _ = step.run(layer)
         assert served.count == 1
@@ -322,6 +517,7 @@ def test_a_layer_that_two_accelerate_is_plain_after_both():
     layer, step = made(), step_of("llama", 1)
     first, second = accelerate(layer), accelerate(layer)
     first.close()
+    step.run(layer)  # looks again
     with Served() as served:
         step.run(layer)
     assert served.count == 1
@@ -339,7 +535,7 @@ def test_layers_alike_are_proved_once_and_others_by_themselves():
     with mock.patch.object(cpu_decoder, "layer_output", lambda *a: calls.append(1) or real(*a)):
         with accelerate(model) as done:
             assert len(done.layers) == 4
-        assert len(calls) == 2 * 3  # with and without a mask
+        assert len(calls) == 3 * 2 + 1  # three formulas with and without a mask, and the second layer of the first
 
 
 @torch.no_grad()
@@ -368,9 +564,10 @@ def test_several_threads_run_one_layer():
 def test_compiled_layers_run_as_their_class_says(fresh_compiler: None):
     layer, step = made(), step_of("llama", 1)
     expected, _ = step.run(layer)
-    with accelerate(layer):
-        compiled = torch.compile(lambda x: Layer.forward(layer, x, **_given(step)), backend="eager")
-        torch.testing.assert_close(compiled(step.x), expected)
+    with accelerate(layer), Served() as served:
+        compiled = torch.compile(layer, backend="eager")
+        torch.testing.assert_close(compiled(step.x, **_given(step)), expected)
+    assert served.count == 0
 
 
 def _given(step: Step) -> dict[str, Any]:
