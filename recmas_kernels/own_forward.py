@@ -57,10 +57,13 @@ def serve(module: nn.Module, make: Callable[[nn.Module], OwnForward]) -> bool:
     elif present is not None:
         return False
     module.__dict__["forward"] = kernel = make(module)
-    if kernel.look():
-        return True
-    del module.__dict__["forward"]
-    return False
+    serves = False
+    try:
+        serves = kernel.look()
+    finally:
+        if not serves:
+            del module.__dict__["forward"]
+    return serves
 
 
 def release(module: nn.Module) -> None:
