@@ -131,6 +131,71 @@ struct FrozenBackward {
   int32_t threads;
 };
 
+// A frozen weight [out, in] as panels of the stored dtype, and its bias.
+struct FrozenWeight {
+  const void* panels;
+  Dtype stored;
+  VectorView bias;
+};
+
+// x / sqrt(mean(x^2) + eps) * (offset + gain); no norm if the gain is absent.
+struct RmsGain {
+  VectorView gain;
+  float offset, eps;
+};
+
+constexpr int64_t most_layer_rows = 16;  // of the two parts of a decoder layer
+
+// One position of a decoder layer, up to its attention, for few rows: u = norm(x), and heads of u Wq^T + bq, u Wk^T +
+// bk and u Wv^T + bv. Queries and keys are normed by head where there are such norms, then turned:
+//
+//     turn(h) = h cos + (-h[half:], h[:half]) sin
+struct LayerInputs {
+  int64_t rows, features;
+  int64_t heads, key_heads, head_features;  // heads is a multiple of key_heads, head_features even
+  MatrixView x;                             // [rows, features], fp32 or of the stored dtype of all weights
+  RmsGain norm, query_norm, key_norm;       // gains [features], [head_features] twice
+  FrozenWeight query, key, value;           // out features: heads, key_heads and key_heads times head_features
+  MatrixView cos, sin;                      // [rows, head_features]; stride 0 for one row that serves all
+  float scale;                              // of queries, for the scores
+  float* queries;                           // [rows, heads, head_features], scaled
+  Output keys, values;                      // [rows, key_heads, head_features]
+  Isa isa;
+  int32_t threads;
+};
+
+struct CacheView {  // [rows, key_heads, positions, head_features], the last dense; strides in elements
+  const void* data;
+  int64_t row_stride, head_stride, position_stride;
+  Dtype dtype;
+};
+
+enum class Activation : int32_t { silu = 0, gelu_erf = 1, gelu_tanh = 2 };
+
+// The rest of that layer: attention over the cache, whose last position is this one, then the gated feed-forward part.
+//
+//     h = x + norm_1(attention Wo^T + bo)    y = h + norm_3(d),   d = (act(u Wg^T + bg) * (u Wu^T + bu)) Wd^T + bd,
+//     u = norm_2(h)
+struct LayerOutput {
+  int64_t rows, features, hidden_features;
+  int64_t heads, key_heads, head_features, positions;
+  MatrixView x;          // as for LayerInputs
+  const float* queries;  // from LayerInputs
+  CacheView keys, values;
+  const uint8_t* mask;      // 0: not attended; null: all are. A row that attends to nothing gets zeros
+  int64_t mask_stride;      // between rows
+  FrozenWeight out;         // [features, heads * head_features]
+  RmsGain after_attention;  // norm_1, may be absent
+  RmsGain before_feed;      // norm_2
+  FrozenWeight gate, up;    // [hidden, features]
+  Activation activation;
+  FrozenWeight down;   // [features, hidden]
+  RmsGain after_feed;  // norm_3, may be absent
+  Output y;            // [rows, features], of x's dtype
+  Isa isa;
+  int32_t threads;
+};
+
 // y = x / sqrt(mean(x^2) + eps) * (offset + gain), row by row.
 struct RmsNorm {
   int64_t rows, columns;
@@ -176,6 +241,10 @@ Status frozen_forward(const FrozenForward& call, void* workspace, int64_t worksp
 int64_t frozen_backward_workspace(const FrozenBackward& call);
 Status frozen_backward(const FrozenBackward& call, void* workspace, int64_t workspace_bytes);
 Status rms_norm(const RmsNorm& call);
+int64_t layer_inputs_workspace(const LayerInputs& call);
+Status layer_inputs(const LayerInputs& call, void* workspace, int64_t workspace_bytes);
+int64_t layer_output_workspace(const LayerOutput& call);
+Status layer_output(const LayerOutput& call, void* workspace, int64_t workspace_bytes);
 
 // The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
 Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,

@@ -4,7 +4,7 @@ Public are the names in ``__all__``, the command ``python -m recmas_kernels.info
 tests and benchmarks. Importing this package needs torch only and loads, compiles, tunes and probes nothing.
 """
 
-from recmas_kernels.accelerate import accelerate, named_weights
+from recmas_kernels.accelerate import accelerate
 from recmas_kernels.backends.choice import BACKENDS, BackendUnavailableError, use_backend
 from recmas_kernels.backends.explain import explain
 from recmas_kernels.backends.packing import packed
@@ -15,6 +15,7 @@ from recmas_kernels.fuse import fuse
 from recmas_kernels.fused_link import FusedRecursiveLink
 from recmas_kernels.link import RecursiveLink
 from recmas_kernels.version import __version__
+from recmas_kernels.weights import named_weights
 
 __all__ = [
     "BACKENDS",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from recmas_kernels import rms_norm
+from recmas_kernels import own_forward
+from recmas_kernels.decoder_layer import LayerKernel
+from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
+from recmas_kernels.rms_norm import NormKernel
 from recmas_kernels.shared_linear import SharedLinear, share, unshare
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ class Accelerated:
         packed: by name, the layers that changed.
         shared: by name, layers whose weight is not packed but read in place by few rows.
         norms: by name, the RMSNorms that run as one kernel.
+        layers: by name, the decoder layers that run as two kernels, one position at a time.
         left: by name, why other linear layers stayed as they are.
     """
 
@@ -37,7 +41,16 @@ class Accelerated:
         self.packed: dict[str, FrozenLinear] = {}
         self.shared: dict[str, SharedLinear] = {}
         self.norms: dict[str, nn.Module] = {}
+        self.layers: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
+        try:
+            self._pack(model)
+            self._serve(model)
+        except BaseException:  # half a model would be nobody's to close
+            self.close()
+            raise
+
+    def _pack(self, model: nn.Module) -> None:
         linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         owners, outside = _owners(model), _held_outside(model, linears.values())
         for name, part in linears.items():
@@ -54,14 +67,21 @@ class Accelerated:
                 self.left[name] = "a module outside of the model holds its weight, too"
             else:
                 self.packed[name] = freeze(part)
+
+    def _serve(self, model: nn.Module) -> None:
+        proofs = Proofs()
         for name, part in model.named_modules():
-            if rms_norm.serve(part):
+            if own_forward.serve(part, NormKernel):
                 self.norms[name] = part
+        for name, part in model.named_modules():
+            if name not in self.norms and own_forward.serve(part, lambda layer: LayerKernel(layer, proofs)):
+                self.layers[name] = part
 
     def close(self) -> None:
         """Make the layers plain again, with the weights that they have now; those that others accelerated stay."""
-        while self.norms:
-            rms_norm.release(self.norms.popitem()[1])
+        for served in (self.layers, self.norms):
+            while served:
+                own_forward.release(served.popitem()[1])
         while self.packed:
             name, frozen = self.packed.popitem()
             try:
@@ -83,7 +103,10 @@ class Accelerated:
     def __str__(self) -> str:
         held = self._panels()
         plain = sum(panels.out_features * panels.in_features * panels.dtype.itemsize for panels in held)
-        lines = [f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB"]
+        lines = [
+            f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB",
+            f"{len(self.norms)} norms run as one kernel, {len(self.layers)} decoder layers as two at one position",
+        ]
         return "\n".join(lines + [f"{name or 'the model'} is left as it is: {why}" for name, why in self.left.items()])
 
     @property
@@ -116,7 +139,9 @@ def accelerate(model: nn.Module) -> Accelerated:
     reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
     and the layer is left alone; a tensor that only shares its memory keeps that memory, and its values.
 
-    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for.
+    RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for. Decoder layers of known
+    classes that compute on random rows what the kernels do run as two, for one position of up to 16 rows. What such a
+    layer names in its own file is compared at every call; functions that these call elsewhere must not change.
 
     Args:
         model: any module, on any device; only weights on the CPU are packed.
@@ -130,20 +155,6 @@ def accelerate(model: nn.Module) -> Accelerated:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     return Accelerated(model)
-
-
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, as the model has them unpacked; one packed weight is unpacked at a time."""
-    seen: set[int] = set()
-    for prefix, part in model.named_modules():
-        for name, held in part._parameters.items():
-            if held is None or id(held) in seen:
-                continue
-            seen.add(id(held))
-            weight = part.unpacked_weight() if isinstance(part, FrozenLinear) and name == "weight" else held
-            assert weight is not None
-            yield f"{prefix}.{name}" if prefix else name, weight
-    yield from model.named_buffers()
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:

@@ -139,7 +139,7 @@ class FrozenLinear(nn.Linear):
         super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in _OF_PACKING}
+        state = {key: value for key, value in self.__dict__.items() if key not in OF_PACKING}
         if (panels := self.packed()) is not None:
             weight = nn.Parameter(panels.weight(), self._held[0].requires_grad)
             state["_parameters"] = {**self._parameters, "weight": weight}
@@ -172,7 +172,8 @@ def _learning(linear: FrozenLinear, x: Tensor) -> Tensor:
     return nn.Linear.forward(linear, x)
 
 
-_OF_PACKING = ("panels", "_packs", "_held", "_owners")
+OF_PACKING = frozenset({"panels", "_packs", "_held", "_owners"})
+"""Attributes of a `FrozenLinear` that say how its weight is kept."""
 
 
 def freeze(linear: nn.Linear) -> FrozenLinear:
@@ -192,7 +193,7 @@ def thaw(linear: FrozenLinear) -> None:
         linear._owners -= 1
         return
     linear.unpack()
-    for name in _OF_PACKING:
+    for name in OF_PACKING:
         linear.__dict__.pop(name, None)
     if type(linear) is FrozenLinear:  # else somebody made a class of their own from it, which is plain without panels
         linear.__class__ = nn.Linear  # type: ignore[assignment]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import MethodType
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from recmas_kernels.backends import cpu
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
+from recmas_kernels.own_forward import OF_MODULES, OwnForward
 
 _EPS_NAMES = ("variance_epsilon", "eps")  # what modules call it
-_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"} | {"forward"}
 _ROWS = 4
 
 
@@ -66,35 +65,33 @@ def _computed(norm: nn.Module, gains: Tensor, rows: Tensor) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-class NormKernel:
+class NormKernel(OwnForward):
     """The ``forward`` of one recognised norm: one kernel, where no gradient is asked for and nothing observes.
 
     A norm that was changed since, in any attribute, mode or dtype, is looked at again; one that computes something else
-    now runs as its class says. Copies and pickles of the norm do so, too.
+    now runs as its class says.
+
+    Attributes:
+        computes: ``(offset, eps)``, as for `recognised`.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
-        self.norm, self.owners = norm, 1
-        self.computes: tuple[float, float] | None = None
+    computes: tuple[float, float] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and len(args) == 1 and not torch.compiler.is_compiling():
             y = self._served(args[0])
             if y is not None:
                 return y
-        return type(self.norm).forward(self.norm, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _of_class, (self.norm,)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def _served(self, x: Any) -> Tensor | None:
-        weight = self.norm._parameters.get("weight")
+        weight = self.module._parameters.get("weight")
         if type(x) is not Tensor or not x.is_cpu or observed() or x.is_neg() or x._is_zerotensor() or weight is None:
             return None
         if x.dtype is not weight.dtype or x.shape[-1:] != weight.shape or type(weight) not in (Tensor, nn.Parameter):
             return None
         learns = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
-        if learns or not (weight.is_cpu and weight.is_contiguous()) or autocast_enabled("cpu"):
+        if learns or not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg() or autocast_enabled("cpu"):
             return None
         if not self._unchanged(weight):
             self.look()
@@ -102,56 +99,20 @@ class NormKernel:
             return None
         return cpu.rms_norm(x, weight, *self.computes)
 
-    def look(self) -> None:
-        """Find out what the norm computes as it is now."""
-        self.computes = recognised(self.norm)  # first, for threads that find the norm unchanged meanwhile
-        weight = self.norm._parameters.get("weight")
-        self.kind, self.function = type(self.norm), type(self.norm).forward
+    def look(self) -> bool:
+        self.computes = recognised(self.module)  # first, for threads that find the norm unchanged meanwhile
+        weight = self.module._parameters.get("weight")
+        self.kind, self.function = type(self.module), type(self.module).forward
         self.dtype = None if weight is None else weight.dtype
-        self.size = len(self.norm.__dict__)
-        self.state = [item for item in self.norm.__dict__.items() if item[0] not in _OF_MODULES]
+        self.size = len(self.module.__dict__)
+        self.state = [item for item in self.module.__dict__.items() if item[0] not in OF_MODULES]
+        return self.computes is not None
 
     def _unchanged(self, weight: Tensor) -> bool:
-        held, kind = self.norm.__dict__, type(self.norm)
+        held, kind = self.module.__dict__, type(self.module)
         if kind is not self.kind or kind.forward is not self.function or weight.dtype is not self.dtype:
             return False
         return len(held) == self.size and all(held.get(name, self) is value for name, value in self.state)
-
-
-def serve(norm: nn.Module) -> bool:
-    """Have a norm run as one kernel, until as many `release`, if it is `recognised`."""
-    present = norm.__dict__.get("forward")
-    if isinstance(present, NormKernel):
-        present.owners += 1
-        return True
-    if _of_itself(norm, present):
-        del norm.__dict__["forward"]
-    elif present is not None:
-        return False
-    kernel = NormKernel(norm)
-    norm.__dict__["forward"] = kernel
-    kernel.look()
-    if kernel.computes is None:
-        del norm.__dict__["forward"]
-    return kernel.computes is not None
-
-
-def release(norm: nn.Module) -> None:
-    """Undo one `serve`: the last has the norm run as its class says. Another ``forward`` set since stays."""
-    present = norm.__dict__.get("forward")
-    if isinstance(present, NormKernel):
-        present.owners -= 1
-        if present.owners == 0:
-            del norm.__dict__["forward"]
-
-
-def _of_class(norm: nn.Module) -> MethodType:
-    return MethodType(type(norm).forward, norm)
-
-
-def _of_itself(norm: nn.Module, forward: Any) -> bool:
-    """Whether a ``forward`` in an instance is its class's, as in copies of served norms."""
-    return isinstance(forward, MethodType) and forward.__self__ is norm and forward.__func__ is type(norm).forward
 
 
 def _eps_of(norm: nn.Module) -> float | None:

@@ -1,6 +1,8 @@
 // link.h's CPU entries: argument checks, then the kernels of the requested instruction set. Built for the oldest
 // processor, like everything outside kernels.cpp.
 
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace recmas::cpu {
@@ -65,6 +67,40 @@ Status check_frozen(const FrozenForward& call) {
   return check_frozen(call, call.weight, call.x, call.y);
 }
 Status check_frozen(const FrozenBackward& call) { return check_frozen(call, call.panels, call.dy, call.dx); }
+
+template <class Call>
+Status check_layer(const Call& call, std::initializer_list<FrozenWeight> weights) {
+  if (call.rows <= 0 || call.rows > most_layer_rows || call.features <= 0 || call.threads < 1) {
+    return Status::bad_argument;
+  }
+  constexpr int64_t kMost = int64_t{1} << 24;  // so that no product of sizes overflows
+  if (call.features > kMost || call.heads > kMost || call.head_features > kMost) return Status::bad_argument;
+  if (call.key_heads <= 0 || call.heads <= 0 || call.heads % call.key_heads != 0 || call.head_features <= 0 ||
+      call.head_features % 2 != 0 || call.queries == nullptr) {
+    return Status::bad_argument;
+  }
+  for (const FrozenWeight& weight : weights) {
+    if (weight.panels == nullptr || !reads_frozen(call.x, weight.stored)) return Status::bad_argument;
+  }
+  return kernels_of(call.isa) == nullptr ? Status::isa_unavailable : Status::ok;
+}
+
+Status check_layer(const LayerInputs& call) {
+  if (call.norm.gain.data == nullptr || call.cos.data == nullptr || call.sin.data == nullptr ||
+      call.keys.data == nullptr || call.values.data == nullptr) {
+    return Status::bad_argument;
+  }
+  return check_layer(call, {call.query, call.key, call.value});
+}
+
+Status check_layer(const LayerOutput& call) {
+  if (call.activation < Activation::silu || call.activation > Activation::gelu_tanh) return Status::bad_argument;
+  if (call.positions <= 0 || call.hidden_features <= 0 || call.keys.data == nullptr || call.values.data == nullptr ||
+      call.before_feed.gain.data == nullptr || call.y.data == nullptr || call.y.dtype != call.x.dtype) {
+    return Status::bad_argument;
+  }
+  return check_layer(call, {call.out, call.gate, call.up, call.down});
+}
 
 }  // namespace
 
@@ -189,6 +225,32 @@ Status rms_norm(const RmsNorm& call) {
   const Kernels* kernels = kernels_of(call.isa);
   if (kernels == nullptr) return Status::isa_unavailable;
   kernels->rms_norm(call);
+  return Status::ok;
+}
+
+int64_t layer_inputs_workspace(const LayerInputs& call) {
+  return check_layer(call) == Status::ok ? kernels_of(call.isa)->layer_inputs_workspace(call) : -1;
+}
+
+Status layer_inputs(const LayerInputs& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_layer(call);
+  if (status != Status::ok) return status;
+  const Kernels* kernels = kernels_of(call.isa);
+  if (workspace_bytes < kernels->layer_inputs_workspace(call)) return Status::workspace_too_small;
+  kernels->layer_inputs(call, workspace);
+  return Status::ok;
+}
+
+int64_t layer_output_workspace(const LayerOutput& call) {
+  return check_layer(call) == Status::ok ? kernels_of(call.isa)->layer_output_workspace(call) : -1;
+}
+
+Status layer_output(const LayerOutput& call, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_layer(call);
+  if (status != Status::ok) return status;
+  const Kernels* kernels = kernels_of(call.isa);
+  if (workspace_bytes < kernels->layer_output_workspace(call)) return Status::workspace_too_small;
+  kernels->layer_output(call, workspace);
   return Status::ok;
 }
 

@@ -3,6 +3,7 @@
 
 #include "alignment.h"
 #include "frozen.h"
+#include "layer.h"
 #include "link_backward.h"
 #include "rms_norm.h"
 
@@ -53,13 +54,15 @@ void gelu_and_slope(const float* x, int64_t count, Gelu kind, float* value, floa
 namespace recmas::cpu {
 
 extern const Kernels RECMAS_JOIN(kernels_, RECMAS_ISA) = {
-    RECMAS_ISA::packed_bytes,        RECMAS_ISA::pack_weight,
-    RECMAS_ISA::unpack_weight,       RECMAS_ISA::link_forward_workspace,
-    RECMAS_ISA::link_forward,        RECMAS_ISA::link_backward_workspace,
-    RECMAS_ISA::link_backward,       RECMAS_ISA::frozen_forward_workspace,
-    RECMAS_ISA::frozen_forward,      RECMAS_ISA::frozen_backward_workspace,
-    RECMAS_ISA::frozen_backward,     RECMAS_ISA::rms_norm,
-    RECMAS_ISA::alignment_workspace, RECMAS_ISA::alignment,
+    RECMAS_ISA::packed_bytes,           RECMAS_ISA::pack_weight,
+    RECMAS_ISA::unpack_weight,          RECMAS_ISA::link_forward_workspace,
+    RECMAS_ISA::link_forward,           RECMAS_ISA::link_backward_workspace,
+    RECMAS_ISA::link_backward,          RECMAS_ISA::frozen_forward_workspace,
+    RECMAS_ISA::frozen_forward,         RECMAS_ISA::frozen_backward_workspace,
+    RECMAS_ISA::frozen_backward,        RECMAS_ISA::rms_norm,
+    RECMAS_ISA::layer_inputs_workspace, RECMAS_ISA::layer_inputs,
+    RECMAS_ISA::layer_output_workspace, RECMAS_ISA::layer_output,
+    RECMAS_ISA::alignment_workspace,    RECMAS_ISA::alignment,
     RECMAS_ISA::gelu_and_slope,
 };
 

@@ -19,6 +19,10 @@ struct Kernels {
   int64_t (*frozen_backward_workspace)(const FrozenBackward& call);
   void (*frozen_backward)(const FrozenBackward& call, void* workspace);
   void (*rms_norm)(const RmsNorm& call);
+  int64_t (*layer_inputs_workspace)(const LayerInputs& call);
+  void (*layer_inputs)(const LayerInputs& call, void* workspace);
+  int64_t (*layer_output_workspace)(const LayerOutput& call);
+  void (*layer_output)(const LayerOutput& call, void* workspace);
   int64_t (*alignment_workspace)(const Alignment& call);
   void (*alignment)(const Alignment& call, void* workspace);
   void (*gelu)(const float* x, int64_t count, Gelu kind, float* value, float* slope);  // for the native tests

@@ -88,12 +88,6 @@ struct ForwardPlan {
   float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
 };
 
-inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
-  Left left{nullptr, left_stride(k, bf16), bf16};
-  left.data = arena.take(rows * left.bytes());
-  return left;
-}
-
 inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const LinkConfig& config = call.config;
   const LinkWeights& w = call.weights;

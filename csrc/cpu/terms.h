@@ -1,6 +1,7 @@
 // What a matrix product multiplies: left-hand rows, terms of a sum, and the tiles that it hands on.
 #pragma once
 
+#include "arena.h"
 #include "stream.h"
 #include "threads.h"
 
@@ -21,6 +22,12 @@ struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
 constexpr int64_t left_stride(int64_t k, bool bf16) {
   const int64_t line = bf16 ? 32 : 16;
   return (round_up(k, line) / line | 1) * line;
+}
+
+inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
+  Left left{nullptr, left_stride(k, bf16), bf16};
+  left.data = arena.take(rows * left.bytes());
+  return left;
 }
 
 // Columns [column, column + columns) of row r from an fp32 line; what is stored is what the next product reads.

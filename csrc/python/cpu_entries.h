@@ -18,6 +18,13 @@ PyObject* frozen_forward(PyObject* const* values, Py_ssize_t count);
 PyObject* frozen_backward(PyObject* const* values, Py_ssize_t count);
 PyObject* rms_norm(PyObject* const* values, Py_ssize_t count);
 
+// cpu_layer.cpp
+PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count);
+PyObject* layer_output(PyObject* const* values, Py_ssize_t count);
+
+// unchanged.cpp
+PyObject* unchanged(PyObject* const* values, Py_ssize_t count);
+
 // cpu_packing.cpp
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns);
 void pack_weight(int isa, int threads, int compute, py::handle weight, py::handle packed);

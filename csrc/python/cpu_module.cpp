@@ -17,6 +17,9 @@ PyMethodDef fast_entries[] = {
     fast<&frozen_forward>("frozen_forward"),
     fast<&frozen_backward>("frozen_backward"),
     fast<&rms_norm>("rms_norm"),
+    fast<&layer_inputs>("layer_inputs"),
+    fast<&layer_output>("layer_output"),
+    fast<&unchanged>("unchanged"),
     {nullptr, nullptr, 0, nullptr},
 };
 

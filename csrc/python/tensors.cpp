@@ -45,6 +45,10 @@ void set_dimensions(View& view, const int64_t* sizes, const int64_t* strides) {
     view.dense = view.dense && (sizes[i] == 1 || strides[i] == view.elements);
     view.elements *= sizes[i];
   }
+  for (int32_t i = 0; n <= 4 && i < n; ++i) {
+    view.sizes[i] = sizes[i];
+    view.strides[i] = strides[i];
+  }
   view.columns = n > 0 ? sizes[n - 1] : 1;
   view.column_stride = n > 0 ? strides[n - 1] : 1;
   view.rows = n > 1 ? sizes[n - 2] : 1;
@@ -89,7 +93,9 @@ View Reader::read(PyObject* object) const {
             0,
             false,
             found.type_bits * found.type_lanes / 8,
-            found.type_code == kInt && found.type_bits == 64 && found.type_lanes == 1};
+            found.type_code == kInt && found.type_bits == 64 && found.type_lanes == 1,
+            {},
+            {}};
   set_dimensions(view, found.sizes, found.strides);
   return view;
 }

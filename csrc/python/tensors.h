@@ -24,6 +24,7 @@ struct View {
   bool dense;  // all dimensions follow each other in memory
   int32_t element_bytes;
   bool is_int64;
+  int64_t sizes[4], strides[4];  // of tensors of up to four dimensions
 
   static constexpr int32_t kOther = -1, kCpu = 1;  // kCpu as DLPack numbers devices
 

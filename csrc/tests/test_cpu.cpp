@@ -1,7 +1,7 @@
 // Native checks of the CPU kernels, for every instruction set this processor has, against plain double precision.
 // Outputs and workspaces start as NaN, so that a value nothing wrote shows, and lie between guard bands that no kernel
 // may touch. Under RECMAS_SANITIZE every buffer has its exact size instead, and AddressSanitizer sees stray reads, too.
-#include "link_case.h"
+#include "layer_case.h"
 
 namespace {
 
@@ -307,6 +307,27 @@ void test_alignment(Isa isa) {
   CHECK(cpu::alignment(call, workspace.get(), bytes) == Status::row_out_of_range, "an id outside the table was read");
 }
 
+// Every instruction set computes what the baseline does in fp32, whose sums are those of the tests in Python.
+void test_layer(Isa isa) {
+  const LayerShape shapes[] = {{1, 40, 3, 1, 22, 50, 1}, {16, 33, 4, 2, 6, 70, 9}, {3, 130, 6, 6, 70, 300, 37}};
+  for (const LayerShape& shape : shapes) {
+    for (const auto& dtypes :
+         {std::pair{Dtype::f32, Dtype::f32}, {Dtype::bf16, Dtype::f32}, {Dtype::bf16, Dtype::bf16}}) {
+      const LayerResults found = LayerCase(shape, dtypes.first, dtypes.second, isa).run(3, 3);
+      const LayerResults plain = LayerCase(shape, dtypes.first, dtypes.second, Isa::baseline).run(1, 1);
+      const double bound = dtypes.second == Dtype::f32 ? 1e-5 : 4e-2;  // bf16 rows are rounded between the products
+      const std::vector<double> queries(plain.queries.begin(), plain.queries.end()), y(plain.y.begin(), plain.y.end());
+      CHECK(largest_error(found.queries, queries) <= bound && largest_error(found.y, y) <= bound,
+            "layer isa %d dtypes %d %d: errors %g %g", static_cast<int>(isa), static_cast<int>(dtypes.first),
+            static_cast<int>(dtypes.second), largest_error(found.queries, queries), largest_error(found.y, y));
+    }
+  }
+  cpu::LayerInputs none{};
+  CHECK(cpu::layer_inputs_workspace(none) == -1, "a layer without rows");
+  cpu::LayerOutput nothing{};
+  CHECK(cpu::layer_output(nothing, nullptr, 0) == Status::bad_argument, "a layer without rows");
+}
+
 }  // namespace
 
 int main() {
@@ -326,6 +347,7 @@ int main() {
     test_alignment(isa);
     test_frozen(isa);
     test_rms_norm(isa);
+    test_layer(isa);
   }
   test_handoff();
   if (failures == 0)

@@ -1,13 +1,14 @@
 // Kernels on several threads, at shapes large enough that they use them: the same bits as on one thread, and, built
 // under ThreadSanitizer, no race. There, `test_threads <pass> <n>` leaves out the n-th barrier of that pass: forward,
-// backward, frozen_forward or frozen_backward.
+// backward, frozen_forward, frozen_backward, layer_inputs or layer_output.
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
-#include "link_case.h"
+#include "layer_case.h"
 #include "skipped_barrier.h"
 
 namespace {
@@ -154,20 +155,31 @@ void test_frozen(Isa isa) {
         static_cast<int>(isa));
 }
 
+// All norms, so that every barrier is there.
+LayerResults run_layer(Isa isa, int inputs_threads, int output_threads) {
+  return LayerCase({5, 260, 4, 2, 34, 260, 19}, Dtype::f32, Dtype::f32, isa).run(inputs_threads, output_threads);
+}
+
+void test_layer(Isa isa) {
+  const LayerResults one = run_layer(isa, 1, 1), several = run_layer(isa, kThreads, kThreads);
+  CHECK(same(one.queries, several.queries) && same(one.y, several.y), "isa %d: layers differ between thread counts",
+        static_cast<int>(isa));
+}
+
 #ifdef RECMAS_POSIX_THREADS
-void run_without_barrier(const char* pass_name, int barrier) {
+void run_without_barrier(const std::string& pass_name, int barrier) {
   skipped_barrier = barrier;
-  const bool frozen = std::strncmp(pass_name, "frozen_", 7) == 0;
-  const bool backward = std::strcmp(pass_name + (frozen ? 7 : 0), "backward") == 0;
   const Case c(kShapes[0]);
+  const auto run_pass = [&] {
+    if (pass_name == "forward") run(c, Isa::baseline, kThreads, kThreads, false);
+    if (pass_name == "backward") run(c, Isa::baseline, 1, kThreads, true);
+    if (pass_name == "frozen_forward") run_frozen(Isa::baseline, kThreads, 1);
+    if (pass_name == "frozen_backward") run_frozen(Isa::baseline, 1, kThreads);
+    if (pass_name == "layer_inputs") run_layer(Isa::baseline, kThreads, 1);
+    if (pass_name == "layer_output") run_layer(Isa::baseline, 1, kThreads);
+  };
   // ThreadSanitizer remembers the last few accesses only, so that one pass shows the race in about half of all runs.
-  for (int pass = 0; pass < 20; ++pass) {
-    if (frozen) {
-      run_frozen(Isa::baseline, backward ? 1 : kThreads, backward ? kThreads : 1);
-    } else {
-      run(c, Isa::baseline, backward ? 1 : kThreads, kThreads, backward);
-    }
-  }
+  for (int pass = 0; pass < 20; ++pass) run_pass();
 }
 #endif
 
@@ -190,6 +202,7 @@ int main(int count, char** arguments) {
     test_packing(isa);
     test_alignment(isa);
     test_frozen(isa);
+    test_layer(isa);
   }
   if (failures == 0) std::printf("all checks of threads passed\n");
   return failures == 0 ? 0 : 1;

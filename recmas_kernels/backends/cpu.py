@@ -244,6 +244,12 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     return y
 
 
+def unchanged(*watched: tuple[Any, ...]) -> bool:
+    """Whether Python objects are what they were; see `recmas_kernels.watch`."""
+    same: bool = _native().unchanged(*watched)
+    return same
+
+
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:
     """``embeds[slot_rows[i]] = rows[i]`` in place: rows ``[n, d]``, embeds ``[R, d]``, slot_rows int64 unique."""
     rows = rows.to(embeds.dtype)

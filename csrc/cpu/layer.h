@@ -1,0 +1,270 @@
+// One position of a decoder layer for few rows, in two calls: the cache grows between them. Products read packed
+// weights; what is small is done by every thread for itself, since a barrier costs more than norms of a few rows.
+#pragma once
+
+#include "arena.h"
+#include "attention.h"
+#include "frozen.h"
+#include "rms_norm.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+inline Term frozen_term(const Left& rows, const FrozenWeight& weight, int64_t k, int64_t columns) {
+  return {rows, {weight.panels, weight.stored, k, Layout::panels, Form::packed, k, columns, weight.stored}};
+}
+
+// rows W^T + b; finish(row, rows, column, columns, tile) consumes the tiles of this thread's columns.
+template <class Finish>
+void multiply_frozen(const Team& team, const Left& left, const FrozenWeight& weight, int64_t rows, int64_t k,
+                     int64_t columns, const Finish& finish) {
+  const Term terms[1] = {frozen_term(left, weight, k, columns)};
+  const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    if (weight.bias.data == nullptr) return false;
+    load_tile(weight.bias.data, weight.bias.dtype, 0, 0, tile_rows, column, width, tile);
+    return true;
+  };
+  multiply_whole(team, terms, rows, columns, nullptr, start, finish);
+}
+
+// to[0, columns) = norm of from[0, columns) of any types.
+inline void norm_row(const void* from, Dtype dtype, const RmsGain& norm, int64_t columns, void* to, Dtype result) {
+  typed(norm.gain.data, norm.gain.dtype, [&](const auto* gain) {
+    typed(from, dtype, [&](const auto* x) {
+      typed(to, result, [&](auto* y) { rms_norm_row(x, gain, columns, norm.offset, norm.eps, y); });
+    });
+  });
+}
+
+inline const void* row_of(const MatrixView& view, int64_t row) {
+  return static_cast<const char*>(view.data) + row * view.stride * dtype_bytes(view.dtype);
+}
+
+// Thread `rank`'s own of as many equal pieces.
+inline Left own(const Left& all, int64_t rank, int64_t rows) { return {all.row(rank * rows), all.stride, all.bf16}; }
+
+struct InputsPlan {
+  int64_t threads, columns, workspace;
+  Left normed;   // of each thread
+  float* heads;  // [rows][columns]: queries, then keys
+};
+
+inline InputsPlan plan_inputs(const LayerInputs& call, void* base) {
+  InputsPlan plan{};
+  Arena arena(base);
+  const int64_t all = (call.heads + 2 * call.key_heads) * call.head_features;
+  plan.columns = (call.heads + call.key_heads) * call.head_features;
+  plan.threads = frozen_threads(call.threads, call.rows, call.features, all, call.query.stored);
+  const bool pairs = multiplies_pairs(call.query.stored, call.x.dtype);
+  plan.normed = take_left(arena, plan.threads * call.rows, call.features, pairs);
+  plan.heads = arena.floats(call.rows * plan.columns);
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline int64_t layer_inputs_workspace(const LayerInputs& call) { return plan_inputs(call, nullptr).workspace; }
+
+// to = scale * turn(head): each feature of the first half with its partner in the second.
+template <class Angle, class Result>
+void turn_head(const float* head, const Angle* cos, const Angle* sin, int64_t half, float scale, Result* to) {
+  each_vector(half, [&](int64_t c, auto lanes) {
+    const Vec a = load(head + c, lanes), b = load(head + half + c, lanes);
+    const Vec low = sub(mul(a, load(cos + c, lanes)), mul(b, load(sin + c, lanes)));
+    const Vec high = fma(b, load(cos + half + c, lanes), mul(a, load(sin + half + c, lanes)));
+    store(to + c, mul(low, set1(scale)), lanes);
+    store(to + half + c, mul(high, set1(scale)), lanes);
+  });
+}
+
+// Norms and turns one head of `line` into its place.
+inline void finish_head(const LayerInputs& call, float* line, const RmsGain& norm, int64_t row, float scale, void* to,
+                        Dtype dtype) {
+  if (norm.gain.data != nullptr) norm_row(line, Dtype::f32, norm, call.head_features, line, Dtype::f32);
+  typed(row_of(call.cos, row), call.cos.dtype, [&](const auto* cos) {
+    const decltype(cos) sin = static_cast<decltype(cos)>(row_of(call.sin, row));
+    typed(to, dtype, [&](auto* result) { turn_head(line, cos, sin, call.head_features / 2, scale, result); });
+  });
+}
+
+inline void layer_inputs(const LayerInputs& call, void* workspace) {
+  const InputsPlan plan = plan_inputs(call, workspace);
+  const int64_t width = call.head_features, queries = call.heads * width, keys = call.key_heads * width;
+  run_team(plan.threads, [&](const Team& team) {
+    const Left normed = own(plan.normed, team.rank, call.rows);
+    for (int64_t r = 0; r < call.rows; ++r) {
+      norm_row(row_of(call.x, r), call.x.dtype, call.norm, call.features, normed.row(r), normed.dtype());
+      pad_left(normed, r, call.features);
+    }
+    const auto to_heads = [&](int64_t first) {
+      return [&plan, first](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
+        store_tile(plan.heads + first, Dtype::f32, plan.columns, row, rows, column, columns, tile);
+      };
+    };
+    multiply_frozen(team, normed, call.query, call.rows, call.features, queries, to_heads(0));
+    // An odd number of panels gives the last thread one more each time; keys begin with the other end.
+    Team reversed = team;
+    reversed.rank = team.size - 1 - team.rank;
+    multiply_frozen(reversed, normed, call.key, call.rows, call.features, keys, to_heads(queries));
+    multiply_frozen(team, normed, call.value, call.rows, call.features, keys,
+                    [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
+                      store_tile(call.values.data, call.values.dtype, keys, row, rows, column, columns, tile);
+                    });
+    team.wait();
+    const int64_t heads = call.heads + call.key_heads;
+    for (int64_t item = team.begin(call.rows * heads); item < team.end(call.rows * heads); ++item) {
+      const int64_t row = item / heads, head = item % heads;
+      float* const line = plan.heads + row * plan.columns + head * width;
+      if (head < call.heads) {
+        finish_head(call, line, call.query_norm, row, call.scale, call.queries + row * queries + head * width,
+                    Dtype::f32);
+      } else {
+        const int64_t element = row * keys + (head - call.heads) * width;
+        finish_head(call, line, call.key_norm, row, 1.0f,
+                    static_cast<char*>(call.keys.data) + element * dtype_bytes(call.keys.dtype), call.keys.dtype);
+      }
+    }
+  });
+}
+
+struct OutputPlan {
+  int64_t threads, workspace;
+  Left attended;  // [rows][heads * head_features]
+  Left hidden;    // [rows][hidden_features]
+  float* summed;  // [rows][features]: what attention adds, then what the feed-forward part adds
+  // Of each thread:
+  int64_t score_floats;
+  float *scores, *gated, *middle;  // [rows][score_floats] ..., [rows][features]
+  Left normed;                     // [rows][features]
+};
+
+inline OutputPlan plan_output(const LayerOutput& call, void* base) {
+  OutputPlan plan{};
+  Arena arena(base);
+  const int64_t inner = call.heads * call.head_features;
+  plan.threads =
+      frozen_threads(call.threads, call.rows, call.features, inner + 3 * call.hidden_features, call.gate.stored);
+  const bool pairs = multiplies_pairs(call.gate.stored, call.x.dtype);
+  plan.attended = take_left(arena, call.rows, inner, pairs);
+  plan.hidden = take_left(arena, call.rows, call.hidden_features, pairs);
+  plan.summed = arena.floats(call.rows * call.features);
+  plan.gated = arena.floats(call.rows * call.hidden_features);
+  plan.score_floats = larger(score_floats(call.positions), call.head_features);
+  plan.scores = arena.floats(plan.threads * 2 * plan.score_floats);
+  plan.middle = arena.floats(plan.threads * call.rows * call.features);
+  plan.normed = take_left(arena, plan.threads * call.rows, call.features, pairs);
+  plan.workspace = arena.used();
+  return plan;
+}
+
+inline int64_t layer_output_workspace(const LayerOutput& call) { return plan_output(call, nullptr).workspace; }
+
+inline Vec activate(Vec x, Activation kind) {
+  if (kind != Activation::silu) return gelu(x, kind == Activation::gelu_tanh ? Gelu::tanh : Gelu::erf);
+  const Vec power = mul(x, set1(-1.44269504f)), most = set1(126.0f);  // -log2(e)
+  // Beyond +-126 the logistic is 0 or 1 to the last bit.
+  const Vec e = exp2(max(set1(-126.0f), min(most, power)));
+  const Vec logistic = select_greater(power, most, set1(0.0f), div(set1(1.0f), add(set1(1.0f), e)));
+  return mul(x, logistic);
+}
+
+// Attention of this thread's rows and heads.
+inline void attend_heads(const Team& team, const LayerOutput& call, const OutputPlan& plan) {
+  const int64_t width = call.head_features, shared = call.heads / call.key_heads;
+  float* const scores = plan.scores + team.rank * 2 * plan.score_floats;
+  float* const line = scores + plan.score_floats;
+  for (int64_t item = team.begin(call.rows * call.heads); item < team.end(call.rows * call.heads); ++item) {
+    const int64_t row = item / call.heads, head = item % call.heads;
+    const uint8_t* const mask = call.mask == nullptr ? nullptr : call.mask + row * call.mask_stride;
+    typed(call.keys.data, call.keys.dtype, [&](const auto* keys) {
+      const decltype(keys) values = static_cast<decltype(keys)>(call.values.data);
+      attend(call.queries + (row * call.heads + head) * width,
+             keys + row * call.keys.row_stride + head / shared * call.keys.head_stride, call.keys.position_stride,
+             values + row * call.values.row_stride + head / shared * call.values.head_stride,
+             call.values.position_stride, width, call.positions, mask, scores, line);
+    });
+    store_left(plan.attended, row, head * width, width, line);
+    if (head == call.heads - 1) pad_left(plan.attended, row, call.heads * width);
+  }
+}
+
+// middle = x + norm_1(summed), and normed = norm_2(middle).
+inline void finish_attention(const LayerOutput& call, const OutputPlan& plan, float* middle, const Left& normed) {
+  for (int64_t r = 0; r < call.rows; ++r) {
+    float* const line = middle + r * call.features;
+    const float* added = plan.summed + r * call.features;
+    if (call.after_attention.gain.data != nullptr) {
+      norm_row(added, Dtype::f32, call.after_attention, call.features, line, Dtype::f32);
+      added = line;
+    }
+    typed(row_of(call.x, r), call.x.dtype, [&](const auto* x) {
+      each_vector(call.features, [&](int64_t c, auto lanes) {
+        store(line + c, add(load(x + c, lanes), load(added + c, lanes)), lanes);
+      });
+    });
+    norm_row(line, Dtype::f32, call.before_feed, call.features, normed.row(r), normed.dtype());
+    pad_left(normed, r, call.features);
+  }
+}
+
+// hidden = act(normed Wg^T + bg) * (normed Wu^T + bu): both products give a thread the same tiles.
+inline void feed(const Team& team, const LayerOutput& call, const OutputPlan& plan, const Left& normed) {
+  const int64_t columns = call.hidden_features;
+  multiply_frozen(team, normed, call.gate, call.rows, call.features, columns,
+                  [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+                    for (int64_t i = 0; i < rows * kPanel; i += kWidth) {
+                      store(tile + i, activate(load(tile + i), call.activation));
+                    }
+                    store_tile(plan.gated, Dtype::f32, columns, row, rows, column, width, tile);
+                  });
+  multiply_frozen(team, normed, call.up, call.rows, call.features, columns,
+                  [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+                    for (int64_t r = 0; r < rows; ++r) {
+                      const float* const gated = plan.gated + (row + r) * columns + column;
+                      float* const line = tile + r * kPanel;
+                      each_vector(width, [&](int64_t c, auto lanes) {
+                        store(line + c, mul(load(gated + c, lanes), load(line + c, lanes)), lanes);
+                      });
+                      if (column + width == columns) pad_left(plan.hidden, row + r, columns);
+                    }
+                    store_tile(plan.hidden, row, rows, column, width, tile);
+                  });
+}
+
+inline void layer_output(const LayerOutput& call, void* workspace) {
+  const OutputPlan plan = plan_output(call, workspace);
+  const int64_t features = call.features;
+  const bool normed_after = call.after_feed.gain.data != nullptr;
+  run_team(plan.threads, [&](const Team& team) {
+    attend_heads(team, call, plan);
+    team.wait();
+    const auto keep_sums = [&](int64_t row, int64_t rows, int64_t column, int64_t width, const float* tile) {
+      store_tile(plan.summed, Dtype::f32, features, row, rows, column, width, tile);
+    };
+    multiply_frozen(team, plan.attended, call.out, call.rows, call.heads * call.head_features, features, keep_sums);
+    team.wait();
+    float* const middle = plan.middle + team.rank * call.rows * features;
+    const Left normed = own(plan.normed, team.rank, call.rows);
+    finish_attention(call, plan, middle, normed);
+    feed(team, call, plan, normed);
+    team.wait();  // for hidden; and everyone has read what attention summed
+    if (!normed_after) {
+      multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features,
+                      [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+                        for (int64_t r = 0; r < rows; ++r) {
+                          add_line(tile + r * kPanel, middle + (row + r) * features + column, width);
+                        }
+                        store_tile(call.y.data, call.y.dtype, features, row, rows, column, width, tile);
+                      });
+      return;
+    }
+    multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features, keep_sums);
+    team.wait();
+    for (int64_t r = team.begin(call.rows); r < team.end(call.rows); ++r) {
+      float *const line = middle + r * features, *const added = plan.summed + r * features;
+      norm_row(added, Dtype::f32, call.after_feed, features, added, Dtype::f32);
+      add_line(line, added, features);
+      store_line(call.y.data, call.y.dtype, r * features, features, line);
+    }
+  });
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA

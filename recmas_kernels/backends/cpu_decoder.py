@@ -1,0 +1,77 @@
+"""The two kernels of a decoder layer, which works on one position of few rows: what precedes attention, and the rest.
+
+Arguments of weights and norms come flat, as ``csrc/python/cpu_layer.cpp`` reads them: a weight is ``(panels, number of
+the stored dtype, bias or None)``, a norm ``(gain or None, offset, eps)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recmas_kernels.backends.cpu import _CPU, _DTYPES, _isa, _native
+
+MOST_ROWS = 16  # csrc/link.h, most_layer_rows
+NO_NORM = (None, 0.0, 0.0)
+ACTIVATIONS = ("silu", "gelu_erf", "gelu_tanh")  # csrc/link.h, enum Activation
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """As the kernels number dtypes."""
+    return _DTYPES[dtype]
+
+
+def layer_inputs(
+    sizes: tuple[int, int, int], scale: float, x: Tensor, arguments: tuple[Any, ...], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B, heads, D]`` float32, scaled; keys and values ``[B, key heads, 1, D]`` in x's dtype.
+
+    Args:
+        sizes: heads, key heads, D.
+        scale: of queries.
+        x: ``[B, 1, d]``, B at most `MOST_ROWS`.
+        arguments: norm, three weights, norms of queries and of keys.
+        cos, sin: ``[B or 1, 1, D]``.
+    """
+    heads, key_heads, features = sizes
+    queries = torch.empty(x.shape[0], heads, features, dtype=torch.float32, device=_CPU)
+    keys = torch.empty(x.shape[0], key_heads, 1, features, dtype=x.dtype, device=_CPU)
+    values = torch.empty_like(keys)
+    run, settings = _native().layer_inputs, (_isa(), torch.get_num_threads(), *sizes, scale)
+    if not run(*settings, x, *arguments, cos, sin, queries, keys, values):
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        if not run(*settings, x, *arguments, cos, sin, queries, keys, values):
+            raise AssertionError("contiguous rows are readable")
+    return queries, keys, values
+
+
+def layer_output(
+    sizes: tuple[int, int, int, int, int],
+    x: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    arguments: tuple[Any, ...],
+) -> Tensor:
+    """The layer's result ``[B, 1, d]`` in x's dtype.
+
+    Args:
+        sizes: heads, key heads, D, hidden features, number of the activation.
+        x: as for `layer_inputs`.
+        queries: from there.
+        keys, values: ``[B, key heads, T, D]`` of all positions, any strides.
+        mask: bool ``[B or 1, 1, 1, T]``, True where a position is attended; None: everywhere.
+        arguments: of the weight after attention, the norms after it and before the feed-forward part, that part's
+            three weights, the norm after it.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+    run, settings = _native().layer_output, (_isa(), torch.get_num_threads(), *sizes)
+    if not run(*settings, x, queries, keys, values, mask, *arguments, y):
+        keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
+        mask = None if mask is None else mask.contiguous()
+        if not run(*settings, x.contiguous(), queries, keys, values, mask, *arguments, y):
+            raise AssertionError("contiguous tensors are readable")
+    return y

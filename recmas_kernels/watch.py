@@ -1,0 +1,122 @@
+"""Whether a module still is what somebody found it to be: parts, classes, attributes, hooks; not values of weights."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from recmas_kernels.backends import cpu
+from recmas_kernels.frozen_linear import FrozenLinear
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Of modules; those of the backward pass change no result."""
+_GROUPS: tuple[str, ...] = ("_parameters", "_modules", "_buffers")
+_INNER = frozenset(nn.Module().__dict__) - {"training"}
+"""What every module has: parameters, buffers and children are watched one by one, the rest decides no result."""
+_IMPLEMENTATION = "_attn_implementation_internal"
+_LEFT_OUT = ("torch.", "builtins", "recmas_kernels.")
+"""Modules whose functions nobody replaces to change a model."""
+_TABLES = ("_local_mapping", "_global_mapping")
+"""Of a configuration, the name of the attention that layers run; and where transformers finds it by this name."""
+
+
+class Watch:
+    """A module as it is now, some of whose parts may be packed `FrozenLinear`s.
+
+    Of all parts: classes, their ``forward`` and what it names in its own file, attributes by identity, parameters,
+    buffers and children by identity, and whether weights are packed as they were. Hooks of parts count as a change;
+    those of the module itself do not, as it is called through them.
+
+    Args:
+        module: with all its parts.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        entries: list[Any] = []
+        sizes: list[Any] = []
+        kinds: list[Any] = []
+        stand_ins: list[Any] = []
+        for part in module.modules():
+            held = part.__dict__
+            # The module's own dictionary holds whoever watches it: a circle, but for a weak reference.
+            place: Any = weakref.ref(module) if part is module else held
+            kinds += (place, type(part), None) if part is module else (part, type(part), held)
+            sizes += (place, len(held))
+            groups = _GROUPS
+            if isinstance(part, FrozenLinear):  # computes with its weight and bias alone
+                packed = part.packed()
+                entries += (held, "panels", part.panels if packed is None else weakref.ref(packed))
+                stand_ins += () if packed is None else (part._parameters["weight"],)
+                groups = _GROUPS[:1]
+            else:
+                for name, value in held.items():
+                    if name not in _INNER and not (part is module and name == "forward"):
+                        entries += (place, name, value)
+            for name in groups if part is module else (*groups, *HOOKS):
+                entries += (place, name, held[name])
+                sizes += (held[name], len(held[name]))
+                for key, value in held[name].items():
+                    entries += (held[name], key, value)
+        for place, name, value in _outside(module):
+            entries += (place, name, value)
+        classes = [item for kind, name, value in _functions(module) for item in (kind, name, value)]
+        self._watched = tuple(entries), tuple(sizes), tuple(kinds), tuple(classes), tuple(stand_ins)
+
+    def unchanged(self) -> bool:
+        """Whether all of it is the same."""
+        return cpu.unchanged(*self._watched)
+
+
+def _functions(module: nn.Module) -> Iterator[tuple[type, str, Any]]:
+    """Functions that the classes of all parts define, themselves or by bases that are not torch's; and their calls."""
+    for kind in {type(part): None for part in module.modules()}:
+        yield kind, "__call__", kind.__call__
+        yield kind, "forward", kind.forward
+        own = [
+            base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins", "recmas_kernels."))
+        ]
+        for name in {name: None for base in own for name in vars(base)}:
+            if isinstance(value := getattr(kind, name), FunctionType) and name not in ("__call__", "forward"):
+                yield kind, name, value
+
+
+def _outside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """What results depend on outside of the module: functions that its classes name, and the attention chosen."""
+    found = {}
+    for kind, _, function in _functions(module):
+        if not kind.__module__.startswith(_LEFT_OUT):
+            for place, name in _names(inspect.unwrap(function), set()):
+                found[id(place), name] = place, name
+    chosen = set()
+    for config in [value for part in module.modules() for value in part.__dict__.values()]:
+        held = getattr(config, "__dict__", {})
+        if _IMPLEMENTATION in held:
+            chosen.add(held[_IMPLEMENTATION])
+            yield held, _IMPLEMENTATION, held[_IMPLEMENTATION]
+    for place, name in found.values():
+        value = place[name]
+        yield place, name, value
+        for table in (getattr(value, name, None) for name in _TABLES):
+            if isinstance(table, dict):
+                yield from ((table, name, table[name]) for name in chosen if name in table)
+
+
+def _names(function: Any, seen: set[Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Names of its own file that a function uses, and that the functions there use: where they stand, and the name."""
+    if not isinstance(function, FunctionType) or function in seen:
+        return
+    seen.add(function)
+    place = function.__globals__
+    for name in function.__code__.co_names:
+        value = place.get(name)
+        if value is None or isinstance(value, ModuleType | type):
+            continue
+        yield place, name
+        inner = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+        if inner is not None and inner.__globals__ is place:
+            yield from _names(inner, seen)
