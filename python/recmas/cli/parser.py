@@ -110,6 +110,13 @@ def _read_counts(value: Any) -> tuple[int, ...]:
     return tuple(whole(count) for count in counts)
 
 
+def _read_weights(value: Any) -> tuple[float, ...]:
+    weights = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(weight, bool) for weight in weights):
+        raise ValueError(f"{value!r} is not a list of numbers")
+    return tuple(float(weight) for weight in weights)
+
+
 def read_pairs(value: Any) -> dict[str, str]:
     """``ROLE=VALUE,ROLE=VALUE`` (or a mapping) as a dict."""
     if isinstance(value, dict):
@@ -125,6 +132,7 @@ DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_devices)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)
 COUNTS = Kind("N,...", _read_counts)
+WEIGHTS = Kind("NUMBER,...", _read_weights)
 PAIRS = Kind("ROLE=VALUE,...", read_pairs)
 
 

@@ -4,6 +4,7 @@ The pattern's visits run as they run at inference, through the same prompts and 
 agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
 positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
 cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
+Earlier rounds may count, too: with weights w the loss of r rounds is ``sum_k w_k CE_k``, CE_k that of a run of k.
 `recmas.training.unroll` and `recmas.training.rollout` keep that graph small, and a batch is taken in micro-batches.
 """
 
@@ -23,7 +24,7 @@ from recmas.prompts.rows import Fields
 from recmas.prompts.template import Slot
 from recmas.system.system import System
 from recmas.training.answer import answer_loss
-from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
+from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count, weighed_rounds
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
 from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
@@ -47,6 +48,7 @@ def outer_losses(
     latents: Source = "forced",
     recompute: bool = False,
     micro_batch: int | None = None,
+    round_weights: Sequence[float] | None = None,
 ) -> Iterator[torch.Tensor]:
     """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
 
@@ -54,22 +56,17 @@ def outer_losses(
     one micro-batch only.
 
     Args:
-        system, rows, rounds, latent_steps, latents, recompute: as for `outer_loss`.
+        system, rows, rounds, latent_steps, latents, recompute, round_weights: as for `outer_loss`.
         micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
     """
-    size = micro_batch or _fitting(system, rows, rounds, system.steps_by_role(latent_steps))
-    agent, last = system.agents[system.pattern.last], system.pattern.last
-    counts = [len(tokens) for tokens in target_tokens(agent, target_texts(rows, last, rounds))]
+    steps, last = system.steps_by_role(latent_steps), system.pattern.last
+    size = micro_batch or _fitting(system, rows, rounds, steps)
+    weights = {}
+    for round, weight in weighed_rounds(round_weights, rounds).items():
+        answers = target_tokens(system.agents[last], target_texts(rows, last, round))
+        weights[round] = weight / sum(map(len, answers))
     for first in range(0, len(rows), size):
-        part = outer_loss(
-            system,
-            rows[first : first + size],
-            rounds,
-            latent_steps=latent_steps,
-            latents=latents,
-            recompute=recompute,
-        )
-        yield part * (sum(counts[first : first + size]) / sum(counts))
+        yield _unrolled(system, rows[first : first + size], rounds, weights, steps, latents, recompute)
 
 
 def outer_loss(
@@ -80,8 +77,12 @@ def outer_loss(
     latent_steps: int | Mapping[str, int] | None = None,
     latents: Source = "forced",
     recompute: bool = False,
+    round_weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds.
+
+    With weights it is their sum over the rounds, each mean multiplied by its weight. What the last agent answers in a
+    round that is not the last one follows its prompt of that round at once, as if that round were the last.
 
     Args:
         system: whose agents and links these are.
@@ -90,31 +91,57 @@ def outer_loss(
         latent_steps: of every agent or by role; None takes the system's own.
         latents: where they come from, as in `OuterConfig`.
         recompute: run layers and rollouts again in the backward instead of keeping their activations.
+        round_weights: of the rounds, the last one's at the end; None weighs that one alone.
     """
-    steps = system.steps_by_role(latent_steps)
-    prefixes = SharedPrefixes()
+    (loss,) = outer_losses(
+        system,
+        rows,
+        rounds,
+        latent_steps=latent_steps,
+        latents=latents,
+        recompute=recompute,
+        micro_batch=len(rows),
+        round_weights=round_weights,
+    )
+    return loss
+
+
+def _unrolled(
+    system: System,
+    rows: Sequence[Fields],
+    rounds: int,
+    weights: Mapping[int, float],
+    steps: Mapping[str, int],
+    latents: Source,
+    recompute: bool,
+) -> torch.Tensor:
+    """Cross entropies of the answers' tokens, summed, each multiplied by its round's weight."""
+    prefixes, losses = SharedPrefixes(), []
     for turn in system.walk(rows, rounds):
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
-        if not visit.final and (latents == "rollout" or count == 0):
-            link = system.inner_links[visit.role]
-            repeats = recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link)
-            if repeats and proved(agent.decoder, "begun prefixes", prompt):
-                turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
-            else:
-                turn.message = agent.think(prompt, count, link)
-            continue
-        tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
-        if not visit.final:
-            tokens = [row[:count] for row in tokens]
-        begun = prefixes.of(visit.role, agent, prompt) if proved(agent.decoder, "begun prefixes", prompt) else None
-        with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
-            speech = force(agent, prompt, tokens, begun=begun)
-        if visit.final:
+        begins = proved(agent.decoder, "begun prefixes", prompt)
+        answers = visit.role == system.pattern.last and visit.round in weights
+        thinks = not visit.final and (latents == "rollout" or count == 0)
+        if answers or not thinks:
+            tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
+            if not answers:
+                tokens = [row[:count] for row in tokens]
+            begun = prefixes.of(visit.role, agent, prompt) if begins else None
+            with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
+                speech = force(agent, prompt, tokens, begun=begun)
+        if answers:
             said = speech.mask.bool()
-            return answer_loss(agent, speech.hidden[said], speech.ids[said]) / said.sum()
-        states = run_link(system.inner_links[visit.role], speech.hidden)
-        turn.message = Latents(states, speech.mask.sum(dim=1).cpu())
+            losses.append(answer_loss(agent, speech.hidden[said], speech.ids[said]) * weights[visit.round])
+        if visit.final:
+            return torch.stack(losses).sum()
+        link = system.inner_links[visit.role]
+        if not thinks:
+            turn.message = Latents(run_link(link, speech.hidden[:, :count]), speech.mask[:, :count].sum(dim=1).cpu())
+        elif begins and recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link):
+            turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
+        else:
+            turn.message = agent.think(prompt, count, link)
     raise AssertionError("the last visit of a pattern is final")
 
 
@@ -170,7 +197,8 @@ def train_outer(
     Args:
         system: whose agents and links these are; inner links trained and outer links warmed up before.
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets of every agent
-            for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
+            for every round that is unrolled (with ``latents="rollout"`` of the last agent alone, for the rounds that
+            count).
         config: settings; None takes the defaults.
         edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use and that latents
             pass: an agent of 0 latent steps sends none.
@@ -196,9 +224,13 @@ def train_outer(
             stacklevel=2,
         )
     source = DataSource(rows, config.batch_size, config.seed)
-    visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
-    forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
-    needed_texts = dict.fromkeys((visit.role, visit.round) for visit in forced)
+    needed_texts: dict[tuple[str, int], None] = {}
+    for rounds in each_round_count(config.rounds):
+        for visit in system.pattern.visits(rounds):
+            if not visit.final and config.latents == "forced" and steps[visit.role] > 0:
+                needed_texts[visit.role, visit.round] = None
+        for round in weighed_rounds(config.round_weights, rounds):
+            needed_texts[system.pattern.last, round] = None
     others = [] if validation is None else fixed_batches(validation, config.batch_size)
     checked = [source] if validation is None else [source, DataSource(validation, config.batch_size, config.seed)]
     for rows_of in checked:
@@ -218,6 +250,7 @@ def train_outer(
             latents=config.latents,
             recompute=config.recompute,
             micro_batch=config.micro_batch,
+            round_weights=config.round_weights,
         )
 
     def validate() -> float:
@@ -225,8 +258,15 @@ def train_outer(
         counts, total = each_round_count(config.rounds), 0.0
         for rounds in counts:
             for batch in others:
-                steps, latents = config.latent_steps, config.latents
-                total += outer_loss(system, batch, rounds, latent_steps=steps, latents=latents).item() * len(batch)
+                loss = outer_loss(
+                    system,
+                    batch,
+                    rounds,
+                    latent_steps=config.latent_steps,
+                    latents=config.latents,
+                    round_weights=config.round_weights,
+                )
+                total += loss.item() * len(batch)
         return total / (len(counts) * sum(map(len, others)))
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})

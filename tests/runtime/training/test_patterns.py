@@ -101,6 +101,29 @@ def gradients(system, parts):
     }
 
 
+def built(pattern, prompts, dtype):
+    system = build(pattern, prompts, dtype=dtype)
+    for inner in system.inner_links.values():
+        inner.requires_grad_(False)
+    return system
+
+
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_weighed_rounds_are_the_sum_of_runs_of_so_many_rounds(name, latents):
+    pattern, prompts = PATTERNS[name]
+    system, batch, weights = built(pattern, prompts, torch.float64), rows(pattern), (0.25, 2.0, 1.0)
+    plain = [plain_loss(system, prompts, batch, rounds, latents) for rounds in (1, 2, 3)]
+    loss, expected = gradients(system, [sum(w * part for w, part in zip(weights, plain, strict=True))])
+    for micro_batch, recompute in ((1, True), (None, False)):
+        options = {"latents": latents, "recompute": recompute, "micro_batch": micro_batch}
+        parts = outer_losses(system, batch, 3, latent_steps=STEPS, round_weights=weights, **options)
+        found, actual = gradients(system, parts)
+        assert found == pytest.approx(loss, rel=1e-5)
+        for edge, gradient in expected.items():
+            assert (actual[edge] - gradient).abs().max() <= ROUNDING * gradient.abs().max(), (edge, micro_batch)
+
+
 @pytest.mark.parametrize(
     ("latents", "dtype"), [("forced", torch.float32), ("forced", torch.float64), ("rollout", torch.float64)]
 )
@@ -108,10 +131,7 @@ def gradients(system, parts):
 def test_outer_gradients_equal_a_plain_implementation(name, latents, dtype):
     """Rollouts in float64: through three rounds of random weights, float32 loses 1e-3 whichever way it goes."""
     pattern, prompts = PATTERNS[name]
-    system = build(pattern, prompts, dtype=dtype)
-    for inner in system.inner_links.values():
-        inner.requires_grad_(False)
-    batch = rows(pattern)
+    system, batch = built(pattern, prompts, dtype), rows(pattern)
     loss, expected = gradients(system, [plain_loss(system, prompts, batch, 3, latents)])
     for micro_batch in (1, 2, None):
         for recompute in (True, False):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -530,6 +531,9 @@ def test_missing_parts_are_named_before_any_step():
         (InnerConfig, "cosine_weight", -1.0),
         (WarmupConfig, "cosine_weight", 0.0),
         (WarmupConfig, "max_tokens", 0),
+        (OuterConfig, "round_weights", (1.0,)),
+        (OuterConfig, "round_weights", (1.0, 1.0, 0.0)),
+        (OuterConfig, "round_weights", (1.0, float("nan"), 1.0)),
     ],
 )
 def test_settings_are_checked(config, field, value):
@@ -554,6 +558,11 @@ def test_only_the_texts_that_are_forced_are_asked_for():
     rows = [dict(row, targets={"solver": row["targets"]["solver"][:2]}) for row in ROWS]
     config = OuterConfig(steps=1, batch_size=1, rounds=2, latents="rollout")
     assert train_outer(system, rows, config, progress=False).steps == 1
+    for row in rows:
+        row["targets"]["solver"] = [None, "dog"]
+    assert train_outer(system, rows, replace(config, round_weights=(0.0, 2.0)), progress=False).steps == 1
+    with pytest.raises(ValueError, match="row 0: expected the target of agent 'solver' to be text, got None"):
+        train_outer(system, rows, replace(config, round_weights=(0.1, 1.0)), progress=False)
 
 
 def test_rows_without_what_a_stage_needs_are_named(exact):
