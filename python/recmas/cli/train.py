@@ -17,6 +17,7 @@ from recmas.files.reading import inside
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from recmas.config.pattern import LinkKey
     from recmas.recursive_mas import RecursiveMAS
 
 STAGES = {
@@ -58,7 +59,11 @@ def add_options(parser: CommandLineParser) -> None:
             help="check everything, show what would be trained, how long and beside how much memory; write nothing",
         )
         if stage != "all":
-            only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
+            only = (
+                ("--roles", "agents to train")
+                if stage == "inner"
+                else ("--edges", "links to train: a->b,... or of one round a->b@1,...")
+            )
             command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
         add_fields(command, _config_class(stage), KINDS)
         stages.add_subcommand(stage, command, help=summary)
@@ -88,7 +93,7 @@ def _add_pairs(command: CommandLineParser) -> None:
 def execute(options: Namespace) -> int:
     from recmas import training
     from recmas.cli import Ended
-    from recmas.config.system_json import read_spec
+    from recmas.config.system_json import edge_name, read_spec
     from recmas.files.locks import one_writer
     from recmas.system.folder import check_place, is_new, save
     from recmas.training.origin import RECORD, check_origin, origin
@@ -146,7 +151,7 @@ def execute(options: Namespace) -> int:
         mas.save_pretrained(output)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
-        name if isinstance(name, str) else "->".join(name): {"steps": done.steps, "loss": done.loss}
+        name if isinstance(name, str) else edge_name(name): {"steps": done.steps, "loss": done.loss}
         for name, done in results.items()
     }
     if chosen.json:
@@ -245,11 +250,10 @@ def _setting(name: str, value: Any) -> Any:
     return value[0] if name == "rounds" and isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _edges(names: list[str] | None) -> list[tuple[str, str]] | None:
-    if names is None:
-        return None
-    edges = [name.partition("->") for name in names]
-    for name, (source, arrow, target) in zip(names, edges, strict=True):
-        if not (source and arrow and target):
-            raise ValueError(f"--edges: {name!r} is not of the form source->target")
-    return [(source, target) for source, _, target in edges]
+def _edges(names: list[str] | None) -> list[LinkKey] | None:
+    from recmas.config.system_json import read_edge
+
+    try:
+        return None if names is None else [read_edge(name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"--edges: {error}") from None

@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from recmas.config.pattern import Edge
+from recmas.config.pattern import LinkKey
+from recmas.config.system_json import edge_name
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training import checkpoint
@@ -25,7 +26,7 @@ from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterance
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 from recmas_kernels import RecursiveLink
 
-Key = TypeVar("Key", bound="str | Edge")
+Key = TypeVar("Key", bound="str | LinkKey")
 Cache = PairCache | str | os.PathLike[str]
 
 
@@ -54,9 +55,9 @@ Batches = Callable[[int], Pairs]
 """The pairs of a schedule's batch."""
 
 
-def run_name(stage: str, key: str | Edge) -> str:
+def run_name(stage: str, key: str | LinkKey) -> str:
     """The folder of a link's run."""
-    return "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+    return f"{stage}-{key if isinstance(key, str) else edge_name(key).replace('->', '-')}"
 
 
 def train_apart(

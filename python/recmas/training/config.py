@@ -147,6 +147,8 @@ class OuterConfig(LoopConfig):
             as many as keep the processor busy.
         round_weights: of the last agent's cross entropy after each round, whose sum is the loss; as many as the most
             rounds. A step of fewer rounds takes the last ones. None weighs the last round alone, by 1.
+        round_norms: log the gradient's norm by link and round, too: of what comes through the messages sent in that
+            round. Takes as much memory for gradients as there are rounds.
     """
 
     learning_rate: float = SAFE_RATE
@@ -156,6 +158,7 @@ class OuterConfig(LoopConfig):
     recompute: bool = True
     micro_batch: int | None = None
     round_weights: tuple[float, ...] | None = None
+    round_norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,6 +188,7 @@ class AllConfig:
         latents: "forced" or "rollout", of the outer stage.
         round_weights: of the last agent's cross entropy after each round, in the outer stage, whose sum is the loss;
             None weighs the last round alone.
+        round_norms: log the gradient's norm by link and round, too, in the outer stage.
         checkpoint_every: steps between checkpoints.
         validate_every: steps between two measurements of the validation rows, where there are any.
         patience: measurements in a row without a better one that end a run; None is as many as there are steps.
@@ -199,6 +203,7 @@ class AllConfig:
     latent_steps: int | Mapping[str, int] | None = None
     latents: Source = "forced"
     round_weights: tuple[float, ...] | None = None
+    round_norms: bool = False
     checkpoint_every: int = 100
     validate_every: int = 100
     patience: int | None = None
@@ -211,7 +216,11 @@ class AllConfig:
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
         shared["rounds"] = tuple(range(1, rounds + 1)) if self.rounds is None else self.rounds
         outer = OuterConfig(
-            **shared, latent_steps=self.latent_steps, latents=self.latents, round_weights=self.round_weights
+            **shared,
+            latent_steps=self.latent_steps,
+            latents=self.latents,
+            round_weights=self.round_weights,
+            round_norms=self.round_norms,
         )
         aligned = shared | {"rounds": tuple(range(1, outer.most_rounds + 1))}
         return InnerConfig(**aligned), WarmupConfig(**aligned), outer

@@ -33,6 +33,7 @@ from recmas.files.writing import naming
 from recmas.training import checkpoint
 from recmas.training.config import LoopConfig
 from recmas.training.processes import Processes, processes
+from recmas.training.round_norms import RoundNorms
 from recmas.training.validation import Validation
 
 LOG = "log.jsonl"
@@ -42,8 +43,8 @@ LOG = "log.jsonl"
 class StepRecord:
     """One line of the log; ``step`` counts finished steps, so the first is 1.
 
-    ``grad_norms`` are those of the links, where several are trained; ``validation`` is the loss on the validation rows
-    after the step, where it was measured.
+    ``grad_norms`` are those of the links, where several are trained, and ``round_norms`` of each link by round, where
+    they were asked for; ``validation`` is the loss on the validation rows after the step, where it was measured.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepRecord:
     seconds: float
     grad_norms: dict[str, float] = field(default_factory=dict)
     validation: float | None = None
+    round_norms: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     validate: Callable[[], float] | None = None,
+    round_norms: RoundNorms | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place.
 
@@ -105,6 +108,8 @@ def train(
         progress: show a bar where stderr is a terminal.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
         validate: the loss on other data; a run that ends by itself leaves the best parameters it found.
+        round_norms: called after a step's backward; makes gradients of some parameters, and returns what goes into the
+            log.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
@@ -138,10 +143,12 @@ def train(
         for step in range(len(records), config.steps):
             if validation.exhausted:
                 break
-            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder, together)
+            value, norm, norms, by_round = _step(
+                parameters, optimizer, loss, config, step, folder, together, round_norms
+            )
             seconds = time.perf_counter() - began
             measured = validation.after(step + 1)
-            records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured))
+            records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured, by_round))
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
             if folder is not None and together.writes:
@@ -168,8 +175,10 @@ def _step(
     step: int,
     folder: Path | None,
     together: Processes,
-) -> tuple[float, float, dict[str, float]]:
-    """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, and by link if several."""
+    round_norms: RoundNorms | None,
+) -> tuple[float, float, dict[str, float], dict[str, list[float]]]:
+    """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, by link if several, and by
+    round if asked for."""
     optimizer.zero_grad(set_to_none=True)
     own = 0.0
     for part in together.share(config.accumulation):
@@ -186,6 +195,7 @@ def _step(
             own += value.item()
     (total,) = together.sums([own])
     together.sum_gradients(parameters.values())
+    by_round = {} if round_norms is None else round_norms()
     norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -200,7 +210,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
-    return total, norm, norms
+    return total, norm, norms, by_round
 
 
 @contextmanager

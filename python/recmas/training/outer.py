@@ -13,11 +13,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from recmas.config.pattern import Edge
+from recmas.config.pattern import LinkKey
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
@@ -30,6 +31,7 @@ from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
+from recmas.training.round_norms import rounds_apart
 from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
@@ -157,7 +159,7 @@ def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping
     return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
 
 
-def trained_edges(system: System, config: OuterConfig, edges: Sequence[Edge] | None = None) -> list[Edge]:
+def trained_edges(system: System, config: OuterConfig, edges: Sequence[LinkKey] | None = None) -> list[LinkKey]:
     """Edges whose links `train_outer` trains: the given ones, or all that the rounds use and that latents pass.
 
     Raises:
@@ -165,11 +167,11 @@ def trained_edges(system: System, config: OuterConfig, edges: Sequence[Edge] | N
     """
     system.check_run(config.most_rounds)
     steps = system.steps_by_role(config.latent_steps)
-    needed = system.pattern.edges(config.most_rounds)
+    needed = system.outline.links_needed(config.most_rounds)
     passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
     if not passed:
         raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
-    chosen = passed if edges is None else [(a, b) for a, b in edges]
+    chosen = passed if edges is None else list(edges)
     for edge in chosen:
         if edge not in needed:
             known = ", ".join(map(edge_name, sorted(needed)))
@@ -184,7 +186,7 @@ def train_outer(
     rows: RowSource,
     config: OuterConfig | None = None,
     *,
-    edges: Sequence[Edge] | None = None,
+    edges: Sequence[LinkKey] | None = None,
     validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -200,7 +202,7 @@ def train_outer(
             for every round that is unrolled (with ``latents="rollout"`` of the last agent alone, for the rounds that
             count).
         config: settings; None takes the defaults.
-        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use and that latents
+        edges: keys of outer links to train; None takes those that ``config.rounds`` rounds use and that latents
             pass: an agent of 0 latent steps sends none.
         validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
             links with the least.
@@ -277,7 +279,9 @@ def train_outer(
     check_run(parameters, config, folder, resume, validated=validation is not None)
     if not begins(on_start):
         return TrainingResult(0, [])
-    with only_trainable(system, parameters):
+    with ExitStack() as stack:
+        stack.enter_context(only_trainable(system, parameters))
+        apart = stack.enter_context(rounds_apart(system, chosen, config.most_rounds)) if config.round_norms else None
         return train(
             parameters,
             loss,
@@ -288,4 +292,5 @@ def train_outer(
             progress=progress,
             on_step=on_step,
             validate=validate if others else None,
+            round_norms=apart,
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from recmas.agents.agent import Agent
-from recmas.config.pattern import Edge
+from recmas.config.pattern import LinkKey
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
@@ -128,7 +128,7 @@ class Counterparts:
 
 def warmup_loss(
     system: System,
-    edge: Edge,
+    edge: LinkKey,
     rows: Sequence[Fields],
     round: int = 1,
     *,
@@ -149,7 +149,7 @@ def warmup_loss(
 def warmup_alignment(
     counterparts: Counterparts,
     system: System,
-    edge: Edge,
+    edge: LinkKey,
     pairs: Pairs,
     *,
     cosine_weight: float = 1.0,
@@ -163,18 +163,18 @@ def warmup_alignment(
 
 @torch.no_grad()
 def _examples(
-    counterparts: Counterparts, system: System, edge: Edge, pairs: Pairs
+    counterparts: Counterparts, system: System, edge: LinkKey, pairs: Pairs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sender's latents where a token has a counterpart, and its embeddings, on the receiver's device."""
-    sender, receiver = (system.agents[role] for role in edge)
+    sender, receiver = (system.agents[role] for role in edge[:2])
     target, found = counterparts.embeddings(pairs.texts, pairs.lengths)
     hidden = pairs.hidden[found.to(pairs.hidden.device)].to(sender.device)
     return run_link(system.inner_links[edge[0]], hidden).to(receiver.device), target
 
 
-def _check_alignable(system: System, edge: Edge, rows: Sequence[Fields], config: WarmupConfig) -> None:
+def _check_alignable(system: System, edge: LinkKey, rows: Sequence[Fields], config: WarmupConfig) -> None:
     """Raise ValueError where all rows together leave an edge nothing to learn: empty texts, or unknown tokens alone."""
-    sender, receiver = edge
+    sender, receiver = edge[:2]
     for round in each_round_count(config.rounds):
         for index, row in enumerate(rows):
             text = check_plain(row, index) if is_plain(row) else target_text(row, index, sender, round)
@@ -192,7 +192,7 @@ def train_warmup(
     rows: RowSource,
     config: WarmupConfig | None = None,
     *,
-    edges: Sequence[Edge] | None = None,
+    edges: Sequence[LinkKey] | None = None,
     validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
@@ -200,7 +200,7 @@ def train_warmup(
     progress: bool = True,
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
-) -> dict[Edge, TrainingResult]:
+) -> dict[LinkKey, TrainingResult]:
     """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
 
     Args:
@@ -208,7 +208,7 @@ def train_warmup(
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry the senders' targets,
             or any text (`recmas.training.data`).
         config: settings; None takes the defaults.
-        edges: (source, target) pairs to train; None takes every outer link.
+        edges: keys of outer links to train; None takes every one.
         validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
             links with the least.
         output: folder of logs and checkpoints, one folder ``warmup-<source>-<target>`` each; None keeps none.
@@ -226,12 +226,12 @@ def train_warmup(
         ValueError: an edge without a link, a slow tokenizer, rows that lack fields or targets, or texts none of whose
             tokens has a counterpart.
     """
-    chosen = list(system.outer_links) if edges is None else [(source, target) for source, target in edges]
+    chosen = list(system.outer_links) if edges is None else list(edges)
     for edge in chosen:
         if edge not in system.outer_links:
             known = ", ".join(map(edge_name, system.outer_links)) or "none at all"
             raise ValueError(f"edges: there is no outer link {edge_name(edge)}, only {known}")
-        for role in edge:
+        for role in edge[:2]:
             check_offsets(system.agents[role].tokenizer)
     config = config or WarmupConfig()
     if isinstance(rows, str | os.PathLike):
