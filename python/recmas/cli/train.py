@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import add_system, dump, loaded
 from recmas.cli.fields import add_fields, read_fields
-from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, WEIGHTS, CommandLineParser
+from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, ROLES, WEIGHTS, CommandLineParser
 from recmas.files.reading import inside
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ STAGES = {
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
     "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
 }
-KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS, "round_weights": WEIGHTS}
+KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS, "round_weights": WEIGHTS, "inner_target": ROLES}
 
 
 def add_options(parser: CommandLineParser) -> None:

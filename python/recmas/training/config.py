@@ -120,7 +120,13 @@ class InnerConfig(AlignmentConfig):
     """Settings of the inner stage: those of `AlignmentConfig` with the defaults of the reference implementation.
 
     Rounds from 2 on show a first-stage agent the prompt that holds feedback.
+
+    Attributes:
+        inner_target: agent whose input embeddings of the text are the targets, for all trained links or by role; None
+            takes each agent's own. Agents of equal width only.
     """
+
+    inner_target: str | Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +155,8 @@ class OuterConfig(LoopConfig):
             rounds. A step of fewer rounds takes the last ones. None weighs the last round alone, by 1.
         round_norms: log the gradient's norm by link and round, too: of what comes through the messages sent in that
             round. Takes as much memory for gradients as there are rounds.
+        distill: weight of the distance between the last agent's latents and those of the agent that it reads, which is
+            added to the loss (`recmas.training.distillation`); 0 leaves it out.
     """
 
     learning_rate: float = SAFE_RATE
@@ -159,6 +167,7 @@ class OuterConfig(LoopConfig):
     micro_batch: int | None = None
     round_weights: tuple[float, ...] | None = None
     round_norms: bool = False
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +176,10 @@ class OuterConfig(LoopConfig):
             check_count("micro_batch", self.micro_batch, 1)
         if self.round_weights is not None:
             check_round_weights(self.round_weights, self.most_rounds)
+        if not (math.isfinite(self.distill) and self.distill >= 0):
+            raise ValueError(f"distill must not be negative, got {self.distill}")
+        if self.distill > 0 and self.most_rounds < 2:
+            raise ValueError("distill: in one round the last agent has no latents to compare; train two or more")
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 
@@ -189,6 +202,9 @@ class AllConfig:
         round_weights: of the last agent's cross entropy after each round, in the outer stage, whose sum is the loss;
             None weighs the last round alone.
         round_norms: log the gradient's norm by link and round, too, in the outer stage.
+        distill: weight of the distance between the last agent's latents and its expert's, in the outer stage.
+        inner_target: agent whose input embeddings are the targets of inner links, for all or by role; None takes each
+            agent's own.
         checkpoint_every: steps between checkpoints.
         validate_every: steps between two measurements of the validation rows, where there are any.
         patience: measurements in a row without a better one that end a run; None is as many as there are steps.
@@ -204,6 +220,8 @@ class AllConfig:
     latents: Source = "forced"
     round_weights: tuple[float, ...] | None = None
     round_norms: bool = False
+    distill: float = 0.0
+    inner_target: str | Mapping[str, str] | None = None
     checkpoint_every: int = 100
     validate_every: int = 100
     patience: int | None = None
@@ -221,9 +239,10 @@ class AllConfig:
             latents=self.latents,
             round_weights=self.round_weights,
             round_norms=self.round_norms,
+            distill=self.distill,
         )
         aligned = shared | {"rounds": tuple(range(1, outer.most_rounds + 1))}
-        return InnerConfig(**aligned), WarmupConfig(**aligned), outer
+        return InnerConfig(**aligned, inner_target=self.inner_target), WarmupConfig(**aligned), outer
 
 
 def check_count(name: str, value: object, least: int) -> None:

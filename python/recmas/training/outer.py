@@ -27,6 +27,7 @@ from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count, weighed_rounds
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.distillation import check_distill, count_latents, distill_loss, expert_of
 from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
 from recmas.training.proofs import proved
@@ -51,6 +52,7 @@ def outer_losses(
     recompute: bool = False,
     micro_batch: int | None = None,
     round_weights: Sequence[float] | None = None,
+    distill: float = 0.0,
 ) -> Iterator[torch.Tensor]:
     """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
 
@@ -58,7 +60,7 @@ def outer_losses(
     one micro-batch only.
 
     Args:
-        system, rows, rounds, latent_steps, latents, recompute, round_weights: as for `outer_loss`.
+        system, rows, rounds, latent_steps, latents, recompute, round_weights, distill: as for `outer_loss`.
         micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
     """
     steps, last = system.steps_by_role(latent_steps), system.pattern.last
@@ -67,8 +69,10 @@ def outer_losses(
     for round, weight in weighed_rounds(round_weights, rounds).items():
         answers = target_tokens(system.agents[last], target_texts(rows, last, round))
         weights[round] = weight / sum(map(len, answers))
+    pairs = count_latents(system, rows, rounds, steps, latents) if distill > 0 else 0
+    share = distill / pairs if pairs else 0.0
     for first in range(0, len(rows), size):
-        yield _unrolled(system, rows[first : first + size], rounds, weights, steps, latents, recompute)
+        yield _unrolled(system, rows[first : first + size], rounds, weights, share, steps, latents, recompute)
 
 
 def outer_loss(
@@ -80,6 +84,7 @@ def outer_loss(
     latents: Source = "forced",
     recompute: bool = False,
     round_weights: Sequence[float] | None = None,
+    distill: float = 0.0,
 ) -> torch.Tensor:
     """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds.
 
@@ -94,6 +99,7 @@ def outer_loss(
         latents: where they come from, as in `OuterConfig`.
         recompute: run layers and rollouts again in the backward instead of keeping their activations.
         round_weights: of the rounds, the last one's at the end; None weighs that one alone.
+        distill: weight of the loss of `recmas.training.distillation`, which is added.
     """
     (loss,) = outer_losses(
         system,
@@ -104,6 +110,7 @@ def outer_loss(
         recompute=recompute,
         micro_batch=len(rows),
         round_weights=round_weights,
+        distill=distill,
     )
     return loss
 
@@ -113,12 +120,15 @@ def _unrolled(
     rows: Sequence[Fields],
     rounds: int,
     weights: Mapping[int, float],
+    distill: float,
     steps: Mapping[str, int],
     latents: Source,
     recompute: bool,
 ) -> torch.Tensor:
-    """Cross entropies of the answers' tokens, summed, each multiplied by its round's weight."""
+    """Cross entropies of answers' tokens, each times its round's weight, and distances of latents times `distill`."""
     prefixes, losses = SharedPrefixes(), []
+    expert = expert_of(system) if distill else None
+    taught: Latents | None = None
     for turn in system.walk(rows, rounds):
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
@@ -144,6 +154,10 @@ def _unrolled(
             turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
         else:
             turn.message = agent.think(prompt, count, link)
+        if visit.role == expert:
+            taught = turn.message
+        elif taught is not None and visit.role == system.pattern.last:
+            losses.append(distill_loss(system, visit, taught, turn.message) * distill)
     raise AssertionError("the last visit of a pattern is final")
 
 
@@ -225,6 +239,7 @@ def train_outer(
             " to destroy the recursion",
             stacklevel=2,
         )
+    check_distill(system, config)
     source = DataSource(rows, config.batch_size, config.seed)
     needed_texts: dict[tuple[str, int], None] = {}
     for rounds in each_round_count(config.rounds):
@@ -253,6 +268,7 @@ def train_outer(
             recompute=config.recompute,
             micro_batch=config.micro_batch,
             round_weights=config.round_weights,
+            distill=config.distill,
         )
 
     def validate() -> float:
@@ -267,6 +283,7 @@ def train_outer(
                     latent_steps=config.latent_steps,
                     latents=config.latents,
                     round_weights=config.round_weights,
+                    distill=config.distill,
                 )
                 total += loss.item() * len(batch)
         return total / (len(counts) * sum(map(len, others)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -56,6 +56,8 @@ def table(planned: dict[str, Any]) -> str:
 
 
 def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

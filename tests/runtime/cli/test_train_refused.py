@@ -60,6 +60,8 @@ REFUSED = {
     "weights of other rounds": ["--round-weights", "1,1"],
     "a negative weight": ["--round-weights", "-1"],
     "a weight that is none": ["--round-weights", "heavy"],
+    "targets of an unknown role": ["--inner-target", "poet"],
+    "distillation in one round": ["--distill", "1"],
     "an unknown device": ["--device", "abacus"],
     "an unknown backend": ["--backend", "abacus"],
     "no such rows": ["--data", "nowhere.jsonl"],
@@ -77,8 +79,14 @@ REFUSED = {
     "rows that are no UTF-8": ["--data", "latin.jsonl"],
     "bad validation rows": ["--validation", "no target.jsonl"],
 }
-BY_STAGE = {"--roles": ("inner",), "--edges": ("warmup", "outer"), "--round-weights": ("outer", "all")}
-SETTINGS = {"--seed": "3", "--steps": "3", "--round-weights": "3"}
+BY_STAGE = {
+    "--roles": ("inner",),
+    "--edges": ("warmup", "outer"),
+    "--round-weights": ("outer", "all"),
+    "--distill": ("outer", "all"),
+    "--inner-target": ("inner", "all"),
+}
+SETTINGS = {"--seed": "3", "--steps": "3", "--round-weights": "3", "--inner-target": "planner=solver"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL
 from recmas.config.system_json import PromptSpec, edge_name
 from recmas.training import OuterConfig, train_outer
-from recmas.training.outer import outer_losses
+from recmas.training.outer import outer_loss, outer_losses
 from tests.runtime.training.test_stages import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
 
 EQUAL = {torch.float32: 1e-4, torch.float64: ROUNDING}  # of the largest entry of a link's gradient
@@ -55,11 +55,13 @@ def rows(pattern):
     ]
 
 
-def plain_loss(system, prompts, batch, rounds, latents, outer=None):
-    """`outer`: the links by (source, target, round); None takes the system's, which all rounds share."""
+def plain_loss(system, prompts, batch, rounds, latents, outer=None, sent=None):
+    """`outer`: the links by (source, target, round), None takes the system's; `sent` gets each row's messages."""
     total, count = 0.0, 0
     for row in batch:
         messages = {}
+        if sent is not None:
+            sent.append(messages)
         for visit in system.pattern.visits(rounds):
             role, agent = visit.role, system.agents[visit.role]
             pieces, text = [], ""
@@ -150,6 +152,46 @@ def test_each_round_may_have_links_of_its_own(name, latents):
     for key, gradient in expected.items():
         assert gradient.abs().max() > 0
         assert (actual[key] - gradient).abs().max() <= ROUNDING * gradient.abs().max(), key
+
+
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+@pytest.mark.parametrize(("name", "expert"), [("distillation", "expert"), ("sequential", "critic")])
+def test_distillation_is_the_distance_of_latents_in_the_learners_space(name, expert, latents):
+    pattern, prompts = PATTERNS[name]
+    system, batch, sent = built(pattern, prompts, torch.float64), rows(pattern), []
+    learner = pattern.last
+    loss = plain_loss(system, prompts, batch, 3, latents, sent=sent)
+    terms = []
+    for messages in sent:
+        for round in (1, 2):
+            target = link(system.outer_links[expert, learner], messages[expert, round], "outer").detach()
+            own = messages[learner, round]
+            terms += [1 - torch.cosine_similarity(a, b, dim=0) for a, b in zip(own, target, strict=False)]
+    assert len(terms) < 2 * 2 * STEPS or latents == "rollout"  # some messages are shorter
+    loss, expected = gradients(system, [loss + 0.7 * sum(terms) / len(terms)])
+    for micro_batch in (1, None):
+        parts = outer_losses(
+            system, batch, 3, latent_steps=STEPS, latents=latents, micro_batch=micro_batch, recompute=True, distill=0.7
+        )
+        found, actual = gradients(system, parts)
+        assert found == pytest.approx(loss, rel=1e-5)
+        for edge, gradient in expected.items():
+            assert (actual[edge] - gradient).abs().max() <= ROUNDING * gradient.abs().max(), (edge, micro_batch)
+    one = [outer_loss(system, batch, 1, latent_steps=STEPS, latents=latents, distill=w).item() for w in (0.0, 0.7)]
+    assert one[0] == one[1]
+
+
+def test_what_cannot_be_distilled_is_refused_before_any_step():
+    pattern, prompts = PATTERNS["mixture"]
+    with pytest.raises(ValueError, match="distill: needs one expert, but 'summarizer' reads 'math', 'code', 'science'"):
+        train_outer(build(pattern, prompts), rows(pattern), OuterConfig(distill=1.0), progress=False)
+    pattern, prompts = PATTERNS["distillation"]
+    config = OuterConfig(distill=1.0, latent_steps={"expert": 2, "learner": 0})
+    with pytest.raises(ValueError, match="distill: 'learner' has 0 latent steps"):
+        train_outer(build(pattern, prompts), rows(pattern), config, progress=False)
+    for weight, rounds in ((-1.0, 2), (float("inf"), 2), (1.0, 1)):
+        with pytest.raises(ValueError, match="distill"):
+            OuterConfig(distill=weight, rounds=rounds)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -37,7 +37,7 @@ from recmas.training import (
     train_warmup,
     warmup_loss,
 )
-from recmas.training.warmup import aligned_tokens, overlaps
+from recmas.training.counterparts import aligned_tokens, overlaps
 from recmas_kernels import use_backend
 from tests.runtime.tiny import tiny_agent
 
@@ -286,6 +286,41 @@ def test_inner_loss_is_the_formula(exact, role, round):
     parameters = list(exact.inner_links[role].parameters())
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
+
+
+def test_inner_targets_of_another_agent_are_its_embeddings_of_the_same_text():
+    """The planner says words, the target's tokenizer cuts them into pieces; both are 16 wide."""
+    model = agent("planner").model
+    model.resize_token_embeddings(len(tokenizer(True)), mean_resizing=False)
+    agents = {role: agent(role) for role in ("planner", "critic")}
+    agents["solver"] = Agent(model, tokenizer(True), name="solver")
+    system = RecursiveMAS.create(agents, SEQUENTIAL, prompts=PROMPTS, rounds=1, latent_steps=2, seed=0)
+    system = system.to(dtype=torch.float64)
+    row = dict(ROWS[0], targets={"planner": "2 bako"})
+    prompt = embeds(system, "planner", f"<bos> {row['sheet']} <in> {row['question']} <out>")
+    hidden = states(system, "planner", torch.cat([prompt, embeds(system, "planner", "2")]))[len(prompt) - 1 :]
+    pred = link(system.inner_links["planner"], hidden, "inner")
+    table, known = agents["solver"].model.get_input_embeddings().weight, agents["solver"].tokenizer
+    targets = [table[known.convert_tokens_to_ids(pieces)].mean(dim=0) for pieces in (["2"], ["ba", "##ko"])]
+    expected = sum(1 - p @ e / (p.norm() * e.norm()) for p, e in zip(pred, targets, strict=True)) / 2
+    loss = inner_loss(system, "planner", [row], target="solver")
+    torch.testing.assert_close(loss, expected, rtol=ROUNDING, atol=0)
+    own = inner_loss(system, "planner", [row])
+    assert inner_loss(system, "planner", [row], target="planner") == own != loss
+    config = InnerConfig(steps=1, batch_size=1, inner_target={"planner": "solver"})
+    result = train_inner(system, [row], config, roles=["planner"], progress=False)
+    assert result["planner"].loss == pytest.approx(loss.item())
+
+
+def test_inner_targets_that_do_not_fit_are_refused():
+    system = build()
+    for target, message in (
+        ("poet", "inner_target: unknown role 'poet'"),
+        ({"poet": "planner"}, "inner_target: no inner link of 'poet' is trained, only of planner"),
+        ("solver", "inner_target: the inner link of 'planner' makes 16 features, embeddings of 'solver' have 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_inner(system, ROWS, InnerConfig(inner_target=target), roles=["planner"], progress=False)
 
 
 def test_inner_training_learns_and_touches_the_chosen_links_only():
