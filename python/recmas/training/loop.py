@@ -159,7 +159,7 @@ def train(
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
                 if together.writes:
-                    checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
+                    checkpoint.save(folder, parameters, optimizer, settings_of(config), step + 1)
                 together.wait()
             if stop:
                 return TrainingResult(len(records), records)
@@ -254,7 +254,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> to
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
-def _settings(config: LoopConfig) -> dict[str, Any]:
+def settings_of(config: LoopConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
@@ -293,7 +293,7 @@ def _check_folder(parameters: Mapping[str, nn.Parameter], config: LoopConfig, fo
             "or choose another folder (--output, output=FOLDER)"
         )
     if (stored := checkpoint.load(folder)) is not None:
-        stored.check(parameters, _settings(config))
+        stored.check(parameters, settings_of(config))
         for _ in _logged(folder / LOG):
             pass  # a damaged line is told here
 
