@@ -80,6 +80,7 @@ def execute(options: Namespace) -> int:
     from recmas.files import write_atomically
     from recmas.files.locks import one_writer
     from recmas.system.folder import check_place, is_new, save
+    from recmas.training.card import CARD, write_card
     from recmas.training.origin import RECORD, check_origin, origin
     from recmas.training.processes import processes
     from recmas.training.run_record import RUN, check_data, run_record
@@ -144,6 +145,8 @@ def execute(options: Namespace) -> int:
         if not together.writes:
             return 0
         mas.save_pretrained(output)
+        if not write_card(output, read_spec(output)):
+            print(f"recmas: {output / CARD} is not what recmas train wrote, and stays as it is", file=sys.stderr)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
         name if isinstance(name, str) else edge_name(name): {"steps": done.steps, "loss": done.loss}

@@ -324,6 +324,16 @@ def _open(
     return records
 
 
+def read_log(folder: Path) -> TrainingResult:
+    """What the run in this folder has done, by its log.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    records = list(_logged(folder / LOG))
+    return TrainingResult(len(records), records)
+
+
 def _logged(log: Path) -> Iterator[StepRecord]:
     """Records of the log, but for a last line that a crash cut short."""
     if not log.exists():
