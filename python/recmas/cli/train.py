@@ -42,6 +42,16 @@ def add_options(parser: CommandLineParser) -> None:
         command.add_argument(
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
         )
+        command.add_argument(
+            "--progress", action="store_true", help="show bars where stderr is no terminal, too, seldom updated"
+        )
+        command.add_argument(
+            "--tracker",
+            type=NAMES,
+            default=[],
+            help="tensorboard, wandb, ...: trackers of Accelerate that get every step's record; files go to "
+            "training/tracked in the output",
+        )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
         command.add_argument(
             "--dry-run",
@@ -165,7 +175,7 @@ def _only(stage: str, options: Namespace, logs: Path) -> dict[str, Any]:
     """The arguments of a stage's function that its options name, but for rows."""
     from recmas import training
 
-    only: dict[str, Any] = {}
+    only: dict[str, Any] = {"trackers": options.tracker, "progress": "always" if options.progress else True}
     if stage in ("warmup", "outer"):
         only["edges"] = _edges(options.edges)
     if stage == "inner":

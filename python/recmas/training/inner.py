@@ -27,6 +27,7 @@ from recmas.training.counterparts import Counterparts, check_alignable, check_of
 from recmas.training.data import RowSource, read_rows
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
+from recmas.training.progress import Shown
 from recmas_kernels import alignment_loss
 
 
@@ -125,7 +126,8 @@ def train_inner(
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> dict[str, TrainingResult]:
@@ -143,7 +145,8 @@ def train_inner(
         cache: `PairCache`, or its folder: every text runs through its agent once, and the losses are those of the run
             without, up to rounding; None runs the agent anew for every batch.
         resume: go on where the folder's checkpoints stopped.
-        progress: show a bar per agent.
+        progress: show a bar per agent where stderr is a terminal; "always" wherever it goes.
+        trackers: names of trackers (`recmas.training.trackers`) that get every step's record.
         on_step: called after every step with its record; a true answer ends that agent's run.
         on_start: called once, when everything has been checked and nothing has been written; a true answer
             ends it there.
@@ -179,6 +182,7 @@ def train_inner(
         cache=cache,
         resume=resume,
         progress=progress,
+        trackers=trackers,
         on_step=on_step,
         on_start=on_start,
     )

@@ -30,6 +30,7 @@ from recmas.training.data import DataSource, RowSource, fixed_batches, pick, tar
 from recmas.training.distillation import check_distill, count_latents, distill_loss, expert_of
 from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
+from recmas.training.progress import Meter, Shown
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
 from recmas.training.round_norms import rounds_apart
@@ -53,6 +54,7 @@ def outer_losses(
     micro_batch: int | None = None,
     round_weights: Sequence[float] | None = None,
     distill: float = 0.0,
+    meter: Meter | None = None,
 ) -> Iterator[torch.Tensor]:
     """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
 
@@ -62,6 +64,7 @@ def outer_losses(
     Args:
         system, rows, rounds, latent_steps, latents, recompute, round_weights, distill: as for `outer_loss`.
         micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
+        meter: counts the tokens that are read.
     """
     steps, last = system.steps_by_role(latent_steps), system.pattern.last
     size = micro_batch or _fitting(system, rows, rounds, steps)
@@ -72,7 +75,7 @@ def outer_losses(
     pairs = count_latents(system, rows, rounds, steps, latents) if distill > 0 else 0
     share = distill / pairs if pairs else 0.0
     for first in range(0, len(rows), size):
-        yield _unrolled(system, rows[first : first + size], rounds, weights, share, steps, latents, recompute)
+        yield _unrolled(system, rows[first : first + size], rounds, weights, share, steps, latents, recompute, meter)
 
 
 def outer_loss(
@@ -124,6 +127,7 @@ def _unrolled(
     steps: Mapping[str, int],
     latents: Source,
     recompute: bool,
+    meter: Meter | None,
 ) -> torch.Tensor:
     """Cross entropies of answers' tokens, each times its round's weight, and distances of latents times `distill`."""
     prefixes, losses = SharedPrefixes(), []
@@ -135,6 +139,9 @@ def _unrolled(
         begins = proved(agent.decoder, "begun prefixes", prompt)
         answers = visit.role == system.pattern.last and visit.round in weights
         thinks = not visit.final and (latents == "rollout" or count == 0)
+        if meter is not None:
+            meter.add(prompt.mask.sum())
+            meter.add(count * len(rows) if thinks else 0)
         if answers or not thinks:
             tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
             if not answers:
@@ -142,6 +149,8 @@ def _unrolled(
             begun = prefixes.of(visit.role, agent, prompt) if begins else None
             with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
                 speech = force(agent, prompt, tokens, begun=begun)
+            if meter is not None:
+                meter.add(speech.mask.sum())
         if answers:
             said = speech.mask.bool()
             losses.append(answer_loss(agent, speech.hidden[said], speech.ids[said]) * weights[visit.round])
@@ -204,7 +213,8 @@ def train_outer(
     validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> TrainingResult:
@@ -222,7 +232,8 @@ def train_outer(
             links with the least.
         output: folder of the log and the checkpoints; None keeps none.
         resume: go on where the folder's checkpoint stopped.
-        progress: show a bar.
+        progress: show a bar where stderr is a terminal; "always" wherever it goes.
+        trackers: names of trackers (`recmas.training.trackers`) that get every step's record.
         on_step: called after every step with its record; a true answer ends the run.
         on_start: called once, when everything has been checked and nothing has been written; a true answer
             ends it there.
@@ -255,6 +266,7 @@ def train_outer(
         rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
         check_unrolled(system, rows_of.rows, config)
     check_trainable(system)
+    meter = Meter()
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
         rounds = pick(config.seed, step, config.rounds)
@@ -269,6 +281,7 @@ def train_outer(
             micro_batch=config.micro_batch,
             round_weights=config.round_weights,
             distill=config.distill,
+            meter=meter,
         )
 
     def validate() -> float:
@@ -293,7 +306,7 @@ def train_outer(
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
-    check_run(parameters, config, folder, resume, validated=validation is not None)
+    check_run(parameters, config, folder, resume, validated=validation is not None, trackers=trackers)
     if not begins(on_start):
         return TrainingResult(0, [])
     with ExitStack() as stack:
@@ -307,6 +320,8 @@ def train_outer(
             output=folder,
             resume=resume,
             progress=progress,
+            trackers=trackers,
+            meter=meter,
             on_step=on_step,
             validate=validate if others else None,
             round_norms=apart,

@@ -27,6 +27,7 @@ from recmas.training.counterparts import Counterparts, check_alignable, check_of
 from recmas.training.data import RowSource, read_rows
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
+from recmas.training.progress import Shown
 from recmas_kernels import alignment_loss
 
 
@@ -86,7 +87,8 @@ def train_warmup(
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> dict[LinkKey, TrainingResult]:
@@ -103,7 +105,8 @@ def train_warmup(
         output: folder of logs and checkpoints, one folder ``warmup-<source>-<target>`` each; None keeps none.
         cache: `PairCache`, or its folder, as for `train_inner`; all edges out of one agent share its pairs.
         resume: go on where the folder's checkpoints stopped.
-        progress: show a bar per edge.
+        progress: show a bar per edge where stderr is a terminal; "always" wherever it goes.
+        trackers: names of trackers (`recmas.training.trackers`) that get every step's record.
         on_step: called after every step with its record; a true answer ends that edge's run.
         on_start: called once, when everything has been checked and nothing has been written; a true answer
             ends it there.
@@ -144,6 +147,7 @@ def train_warmup(
         cache=cache,
         resume=resume,
         progress=progress,
+        trackers=trackers,
         on_step=on_step,
         on_start=on_start,
     )

@@ -62,6 +62,7 @@ REFUSED = {
     "a weight that is none": ["--round-weights", "heavy"],
     "targets of an unknown role": ["--inner-target", "poet"],
     "distillation in one round": ["--distill", "1"],
+    "an unknown tracker": ["--tracker", "abacus"],
     "an unknown device": ["--device", "abacus"],
     "an unknown backend": ["--backend", "abacus"],
     "no such rows": ["--data", "nowhere.jsonl"],

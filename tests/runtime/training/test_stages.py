@@ -449,6 +449,26 @@ def test_outer_training_learns_and_touches_outer_links_only():
     assert result.loss < 0.9 * result.records[0].loss
 
 
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+def test_the_log_counts_what_agents_read_and_say(latents):
+    system, row = build(), ROWS[0]
+    read = {
+        "planner": f"<bos> {row['sheet']} <in> {row['question']} <out>",
+        "critic": "<bos> <in> <out>",
+        "solver": f"<bos> {row['question']} <in> <out>",
+    }
+    prompts = sum(len(ids(system, role, text)) for role, text in read.items())
+    said = {role: len(ids(system, role, text_of(row, role, 1))) + 1 for role in system.pattern.roles}
+    sent = {"planner": min(STEPS["planner"], said["planner"]), "critic": min(STEPS["critic"], said["critic"])}
+    if latents == "rollout":
+        sent = {"planner": STEPS["planner"], "critic": STEPS["critic"]}
+    config = OuterConfig(steps=1, batch_size=1, rounds=1, latent_steps=STEPS, latents=latents)
+    result = train_outer(system, [row], config, progress=False)
+    assert result.records[0].tokens == prompts + 2 * sum(sent.values()) + said["solver"]  # sent, and read in a slot
+    inner = train_inner(system, [row], InnerConfig(steps=1, batch_size=1), progress=False)
+    assert {role: done.records[0].tokens for role, done in inner.items()} == said
+
+
 def test_one_round_trains_the_edges_it_uses_at_any_rate():
     system = build()
     before = weights(system)
