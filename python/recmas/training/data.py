@@ -22,7 +22,7 @@ from recmas.agents.agent import Agent
 from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields, readable
-from recmas.prompts.source import read_source
+from recmas.prompts.source import read_source, with_columns
 from recmas.prompts.vocabulary import check_ids
 from recmas.system.system import System
 
@@ -158,17 +158,19 @@ def check_target(row: Fields, index: int, role: str, round: int) -> None:
         raise ValueError(f"row {index}: the target of agent {role!r} in round {round} is empty")
 
 
-def read_texts(source: str) -> list[dict[str, object]]:
-    """Any texts as rows, from a JSONL file or a data set on the hub (`recmas.prompts.source.read_source`).
+def read_texts(
+    source: str, *, split: str = "train", subset: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
+    """Any texts as rows, from a file or a data set on the hub (`recmas.prompts.source.read_source`).
 
-    Of each row, "text" and "prompt" are taken.
+    Of each row, "text" and "prompt" are taken; ``columns`` says which columns these are, ``{"text": "content"}``.
 
     Raises:
         ValueError: as `read_source`, or a row without a text or with a prompt that is none; names the row.
         FileNotFoundError, ImportError: as `read_source`.
     """
     rows = []
-    for index, row in enumerate(read_source(source, split="train")):
+    for index, row in enumerate(with_columns(read_source(source, split, subset), columns or {}, source)):
         if "text" not in row:
             raise ValueError(f"{source}: row {index}: no field 'text'; it has {', '.join(sorted(row)) or 'none'}")
         text = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,6 +13,9 @@ from recmas.sizing.report import size
 from recmas.system.system import System
 from recmas.training.config import LoopConfig, OuterConfig
 from recmas.training.outer import trained_edges
+
+SHOWN = ("steps", "batch_size", "accumulation", "learning_rate")
+"""Settings that a run's other entries tell; of the rest, those that are not the defaults are listed."""
 
 
 class Part(NamedTuple):
@@ -44,10 +48,17 @@ def table(planned: dict[str, Any]) -> str:
     lines = [
         f"{run['run']:<{width}}  {run['parameters']:>13,} parameters  {run['steps']:>6,} steps of "
         f"{run['rows_per_step']} of {run['rows']:,} rows, {run['epochs']:g} epochs, rate {run['learning_rate']:g}"
+        + "".join(f", {name} {_told(value)}" for name, value in run["settings"].items())
         for run in planned["runs"]
     ]
     held = ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in planned["memory"].items())
     return "\n".join([*lines, f"memory beside activations: {held}"])
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
@@ -61,6 +72,11 @@ def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
         "rows_per_step": (taken := config.accumulation * config.batch_size),
         "epochs": round(config.steps * taken / part.rows, 2),
         "learning_rate": config.learning_rate,
+        "settings": {
+            field.name: value
+            for field in fields(config)
+            if (value := getattr(config, field.name)) != field.default and field.name not in SHOWN
+        },
     }
 
 
