@@ -23,10 +23,11 @@ from recmas.config.pattern import Edge
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import run_link
 from recmas.prompts.rows import Fields
+from recmas.prompts.targets import target_text
 from recmas.system.system import System
 from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import WarmupConfig, each_round_count
-from recmas.training.data import RowSource, check_plain, is_plain, read_rows, target_text
+from recmas.training.data import RowSource, check_plain, is_plain, read_rows
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas_kernels import alignment_loss
