@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "answer questions with a system",
     "serve": "answer requests over HTTP, in the OpenAI format",
     "eval": "measure a system's accuracy on questions with known answers",
+    "audit": "ask whether what a system's latents say matters, and what does as well as they do",
     "train": "train a system's links: inner, warmup, outer or all",
     "lab": "the relay lab: build, questions, eval, demo",
     "convert": "read and write the reference implementation's systems and links",

@@ -10,9 +10,10 @@ import torch
 
 from recmas.agents.agent import Agent
 from recmas.prompts.rows import Fields
+from recmas.prompts.targets import target_text
 from recmas.system.system import System
 from recmas.training.config import AlignmentConfig, each_round_count
-from recmas.training.data import check_plain, is_plain, target_text
+from recmas.training.data import check_plain, is_plain
 
 Span = tuple[int, int]
 
