@@ -31,7 +31,7 @@ from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.paired import Difference, detectable_mean, detectable_share, paired_means, paired_shares
 from recmas.evaluation.summary import Estimate
 from recmas.prompts.rows import Fields
-from recmas.prompts.targets import target_text
+from recmas.prompts.targets import check_target, target_text
 from recmas.recursive_mas import RecursiveMAS
 
 LEAST = 7
@@ -217,7 +217,10 @@ def _drawn(count: int, questions: int | None, seed: int) -> list[int]:
 def _gold(row: Fields, index: int, plan: Plan, answer: str) -> str:
     """What the last agent should write: its target where the row has one, else the answer."""
     last, targets = plan.system.pattern.last, row.get("targets")
-    return target_text(row, index, last, plan.rounds) if isinstance(targets, Mapping) and last in targets else answer
+    if not (isinstance(targets, Mapping) and last in targets):
+        return answer
+    check_target(row, index, last, plan.rounds)
+    return target_text(row, index, last, plan.rounds)
 
 
 def _batches(count: int, size: int) -> list[range]:

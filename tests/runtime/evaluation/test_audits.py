@@ -136,6 +136,7 @@ def test_the_questions_are_drawn_by_the_seed(untrained):
         (ROWS, {"questions": 10}, "questions: 10 were asked for, there are 9"),
         ([{"question": "?"}] * 8, {}, "row 0: no field 'answer' with the answer"),
         ([{"riddle": "?", "answer": "!"}] * 8, {}, "row 0: .*'question'"),
+        ([{**ROWS[0], "targets": {"solver": " "}}] * 8, {}, "row 0: the target of agent 'solver' in round 2 is empty"),
         (ROWS, {"arms": ["silence"]}, "arms: 'silence' is not one of trained, identity"),
         (ROWS, {"batch_size": "auto"}, "batch_size: an audit shuffles messages within a batch"),
         (ROWS, {"latent_steps": 0}, "system: no latents pass between its agents"),

@@ -10,6 +10,7 @@ import pytest
 from recmas.evaluation.paired import (
     ERROR,
     Difference,
+    _student,
     detectable_mean,
     detectable_share,
     mcnemar,
@@ -79,6 +80,21 @@ def test_the_interval_of_means():
     assert found.high == pytest.approx(found.value + half, abs=0.05 * 2 * half)
     assert found.shown
     assert found == paired_means(first, second, 0) != paired_means(first, second, 1)
+
+
+@pytest.mark.parametrize("questions", [7, 15, 40])
+def test_the_interval_of_means_covers_with_few_questions(monkeypatch, questions):
+    monkeypatch.setattr("recmas.evaluation.paired.RESAMPLES", 2000)
+    rng, missed, trials = random.Random(questions), 0, 600
+    for trial in range(trials):
+        found = paired_means([0.0] * questions, [rng.gauss(0, 1) for _ in range(questions)], trial)
+        missed += found.shown
+    assert missed / trials < ERROR + 0.025  # 0.09 of seven, by percentiles as they are
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(6, 2.9687), (14, 2.5096), (49, 2.3124), (511, 2.2482)])
+def test_students_quantiles(freedom, quantile):
+    assert _student(freedom) == pytest.approx(quantile, abs=0.005)
 
 
 @pytest.mark.parametrize(("questions", "changed"), [(60, 0), (200, 40), (400, 300)])
