@@ -33,12 +33,11 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
 
-# Two processes, each with the threads that its share of the processor has. Then, alone, what needs both cores.
+# Two processes, each with the threads that its share of the processor has. The slowest tests are named at the end.
 WORKERS ?= 2
 test: $(DEVELOPMENT) ## every test that this machine can run
 	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
-		$(BIN)/python -m pytest -m 'not alone' -n $(WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m alone
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .

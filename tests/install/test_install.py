@@ -13,7 +13,6 @@ import pytest
 
 from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, run
 
-pytestmark = pytest.mark.alone  # compilers take every core
 HAS_NVCC = shutil.which("nvcc") is not None
 LEFT_OUT = {f"RECMAS_BUILD_{module}": "0" for module in ("TENSORS", "CPU", "CUDA")}
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -23,42 +22,16 @@ REFERENCE_FORWARD = (
 )
 
 
-def test_editable_under_isolation(environment: Environment, sources: Path) -> None:
-    outcome = environment.pip_install("-e", sources, isolated=True, RECMAS_CUDA_ARCHS="80-real")
-    assert outcome.returncode == 0, outcome.output
-    info = environment.info()
-    assert Path(info["folder"]) == sources / "recmas_kernels"
-    for name in ("tensors", "cpu"):
-        assert info["modules"][name]["status"] == "built"
-        assert info["modules"][name]["loads"]
-    assert info["instruction_set"]["used"]
-    assert info["chosen"]["cpu"]["link_fwd"]["float32 x 8"] == "cpu"
-    if HAS_NVCC:
-        assert info["modules"]["cuda"]["status"] == "built"
-        assert info["modules"]["cuda"]["loads"], "the CUDA module must import on a machine without a GPU"
-    assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
-    assert environment.run("-m", "recmas", "--help").returncode == 0
-    assert (environment.folder / "bin" / "recmas").is_file()
-
-
-def test_wheel_from_sdist_without_nvcc(environment: Environment, sources: Path, tmp_path: Path) -> None:
+def test_wheel_from_sdist_under_isolation(
+    environment: Environment, sources: Path, quick: dict[str, str], tmp_path: Path
+) -> None:
     packed = run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path / "sdist"], sources, {})
     assert packed.returncode == 0, packed.output
     (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
     with tarfile.open(archive) as files:
         assert any(name.endswith("csrc/link.h") for name in files.getnames())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path / "wheel",
-        archive,
-    ]
-    built = run(command, tmp_path, NO_NVCC)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path / "wheel", archive]
+    built = run(command, tmp_path, quick | {"RECMAS_CUDA_ARCHS": "80-real"})
     assert built.returncode == 0, built.output
     (wheel,) = (tmp_path / "wheel").glob("recmas_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -70,10 +43,32 @@ def test_wheel_from_sdist_without_nvcc(environment: Environment, sources: Path, 
     assert outcome.returncode == 0, outcome.output
     info = environment.info()
     assert Path(info["folder"]).is_relative_to(environment.folder)
-    assert info["modules"]["cpu"]["loads"]
+    for name in ("tensors", "cpu"):
+        assert info["modules"][name]["status"] == "built"
+        assert info["modules"][name]["loads"]
+    assert info["instruction_set"]["used"]
+    assert info["chosen"]["cpu"]["link_fwd"]["float32 x 8"] == "cpu"
+    if HAS_NVCC:
+        assert info["modules"]["cuda"]["status"] == "built"
+        assert info["modules"]["cuda"]["loads"], "the CUDA module must import on a machine without a GPU"
+    assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
+    assert environment.run("-m", "recmas", "--help").returncode == 0
+
+
+def test_editable_without_nvcc(environment: Environment, sources: Path, quick: dict[str, str]) -> None:
+    """The kernels are left out: `make install`, before any test, has built them in place, and under isolation."""
+    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CPU="0", **quick, **NO_NVCC)
+    assert outcome.returncode == 0, outcome.output
+    info = environment.info()
+    assert Path(info["folder"]) == sources / "recmas_kernels"
+    assert info["modules"]["tensors"]["status"] == "built"
+    assert info["modules"]["tensors"]["loads"]
+    assert info["modules"]["cpu"]["status"] == "skipped"
+    assert "RECMAS_BUILD_CPU=0" in info["modules"]["cpu"]["reason"]
     assert info["modules"]["cuda"]["status"] == "skipped"
     assert NOWHERE in info["modules"]["cuda"]["reason"]
-    assert environment.run("-c", REFERENCE_FORWARD).returncode == 0
+    assert environment.run("-m", "recmas", "--help").returncode == 0
+    assert (environment.folder / "bin" / "recmas").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +113,21 @@ def test_importing_the_package_loads_nothing_compiled(bare: tuple[Environment, P
     assert outcome.returncode == 0, outcome.output
 
 
-def test_a_module_whose_build_fails_takes_no_other_down(environment: Environment, sources: Path) -> None:
-    """The kernels do not compile; what every backend needs to look at tensors does, and serves."""
+def test_a_module_whose_build_fails_leaves_its_log_and_takes_no_other_down(
+    environment: Environment, sources: Path, quick: dict[str, str]
+) -> None:
+    """The kernels do not compile, and ``info`` has the reason and the end of the log; what looks at tensors serves."""
     (sources / "csrc" / "cpu" / "handoff.cpp").write_text('#error "these kernels cannot compile"\n', encoding="utf-8")
-    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0")
+    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0", **quick)
     assert outcome.returncode == 0, outcome.output
     modules = environment.info()["modules"]
+    assert modules["cpu"]["status"] == "failed"
     assert "these kernels cannot compile" in modules["cpu"]["reason"]
+    assert modules["cpu"]["log"][-1].startswith("ninja: build stopped")
     assert modules["tensors"]["loads"]
     looked = "from recmas_kernels.backends import tensors; assert tensors._native() is not None; "
     forward = environment.run("-c", looked + REFERENCE_FORWARD)
     assert forward.returncode == 0, forward.output
-
-
-def test_a_compiler_that_fails_leaves_its_log(environment: Environment, sources: Path) -> None:
-    """CMake starts and fails: the reason and the tail of what it printed reach ``info``."""
-    (sources / "csrc" / "link.h").write_text('#error "these sources cannot compile"\n', encoding="utf-8")
-    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0")
-    assert outcome.returncode == 0, outcome.output
-    module = environment.info()["modules"]["cpu"]
-    assert module["status"] == "failed"
-    assert "these sources cannot compile" in module["reason"]
-    assert module["log"][-1].startswith("ninja: build stopped")
 
 
 @pytest.mark.parametrize(("module", "broken"), [("tensors", NO_COMPILER), ("cpu", NO_COMPILER), ("cuda", NO_NVCC)])

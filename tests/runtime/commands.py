@@ -21,7 +21,20 @@ _LONGEST = 120  # seconds of processor time, and four times as many of the clock
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["recmas.cli.train", "recmas.recursive_mas", "recmas.training", "recmas.evaluation.sweeps"]
+    [
+        "recmas.cli.run",
+        "recmas.cli.eval",
+        "recmas.cli.train",
+        "recmas.recursive_mas",
+        "recmas.training.all_stages",
+        "recmas.training.checkpoint",
+        "recmas.evaluation.sweeps",
+        "recmas_kernels._cpu",
+        "transformers.generation.utils",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+        "attrs",
+    ]
 )
 
 

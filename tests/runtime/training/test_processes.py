@@ -61,7 +61,6 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.alone
 def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
     write_lean(tmp_path)
     done = launched(tmp_path, "train", "all", "system", "--data", "rows.jsonl", "--output", "out", *options(**SETTINGS))
@@ -71,7 +70,6 @@ def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
     assert links(tmp_path / "out") == links(alone / "out")
 
 
-@pytest.mark.alone
 def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it(tmp_path):
     write_lean(tmp_path)
     settings = SETTINGS | {"steps": 400}
