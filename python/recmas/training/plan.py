@@ -33,11 +33,11 @@ def plan(system: System, parts: Sequence[Part]) -> dict[str, Any]:
     links = [*system.inner_links.values(), *system.outer_links.values()]
     models = {id(agent.model): agent.model for agent in system.agents.values()}
     return {
-        "runs": [{key: value for key, value in run.items() if key != "bytes"} for run in runs],
+        "runs": [{key: value for key, value in run.items() if key != "held"} for run in runs],
         "memory": {
             "models": _bytes(p for model in models.values() for p in model.parameters()),
             "links": _bytes(p for link in links for p in link.parameters()),
-            "gradients_and_moments": 3 * max(run["bytes"] for run in runs),  # of one run after the other
+            "gradients_and_moments": max(run["held"] for run in runs),  # of one run after the other
         },
     }
 
@@ -62,11 +62,13 @@ def _told(value: Any) -> str:
 
 
 def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
-    config = part.config
+    config, gradients = part.config, 1
+    if isinstance(config, OuterConfig) and config.round_norms:
+        gradients += config.most_rounds  # each round's own, and their sum
     return {
         "run": name,
         "parameters": sum(p.numel() for p in trained),
-        "bytes": _bytes(trained),
+        "held": (gradients + 2) * _bytes(trained),
         "steps": config.steps,
         "rows": part.rows,
         "rows_per_step": (taken := config.accumulation * config.batch_size),

@@ -228,3 +228,8 @@ def test_a_dry_run_tells_settings_that_are_not_the_defaults(trained, monkeypatch
     assert all("round_weights" not in run["settings"] for run in runs[:-1])
     assert main(words) == 0
     assert ", round_weights 0.1,1.0" in capsys.readouterr().out
+    held = []
+    for more in ([], ["--round-norms", "true"]):
+        assert main([*words, *more, "--json"]) == 0
+        held.append(json.loads(capsys.readouterr().out)["memory"]["gradients_and_moments"])
+    assert held[1] == held[0] * 5 // 3  # two moments, the gradient, and one of each of two rounds
