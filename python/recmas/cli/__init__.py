@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "measure a system's accuracy on questions with known answers",
     "audit": "ask whether what a system's latents say matters, and what does as well as they do",
     "train": "train a system's links: inner, warmup, outer or all",
-    "lab": "the relay lab: build, questions, eval, demo",
+    "lab": "the relay lab: build, questions, eval, demo; and questions of the notes task",
     "convert": "read and write the reference implementation's systems and links",
     "inspect": "show a system's parts, and what its latents look like",
     "check": "prove what a model can do as an agent, with the numbers",

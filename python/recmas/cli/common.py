@@ -118,8 +118,8 @@ def add_data(parser: CommandLineParser) -> None:
         "--metric",
         default="exact",
         choices=list(METRICS),
-        help="exact (whole text), last_word (case and punctuation count in both), choice (a letter) or math (needs the "
-        "eval extra)",
+        help="exact (whole text), last_word (case and punctuation count in both), begins (with the answer), choice (a "
+        "letter) or math (needs the eval extra)",
     )
 
 

@@ -1,7 +1,7 @@
 """The audit: the same questions answered in several arms that differ in one thing each, compared question by question.
 
 Each arm gives two endpoints per question: the decision, whether the metric takes the greedy answer as right, and the
-NLL, minus the log probability (nats) of the gold answer's tokens, end included, in place of the answer. The verdict
+NLL, minus the log probability (nats) of the gold answer's tokens in place of the answer. The verdict
 compares the system with itself where every message is that of another question: that leaves prompts, links, number
 and statistics of the latents alone, and takes away what they say.
 """
@@ -267,8 +267,8 @@ def _outcomes(
 
 @torch.no_grad()
 def gold_nll(agent: Agent, prompt: Prompt, texts: Sequence[str]) -> list[float]:
-    """By row, minus the log probability (nats) that `agent` writes this text behind its prompt, and then ends it."""
-    tokens = target_tokens(agent, texts)
+    """By row, minus the log probability (nats) of this text's tokens behind the agent's prompt."""
+    tokens = [row[:-1] for row in target_tokens(agent, texts)]  # without the end, which completions never write
     ids, mask = target_batch(agent, tokens)
     hidden = agent.hidden(prompt, ids, mask)
     losses = []

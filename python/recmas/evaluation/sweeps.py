@@ -68,7 +68,7 @@ def sweep(
     Args:
         system: what answers.
         rows: questions with the fields its templates name, and the answer.
-        metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
+        metric: name of one of `METRICS`.
         answer_field: field of the row that holds the answer.
         modes: "latent", "text", "single" or "loop"; `recmas.evaluation.baselines` says what each runs. Cells that a
             mode cannot distinguish (rounds of a single agent, latent steps of texts or of a loop of one round) are run

@@ -84,7 +84,7 @@ def test_the_nll_is_that_of_the_whole_sequence():
     batch, singles = prompts(agent, (5, 9, 2))
     texts = ["fox", "the lazy dog jumps", "plan"]
     for nll, single, text in zip(gold_nll(agent, batch, texts), singles, texts, strict=True):
-        ids = [*agent.tokenizer(text, add_special_tokens=False)["input_ids"], agent.tokenizer.eos_token_id]
+        ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
         embeds = torch.cat([single, agent.embed(torch.tensor([ids]))], dim=1)
         with torch.no_grad():
             logits = agent.model(inputs_embeds=embeds).logits[0].double().log_softmax(-1)
