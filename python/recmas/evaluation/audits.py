@@ -170,7 +170,8 @@ def audit(
     with tqdm(total=len(run) * len(asked), desc="audit", disable=hidden, unit="question", leave=False) as bar:
         for name in run:
             bar.set_postfix_str(name, refresh=False)
-            with arm(name, system, seed) as made, made.system.packed_links():
+            made = arm(name, system, seed)
+            with made.system.packed_links():
                 outcomes, seconds = _outcomes(made, asked, METRICS[metric], options, bar.update)
             trained = results[TRAINED].outcomes if results else None
             results[name] = _result(name, outcomes, trained, seconds, seed)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.prompts.rows import Fields
 from recmas.recursive_mas import RecursiveMAS
+from recmas.system.member import Member
 from recmas_kernels import FusedRecursiveLink, RecursiveLink
 
 TRAINED = "trained"
@@ -40,16 +40,51 @@ MOST_TOKENS = 8192
 """Tokens that a least-squares map is fitted on, at most."""
 
 
+Change = Callable[[Tensor], Tensor]
+
+
 class Overheard(RecursiveMAS):
-    """A system that keeps the prompt from which the last answer of a batch was written."""
+    """A system that keeps the prompt from which the last answer of a batch was written.
+
+    Attributes:
+        final_prompt: that prompt.
+        change: what becomes of latents on their way out of a link, or of several links that fill one slot together,
+            into a prompt; None leaves them.
+    """
 
     final_prompt: Prompt | None = None
+    change: Change | None = None
+
+    def member(self, role: str) -> Member:
+        member = super().member(role)
+        return member if self.change is None else _Changed(**vars(member), change=self.change)
 
     def prompt(self, visit: Visit, rows: Sequence[Fields], messages: Mapping[str, Message]) -> Prompt:
         prompt = super().prompt(visit, rows, messages)
         if visit.final:
             self.final_prompt = prompt
         return prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changed(Member):
+    """An agent whose slots hold what `change` makes of what would be in them."""
+
+    change: Change
+
+    def _slot_link(self, keys: Sequence[LinkKey]) -> nn.Module:
+        return _Then(super()._slot_link(keys), self.change)
+
+
+class _Then(nn.Module):
+    """A link, and a change of what comes out of it."""
+
+    def __init__(self, link: nn.Module, change: Change) -> None:
+        super().__init__()
+        self.link, self.change = link, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.link(x))
 
 
 @dataclass(frozen=True)
@@ -73,13 +108,12 @@ def why_left_out(name: str, system: RecursiveMAS, rounds: int) -> str:
     return ""
 
 
-@contextmanager
-def arm(name: str, system: RecursiveMAS, seed: int) -> Iterator[Arm]:
-    """The arm of this name; hooks on links are gone afterwards.
+def arm(name: str, system: RecursiveMAS, seed: int) -> Arm:
+    """The arm of this name.
 
     Args:
         name: of `ARMS`.
-        system: what is audited; agents are shared, links where they are the trained ones.
+        system: what is audited, and left as it is; agents are shared, links where they are the trained ones.
         seed: of whatever is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -91,12 +125,8 @@ def arm(name: str, system: RecursiveMAS, seed: int) -> Iterator[Arm]:
         inner = {role: _respun(link, generator) for role, link in inner.items()}
         outer = {key: _respun(link, generator) for key, link in outer.items()}
     heard = _with_links(system, inner, outer)
-    with ExitStack() as hooks:
-        if name in ("noise", "zeros"):
-            change = _noise(generator) if name == "noise" else torch.zeros_like
-            for link in outer.values():
-                hooks.callback(link.register_forward_hook(_output(change)).remove)
-        yield Arm(heard, _CHANGES.get(name, {}), _message(name, seed))
+    heard.change = {"noise": _noise(generator), "zeros": torch.zeros_like}.get(name)
+    return Arm(heard, _CHANGES.get(name, {}), _message(name, seed))
 
 
 def _message(name: str, seed: int) -> OnMessage | None:
@@ -184,11 +214,7 @@ def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()
 
 
-def _output(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    return lambda module, inputs, output: change(output)
-
-
-def _noise(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def _noise(generator: torch.Generator) -> Change:
     def change(rows: Tensor) -> Tensor:
         drawn = torch.randn(rows.shape, generator=generator).to(rows)
         scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True) / torch.linalg.vector_norm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recmas import SEQUENTIAL, RecursiveMAS
+from recmas import SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.engine.messages import Latents
 from recmas.evaluation.interventions import ARMS, arm, derangement, embedding_map, shared_tokens, why_left_out
 from tests.runtime.tiny import tiny_agent
@@ -31,8 +31,7 @@ def final_prompt(made, rows=ROWS):
 
 
 def in_arm(name, mas, seed=0):
-    with arm(name, mas, seed) as made:
-        return final_prompt(made)
+    return final_prompt(arm(name, mas, seed))
 
 
 def test_the_trained_arm_is_the_system(mas):
@@ -68,13 +67,22 @@ def test_only_what_a_receiver_reads_is_replaced(mas, name):
         assert not torch.equal(in_arm(name, mas, seed=1)[1].embeds, changed.embeds)
 
 
-def test_noise_has_the_norm_of_what_it_replaces(mas):
-    link = mas.outer_links["planner", "critic"]
-    rows = torch.randn(50, 32)
-    with arm("noise", mas, 0), torch.no_grad():
-        noise = link(rows)
-    with torch.no_grad():
-        assert torch.allclose(noise.norm(dim=-1), link(rows).norm(dim=-1), rtol=1e-5)
+@pytest.mark.parametrize("combine", ["slots", "mean", "weighted"])
+def test_noise_has_the_norm_of_what_fills_the_slot(mas, combine):
+    """Senders that share a slot are replaced together: the mean of two noises would be too short."""
+    pattern = Pattern((("planner", "critic"), ("solver",)), combine=combine)
+    joint = RecursiveMAS.create(mas.agents, pattern, rounds=1, latent_steps=STEPS, seed=0)
+    (visit,) = [visit for visit in pattern.visits(1) if visit.role == "solver"]
+    drawn = torch.randn(1, STEPS, 40, generator=torch.Generator().manual_seed(2))  # alike, so that links agree
+    messages = {"planner": Latents(drawn[..., :32]), "critic": Latents(drawn)}
+    prompts = []
+    for system in (joint, arm("noise", joint, 0).system):
+        with torch.no_grad():
+            prompts.append(system.prompt(visit, [{"question": "fox"}], messages).embeds[0])
+    trained, noise = prompts
+    moved = (trained != noise).any(dim=-1)
+    assert moved.sum() == STEPS * (2 if combine == "slots" else 1)
+    assert torch.allclose(noise[moved].norm(dim=-1), trained[moved].norm(dim=-1), rtol=1e-5)
 
 
 def test_no_latents_and_texts(mas):
@@ -87,11 +95,11 @@ def test_no_latents_and_texts(mas):
 
 
 def test_shuffled_messages_are_those_of_another_row(mas):
-    with arm("shuffled", mas, 3) as made:
-        states = torch.arange(5.0).reshape(5, 1, 1)
-        others = made.on_message(None, Latents(states)).states.flatten().tolist()
-        assert others == derangement(5, 3)
-        assert made.on_message(None, Latents(states)).states.flatten().tolist() == others  # at every visit the same
+    made = arm("shuffled", mas, 3)
+    states = torch.arange(5.0).reshape(5, 1, 1)
+    others = made.on_message(None, Latents(states)).states.flatten().tolist()
+    assert others == derangement(5, 3)
+    assert made.on_message(None, Latents(states)).states.flatten().tolist() == others  # at every visit the same
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 33])
@@ -106,14 +114,14 @@ def test_a_derangement_is_one_circle(count):
 
 def test_messages_of_round_1(mas):
     sent = []
-    with arm("round 1", mas, 0) as made:
+    made = arm("round 1", mas, 0)
 
-        def listen(visit, message):
-            heard = made.on_message(visit, message)
-            sent.append((visit.role, visit.round, heard.states))
-            return heard
+    def listen(visit, message):
+        heard = made.on_message(visit, message)
+        sent.append((visit.role, visit.round, heard.states))
+        return heard
 
-        made.system.answer(ROWS, max_new_tokens=1, on_message=listen)
+    made.system.answer(ROWS, max_new_tokens=1, on_message=listen)
     first = {role: states for role, round, states in sent if round == 1}
     assert [(role, round) for role, round, _ in sent if round == 2] == [("planner", 2), ("critic", 2)]
     assert all(torch.equal(states, first[role]) for role, _, states in sent)
@@ -122,8 +130,8 @@ def test_messages_of_round_1(mas):
 
 
 def test_random_links_keep_singular_values_alone(mas):
-    with arm("random", mas, 0) as made:
-        found = {**made.system.inner_links, **made.system.outer_links}
+    made = arm("random", mas, 0)
+    found = {**made.system.inner_links, **made.system.outer_links}
     for name, link in {**mas.inner_links, **mas.outer_links}.items():
         for key, weight in link.state_dict().items():
             other = found[name].state_dict()[key]
@@ -136,7 +144,8 @@ def test_random_links_keep_singular_values_alone(mas):
 
 
 def test_identity_links_pass_on_what_they_read(mas):
-    with arm("identity", mas, 0) as made, torch.no_grad():
+    made = arm("identity", mas, 0)
+    with torch.no_grad():
         inner, same = made.system.inner_links["planner"], made.system.outer_links["solver", "planner"]
         x = torch.randn(6, 32)
         for link in (inner, same):
