@@ -124,13 +124,16 @@ def execute(options: Namespace) -> int:
         runs = _runs(stage, config, only, mas)
         if chosen.resume:
             for name, part, _ in runs:
-                check_data(logs / name, data.described[part])
+                check_data(logs / name, data.described[part], data.validation)
 
         def start() -> None:
             """All has been checked: only now is anything written."""
             if not together.writes:
                 return
-            records = {f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part]) for name, part, its in runs}
+            records = {
+                f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part], data.validation)
+                for name, part, its in runs
+            }
             if new:  # with its runs' folders, so that it can be resumed whenever it ends
                 save(mas, output, records | {RECORD: origin(system)})
                 stack.enter_context(one_writer(output))

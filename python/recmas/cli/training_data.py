@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """Rows as the stages' functions take them (``rows``, ``texts``, ``validation``), and what they are, by stage."""
+    """Rows as the stages' functions take them (``rows``, ``texts``, ``validation``), and what they are.
+
+    Those that are trained on are described by stage.
+    """
 
     given: dict[str, Any]
     described: dict[str, dict[str, Any]]
+    validation: dict[str, Any] | None
 
 
 def add_data(command: CommandLineParser, stage: str) -> None:
@@ -69,7 +73,9 @@ def read_data(stage: str, options: Namespace) -> Data:
         read = read_texts(texts, split=options.split, subset=options.subset, columns=of_texts)
         given["rows" if options.data is None else "texts"] = read
         stages |= dict.fromkeys(("inner", "warmup"), described(texts, read))
+    validation = None
     if options.validation is not None:
         read = read_source(options.validation, options.validation_split, options.subset)
         given["validation"] = with_columns(read, columns, options.validation)
-    return Data(given, stages)
+        validation = described(options.validation, given["validation"])
+    return Data(given, stages, validation)

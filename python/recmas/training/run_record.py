@@ -28,10 +28,11 @@ def described(source: str, rows: Sequence[Fields]) -> dict[str, Any]:
     return {"source": source, "rows": len(rows), "sha256": digest.hexdigest()}
 
 
-def run_record(config: LoopConfig, data: dict[str, Any]) -> str:
-    """The content of a run's ``run.json``; `data` is `described`."""
+def run_record(config: LoopConfig, data: dict[str, Any], validation: dict[str, Any] | None) -> str:
+    """The content of a run's ``run.json``; `data` and `validation` are `described`, None where there are none."""
     versions = {"recmas": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return json.dumps({"data": data, "settings": settings_of(config), "versions": versions}, indent=1) + "\n"
+    record = {"data": data, "validation": validation, "settings": settings_of(config), "versions": versions}
+    return json.dumps(record, indent=1) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -44,18 +45,35 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RUN).exists():
         return None
     record = read_json(folder / RUN)
-    if not isinstance(record, dict) or not isinstance(record.get("data"), dict):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("data"), dict)
+        or not isinstance(record.get("validation"), dict | None)
+    ):
         raise ValueError(f"{folder / RUN}: does not say what the run was begun with")
     return record
 
 
-def check_data(folder: Path, data: dict[str, Any]) -> None:
-    """Raise ValueError, naming both, where a run was begun on other rows than it would go on with."""
+def check_data(folder: Path, data: dict[str, Any], validation: dict[str, Any] | None) -> None:
+    """Raise ValueError, naming both, where a run was begun on other rows, or with other validation rows.
+
+    The best links of a run are those with the least of all its validation losses, so all have to be of the same rows.
+    """
     record = read_record(folder)
-    if record is None or record["data"].get("sha256") == data["sha256"]:
+    if record is None:
         return
-    known, found = (
-        f"{each.get('rows')} rows of {each.get('source')} (sha256 {str(each.get('sha256'))[:12]})"
-        for each in (record["data"], data)
-    )
-    raise ValueError(f"{folder}: was begun on {known}, this run has {found}")
+    for kind, given in (("data", data), ("validation", validation)):
+        began = record.get(kind)
+        if _digest(began) != _digest(given):
+            raise ValueError(f"{folder}: was begun on {_named(kind, began)}, this run has {_named(kind, given)}")
+
+
+def _digest(rows: dict[str, Any] | None) -> object:
+    return None if rows is None else rows.get("sha256")
+
+
+def _named(kind: str, rows: dict[str, Any] | None) -> str:
+    what = "rows" if kind == "data" else f"{kind} rows"
+    if rows is None:
+        return f"no {what}"
+    return f"{rows.get('rows')} {what} of {rows.get('source')} (sha256 {str(rows.get('sha256'))[:12]})"

@@ -107,12 +107,36 @@ def test_bad_data_is_one_line_and_nothing_is_written(place, capsys, words, messa
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("other", [["--data", "few.jsonl"], ["--data", "rows.jsonl", "--texts", "texts.jsonl"]])
-def test_a_run_does_not_go_on_with_other_rows(place, capsys, other):
+@pytest.mark.parametrize(
+    ("other", "began", "found"),
+    [
+        (["--data", "few.jsonl"], "12 rows of ", "4 rows of few.jsonl (sha256 "),
+        (["--data", "rows.jsonl", "--texts", "texts.jsonl"], "12 rows of ", "1 rows of texts.jsonl (sha256 "),
+        (
+            ["--data", "rows.jsonl", "--validation", "few.jsonl"],
+            "no validation rows, ",
+            "4 validation rows of few.jsonl (sha256 ",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_rows(place, capsys, other, began, found):
     (place / "texts.jsonl").write_text('{"text": "fox"}\n')
     before = contents(place)
     assert main(["train", "all", "system", *QUICK, *other, "--output", "known", "--resume"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("recmas: error: known/training/inner-planner: was begun on 12 rows of ")
-    assert f"this run has {'1 rows of texts' if other[2:] else '4 rows of few'}.jsonl (sha256 " in err
+    assert err.startswith(f"recmas: error: known/training/inner-planner: was begun on {began}")
+    assert f"this run has {found}" in err
     assert contents(place) == before
+
+
+def test_validation_losses_of_a_run_are_of_the_same_rows(place, capsys):
+    """The best of a run's links are those with the least of these losses, whichever process measured them."""
+    words = ["train", "inner", "system", *QUICK, "--roles", "critic", "--data", "rows.jsonl", "--output", "validated"]
+    assert main([*words, "--validation", "rows.jsonl"]) == 0
+    assert main([*words, "--validation", "rows.jsonl", "--resume"]) == 0
+    capsys.readouterr()
+    for other, found in ([["--validation", "few.jsonl"], "4 validation rows of few.jsonl"], [[], "no validation rows"]):
+        assert main([*words, *other, "--resume"]) == 2
+        err = capsys.readouterr().err
+        assert "validated/training/inner-critic: was begun on 12 validation rows of rows.jsonl (sha256 " in err
+        assert f"this run has {found}" in err
