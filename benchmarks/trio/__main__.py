@@ -6,6 +6,7 @@ on where an earlier call stopped:
     links   general links READER -> SOLVER, into MODELS/links/READER-SOLVER
     audit   the cells of `benchmarks.trio.cells`, as many as --seconds allow
     time    text and latent turns by turns; run it on a quiet machine
+    page    no models: print the record's tables as Markdown
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from benchmarks.harness.machine import git_commit, versions
 from benchmarks.trio.cells import CELLS, measure, turns
 from benchmarks.trio.links import load_links, save_links, train_links
+from benchmarks.trio.page import tables
 from recmas import Agent
 from recmas.files import write_atomically
 
@@ -50,6 +52,11 @@ def weights_digest(folder: Path) -> str:
 def run(options: argparse.Namespace) -> None:
     models, pair = options.models, f"{options.reader}-{options.solver}"
     record: dict[str, Any] = json.loads(options.record.read_text()) if options.record.exists() else {}
+    if options.step == "page":
+        if pair not in record:
+            raise ValueError(f"{options.record}: nothing of {pair}")
+        print(tables(pair, record[pair]))
+        return
     mine = record.setdefault(pair, {"links": {}, "audit": [], "time": []})
     home = models / "links" / pair
     if options.step != "links" and not (home / "outer").is_dir():
@@ -89,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("models", type=Path)
     parser.add_argument("record", type=Path)
-    parser.add_argument("step", choices=("links", "audit", "time"))
+    parser.add_argument("step", choices=("links", "audit", "time", "page"))
     parser.add_argument("reader")
     parser.add_argument("solver")
     parser.add_argument("--seed", type=int, default=0, help="of the links and their texts")

@@ -58,6 +58,50 @@ def test_links_audit_and_time(models, monkeypatch, capsys):
     assert [(one["way"], one["batch"]) for one in record["time"]] == [(way, batch) for batch in (1, 8) for way in ways]
 
 
+def test_page(models, tmp_path, capsys):
+    arms = [("text", 0, 32, 7), ("trained", 8, 0, 4), ("shuffled", 8, 0, 0)]
+    audits = [
+        {
+            "arm": arm,
+            "steps": steps,
+            "tokens": tokens,
+            "hops": 1,
+            "correct": [n < right for n in range(8)],
+            "nll": [8.0 - right] * 8,
+        }
+        for arm, steps, tokens, right in arms
+    ]
+    times = [
+        {
+            "way": way,
+            "batch": 1,
+            "questions": 4,
+            "tokens": 9.0,
+            "seconds": t,
+            "range": [t, t],
+            "reader seconds": t,
+            "reader range": [t, t],
+        }
+        for way, t in (("text, 32 tokens", 2.0), ("latents, m = 8", 0.5))
+    ]
+    links = {"held out": {"known": {"inner cosine": 0.5}}}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"a-b": {"links": links, "audit": audits, "time": times}}))
+    assert main([str(models), str(path), "page", "a", "b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| known | 0.50 |" in lines
+    text, latents, shuffled = (line for line in lines if "| 8 |" in line)
+    assert text.startswith("| text, 32 tokens | 8 | 0.88 [")
+    assert text.endswith("| 1.00 | 0.75 | 1.00 |  |  |")
+    assert latents.startswith("| latents, m = 8 | 8 | 0.50 [")
+    assert "| 0.50 | 0.50 | 4.00 | -0.38 [" in latents
+    assert "p = 0.25 | +3.00 [+3.00, +3.00] |" in latents
+    assert "p = 0.016 |" in shuffled
+    assert lines[-1] == "| 1 | latents, m = 8 | 9 | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.25 |"
+    assert main([str(models), str(path), "page", "b", "a"]) == 2
+    assert "nothing of b-a" in capsys.readouterr().err
+
+
 def short(words, seed, count):
     from recmas.lab.copies import copies
 

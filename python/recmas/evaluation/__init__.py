@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from recmas.evaluation.interventions import ARMS
     from recmas.evaluation.paired import Difference
     from recmas.evaluation.sweeps import Sweep, sweep
+    from recmas.evaluation.tuning import Trial, Tuned, tune
 
 __all__ = [
     "ARMS",
@@ -35,6 +36,8 @@ __all__ = [
     "Record",
     "Summary",
     "Sweep",
+    "Trial",
+    "Tuned",
     "audit",
     "looped_model",
     "pass_at",
@@ -42,6 +45,7 @@ __all__ = [
     "single_agent",
     "summarize",
     "sweep",
+    "tune",
     "wilson",
 ]
 
@@ -52,6 +56,7 @@ _NAMES = {
     "interventions": ("ARMS",),
     "paired": ("Difference",),
     "sweeps": ("Sweep", "sweep"),
+    "tuning": ("Trial", "Tuned", "tune"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
