@@ -16,7 +16,7 @@ from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import OnAnswers, OnMessage, Plan
 from recmas.answering.run import Question, answer, stream
 from recmas.config.parts import Trust
-from recmas.config.pattern import Pattern
+from recmas.config.pattern import LinkKey, Pattern
 from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
 from recmas.devices.placement import Devices, place
 from recmas.system.default_prompts import default_settings
@@ -34,11 +34,12 @@ class RecursiveMAS(System):
     Args:
         agents: one per role of the pattern; roles may share one `Agent`.
         inner_links: by role, ``d -> d``, for every agent that sends.
-        outer_links: by (source, target), ``d_source -> d_target``.
+        outer_links: ``d_source -> d_target``, by (source, target), or by (source, target, round) where a round that is
+            sent in has a link of its own.
         pattern: which agent reads whose messages.
         settings: prompt, chat and decoding by role; None makes plain prompts.
         defaults: rounds and latent steps where a call names none.
-        edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        edge_scores: by the same keys, for ``combine="weighted"``: the scalars whose softmax weighs the senders.
         offload: devices that the agents work on, while their weights and links stay in host memory; None leaves them
             where they are.
 
@@ -56,6 +57,7 @@ class RecursiveMAS(System):
         prompts: Mapping[str, PromptSpec] | None = None,
         rounds: int = 3,
         latent_steps: int = 32,
+        links_per_round: bool = False,
         device: Devices = "cpu",
         dtype: str = "auto",
         trust_remote_code: bool = False,
@@ -73,6 +75,8 @@ class RecursiveMAS(System):
             prompts: templates by role; others get `default_settings`.
             rounds: the system's default; links are made for every edge it uses.
             latent_steps: the system's default.
+            links_per_round: an outer link of its own for each round in which an edge's messages are sent; False makes
+                one per edge, shared by all rounds.
             device: of the agents loaded here, for all or by role (`recmas.devices.placement`); an `Agent` stays where
                 it is.
             dtype: of the agents loaded here; "auto" is the checkpoint's.
@@ -84,7 +88,7 @@ class RecursiveMAS(System):
             raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
         if latent_steps < 0:
             raise ValueError(f"latent_steps: {latent_steps} is negative")
-        edges = sorted(pattern.edges(rounds))
+        edges = pattern.edges(rounds)
         for role in pattern.roles:
             if role not in models:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
@@ -97,9 +101,10 @@ class RecursiveMAS(System):
             width = {role: agent.hidden_size for role, agent in agents.items()}
             senders = [role for role in pattern.roles if any(role == source for source, _ in edges)]
             inner = {role: FusedRecursiveLink.inner(width[role]) for role in senders}
-            outer = {edge: FusedRecursiveLink.outer(width[edge[0]], width[edge[1]]) for edge in edges}
+            keys: list[LinkKey] = sorted(pattern.links_by_round(rounds) if links_per_round else edges)
+            outer = {key: FusedRecursiveLink.outer(width[key[0]], width[key[1]]) for key in keys}
         if link_scale == "embedding":
-            for receiver, link in [*inner.items(), *((edge[1], link) for edge, link in outer.items())]:
+            for receiver, link in [*inner.items(), *((key[1], link) for key, link in outer.items())]:
                 assert link.norm_out is not None
                 nn.init.constant_(link.norm_out.weight, agents[receiver].embedding_rms())
         settings = {role: default_settings(pattern, role, agents[role]) for role in pattern.roles}

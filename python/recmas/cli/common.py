@@ -15,6 +15,7 @@ from recmas.answering.options import MODES, AnswerOptions
 from recmas.cli.fields import SWITCH_OFF, add_fields, read_fields
 from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
 from recmas.dtypes import DTYPES
+from recmas.evaluation import METRICS
 from recmas.files.json_lines import to_lines
 from recmas.files.reading import check_output as refuse_special
 
@@ -102,6 +103,37 @@ DECODING = tuple(name for name in ANSWERING if name not in EXCHANGE)
 def add_answering(parser: CommandLineParser, names: Sequence[str] = ANSWERING) -> None:
     """How questions are answered: options for these fields of `AnswerOptions`."""
     add_fields(parser, AnswerOptions, _KINDS, names)
+
+
+def add_data(parser: CommandLineParser) -> None:
+    """Questions with their answers, and when a text counts as one."""
+    parser.add_argument(
+        "--data", type=str, required=True, help="questions with answers: a JSONL file, or OWNER/NAME on the hub"
+    )
+    parser.add_argument("--split", type=str, default="test", help="of a data set on the hub")
+    parser.add_argument("--subset", type=str, default=None, help="of a data set on the hub")
+    parser.add_argument("--question-field", type=str, default="question", help="field of a row that is the question")
+    parser.add_argument("--answer-field", type=str, default="answer", help="field of a row that holds the answer")
+    parser.add_argument(
+        "--metric",
+        default="exact",
+        choices=list(METRICS),
+        help="exact (whole text), last_word (case and punctuation count in both), begins (with the answer), choice (a "
+        "letter) or math (needs the eval extra)",
+    )
+
+
+def read_rows(options: Namespace, limit: int | None = None) -> list[dict[str, object]]:
+    """The rows that `add_data`'s options name."""
+    from recmas.evaluation.data import read_data
+
+    return read_data(
+        options.data,
+        split=options.split,
+        subset=options.subset,
+        question_field=options.question_field,
+        limit=limit,
+    )
 
 
 def add_compile(parser: CommandLineParser) -> None:

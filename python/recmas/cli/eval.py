@@ -11,6 +11,7 @@ from recmas.cli.common import (
     DECODING,
     add_answering,
     add_compile,
+    add_data,
     add_offload,
     add_system,
     add_tools,
@@ -18,10 +19,11 @@ from recmas.cli.common import (
     check_output,
     dump,
     loaded,
+    read_rows,
     toolbox,
 )
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs, whole
-from recmas.evaluation import METRICS, MODES
+from recmas.evaluation import MODES
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -45,21 +47,8 @@ def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
-    parser.add_argument(
-        "--data", type=str, required=True, help="questions with answers: a JSONL file, or OWNER/NAME on the hub"
-    )
-    parser.add_argument("--split", type=str, default="test", help="of a data set on the hub")
-    parser.add_argument("--subset", type=str, default=None, help="of a data set on the hub")
+    add_data(parser)
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many questions")
-    parser.add_argument("--question-field", type=str, default="question", help="field of a row that is the question")
-    parser.add_argument("--answer-field", type=str, default="answer", help="field of a row that holds the answer")
-    parser.add_argument(
-        "--metric",
-        default="exact",
-        choices=list(METRICS),
-        help="exact (whole text), last_word (case and punctuation count in both), choice (a letter) or math (needs the "
-        "eval extra)",
-    )
     parser.add_argument(
         "--mode",
         type=Kind(f"{'|'.join(MODES)},...", _read_modes),
@@ -84,16 +73,8 @@ def add_options(parser: CommandLineParser) -> None:
 
 
 def execute(options: Namespace) -> int:
-    from recmas.evaluation.data import read_data
-
     check_output(options.output)
-    rows = read_data(
-        options.data,
-        split=options.split,
-        subset=options.subset,
-        question_field=options.question_field,
-        limit=options.limit,
-    )
+    rows = read_rows(options, options.limit)
     asked = answer_options(options, DECODING, tools=toolbox(options))
     with loaded(options) as mas:
         from recmas.evaluation.summary import table

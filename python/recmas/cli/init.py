@@ -40,6 +40,9 @@ def add_options(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--rounds", type=PositiveInt, default=3, help="the system's default; links are made for so many"
     )
+    parser.add_argument(
+        "--links-per-round", action="store_true", help="an outer link of its own for each round (default: one for all)"
+    )
     parser.add_argument("--latent-steps", type=NonNegativeInt, default=32, help="the system's default")
     parser.add_argument(
         "--link-scale",
@@ -76,6 +79,7 @@ def execute(options: Namespace) -> int:
         link_scale=options.link_scale,
         rounds=options.rounds,
         latent_steps=options.latent_steps,
+        links_per_round=options.links_per_round,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,

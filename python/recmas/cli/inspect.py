@@ -81,12 +81,15 @@ def parts(mas: RecursiveMAS) -> dict[str, Any]:
 
 def seen(mas: RecursiveMAS, handoff: Handoff, nearest: int) -> dict[str, Any]:
     """One handoff in the receiver's space: rms of each latent, and the tokens whose embeddings point its way most."""
+    from recmas.config.pattern import link_key
     from recmas.system.nearest import nearest_tokens, received
 
     assert handoff.latents is not None
     member = mas.member(handoff.target)
-    states = received(member, handoff.source, handoff.latents)
-    found = nearest_tokens(member, handoff.source, handoff.latents, nearest)
+    sent = mas.pattern.sent(handoff.source, handoff.target, handoff.round)
+    key = link_key(member.outer_links, handoff.source, handoff.target, sent)
+    states = received(member, key, handoff.latents)
+    found = nearest_tokens(member, key, handoff.latents, nearest)
     return {
         "round": handoff.round,
         "source": handoff.source,

@@ -1,4 +1,7 @@
-"""``recmas lab build|questions|eval|demo``: the relay lab, three small agents that can only answer together."""
+"""``recmas lab build|questions|eval|demo|notes``: the relay lab, three small agents that can only answer together.
+
+``notes`` writes questions of another task, in natural language, for models that can read.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import PositiveInt
+
 from recmas.cli.common import add_system, check_output, chosen_backend, dump, loaded, write_lines
-from recmas.cli.parser import COUNTS, CommandLineParser
+from recmas.cli.parser import COUNTS, NAMES, CommandLineParser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -17,6 +22,7 @@ TASKS = {
     "questions": "write fresh questions with their answers and training targets",
     "eval": "measure a relay system on fresh questions: hops 1-3 x rounds 1-3, latents, text and controls",
     "demo": "a short eval, then the links' time, fused against eager",
+    "notes": "write questions of the notes task: private notes and natural language, for language models",
 }
 
 
@@ -24,12 +30,13 @@ def add_options(parser: CommandLineParser) -> None:
     tasks = parser.add_subcommands(required=True, dest="task", metavar="TASK")
     for task, summary in TASKS.items():
         command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
-        {"build": _build_options, "questions": _questions_options}.get(task, _measure_options)(command)
+        own = {"build": _build_options, "questions": _questions_options, "notes": _notes_options}
+        own.get(task, _measure_options)(command)
         tasks.add_subcommand(task, command, help=summary)
 
 
 def execute(options: Namespace) -> int:
-    run = {"build": _build, "questions": _questions, "eval": _eval, "demo": _demo}[options.task]
+    run = {"build": _build, "questions": _questions, "eval": _eval, "demo": _demo, "notes": _notes}[options.task]
     run(options[options.task])
     return 0
 
@@ -49,6 +56,18 @@ def _questions_options(parser: CommandLineParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the test worlds")
     parser.add_argument("--count", type=int, default=256, help="number of questions")
     parser.add_argument("--hops", type=COUNTS, default=(1, 2, 3), help="hop counts to draw from")
+
+
+def _notes_options(parser: CommandLineParser) -> None:
+    parser.add_argument("output", type=str, help="JSONL file to write")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--split", type=str, default="test", help="name that questions are drawn under, such as train")
+    parser.add_argument("--seed", type=int, default=1, help="of the questions")
+    parser.add_argument("--count", type=PositiveInt, default=64, help="number of questions")
+    parser.add_argument("--hops", type=int, choices=[1, 2], default=1, help="2 needs the solver's own notes, too")
+    parser.add_argument(
+        "--halves", type=NAMES, default=["known", "unknown"], help="of names and values, in turn; links train on known"
+    )
 
 
 def _measure_options(parser: CommandLineParser) -> None:
@@ -86,6 +105,15 @@ def _questions(options: Namespace) -> None:
         raise ValueError(f"--count: {options.count} is not positive")
     check_output(options.output)
     write_lines(options.output, questions("test", options.seed, options.hops, options.count))
+    print(f"{options.count} questions in {options.output}")
+
+
+def _notes(options: Namespace) -> None:
+    from recmas.lab.notes import questions
+
+    check_output(options.output)
+    rows = questions(options.split, options.seed, options.count, options.halves, options.hops)
+    write_lines(options.output, rows)
     print(f"{options.count} questions in {options.output}")
 
 

@@ -90,7 +90,7 @@ def _read_steps(value: Any) -> int | dict[str, int]:
     return whole(value)
 
 
-def _read_devices(value: Any) -> str | dict[str, str]:
+def _read_by_role(value: Any) -> str | dict[str, str]:
     return read_pairs(value) if isinstance(value, dict) or "=" in value else str(value)
 
 
@@ -110,6 +110,13 @@ def _read_counts(value: Any) -> tuple[int, ...]:
     return tuple(whole(count) for count in counts)
 
 
+def _read_weights(value: Any) -> tuple[float, ...]:
+    weights = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(weight, bool) for weight in weights):
+        raise ValueError(f"{value!r} is not a list of numbers")
+    return tuple(float(weight) for weight in weights)
+
+
 def read_pairs(value: Any) -> dict[str, str]:
     """``ROLE=VALUE,ROLE=VALUE`` (or a mapping) as a dict."""
     if isinstance(value, dict):
@@ -121,10 +128,13 @@ def read_pairs(value: Any) -> dict[str, str]:
 
 
 BATCH_SIZE = Kind("N or auto", _read_batch_size)
-DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_devices)
+DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_by_role)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)
 COUNTS = Kind("N,...", _read_counts)
+COLUMNS = Kind("FIELD=COLUMN,...", read_pairs)
+ROLES = Kind("ROLE or ROLE=ROLE,...", _read_by_role)
+WEIGHTS = Kind("NUMBER,...", _read_weights)
 PAIRS = Kind("ROLE=VALUE,...", read_pairs)
 
 

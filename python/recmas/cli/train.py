@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from recmas.cli.common import add_system, dump, loaded
 from recmas.cli.fields import add_fields, read_fields
-from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, CommandLineParser
+from recmas.cli.parser import COUNTS, LATENT_STEPS, NAMES, ROLES, WEIGHTS, CommandLineParser
+from recmas.cli.training_data import add_data, read_data
 from recmas.files.reading import inside
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from recmas.config.pattern import LinkKey
     from recmas.recursive_mas import RecursiveMAS
 
 STAGES = {
@@ -25,7 +27,7 @@ STAGES = {
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
     "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
 }
-KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS}
+KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS, "round_weights": WEIGHTS, "inner_target": ROLES}
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -34,22 +36,21 @@ def add_options(parser: CommandLineParser) -> None:
         command = CommandLineParser(description=f"Train {summary}.")
         add_system(command)
         aligned = stage != "outer"
-        command.add_argument(
-            "--data",
-            type=str,
-            required=stage in ("outer", "all"),
-            help='JSONL file; rows carry "targets": {role: text or [text per round]}',
-        )
+        add_data(command, stage)
         if aligned:
             _add_pairs(command)
         command.add_argument(
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
         )
         command.add_argument(
-            "--validation",
-            type=str,
-            default=None,
-            help="JSONL file as --data; the links with least loss on it are kept",
+            "--progress", action="store_true", help="show bars where stderr is no terminal, too, seldom updated"
+        )
+        command.add_argument(
+            "--tracker",
+            type=NAMES,
+            default=[],
+            help="tensorboard, wandb, ...: trackers of Accelerate that get every step's record; files go to "
+            "training/tracked in the output",
         )
         command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
         command.add_argument(
@@ -58,21 +59,18 @@ def add_options(parser: CommandLineParser) -> None:
             help="check everything, show what would be trained, how long and beside how much memory; write nothing",
         )
         if stage != "all":
-            only = ("--roles", "agents to train") if stage == "inner" else ("--edges", "links to train: a->b,...")
+            only = (
+                ("--roles", "agents to train")
+                if stage == "inner"
+                else ("--edges", "links to train: a->b,... or of one round a->b@1,...")
+            )
             command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
         add_fields(command, _config_class(stage), KINDS)
         stages.add_subcommand(stage, command, help=summary)
 
 
 def _add_pairs(command: CommandLineParser) -> None:
-    """What the stages have that align links on pairs."""
-    command.add_argument(
-        "--texts",
-        type=str,
-        default=None,
-        help="instead of --data (of train all: in its first two stages): any texts, a JSONL file or a data set of the "
-        'hub; rows carry "text", and "prompt" where the text answers one',
-    )
+    """Where the stages that align links on pairs keep them."""
     command.add_argument(
         "--cache",
         type=str,
@@ -88,11 +86,14 @@ def _add_pairs(command: CommandLineParser) -> None:
 def execute(options: Namespace) -> int:
     from recmas import training
     from recmas.cli import Ended
-    from recmas.config.system_json import read_spec
+    from recmas.config.system_json import edge_name, read_spec
+    from recmas.files import write_atomically
     from recmas.files.locks import one_writer
     from recmas.system.folder import check_place, is_new, save
+    from recmas.training.card import CARD, write_card
     from recmas.training.origin import RECORD, check_origin, origin
     from recmas.training.processes import processes
+    from recmas.training.run_record import RUN, check_data, run_record
 
     stage, chosen = options.stage, options[options.stage]
     config_class = _config_class(stage)
@@ -101,7 +102,8 @@ def execute(options: Namespace) -> int:
     system = Path(chosen.system)
     output = system if chosen.output is None else Path(chosen.output)
     logs = output / "training"
-    only = _only(stage, chosen, logs)
+    data = read_data(stage, chosen)
+    only = _only(stage, chosen, logs) | data.given
     rows = only.pop("rows")
     together = processes()
     new = output.resolve() != system.resolve()
@@ -119,14 +121,26 @@ def execute(options: Namespace) -> int:
         if not new and together.writes and not chosen.dry_run:
             stack.enter_context(one_writer(output))
         mas = stack.enter_context(loaded(chosen, system))
+        runs = _runs(stage, config, only, mas)
+        if chosen.resume:
+            for name, part, _ in runs:
+                check_data(logs / name, data.described[part], data.validation)
 
         def start() -> None:
             """All has been checked: only now is anything written."""
-            if new and together.writes:
-                # With its runs' folders, so that it can be resumed whenever it ends.
-                runs: dict[str, str | None] = {f"{logs.name}/{run}": None for run in _runs(stage, only, mas)}
-                save(mas, output, runs | {RECORD: origin(system)})
+            if not together.writes:
+                return
+            records = {
+                f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part], data.validation)
+                for name, part, its in runs
+            }
+            if new:  # with its runs' folders, so that it can be resumed whenever it ends
+                save(mas, output, records | {RECORD: origin(system)})
                 stack.enter_context(one_writer(output))
+            for name, text in records.items():
+                if not (output / name).exists() or not chosen.resume:
+                    (output / name).parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(output / name, text)
 
         train: Any = getattr(training, f"train_{stage}")
         if chosen.dry_run:
@@ -144,9 +158,11 @@ def execute(options: Namespace) -> int:
         if not together.writes:
             return 0
         mas.save_pretrained(output)
+        if not write_card(output, read_spec(output)):
+            print(f"recmas: {output / CARD} is not what recmas train wrote, and stays as it is", file=sys.stderr)
     results = result if isinstance(result, dict) else {"outer links": result}
     summary = {
-        name if isinstance(name, str) else "->".join(name): {"steps": done.steps, "loss": done.loss}
+        name if isinstance(name, str) else edge_name(name): {"steps": done.steps, "loss": done.loss}
         for name, done in results.items()
     }
     if chosen.json:
@@ -159,17 +175,10 @@ def execute(options: Namespace) -> int:
 
 
 def _only(stage: str, options: Namespace, logs: Path) -> dict[str, Any]:
-    """The arguments of a stage's function that its options name, and its rows."""
+    """The arguments of a stage's function that its options name, but for rows."""
     from recmas import training
 
-    texts = options.get("texts")
-    if stage != "all" and (options.data is None) == (texts is None):
-        raise ValueError("give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID")
-    only: dict[str, Any] = {}
-    if options.data is not None:
-        only["rows"] = training.read_rows(options.data)
-    if texts is not None:
-        only["rows" if options.data is None else "texts"] = training.read_texts(texts)
+    only: dict[str, Any] = {"trackers": options.tracker, "progress": "always" if options.progress else True}
     if stage in ("warmup", "outer"):
         only["edges"] = _edges(options.edges)
     if stage == "inner":
@@ -177,8 +186,6 @@ def _only(stage: str, options: Namespace, logs: Path) -> dict[str, Any]:
     if stage != "outer" and options.cache != "off":
         folder = logs / "pairs" if options.cache is None else options.cache
         only["cache"] = training.PairCache(folder, options.cache_dtype)
-    if options.validation is not None:
-        only["validation"] = training.read_rows(options.validation)
     return only
 
 
@@ -194,16 +201,17 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
 
 
-def _runs(stage: str, only: Mapping[str, Any], system: RecursiveMAS) -> list[str]:
-    """The folders of a command's runs."""
+def _runs(stage: str, config: Any, only: Mapping[str, Any], system: RecursiveMAS) -> list[tuple[str, str, Any]]:
+    """The folders of a command's runs, their stages and their settings."""
     from recmas.training.alignment import run_name
 
     if stage == "outer":
-        return [stage]
+        return [(stage, stage, config)]
     if stage == "all":
-        return [run for each in ("inner", "warmup", "outer") for run in _runs(each, only, system)]
+        parts = zip(("inner", "warmup", "outer"), config.stages(system.defaults.rounds), strict=True)
+        return [run for each, settings in parts for run in _runs(each, settings, only, system)]
     keys = (only.get("roles") or system.inner_links) if stage == "inner" else (only.get("edges") or system.outer_links)
-    return [run_name(stage, key) for key in keys]
+    return [(run_name(stage, key), stage, config) for key in keys]
 
 
 def _planned(
@@ -245,11 +253,10 @@ def _setting(name: str, value: Any) -> Any:
     return value[0] if name == "rounds" and isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _edges(names: list[str] | None) -> list[tuple[str, str]] | None:
-    if names is None:
-        return None
-    edges = [name.partition("->") for name in names]
-    for name, (source, arrow, target) in zip(names, edges, strict=True):
-        if not (source and arrow and target):
-            raise ValueError(f"--edges: {name!r} is not of the form source->target")
-    return [(source, target) for source, _, target in edges]
+def _edges(names: list[str] | None) -> list[LinkKey] | None:
+    from recmas.config.system_json import read_edge
+
+    try:
+        return None if names is None else [read_edge(name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"--edges: {error}") from None

@@ -6,7 +6,7 @@ the last one. The four patterns of the paper are constants of one class, and so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ COMBINE = ("slots", "mean", "weighted")
 EXCHANGE = ("stage", "all")
 
 Edge = tuple[str, str]
+LinkKey = Edge | tuple[str, str, int]
+"""Whose outer link: an edge's, for all rounds, or for what is sent in one round (from 1)."""
 MAX_ROUNDS, MAX_ROLES, MAX_NAME = 256, 64, 64
 """Far more than anybody runs, and little enough that no system that was downloaded can ask for the whole machine."""
 
@@ -109,15 +111,37 @@ class Pattern:
             for stage, roles in enumerate(self.stages):
                 for role in roles:
                     senders = self.senders(role, round)
-                    rounds_read = tuple(
-                        round if self.stage_of(sender) == stage - 1 else round - 1 for sender in senders
-                    )
+                    rounds_read = tuple(self.sent(sender, role, round) for sender in senders)
                     yield Visit(round, stage, role, senders, rounds_read, round == rounds and role == self.last)
+
+    def sent(self, source: str, target: str, round: int) -> int:
+        """The round in which `source` wrote what `target` reads in `round`."""
+        return round if self.stage_of(source) == self.stage_of(target) - 1 else round - 1
+
+    def links_by_round(self, rounds: int) -> list[tuple[str, str, int]]:
+        """Every (source, target, round) of a message of such a run; the round is the one in which it is sent."""
+        sent = {
+            (sender, visit.role, at): None
+            for visit in self.visits(rounds)
+            for sender, at in zip(visit.senders, visit.sender_rounds, strict=True)
+        }
+        return list(sent)
 
     def edges(self, rounds: int) -> set[Edge]:
         """Every (source, target) that a run of `rounds` rounds uses."""
         check_rounds(rounds)
         return {(source, visit.role) for visit in self.visits(min(rounds, 2)) for source in visit.senders}
+
+
+def link_key(links: Collection[LinkKey], source: str, target: str, sent: int) -> LinkKey:
+    """The key of the link that maps what `source` sent to `target` in round `sent`: that round's own, or the edge's.
+
+    Where `links` has neither, it is the one that is missing: of a round if the edge has links of other rounds.
+    """
+    edge, own = (source, target), (source, target, sent)
+    if own in links:
+        return own
+    return own if edge not in links and any(key[:2] == edge for key in links) else edge
 
 
 def check_rounds(rounds: int) -> None:

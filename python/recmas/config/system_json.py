@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recmas.config.pattern import MAX_ROUNDS, Edge, Pattern
+from recmas.config.pattern import MAX_ROUNDS, LinkKey, Pattern
 from recmas.dtypes import DTYPES
 from recmas.files import write_atomically
 from recmas.files.reading import read_json, shown
@@ -19,6 +20,8 @@ FORMAT = 1
 MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE, MAX_PATH = 1 << 16, 1 << 20, 1 << 20, 1024
 """Latent steps of a message, tokens of a text, characters of a template and of a path: a downloaded system cannot ask
 for more."""
+
+_EDGE = re.compile(r"(.+?)->([^@]+)(?:@([1-9][0-9]{0,2}))?")
 
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by less may be more than float32 holds."""
@@ -81,7 +84,7 @@ class Defaults:
 
 @dataclass
 class SystemSpec:
-    """A whole system: roles to agents, and (source, target) to the folder of that outer link.
+    """A whole system: agents by role, and folders of outer links by (source, target) or (source, target, round).
 
     Attributes:
         edge_scores: file of the learned weights of joint slots; None where the pattern has none, or says not where.
@@ -91,7 +94,7 @@ class SystemSpec:
 
     pattern: Pattern
     agents: dict[str, AgentSpec]
-    outer_links: dict[Edge, str] = field(default_factory=dict)
+    outer_links: dict[LinkKey, str] = field(default_factory=dict)
     defaults: Defaults = field(default_factory=Defaults)
     edge_scores: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
@@ -123,8 +126,24 @@ def steps_by_role(
     return steps
 
 
-def edge_name(edge: Edge) -> str:
-    return f"{edge[0]}->{edge[1]}"
+def edge_name(edge: LinkKey) -> str:
+    """``source->target``, with ``@round`` where the link is that of one round."""
+    return f"{edge[0]}->{edge[1]}" + "".join(f"@{round}" for round in edge[2:])
+
+
+def read_edge(name: str) -> LinkKey:
+    """What `edge_name` wrote.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    match = _EDGE.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not of the form source->target or source->target@round")
+    source, target, round = match.groups()
+    if int(round or 1) > MAX_ROUNDS:
+        raise ValueError(f"{name!r} is the link of a round after {MAX_ROUNDS}")
+    return (source, target) if round is None else (source, target, int(round))
 
 
 def read_spec(folder: str | os.PathLike[str]) -> SystemSpec:
@@ -247,12 +266,12 @@ class _Reader:
         for role in pattern.roles:
             if role not in agents:
                 raise self.fail(f"agents.{role}", "missing key")
-        links = {}
+        links: dict[LinkKey, str] = {}
         for name, folder in table.get("outer_links", {}).items():
-            source, arrow, target = name.partition("->")
-            if not arrow or source not in agents or target not in agents:
+            edge = self.build(f"outer_links.{name}", read_edge, name)
+            if not agents.keys() >= set(edge[:2]):
                 raise self.fail(f"outer_links.{name}", "is not of the form source->target with roles of the pattern")
-            links[source, target] = self.name(folder, f"outer_links.{name}")
+            links[edge] = self.name(folder, f"outer_links.{name}")
         counts = self.table(table.get("defaults", {}), "defaults", {}, {"rounds": int, "latent_steps": int})
         self.between(counts, "rounds", 1, MAX_ROUNDS, "defaults")
         self.between(counts, "latent_steps", 0, MAX_STEPS, "defaults")

@@ -1,6 +1,7 @@
 """How good a system is on questions with known answers, and what that costs.
 
 `sweep` answers the questions in every cell of a sweep, `summarize` adds up a cell, `read_data` finds the questions.
+`audit` asks whether it is the latents' content that makes the difference.
 Importing this package imports no torch.
 """
 
@@ -16,27 +17,48 @@ from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
 
 if TYPE_CHECKING:
+    from recmas.evaluation.audits import ArmResult, Audit, Outcome, audit
     from recmas.evaluation.baselines import looped_model, single_agent
+    from recmas.evaluation.interventions import ARMS
+    from recmas.evaluation.paired import Difference
     from recmas.evaluation.sweeps import Sweep, sweep
+    from recmas.evaluation.tuning import Trial, Tuned, tune
 
 __all__ = [
+    "ARMS",
     "METRICS",
     "MODES",
+    "ArmResult",
+    "Audit",
     "Cell",
+    "Difference",
+    "Outcome",
     "Record",
     "Summary",
     "Sweep",
+    "Trial",
+    "Tuned",
+    "audit",
     "looped_model",
     "pass_at",
     "read_data",
     "single_agent",
     "summarize",
     "sweep",
+    "tune",
     "wilson",
 ]
 
 
-_MODULE_OF = {"Sweep": "sweeps", "sweep": "sweeps", "looped_model": "baselines", "single_agent": "baselines"}
+_NAMES = {
+    "audits": ("ArmResult", "Audit", "Outcome", "audit"),
+    "baselines": ("looped_model", "single_agent"),
+    "interventions": ("ARMS",),
+    "paired": ("Difference",),
+    "sweeps": ("Sweep", "sweep"),
+    "tuning": ("Trial", "Tuned", "tune"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from recmas.prompts.rows import Fields, text_of
 from recmas.prompts.source import read_source
 
 
@@ -33,3 +36,23 @@ def read_data(
                 raise ValueError(f"row {index}: no field {question_field!r} with the question")
             row["question"] = row[question_field]
     return rows
+
+
+def expected_answers(rows: Sequence[Fields], field: str) -> list[str]:
+    """The answer of every row, from the field that holds it.
+
+    Raises:
+        ValueError: no rows, or a row without an answer; names the row and the field.
+    """
+    if not rows:
+        raise ValueError("rows: expected at least one question, got none")
+    return [_expected(row, index, field) for index, row in enumerate(rows)]
+
+
+def _expected(row: Fields, index: int, field: str) -> str:
+    if not isinstance(row, Mapping) or field not in row:
+        raise ValueError(f"row {index}: no field {field!r} with the answer")
+    answer = "" if row[field] is None else text_of(row[field], f"row {index}: field {field!r}")
+    if not answer.strip():
+        raise ValueError(f"row {index}: field {field!r} is empty; any text without an answer would count as right")
+    return answer

@@ -7,8 +7,8 @@ import math
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
-def wilson(successes: float, questions: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion; (0, 1) for no questions.
+def wilson(successes: float, questions: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, of 95 % unless `z` says otherwise; (0, 1) for no questions.
 
     `successes` may be the sum of one number in [0, 1] per question (a share of its samples, a pass@k). The variance of
     such numbers is at most that of yes and no with the same mean, so the interval then errs on the wide side, while
@@ -16,9 +16,9 @@ def wilson(successes: float, questions: int) -> tuple[float, float]:
     """
     if questions == 0:
         return 0.0, 1.0
-    share, z2 = successes / questions, Z95 * Z95
+    share, z2 = successes / questions, z * z
     centre = (share + z2 / (2 * questions)) / (1 + z2 / questions)
-    half = Z95 / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
+    half = z / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never excludes the share
 
 

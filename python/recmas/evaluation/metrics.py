@@ -17,6 +17,12 @@ def _last_word(text: str, expected: str) -> bool:
     return text.split()[-1:] == expected.split()[-1:]
 
 
+def _begins(text: str, expected: str) -> bool:
+    """The text begins with the expected one, and no letter or digit follows; case does not count."""
+    said, wanted = text.strip().casefold(), expected.strip().casefold()
+    return said.startswith(wanted) and not said[len(wanted) : len(wanted) + 1].isalnum()
+
+
 def _choice(text: str, expected: str) -> bool:
     """The chosen letter: the last boxed one, else the last after "answer", else the last that stands alone."""
     for pattern in (r"\\boxed\{\W*([A-Z])\b", r"(?i:answer)(?i:\s+is)?\W*([A-Z])\b", r"\b([A-Z])\b(?!')"):
@@ -44,6 +50,7 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
 METRICS: dict[str, Callable[[str, str], bool]] = {
     "exact": _exact,
     "last_word": _last_word,
+    "begins": _begins,
     "choice": _choice,
     "math": _math,
 }
@@ -51,10 +58,12 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 
 - exact: equal, but for white space at the ends.
 - last_word: the last words, separated by white space, are equal.
+- begins: it begins with the expected text, and no letter or digit follows; case does not count. For completions, which$
+  go on after the answer.
 - choice: the letter that was chosen is the expected one.
 - math: mathematically equal, by math-verify (the [eval] extra).
 
-Case and punctuation count in the first two: "Paris." is not "Paris".
+Case and punctuation count in exact and last_word: "Paris." is not "Paris".
 """
 
 

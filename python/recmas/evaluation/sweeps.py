@@ -28,12 +28,13 @@ from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
 from recmas.evaluation import records as record_file
 from recmas.evaluation.baselines import variant
+from recmas.evaluation.data import expected_answers
 from recmas.evaluation.fingerprint import digest, key_of
 from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
 from recmas.files.locks import one_writer
-from recmas.prompts.rows import Fields, text_of
+from recmas.prompts.rows import Fields
 from recmas.recursive_mas import RecursiveMAS
 
 Steps = int | Mapping[str, int] | None
@@ -67,7 +68,7 @@ def sweep(
     Args:
         system: what answers.
         rows: questions with the fields its templates name, and the answer.
-        metric: "exact" (whole text), "last_word", "choice" (a letter) or "math" (needs the [eval] extra).
+        metric: name of one of `METRICS`.
         answer_field: field of the row that holds the answer.
         modes: "latent", "text", "single" or "loop"; `recmas.evaluation.baselines` says what each runs. Cells that a
             mode cannot distinguish (rounds of a single agent, latent steps of texts or of a loop of one round) are run
@@ -95,9 +96,7 @@ def sweep(
     group = options.batch_size if isinstance(options.batch_size, int) else AUTO_GROUP
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    if not rows:
-        raise ValueError("rows: expected at least one question, got none")
-    expected = [_expected(row, index, answer_field) for index, row in enumerate(rows)]
+    expected = expected_answers(rows, answer_field)
     decoding = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     toolbox = options.toolbox
     cells = _cells(system, modes, rounds, latent_steps)
@@ -198,15 +197,6 @@ def _cells(
     if not cells:
         raise ValueError("modes, rounds, latent_steps: expected at least one of each")
     return cells
-
-
-def _expected(row: Fields, index: int, field: str) -> str:
-    if not isinstance(row, Mapping) or field not in row:
-        raise ValueError(f"row {index}: no field {field!r} with the answer")
-    answer = "" if row[field] is None else text_of(row[field], f"row {index}: field {field!r}")
-    if not answer.strip():
-        raise ValueError(f"row {index}: field {field!r} is empty; any text without an answer would count as right")
-    return answer
 
 
 class _PeakMemory:

@@ -1,1 +1,1 @@
-"""The relay lab: three small agents that can only answer together, built from nothing in minutes on a CPU."""
+"""Tasks that need what another agent knows: the relay, built from nothing on a CPU, and notes for language models."""

@@ -24,7 +24,7 @@ from recmas.lab.vocabulary import tokenizer_for
 from recmas.lab.world import MAX_HOPS, World, draw_world
 from recmas.prompts.renderer import PromptRenderer
 from recmas.prompts.template import Slot, Template
-from recmas.training.warmup import aligned_tokens
+from recmas.training.counterparts import aligned_tokens
 
 PASSED_ON = 0.25
 """Share of the critic's and the solver's turns in which a finished word passes through."""

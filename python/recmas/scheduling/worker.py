@@ -160,7 +160,7 @@ class Worker:
                 message = messages[sender]
                 if isinstance(message, Latents):
                     states = message.states[place, : message.counts()[place]]
-                    found = nearest_tokens(self.member, sender, states, part.nearest)
+                    found = nearest_tokens(self.member, self.member.link_key(sender, part.visit), states, part.nearest)
                     account.nearest.setdefault(place, {})[sender] = found
         return prompt, account
 

@@ -9,6 +9,7 @@ next save removes what it left.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from torch import nn
 from recmas.agents.agent import Agent
 from recmas.agents.loading import is_gguf
 from recmas.config.parts import Trust, checksums, is_hub_id, model_key, model_source, part
-from recmas.config.pattern import Edge, Pattern
+from recmas.config.pattern import LinkKey, Pattern
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
 from recmas.devices.placement import Devices, Placement, place
 from recmas.files import replacing, replacing_folder, sync, write_atomically
@@ -39,6 +40,8 @@ SystemClass = TypeVar("SystemClass", bound=System)
 Free = Callable[[str], str]
 
 EDGE_SCORES = "links/edge_scores.safetensors"
+_ROUND = re.compile(r"@([1-9][0-9]{0,2})(\.[0-9]+)?$")
+"""Ends the name of the folder of a link of one round; a later save's has a number after it."""
 
 
 def describe(system: System, folder: Path | None = None, free: Free = str) -> SystemSpec:
@@ -60,7 +63,7 @@ def describe(system: System, folder: Path | None = None, free: Free = str) -> Sy
                 homes[who] = str(agent.source)
         inner_link = free(f"links/{role}") if role in system.inner_links else None
         agents[role] = replace(system.settings[role], model=homes[who], inner_link=inner_link)
-    outer_links = {edge: free(f"links/{edge[0]}-{edge[1]}") for edge in system.outer_links}
+    outer_links = {key: free(_link_path(key)) for key in system.outer_links}
     edge_scores = free(EDGE_SCORES) if system.edge_scores else None
     return SystemSpec(system.pattern, agents, outer_links, system.defaults, edge_scores)
 
@@ -104,12 +107,12 @@ def save(system: System, folder: Path, beside: Mapping[str, str | None] | None =
         return
     with one_writer(folder):
         old = read_spec(folder)
-        names = {*_names(system.pattern), *_names(old.pattern)}
-        _sweep(folder, names)
+        patterns = {system.pattern, old.pattern}
+        _sweep(folder, patterns)
         try:
             _write(system, describe(system, folder, lambda path: _free(folder, path)), folder, old)
         finally:
-            _sweep(folder, names)  # the old parts, or those of a save that failed
+            _sweep(folder, patterns)  # the old parts, or those of a save that failed
 
 
 def _write(system: System, spec: SystemSpec, folder: Path, old: SystemSpec) -> None:
@@ -124,12 +127,12 @@ def _write(system: System, spec: SystemSpec, folder: Path, old: SystemSpec) -> N
         for role, link in system.inner_links.items():
             link.save_pretrained(folder / str(spec.agents[role].inner_link))
             written.append(str(spec.agents[role].inner_link))
-        for edge, link in system.outer_links.items():
-            link.save_pretrained(folder / spec.outer_links[edge])
-            written.append(spec.outer_links[edge])
+        for key, link in system.outer_links.items():
+            link.save_pretrained(folder / spec.outer_links[key])
+            written.append(spec.outer_links[key])
         if spec.edge_scores is not None:
             (folder / spec.edge_scores).parent.mkdir(parents=True, exist_ok=True)
-            scores = {edge_name(edge): score.detach().cpu() for edge, score in system.edge_scores.items()}
+            scores = {edge_name(key): score.detach().cpu() for key, score in system.edge_scores.items()}
             with replacing(folder / spec.edge_scores) as file:
                 file.write(to_safetensors(scores))
             written.append(spec.edge_scores)
@@ -160,10 +163,17 @@ def _parts(spec: SystemSpec) -> set[str]:
     return {os.path.normpath(name) for name in named if name}
 
 
-def _names(pattern: Pattern) -> list[str]:
-    """Paths that a save gives to the parts of a system of this pattern, in a new folder."""
-    links = [*pattern.roles, *(f"{source}-{target}" for source, target in pattern.edges(2))]
-    return [EDGE_SCORES, *(f"links/{name}" for name in links), *(f"agents/{role}" for role in pattern.roles)]
+def _names(pattern: Pattern, folder: Path) -> list[str]:
+    """Paths that a save gives to the parts of a system of this pattern, in a new folder, and for rounds found here."""
+    rounds = {int(found.group(1)) for path in folder.glob("links/*@*") if (found := _ROUND.search(path.name))}
+    edges = pattern.edges(2)
+    outer = [*map(_link_path, edges), *(_link_path((*edge, round)) for edge in edges for round in rounds)]
+    inner, agents = ([f"{kind}/{role}" for role in pattern.roles] for kind in ("links", "agents"))
+    return [EDGE_SCORES, *inner, *outer, *agents]
+
+
+def _link_path(key: LinkKey) -> str:
+    return f"links/{key[0]}-{key[1]}" + "".join(f"@{round}" for round in key[2:])
 
 
 def _numbered(path: str) -> Iterable[str]:
@@ -176,10 +186,10 @@ def _free(folder: Path, path: str) -> str:
     return next(name for name in _numbered(path) if not os.path.lexists(folder / name))
 
 
-def _sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove parts with names that saves give, unless ``system.json`` names them."""
+def _sweep(folder: Path, patterns: Iterable[Pattern]) -> None:
+    """Remove parts with names that saves give to systems of these patterns, unless ``system.json`` names them."""
     kept = _parts(read_spec(folder))
-    for path in names:
+    for path in {name for pattern in patterns for name in _names(pattern, folder)}:
         for name in _numbered(path):
             if not os.path.lexists(folder / name):
                 if name != path:
@@ -232,9 +242,7 @@ def load(
         for role, agent in spec.agents.items()
         if agent.inner_link is not None
     }
-    outer_links = {
-        edge: link(f"outer link {edge_name(edge)}", path, edge[1]) for edge, path in spec.outer_links.items()
-    }
+    outer_links = {key: link(f"outer link {edge_name(key)}", path, key[1]) for key, path in spec.outer_links.items()}
     edge_scores = {}
     if spec.pattern.combine == "weighted":
         scores = part(folder, spec, spec.edge_scores or EDGE_SCORES, "edge_scores", trust)
@@ -309,14 +317,16 @@ def _load_link(place: Path, name: str) -> FusedRecursiveLink:
         raise ValueError(f"{name}: {where}{error}") from None
 
 
-def _load_edge_scores(path: Path, edges: Mapping[Edge, nn.Module], placement: Placement) -> dict[Edge, nn.Parameter]:
+def _load_edge_scores(
+    path: Path, links: Mapping[LinkKey, nn.Module], placement: Placement
+) -> dict[LinkKey, nn.Parameter]:
     try:
         check_regular(path)
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if missing := sorted(edge_name(edge) for edge in edges if edge_name(edge) not in stored):
+    if missing := sorted(edge_name(key) for key in links if edge_name(key) not in stored):
         raise ValueError(f"{path}: no score for {', '.join(missing)}")
-    if wrong := sorted(edge_name(edge) for edge in edges if stored[edge_name(edge)].shape != ()):
+    if wrong := sorted(edge_name(key) for key in links if stored[edge_name(key)].shape != ()):
         raise ValueError(f"{path}: {wrong[0]} is no scalar")
-    return {edge: nn.Parameter(stored[edge_name(edge)].to(placement[edge[1]])) for edge in edges}
+    return {key: nn.Parameter(stored[edge_name(key)].to(placement[key[1]])) for key in links}

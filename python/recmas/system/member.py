@@ -11,7 +11,7 @@ from torch import nn
 
 from recmas.agents.agent import Agent
 from recmas.agents.chat_template import ChatTemplate
-from recmas.config.pattern import Visit
+from recmas.config.pattern import LinkKey, Visit, link_key
 from recmas.config.system_json import AgentSpec
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.prompts.renderer import PromptRenderer
@@ -77,16 +77,16 @@ class Member:
         agent: the model.
         prompts: its prompts.
         inner_link: ``d -> d``; None where it sends no latents.
-        outer_links: the links to it, by sender.
-        scores: of these links, by sender, where their joint weights were learned; None takes their mean.
+        outer_links: the links to it, by key.
+        scores: of these links, by key, where their joint weights were learned; None takes their mean.
     """
 
     role: str
     agent: Agent
     prompts: Prompts
     inner_link: RecursiveLink | None
-    outer_links: Mapping[str, RecursiveLink]
-    scores: Mapping[str, torch.Tensor] | None = None
+    outer_links: Mapping[LinkKey, RecursiveLink]
+    scores: Mapping[LinkKey, torch.Tensor] | None = None
 
     def prompt(self, visits: Sequence[Visit], rows: Sequence[Fields], messages: Mapping[str, Message]) -> Prompt:
         """Render and assemble the prompts of one batch.
@@ -105,23 +105,40 @@ class Member:
             for index, (visit, row) in enumerate(zip(visits, rows, strict=True))
         ]
         latents: dict[tuple[str, ...], Latents] = {}
-        links: dict[tuple[str, ...], nn.Module] = {}
+        links: dict[tuple[str, ...], list[nn.Module | None]] = {}
         for template in {visit.round: self.prompts.template(visit.round) for visit in visits}.values():
             for slot in template.slots:
                 if slot.senders not in latents and all(role not in texts for role in slot.senders):
                     sent = [messages[role] for role in slot.senders]
                     latents[slot.senders] = join([m.to(self.agent.device) for m in sent if isinstance(m, Latents)])
-                    links[slot.senders] = self.slot_link(slot.senders)
+                    links[slot.senders] = self._slot_links(slot.senders, visits)
         agent = self.agent
         return assemble(agent.embed, segments, latents, links, pad_id=agent.pad_id, device=agent.device)
 
-    def slot_link(self, senders: Sequence[str]) -> nn.Module:
-        """What latents of these senders go through into their slot."""
-        links = [self.outer_links[sender] for sender in senders]
+    def link_key(self, sender: str, visit: Visit) -> LinkKey:
+        """The key of the link from `sender` to this agent in one of its visits."""
+        return link_key(self.outer_links, sender, self.role, visit.sender_rounds[visit.senders.index(sender)])
+
+    def _slot_links(self, senders: Sequence[str], visits: Sequence[Visit]) -> list[nn.Module | None]:
+        """What latents of these senders go through into their slot, by row; rows with equal keys share one module."""
+        made: dict[tuple[LinkKey, ...], nn.Module] = {}
+        links: list[nn.Module | None] = []
+        for visit in visits:
+            if not set(senders) <= set(visit.senders):
+                links.append(None)
+                continue
+            keys = tuple(self.link_key(sender, visit) for sender in senders)
+            if keys not in made:
+                made[keys] = self._slot_link(keys)
+            links.append(made[keys])
+        return links
+
+    def _slot_link(self, keys: Sequence[LinkKey]) -> nn.Module:
+        links = [self.outer_links[key] for key in keys]
         if len(links) == 1:
             return links[0]
         if self.scores is None:
             weights = torch.full((len(links),), 1 / len(links), device=self.agent.device)
         else:
-            weights = torch.stack([self.scores[sender] for sender in senders]).softmax(dim=0).to(self.agent.device)
+            weights = torch.stack([self.scores[key] for key in keys]).softmax(dim=0).to(self.agent.device)
         return JointLink(links, [link.config.in_features for link in links], weights)

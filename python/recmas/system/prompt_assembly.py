@@ -23,18 +23,18 @@ def assemble(
     embed: Callable[[Tensor], Tensor],
     segments: Sequence[Segments],
     latents: Mapping[tuple[str, ...], Latents],
-    links: Mapping[tuple[str, ...], Callable[[Tensor], Tensor]],
+    links: Mapping[tuple[str, ...], Sequence[Callable[[Tensor], Tensor] | None]],
     *,
     pad_id: int,
     device: torch.device | str,
 ) -> Prompt:
-    """Assemble a batch of prompts: one embedding lookup, then one handoff per sender.
+    """Assemble a batch of prompts: one embedding lookup, then one handoff per sender and link.
 
     Args:
         embed: token ids ``[B, T]`` to embeddings ``[B, T, d]``.
         segments: per row of the batch, token ids and slots in order.
         latents: messages, by the senders of their slot, on the receiver's device.
-        links: outer links, by the same key.
+        links: outer links by the same key, one per row; None for a row without latents of these senders.
         pad_id: token id that fills padding and slots before they are overwritten.
         device: of the receiver.
 
@@ -57,25 +57,35 @@ def assemble(
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
     embeds = embed(torch.tensor(padded, device=device))
     for senders, message in latents.items():
-        slot_rows: list[int] = []
-        source_rows: list[int] = []
         steps = message.states.shape[1]
-        for index, row in enumerate(laid_out):
-            for slot_senders, start, count in row.slots:
-                if slot_senders == senders:
-                    first = index * width + pads[index] + start
-                    slot_rows += range(first, first + count)
-                    source_rows += range(index * steps, index * steps + count)
-        if slot_rows:
-            embeds = latent_handoff(
-                message.states,
-                partial(run_link, links[senders]),
-                embeds,
-                slot_rows=torch.tensor(slot_rows, device=device),
-                source_rows=torch.tensor(source_rows, device=device),
-                inplace=not torch.is_grad_enabled(),
-            )
+        for link, rows in _by_link(links[senders]):
+            slot_rows: list[int] = []
+            source_rows: list[int] = []
+            for index in rows:
+                for slot_senders, start, count in laid_out[index].slots:
+                    if slot_senders == senders:
+                        first = index * width + pads[index] + start
+                        slot_rows += range(first, first + count)
+                        source_rows += range(index * steps, index * steps + count)
+            if slot_rows:
+                embeds = latent_handoff(
+                    message.states,
+                    partial(run_link, link),
+                    embeds,
+                    slot_rows=torch.tensor(slot_rows, device=device),
+                    source_rows=torch.tensor(source_rows, device=device),
+                    inplace=not torch.is_grad_enabled(),
+                )
     return Prompt(embeds, mask, [row.ids[: row.slots[0][1]] if row.slots else row.ids for row in laid_out])
+
+
+def _by_link(links: Sequence[Callable[[Tensor], Tensor] | None]) -> list[tuple[Callable[[Tensor], Tensor], list[int]]]:
+    """Each link, and the rows that go through it."""
+    found: dict[int, tuple[Callable[[Tensor], Tensor], list[int]]] = {}
+    for row, link in enumerate(links):
+        if link is not None:
+            found.setdefault(id(link), (link, []))[1].append(row)
+    return list(found.values())
 
 
 class _Row(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 
 from recmas.agents.agent import Agent
 from recmas.config.outline import Outline
-from recmas.config.pattern import Edge, Pattern, Visit
+from recmas.config.pattern import LinkKey, Pattern, Visit
 from recmas.config.system_json import AgentSpec, Defaults, edge_name
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
@@ -43,11 +43,12 @@ class System:
     Args:
         agents: one per role of the pattern; roles may share one `Agent`.
         inner_links: by role, ``d -> d``, for every agent that sends.
-        outer_links: by (source, target), ``d_source -> d_target``.
+        outer_links: ``d_source -> d_target``, by (source, target), or by (source, target, round) where a round that is
+            sent in has a link of its own.
         pattern: which agent reads whose messages.
         settings: prompt, chat and decoding by role; None takes `default_settings`.
         defaults: rounds and latent steps where a call names none.
-        edge_scores: by (source, target), for ``combine="weighted"``: the scalars whose softmax weighs the senders.
+        edge_scores: by the same keys, for ``combine="weighted"``: the scalars whose softmax weighs the senders.
         offload: devices that the agents work on, while their weights and links stay in host memory
             (`recmas.devices.offload`); None leaves them where they are.
 
@@ -59,31 +60,32 @@ class System:
         self,
         agents: Mapping[str, Agent],
         inner_links: Mapping[str, RecursiveLink],
-        outer_links: Mapping[Edge, RecursiveLink],
+        outer_links: Mapping[LinkKey, RecursiveLink],
         pattern: Pattern,
         *,
         settings: Mapping[str, AgentSpec] | None = None,
         defaults: Defaults | None = None,
-        edge_scores: Mapping[Edge, nn.Parameter] | None = None,
+        edge_scores: Mapping[LinkKey, nn.Parameter] | None = None,
         offload: Devices | None = None,
     ) -> None:
         for role in pattern.roles:
             if role not in agents:
                 raise ValueError(f"agents: role {role!r} of the pattern has no agent")
-        for role in [*agents, *inner_links, *(role for edge in outer_links for role in edge)]:
+        for role in [*agents, *inner_links, *(role for key in outer_links for role in key[:2])]:
             if role not in pattern.roles:
                 raise ValueError(f"unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
         self.pattern = pattern
         self.agents = {role: agents[role] for role in pattern.roles}
-        self.inner_links, self.outer_links = dict(inner_links), dict(outer_links)
+        self.inner_links = dict(inner_links)
+        self.outer_links: dict[LinkKey, RecursiveLink] = dict(outer_links)
         self.defaults = defaults or Defaults()
         self.settings = dict(
             settings or {role: default_settings(pattern, role, agents[role]) for role in pattern.roles}
         )
-        self.edge_scores: dict[Edge, nn.Parameter] = dict(edge_scores or {})
+        self.edge_scores: dict[LinkKey, nn.Parameter] = dict(edge_scores or {})
         if pattern.combine == "weighted":
-            for edge in self.outer_links:
-                self.edge_scores.setdefault(edge, nn.Parameter(torch.zeros((), device=self.agents[edge[1]].device)))
+            for key in self.outer_links:
+                self.edge_scores.setdefault(key, nn.Parameter(torch.zeros((), device=self.agents[key[1]].device)))
         self._check_widths()
         self._prompts = {
             role: Prompts(role, setting, self.agents[role].tokenizer, self.agents[role].vocabulary)
@@ -171,10 +173,10 @@ class System:
 
     def member(self, role: str) -> Member:
         """One agent with its links and prompts, as they are now."""
-        outer = {source: link for (source, target), link in self.outer_links.items() if target == role}
+        outer = {key: link for key, link in self.outer_links.items() if key[1] == role}
         scores = None
         if self.pattern.combine == "weighted":
-            scores = {source: self.edge_scores[source, role] for source in outer}
+            scores = {key: self.edge_scores[key] for key in outer}
         return Member(role, self.agents[role], self._prompts[role], self.inner_links.get(role), outer, scores)
 
     def prompt(self, visit: Visit, rows: Sequence[Fields], messages: Mapping[str, Message]) -> Prompt:
@@ -242,24 +244,24 @@ class System:
         parts: dict[str, list[nn.Module]] = {role: [agent.model] for role, agent in self.agents.items()}
         for role, link in self.inner_links.items():
             parts[role].append(link)
-        for (_, receiver), outer in self.outer_links.items():
-            parts[receiver].append(outer)
+        for key, outer in self.outer_links.items():
+            parts[key[1]].append(outer)
         return Offloader(placement, parts)
 
     def _place_links(self, placement: Placement, dtype: torch.dtype | None) -> None:
         for role, link in self.inner_links.items():
             link.to(device=placement[role], dtype=dtype)
-        for (_, receiver), link in self.outer_links.items():
-            link.to(device=placement[receiver], dtype=dtype)
-        for edge, score in self.edge_scores.items():
-            if score.device != placement[edge[1]]:
-                moved = score.detach().to(placement[edge[1]])
-                self.edge_scores[edge] = nn.Parameter(moved, requires_grad=score.requires_grad)
+        for key, link in self.outer_links.items():
+            link.to(device=placement[key[1]], dtype=dtype)
+        for key, score in self.edge_scores.items():
+            if score.device != placement[key[1]]:
+                moved = score.detach().to(placement[key[1]])
+                self.edge_scores[key] = nn.Parameter(moved, requires_grad=score.requires_grad)
 
     def _check_widths(self) -> None:
         width = {role: agent.hidden_size for role, agent in self.agents.items()}
         named = [(f"inner link of {role!r}", link, role, role) for role, link in self.inner_links.items()]
-        named += [(f"outer link {edge_name(edge)}", link, *edge) for edge, link in self.outer_links.items()]
+        named += [(f"outer link {edge_name(key)}", link, key[0], key[1]) for key, link in self.outer_links.items()]
         for name, link, source, target in named:
             found = (link.config.in_features, link.config.out_features)
             if found != (width[source], width[target]):

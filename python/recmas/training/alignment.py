@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from recmas.config.pattern import Edge
+from recmas.config.pattern import LinkKey
+from recmas.config.system_json import edge_name
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training import checkpoint
@@ -22,10 +23,11 @@ from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
+from recmas.training.progress import Meter, Shown
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 from recmas_kernels import RecursiveLink
 
-Key = TypeVar("Key", bound="str | Edge")
+Key = TypeVar("Key", bound="str | LinkKey")
 Cache = PairCache | str | os.PathLike[str]
 
 
@@ -54,9 +56,9 @@ Batches = Callable[[int], Pairs]
 """The pairs of a schedule's batch."""
 
 
-def run_name(stage: str, key: str | Edge) -> str:
+def run_name(stage: str, key: str | LinkKey) -> str:
     """The folder of a link's run."""
-    return "-".join([stage, key] if isinstance(key, str) else [stage, *key])
+    return f"{stage}-{key if isinstance(key, str) else edge_name(key).replace('->', '-')}"
 
 
 def train_apart(
@@ -70,7 +72,8 @@ def train_apart(
     output: str | os.PathLike[str] | None,
     cache: Cache | None,
     resume: bool,
-    progress: bool,
+    progress: Shown,
+    trackers: Sequence[str],
     on_step: OnStep | None,
     on_start: OnStart | None,
 ) -> dict[Key, TrainingResult]:
@@ -92,7 +95,7 @@ def train_apart(
             check_rows(system, role, checked, each_round_count(config.rounds))
             check_utterances(system, role, checked, each_round_count(config.rounds), config.max_tokens)
     for key, folder in folders.items():
-        check_run(trained[key], config, folder, resume, validated=validation is not None)
+        check_run(trained[key], config, folder, resume, validated=validation is not None, trackers=trackers)
     planned = _planned(system, roles, [schedule, measured], config, cache, progress)
     if not begins(on_start):
         return {}
@@ -112,15 +115,17 @@ def train_apart(
                 pairs = (batches(index) for index in range(schedule.count))
                 _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
             weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
-            loss = partial(_loss, system, key, stage, weights)
+            loss, meter = partial(_loss, system, key, stage, weights), Meter()
             results[key] = train(
                 parameters,
-                partial(_step_loss, loss, batches),
+                partial(_step_loss, loss, batches, meter),
                 config,
                 name=names[key],
                 output=folder,
                 resume=resume,
                 progress=progress,
+                trackers=trackers,
+                meter=meter,
                 on_step=on_step,
                 validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
             )
@@ -131,8 +136,12 @@ def _loss(system: System, key: Any, stage: Stage[Any], weights: Mapping[str, flo
     return stage.loss(system, key, pairs, **weights)
 
 
-def _step_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, index: int, step: int) -> torch.Tensor:
-    return loss(batches(index))
+def _step_loss(
+    loss: Callable[[Pairs], torch.Tensor], batches: Batches, meter: Meter, index: int, step: int
+) -> torch.Tensor:
+    pairs = batches(index)
+    meter.add(len(pairs.ids))
+    return loss(pairs)
 
 
 def _mean_loss(loss: Callable[[Pairs], torch.Tensor], batches: Batches, count: int) -> float:
@@ -178,7 +187,7 @@ def _planned(
     schedules: Sequence[Schedule],
     config: AlignmentConfig,
     cache: Cache | None,
-    progress: bool,
+    progress: Shown,
 ) -> dict[str, Callable[[], list[Batches]]]:
     """By role, what makes each schedule's batches; cached or not, the texts, their order and so the loss are the same.
 
@@ -201,7 +210,7 @@ def _fresh(system: System, role: str, schedules: Sequence[Schedule], config: Ali
     return [partial(pairs, schedule) for schedule in schedules]
 
 
-def _cached(plan: Plan, lists: Sequence[tuple[list[Utterance], list[list[int]]]], progress: bool) -> list[Batches]:
+def _cached(plan: Plan, lists: Sequence[tuple[list[Utterance], list[list[int]]]], progress: Shown) -> list[Batches]:
     shelf = plan.fill(progress=progress)
 
     def pairs(places: Sequence[Place], batches: Sequence[Sequence[int]], index: int) -> Pairs:

@@ -6,6 +6,7 @@ Everything is checked, for all stages, before the first one begins. A stage that
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from recmas.training.data import RowSource
 from recmas.training.inner import train_inner
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins
 from recmas.training.outer import train_outer
+from recmas.training.progress import Shown
 from recmas.training.warmup import train_warmup
 
 
@@ -31,7 +33,8 @@ def train_all(
     output: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> dict[str, TrainingResult]:
@@ -47,7 +50,8 @@ def train_all(
         output: folder of logs and checkpoints, one folder per run; None keeps none.
         cache: `PairCache`, or its folder, as for `train_inner`.
         resume: go on where the folder's checkpoints stopped, in whichever stage that was.
-        progress: show bars.
+        progress: show bars where stderr is a terminal; "always" wherever it goes.
+        trackers: names of trackers (`recmas.training.trackers`) that get every step's record.
         on_step: called after every step with its record; a true answer ends that run.
         on_start: called once, when everything has been checked and nothing has been written; a true answer
             ends it there.
@@ -62,6 +66,7 @@ def train_all(
     inner, warmup, outer = (config or AllConfig()).stages(system.defaults.rounds)
     said: Any = rows if texts is None else texts
     shared: dict[str, Any] = {"output": output, "resume": resume, "progress": progress, "on_step": on_step}
+    shared["trackers"] = trackers
     aligned = shared | {"cache": cache}
     if texts is None:
         aligned["validation"] = validation

@@ -120,7 +120,13 @@ class InnerConfig(AlignmentConfig):
     """Settings of the inner stage: those of `AlignmentConfig` with the defaults of the reference implementation.
 
     Rounds from 2 on show a first-stage agent the prompt that holds feedback.
+
+    Attributes:
+        inner_target: agent whose input embeddings of the text are the targets, for all trained links or by role; None
+            takes each agent's own. Agents of equal width only.
     """
+
+    inner_target: str | Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +151,12 @@ class OuterConfig(LoopConfig):
             less memory, a third more time, the same bits. Rollouts are run again step by step.
         micro_batch: rows that are unrolled at once; a batch's gradients are gathered over its micro-batches. None takes
             as many as keep the processor busy.
+        round_weights: of the last agent's cross entropy after each round, whose sum is the loss; as many as the most
+            rounds. A step of fewer rounds takes the last ones. None weighs the last round alone, by 1.
+        round_norms: log the gradient's norm by link and round, too: of what comes through the messages sent in that
+            round. Takes as much memory for gradients as there are rounds.
+        distill: weight of the distance between the last agent's latents and those of the agent that it reads, which is
+            added to the loss (`recmas.training.distillation`); 0 leaves it out.
     """
 
     learning_rate: float = SAFE_RATE
@@ -153,12 +165,21 @@ class OuterConfig(LoopConfig):
     latents: Source = "forced"
     recompute: bool = True
     micro_batch: int | None = None
+    round_weights: tuple[float, ...] | None = None
+    round_norms: bool = False
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.rounds)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch, 1)
+        if self.round_weights is not None:
+            check_round_weights(self.round_weights, self.most_rounds)
+        if not (math.isfinite(self.distill) and self.distill >= 0):
+            raise ValueError(f"distill must not be negative, got {self.distill}")
+        if self.distill > 0 and self.most_rounds < 2:
+            raise ValueError("distill: in one round the last agent has no latents to compare; train two or more")
         if self.latents not in ("forced", "rollout"):
             raise ValueError(f"latents must be 'forced' or 'rollout', got {self.latents!r}")
 
@@ -178,6 +199,12 @@ class AllConfig:
         rounds: of the unrolled recursion, or several of which each step draws one; None is 1 to the system's own.
         latent_steps: of every agent or by role; None is the system's own.
         latents: "forced" or "rollout", of the outer stage.
+        round_weights: of the last agent's cross entropy after each round, in the outer stage, whose sum is the loss;
+            None weighs the last round alone.
+        round_norms: log the gradient's norm by link and round, too, in the outer stage.
+        distill: weight of the distance between the last agent's latents and its expert's, in the outer stage.
+        inner_target: agent whose input embeddings are the targets of inner links, for all or by role; None takes each
+            agent's own.
         checkpoint_every: steps between checkpoints.
         validate_every: steps between two measurements of the validation rows, where there are any.
         patience: measurements in a row without a better one that end a run; None is as many as there are steps.
@@ -191,6 +218,10 @@ class AllConfig:
     rounds: int | tuple[int, ...] | None = None
     latent_steps: int | Mapping[str, int] | None = None
     latents: Source = "forced"
+    round_weights: tuple[float, ...] | None = None
+    round_norms: bool = False
+    distill: float = 0.0
+    inner_target: str | Mapping[str, str] | None = None
     checkpoint_every: int = 100
     validate_every: int = 100
     patience: int | None = None
@@ -202,9 +233,16 @@ class AllConfig:
         names = {field.name for field in fields(LoopConfig)} & {field.name for field in fields(self)}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
         shared["rounds"] = tuple(range(1, rounds + 1)) if self.rounds is None else self.rounds
-        outer = OuterConfig(**shared, latent_steps=self.latent_steps, latents=self.latents)
+        outer = OuterConfig(
+            **shared,
+            latent_steps=self.latent_steps,
+            latents=self.latents,
+            round_weights=self.round_weights,
+            round_norms=self.round_norms,
+            distill=self.distill,
+        )
         aligned = shared | {"rounds": tuple(range(1, outer.most_rounds + 1))}
-        return InnerConfig(**aligned), WarmupConfig(**aligned), outer
+        return InnerConfig(**aligned, inner_target=self.inner_target), WarmupConfig(**aligned), outer
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -225,3 +263,18 @@ def check_rounds(rounds: int | Sequence[int]) -> None:
     several = each_round_count(rounds)
     if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
         raise ValueError(f"rounds must be one or more positive integers, got {rounds!r}")
+
+
+def check_round_weights(weights: Sequence[float], rounds: int) -> None:
+    """Raise ValueError unless these weigh the losses of so many rounds: none negative, the last one positive."""
+    if len(weights) != rounds:
+        raise ValueError(f"round_weights: expected one for each of {rounds} rounds, got {len(weights)}")
+    if not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and weights[-1] > 0):
+        raise ValueError(f"round_weights must not be negative, and the last one positive, got {tuple(weights)}")
+
+
+def weighed_rounds(weights: Sequence[float] | None, rounds: int) -> dict[int, float]:
+    """Of a run of so many rounds, those after which the last agent's loss counts, and their weights."""
+    last = (1.0,) if weights is None else tuple(weights)[-rounds:]
+    first = rounds - len(last) + 1
+    return {round: weight for round, weight in enumerate(last, start=first) if weight > 0}

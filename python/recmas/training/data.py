@@ -16,14 +16,12 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Union
 
-import torch
-
-from recmas.agents.agent import Agent
+from recmas.agents.targets import target_tokens as target_tokens
 from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields, readable
-from recmas.prompts.source import read_source
-from recmas.prompts.vocabulary import check_ids
+from recmas.prompts.source import read_source, with_columns
+from recmas.prompts.targets import check_target, target_text
 from recmas.system.system import System
 
 RowSource = Union[str, "os.PathLike[str]", Sequence[Fields], Callable[[int], Sequence[Fields]]]
@@ -132,43 +130,19 @@ def target_texts(rows: Sequence[Fields], role: str, round: int) -> list[str]:
     return [target_text(row, index, role, round) for index, row in enumerate(rows)]
 
 
-def target_text(row: Fields, index: int, role: str, round: int) -> str:
-    """What agent ``role`` should say in ``round`` of one row; ``index`` begins error messages, as of `target_texts`."""
-    targets = row.get("targets")
-    if not isinstance(targets, Mapping):
-        raise ValueError(f"row {index}: expected 'targets' to be an object of texts by agent, got {targets!r}")
-    if role not in targets:
-        raise ValueError(f"row {index}: targets has no text for agent {role!r}, only for {sorted(targets)}")
-    text = targets[role]
-    if isinstance(text, Sequence) and not isinstance(text, str):
-        if round > len(text):
-            raise ValueError(f"row {index}: targets of {role!r} cover {len(text)} rounds, round {round} is needed")
-        text = text[round - 1]
-    if not isinstance(text, str):
-        raise ValueError(f"row {index}: expected the target of agent {role!r} to be text, got {text!r}")
-    return readable(text, f"row {index}: the target of agent {role!r}")
+def read_texts(
+    source: str, *, split: str = "train", subset: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
+    """Any texts as rows, from a file or a data set on the hub (`recmas.prompts.source.read_source`).
 
-
-def check_target(row: Fields, index: int, role: str, round: int) -> None:
-    """Raise ValueError, naming the row, unless it has a `target_text` that says something.
-
-    To say nothing is hardly ever what a row means: an agent would learn to end at once.
-    """
-    if not target_text(row, index, role, round).strip():
-        raise ValueError(f"row {index}: the target of agent {role!r} in round {round} is empty")
-
-
-def read_texts(source: str) -> list[dict[str, object]]:
-    """Any texts as rows, from a JSONL file or a data set on the hub (`recmas.prompts.source.read_source`).
-
-    Of each row, "text" and "prompt" are taken.
+    Of each row, "text" and "prompt" are taken; ``columns`` says which columns these are, ``{"text": "content"}``.
 
     Raises:
         ValueError: as `read_source`, or a row without a text or with a prompt that is none; names the row.
         FileNotFoundError, ImportError: as `read_source`.
     """
     rows = []
-    for index, row in enumerate(read_source(source, split="train")):
+    for index, row in enumerate(with_columns(read_source(source, split, subset), columns or {}, source)):
         if "text" not in row:
             raise ValueError(f"{source}: row {index}: no field 'text'; it has {', '.join(sorted(row)) or 'none'}")
         text = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}
@@ -194,35 +168,3 @@ def check_plain(row: Fields, index: int) -> str:
             raise ValueError(f"row {index}: expected {key!r} to be a text that is not empty, got {value!r}")
         readable(value, f"row {index}: {key!r}")
     return str(row["text"])
-
-
-def target_tokens(agent: Agent, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text: tokenised without special tokens, and the end-of-sequence token."""
-    if not texts:
-        raise ValueError("texts: expected at least one text")
-    end = end_token(agent)
-    rows = [[*ids, end] for ids in agent.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    for row in rows:
-        check_ids(row, agent.vocabulary, agent.tokenizer, f"agent {agent.name!r}")
-    return rows
-
-
-def target_batch(agent: Agent, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both int64 ``[batch, length]``, right padded, on the agent's device.
-
-    Padding repeats the end-of-sequence token and is masked.
-    """
-    end, length = end_token(agent), max(map(len, tokens))
-    ids = [[*row, *[end] * (length - len(row))] for row in tokens]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in tokens]
-    ids_and_mask = torch.tensor([ids, mask], dtype=torch.long, device=agent.device)
-    return ids_and_mask[0], ids_and_mask[1]
-
-
-def end_token(agent: Agent) -> int:
-    """The token that ends an agent's message: its tokenizer's end-of-sequence token, else its model's first one."""
-    if agent.tokenizer.eos_token_id is not None:
-        return int(agent.tokenizer.eos_token_id)
-    for token in agent.eos_ids:
-        return int(token)
-    raise ValueError(f"agent {agent.name!r}: neither its tokenizer nor its model names an end-of-sequence token")

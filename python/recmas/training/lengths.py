@@ -8,7 +8,7 @@ from recmas.config.pattern import Visit
 from recmas.prompts.rows import Fields
 from recmas.prompts.template import Slot
 from recmas.system.system import System
-from recmas.training.config import OuterConfig, each_round_count
+from recmas.training.config import OuterConfig, each_round_count, weighed_rounds
 from recmas.training.data import target_texts, target_tokens
 from recmas.training.pairs import utterances
 
@@ -66,18 +66,19 @@ class _Unrolled:
     def __init__(self, system: System, rows: Sequence[Fields], config: OuterConfig) -> None:
         self.system, self.rows = system, rows
         self._forced, self._steps = config.latents == "forced", system.steps_by_role(config.latent_steps)
+        counts = each_round_count(config.rounds)
+        self._counted = {round for rounds in counts for round in weighed_rounds(config.round_weights, rounds)}
         self._prompts: dict[tuple[str, bool], list[tuple[int, list[Slot]]]] = {}
         self._texts: dict[tuple[str, int], list[int]] = {}
 
     def said(self, visit: Visit, index: int) -> int:
-        """Tokens that an agent is forced to say, or latents that it thinks."""
-        if visit.final:
-            return self._tokens(visit.role, visit.round)[index]
-        return self._message(visit.role, visit.round, index)
+        """Tokens that an agent is forced to say, or latents that it thinks; the more of both."""
+        answer = self._tokens(visit.role, visit.round)[index] if self._answers(visit) else 0
+        return answer if visit.final else max(answer, self._message(visit.role, visit.round, index))
 
     def read(self, visit: Visit, index: int) -> int:
         """Positions of a prompt, its slots filled."""
-        if visit.final is False and self._steps[visit.role] == 0:
+        if not self._answers(visit) and self._steps[visit.role] == 0:
             return 0  # nothing reads it
         positions, slots = self._prompt(visit)[index]
         sent = dict(zip(visit.senders, visit.sender_rounds, strict=True))
@@ -88,6 +89,9 @@ class _Unrolled:
                 raise _UnequalError(f"agent {visit.role!r}: {slot} needs equally many latents of each, but has {told}")
             positions += max(counts.values())
         return positions
+
+    def _answers(self, visit: Visit) -> bool:
+        return visit.role == self.system.pattern.last and visit.round in self._counted
 
     def _message(self, role: str, round: int, index: int) -> int:
         steps = self._steps[role]

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from recmas.files import write_atomically
 from recmas.files.locks import one_writer
@@ -33,6 +32,9 @@ from recmas.files.writing import naming
 from recmas.training import checkpoint
 from recmas.training.config import LoopConfig
 from recmas.training.processes import Processes, processes
+from recmas.training.progress import Bar, Meter, Shown
+from recmas.training.round_norms import RoundNorms
+from recmas.training.trackers import Trackers, check_trackers
 from recmas.training.validation import Validation
 
 LOG = "log.jsonl"
@@ -42,8 +44,9 @@ LOG = "log.jsonl"
 class StepRecord:
     """One line of the log; ``step`` counts finished steps, so the first is 1.
 
-    ``grad_norms`` are those of the links, where several are trained; ``validation`` is the loss on the validation rows
-    after the step, where it was measured.
+    ``grad_norms`` are those of the links, where several are trained, and ``round_norms`` of each link by round, where
+    they were asked for; ``validation`` is the loss on the validation rows after the step, where it was measured;
+    ``tokens`` were read in the step, by all processes.
     """
 
     step: int
@@ -53,6 +56,8 @@ class StepRecord:
     seconds: float
     grad_norms: dict[str, float] = field(default_factory=dict)
     validation: float | None = None
+    round_norms: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,12 @@ def train(
     name: str,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
+    meter: Meter | None = None,
     on_step: OnStep | None = None,
     validate: Callable[[], float] | None = None,
+    round_norms: RoundNorms | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place.
 
@@ -102,9 +110,13 @@ def train(
         name: of this run, shown beside the progress bar.
         output: folder for the log and checkpoints; None keeps neither.
         resume: continue from the folder's checkpoint if it has one.
-        progress: show a bar where stderr is a terminal.
+        progress: show a bar where stderr is a terminal; "always" wherever it goes.
+        trackers: names that `recmas.training.trackers` knows, for the steps' records; they are kept beside the output.
+        meter: what the loss counts a step's tokens with.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
         validate: the loss on other data; a run that ends by itself leaves the best parameters it found.
+        round_norms: called after a step's backward; makes gradients of some parameters, and returns what goes into the
+            log.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
@@ -115,7 +127,7 @@ def train(
     """
     folder = None if output is None else Path(output)
     together = processes()
-    check_run(parameters, config, folder, resume, validated=validate is not None)
+    check_run(parameters, config, folder, resume, validated=validate is not None, trackers=trackers)
     for key, parameter in parameters.items():
         if not parameter.requires_grad:
             raise ValueError(f"{key}: a trained parameter must require grad")
@@ -130,20 +142,25 @@ def train(
             records = _open(folder, parameters, optimizer, config, resume, together)
         found = {record.step: record.validation for record in records if record.validation is not None}
         validation = Validation(validate, parameters, config, folder, found)
-        shown = progress and together.writes
-        bar = tqdm(total=config.steps, initial=len(records), desc=name, disable=None if shown else True, unit="step")
+        shown = progress if together.writes else False
+        bar = Bar(config.steps, len(records), name, shown, (p.device for p in parameters.values()))
+        kept = Trackers(trackers if together.writes else (), name, folder and folder.parent, settings_of(config))
+        tracked = stack.enter_context(kept)
         stack.callback(_forget_gradients, parameters)
         stack.callback(bar.close)
         began = time.perf_counter()
         for step in range(len(records), config.steps):
             if validation.exhausted:
                 break
-            value, norm, norms = _step(parameters, optimizer, loss, config, step, folder, together)
+            value, norm, norms, by_round, tokens = _step(
+                parameters, optimizer, loss, config, step, folder, together, round_norms, meter or Meter()
+            )
             seconds = time.perf_counter() - began
             measured = validation.after(step + 1)
-            records.append(StepRecord(step + 1, value, norm, config.rate(step), seconds, norms, measured))
-            bar.update()
-            bar.set_postfix(loss=f"{value:.4f}", grad=f"{norm:.3g}", refresh=False)
+            rate = config.rate(step)
+            records.append(StepRecord(step + 1, value, norm, rate, seconds, norms, measured, by_round, tokens))
+            bar.update(value, norm, tokens)
+            tracked.log(step + 1, dataclasses.asdict(records[-1]))
             if folder is not None and together.writes:
                 with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
@@ -152,7 +169,7 @@ def train(
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
                 if together.writes:
-                    checkpoint.save(folder, parameters, optimizer, _settings(config), step + 1)
+                    checkpoint.save(folder, parameters, optimizer, settings_of(config), step + 1)
                 together.wait()
             if stop:
                 return TrainingResult(len(records), records)
@@ -168,8 +185,11 @@ def _step(
     step: int,
     folder: Path | None,
     together: Processes,
-) -> tuple[float, float, dict[str, float]]:
-    """One optimiser step; the mean loss, and the gradient's norm before clipping: of all, and by link if several."""
+    round_norms: RoundNorms | None,
+    meter: Meter,
+) -> tuple[float, float, dict[str, float], dict[str, list[float]], int]:
+    """One optimiser step; the mean loss, the gradient's norm before clipping (of all, by link if several, and by round
+    if asked for), and tokens."""
     optimizer.zero_grad(set_to_none=True)
     own = 0.0
     for part in together.share(config.accumulation):
@@ -184,8 +204,9 @@ def _step(
             value = piece / config.accumulation
             value.backward()
             own += value.item()
-    (total,) = together.sums([own])
+    total, tokens = together.sums([own, float(meter.take())])
     together.sum_gradients(parameters.values())
+    by_round = {} if round_norms is None else round_norms()
     norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -200,7 +221,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
-    return total, norm, norms
+    return total, norm, norms, by_round, int(tokens)
 
 
 @contextmanager
@@ -244,7 +265,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> to
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
-def _settings(config: LoopConfig) -> dict[str, Any]:
+def settings_of(config: LoopConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
@@ -259,11 +280,18 @@ def begins(on_start: OnStart | None) -> bool:
 
 
 def check_run(
-    parameters: Mapping[str, nn.Parameter], config: LoopConfig, folder: Path | None, resume: bool, *, validated: bool
+    parameters: Mapping[str, nn.Parameter],
+    config: LoopConfig,
+    folder: Path | None,
+    resume: bool,
+    *,
+    validated: bool,
+    trackers: Sequence[str] = (),
 ) -> None:
     """Raise ValueError, before anything is written, where `train` would not begin, or go on, in this folder."""
     _check(parameters)
     processes().check(config.accumulation)
+    check_trackers(trackers, folder)
     if config.patience is not None and not validated:
         raise ValueError("patience: there are no validation rows (--validation, validation=ROWS) to wait for")
     if folder is not None:
@@ -283,7 +311,7 @@ def _check_folder(parameters: Mapping[str, nn.Parameter], config: LoopConfig, fo
             "or choose another folder (--output, output=FOLDER)"
         )
     if (stored := checkpoint.load(folder)) is not None:
-        stored.check(parameters, _settings(config))
+        stored.check(parameters, settings_of(config))
         for _ in _logged(folder / LOG):
             pass  # a damaged line is told here
 
@@ -312,6 +340,16 @@ def _open(
     if together.writes:
         write_atomically(folder / LOG, "".join(map(_line, records)))
     return records
+
+
+def read_log(folder: Path) -> TrainingResult:
+    """What the run in this folder has done, by its log.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    records = list(_logged(folder / LOG))
+    return TrainingResult(len(records), records)
 
 
 def _logged(log: Path) -> Iterator[StepRecord]:

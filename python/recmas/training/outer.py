@@ -4,6 +4,7 @@ The pattern's visits run as they run at inference, through the same prompts and 
 agent that sends is forced to say its gold message of that round, and its latents R_in(h_1..h_m) are read off at the
 positions that predict the message's first m tokens; the last agent's answer in the last round is the loss. Gradients
 cross frozen agents and frozen inner links of every round; only outer links (and the weights of joint slots) learn.
+Earlier rounds may count, too: with weights w the loss of r rounds is ``sum_k w_k CE_k``, CE_k that of a run of k.
 `recmas.training.unroll` and `recmas.training.rollout` keep that graph small, and a batch is taken in micro-batches.
 """
 
@@ -12,23 +13,27 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from recmas.config.pattern import Edge
+from recmas.config.pattern import LinkKey
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
 from recmas.prompts.template import Slot
 from recmas.system.system import System
 from recmas.training.answer import answer_loss
-from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count
+from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count, weighed_rounds
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.distillation import check_distill, count_latents, distill_loss, expert_of
 from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
+from recmas.training.progress import Meter, Shown
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
+from recmas.training.round_norms import rounds_apart
 from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
@@ -47,6 +52,9 @@ def outer_losses(
     latents: Source = "forced",
     recompute: bool = False,
     micro_batch: int | None = None,
+    round_weights: Sequence[float] | None = None,
+    distill: float = 0.0,
+    meter: Meter | None = None,
 ) -> Iterator[torch.Tensor]:
     """`outer_loss` in parts that add up to it, one micro-batch of rows after the other.
 
@@ -54,22 +62,20 @@ def outer_losses(
     one micro-batch only.
 
     Args:
-        system, rows, rounds, latent_steps, latents, recompute: as for `outer_loss`.
+        system, rows, rounds, latent_steps, latents, recompute, round_weights, distill: as for `outer_loss`.
         micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
+        meter: counts the tokens that are read.
     """
-    size = micro_batch or _fitting(system, rows, rounds, system.steps_by_role(latent_steps))
-    agent, last = system.agents[system.pattern.last], system.pattern.last
-    counts = [len(tokens) for tokens in target_tokens(agent, target_texts(rows, last, rounds))]
+    steps, last = system.steps_by_role(latent_steps), system.pattern.last
+    size = micro_batch or _fitting(system, rows, rounds, steps)
+    weights = {}
+    for round, weight in weighed_rounds(round_weights, rounds).items():
+        answers = target_tokens(system.agents[last], target_texts(rows, last, round))
+        weights[round] = weight / sum(map(len, answers))
+    pairs = count_latents(system, rows, rounds, steps, latents) if distill > 0 else 0
+    share = distill / pairs if pairs else 0.0
     for first in range(0, len(rows), size):
-        part = outer_loss(
-            system,
-            rows[first : first + size],
-            rounds,
-            latent_steps=latent_steps,
-            latents=latents,
-            recompute=recompute,
-        )
-        yield part * (sum(counts[first : first + size]) / sum(counts))
+        yield _unrolled(system, rows[first : first + size], rounds, weights, share, steps, latents, recompute, meter)
 
 
 def outer_loss(
@@ -80,8 +86,13 @@ def outer_loss(
     latent_steps: int | Mapping[str, int] | None = None,
     latents: Source = "forced",
     recompute: bool = False,
+    round_weights: Sequence[float] | None = None,
+    distill: float = 0.0,
 ) -> torch.Tensor:
     """Mean cross entropy (fp32 scalar) of the last agent's answer tokens, end included, after ``rounds`` rounds.
+
+    With weights it is their sum over the rounds, each mean multiplied by its weight. What the last agent answers in a
+    round that is not the last one follows its prompt of that round at once, as if that round were the last.
 
     Args:
         system: whose agents and links these are.
@@ -90,31 +101,72 @@ def outer_loss(
         latent_steps: of every agent or by role; None takes the system's own.
         latents: where they come from, as in `OuterConfig`.
         recompute: run layers and rollouts again in the backward instead of keeping their activations.
+        round_weights: of the rounds, the last one's at the end; None weighs that one alone.
+        distill: weight of the loss of `recmas.training.distillation`, which is added.
     """
-    steps = system.steps_by_role(latent_steps)
-    prefixes = SharedPrefixes()
+    (loss,) = outer_losses(
+        system,
+        rows,
+        rounds,
+        latent_steps=latent_steps,
+        latents=latents,
+        recompute=recompute,
+        micro_batch=len(rows),
+        round_weights=round_weights,
+        distill=distill,
+    )
+    return loss
+
+
+def _unrolled(
+    system: System,
+    rows: Sequence[Fields],
+    rounds: int,
+    weights: Mapping[int, float],
+    distill: float,
+    steps: Mapping[str, int],
+    latents: Source,
+    recompute: bool,
+    meter: Meter | None,
+) -> torch.Tensor:
+    """Cross entropies of answers' tokens, each times its round's weight, and distances of latents times `distill`."""
+    prefixes, losses = SharedPrefixes(), []
+    expert = expert_of(system) if distill else None
+    taught: Latents | None = None
     for turn in system.walk(rows, rounds):
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
-        if not visit.final and (latents == "rollout" or count == 0):
-            link = system.inner_links[visit.role]
-            repeats = recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link)
-            if repeats and proved(agent.decoder, "begun prefixes", prompt):
-                turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
-            else:
-                turn.message = agent.think(prompt, count, link)
-            continue
-        tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
-        if not visit.final:
-            tokens = [row[:count] for row in tokens]
-        begun = prefixes.of(visit.role, agent, prompt) if proved(agent.decoder, "begun prefixes", prompt) else None
-        with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
-            speech = force(agent, prompt, tokens, begun=begun)
-        if visit.final:
+        begins = proved(agent.decoder, "begun prefixes", prompt)
+        answers = visit.role == system.pattern.last and visit.round in weights
+        thinks = not visit.final and (latents == "rollout" or count == 0)
+        if meter is not None:
+            meter.add(prompt.mask.sum())
+            meter.add(count * len(rows) if thinks else 0)
+        if answers or not thinks:
+            tokens = target_tokens(agent, target_texts(rows, visit.role, visit.round))
+            if not answers:
+                tokens = [row[:count] for row in tokens]
+            begun = prefixes.of(visit.role, agent, prompt) if begins else None
+            with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
+                speech = force(agent, prompt, tokens, begun=begun)
+            if meter is not None:
+                meter.add(speech.mask.sum())
+        if answers:
             said = speech.mask.bool()
-            return answer_loss(agent, speech.hidden[said], speech.ids[said]) / said.sum()
-        states = run_link(system.inner_links[visit.role], speech.hidden)
-        turn.message = Latents(states, speech.mask.sum(dim=1).cpu())
+            losses.append(answer_loss(agent, speech.hidden[said], speech.ids[said]) * weights[visit.round])
+        if visit.final:
+            return torch.stack(losses).sum()
+        link = system.inner_links[visit.role]
+        if not thinks:
+            turn.message = Latents(run_link(link, speech.hidden[:, :count]), speech.mask[:, :count].sum(dim=1).cpu())
+        elif begins and recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link):
+            turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
+        else:
+            turn.message = agent.think(prompt, count, link)
+        if visit.role == expert:
+            taught = turn.message
+        elif taught is not None and visit.role == system.pattern.last:
+            losses.append(distill_loss(system, visit, taught, turn.message) * distill)
     raise AssertionError("the last visit of a pattern is final")
 
 
@@ -130,7 +182,7 @@ def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping
     return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
 
 
-def trained_edges(system: System, config: OuterConfig, edges: Sequence[Edge] | None = None) -> list[Edge]:
+def trained_edges(system: System, config: OuterConfig, edges: Sequence[LinkKey] | None = None) -> list[LinkKey]:
     """Edges whose links `train_outer` trains: the given ones, or all that the rounds use and that latents pass.
 
     Raises:
@@ -138,11 +190,11 @@ def trained_edges(system: System, config: OuterConfig, edges: Sequence[Edge] | N
     """
     system.check_run(config.most_rounds)
     steps = system.steps_by_role(config.latent_steps)
-    needed = system.pattern.edges(config.most_rounds)
+    needed = system.outline.links_needed(config.most_rounds)
     passed = [edge for edge in system.outer_links if edge in needed and steps[edge[0]] > 0]
     if not passed:
         raise ValueError("latent_steps: 0 for every agent that sends: no latents, so no link could learn anything")
-    chosen = passed if edges is None else [(a, b) for a, b in edges]
+    chosen = passed if edges is None else list(edges)
     for edge in chosen:
         if edge not in needed:
             known = ", ".join(map(edge_name, sorted(needed)))
@@ -157,11 +209,12 @@ def train_outer(
     rows: RowSource,
     config: OuterConfig | None = None,
     *,
-    edges: Sequence[Edge] | None = None,
+    edges: Sequence[LinkKey] | None = None,
     validation: RowSource | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Shown = True,
+    trackers: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> TrainingResult:
@@ -170,15 +223,17 @@ def train_outer(
     Args:
         system: whose agents and links these are; inner links trained and outer links warmed up before.
         rows: JSONL path, sequence of rows, or a callable ``batch index -> rows``; rows carry targets of every agent
-            for every round that is unrolled (of the last agent alone with ``latents="rollout"``).
+            for every round that is unrolled (with ``latents="rollout"`` of the last agent alone, for the rounds that
+            count).
         config: settings; None takes the defaults.
-        edges: (source, target) pairs to train; None takes those that ``config.rounds`` rounds use and that latents
+        edges: keys of outer links to train; None takes those that ``config.rounds`` rounds use and that latents
             pass: an agent of 0 latent steps sends none.
         validation: rows, not a callable, whose loss is measured now and then; a run that ends by itself leaves the
             links with the least.
         output: folder of the log and the checkpoints; None keeps none.
         resume: go on where the folder's checkpoint stopped.
-        progress: show a bar.
+        progress: show a bar where stderr is a terminal; "always" wherever it goes.
+        trackers: names of trackers (`recmas.training.trackers`) that get every step's record.
         on_step: called after every step with its record; a true answer ends the run.
         on_start: called once, when everything has been checked and nothing has been written; a true answer
             ends it there.
@@ -195,10 +250,15 @@ def train_outer(
             " to destroy the recursion",
             stacklevel=2,
         )
+    check_distill(system, config)
     source = DataSource(rows, config.batch_size, config.seed)
-    visits = (visit for rounds in each_round_count(config.rounds) for visit in system.pattern.visits(rounds))
-    forced = (visit for visit in visits if visit.final or (config.latents == "forced" and steps[visit.role] > 0))
-    needed_texts = dict.fromkeys((visit.role, visit.round) for visit in forced)
+    needed_texts: dict[tuple[str, int], None] = {}
+    for rounds in each_round_count(config.rounds):
+        for visit in system.pattern.visits(rounds):
+            if not visit.final and config.latents == "forced" and steps[visit.role] > 0:
+                needed_texts[visit.role, visit.round] = None
+        for round in weighed_rounds(config.round_weights, rounds):
+            needed_texts[system.pattern.last, round] = None
     others = [] if validation is None else fixed_batches(validation, config.batch_size)
     checked = [source] if validation is None else [source, DataSource(validation, config.batch_size, config.seed)]
     for rows_of in checked:
@@ -206,6 +266,7 @@ def train_outer(
         rows_of.check_fields(system, system.pattern.visits(config.most_rounds))
         check_unrolled(system, rows_of.rows, config)
     check_trainable(system)
+    meter = Meter()
 
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
         rounds = pick(config.seed, step, config.rounds)
@@ -218,6 +279,9 @@ def train_outer(
             latents=config.latents,
             recompute=config.recompute,
             micro_batch=config.micro_batch,
+            round_weights=config.round_weights,
+            distill=config.distill,
+            meter=meter,
         )
 
     def validate() -> float:
@@ -225,8 +289,16 @@ def train_outer(
         counts, total = each_round_count(config.rounds), 0.0
         for rounds in counts:
             for batch in others:
-                steps, latents = config.latent_steps, config.latents
-                total += outer_loss(system, batch, rounds, latent_steps=steps, latents=latents).item() * len(batch)
+                loss = outer_loss(
+                    system,
+                    batch,
+                    rounds,
+                    latent_steps=config.latent_steps,
+                    latents=config.latents,
+                    round_weights=config.round_weights,
+                    distill=config.distill,
+                )
+                total += loss.item() * len(batch)
         return total / (len(counts) * sum(map(len, others)))
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})
@@ -234,10 +306,12 @@ def train_outer(
         if edge in system.edge_scores:
             parameters[f"{edge_name(edge)}.score"] = system.edge_scores[edge]
     folder = None if output is None else Path(output, "outer")
-    check_run(parameters, config, folder, resume, validated=validation is not None)
+    check_run(parameters, config, folder, resume, validated=validation is not None, trackers=trackers)
     if not begins(on_start):
         return TrainingResult(0, [])
-    with only_trainable(system, parameters):
+    with ExitStack() as stack:
+        stack.enter_context(only_trainable(system, parameters))
+        apart = stack.enter_context(rounds_apart(system, chosen, config.most_rounds)) if config.round_norms else None
         return train(
             parameters,
             loss,
@@ -246,6 +320,9 @@ def train_outer(
             output=folder,
             resume=resume,
             progress=progress,
+            trackers=trackers,
+            meter=meter,
             on_step=on_step,
             validate=validate if others else None,
+            round_norms=apart,
         )

@@ -34,6 +34,7 @@ from recmas.files.reading import check_regular, inside, read_json
 from recmas.system.system import System
 from recmas.training.pairs import Pairs, Utterance, speak
 from recmas.training.processes import processes
+from recmas.training.progress import Shown, bar
 
 IDENTITY = "pairs.json"
 SHARD_BYTES = 64 * 2**20
@@ -110,13 +111,13 @@ class Plan:
         order = sorted(missing, key=lambda key: (-len(missing[key].prompt) - len(missing[key].said), key))
         return Missing([missing[key] for key in order], self._width)
 
-    def fill(self, *, progress: bool = True) -> Shelf:
+    def fill(self, *, progress: Shown = True) -> Shelf:
         """Make the pairs that the folder does not hold yet, and open all.
 
         The size of what is to be written is announced on stderr before (with ``progress``).
 
         Args:
-            progress: announce, and show a bar where stderr is a terminal.
+            progress: announce, and show a bar where stderr is a terminal; "always" wherever it goes.
 
         Raises:
             ValueError: as `PairCache.plan`, for what has changed since; or another process fills the folder.
@@ -127,7 +128,7 @@ class Plan:
         together.wait()
         return Shelf(self._folder)
 
-    def _write(self, progress: bool) -> None:
+    def _write(self, progress: Shown) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         with one_writer(self._folder):
             if not _check_identity(self._folder, self._identity):
@@ -137,15 +138,10 @@ class Plan:
             _check_room(self._folder, [missing])
             if missing.said and progress:
                 _announce(self._folder, missing, len(self._asked) - len(missing.said))
-            with tqdm(
-                total=len(missing.said),
-                desc=f"pairs of {self._folder.name}",
-                disable=None if progress else True,
-                unit="text",
-            ) as bar:
+            with bar(progress, total=len(missing.said), desc=f"pairs of {self._folder.name}", unit="text") as made:
                 for shard in _shards(missing.said, self._width):
                     shelf.add(_made(self._agent, shard, self._stored))
-                    bar.update(len(shard))
+                    made.update(len(shard))
 
     @property
     def _width(self) -> int:

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 
 from recmas.agents.agent import Agent
+from recmas.agents.targets import end_token, target_tokens
 from recmas.config.pattern import Pattern, Visit
 from recmas.prompts.rows import Fields, check_fields
+from recmas.prompts.targets import check_target, target_text
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from recmas.system.system import System
-from recmas.training.data import check_plain, check_target, end_token, is_plain, target_text, target_tokens
+from recmas.training.data import check_plain, is_plain
 from recmas.training.teacher import force
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,6 +13,9 @@ from recmas.sizing.report import size
 from recmas.system.system import System
 from recmas.training.config import LoopConfig, OuterConfig
 from recmas.training.outer import trained_edges
+
+SHOWN = ("steps", "batch_size", "accumulation", "learning_rate")
+"""Settings that a run's other entries tell; of the rest, those that are not the defaults are listed."""
 
 
 class Part(NamedTuple):
@@ -29,11 +33,11 @@ def plan(system: System, parts: Sequence[Part]) -> dict[str, Any]:
     links = [*system.inner_links.values(), *system.outer_links.values()]
     models = {id(agent.model): agent.model for agent in system.agents.values()}
     return {
-        "runs": [{key: value for key, value in run.items() if key != "bytes"} for run in runs],
+        "runs": [{key: value for key, value in run.items() if key != "held"} for run in runs],
         "memory": {
             "models": _bytes(p for model in models.values() for p in model.parameters()),
             "links": _bytes(p for link in links for p in link.parameters()),
-            "gradients_and_moments": 3 * max(run["bytes"] for run in runs),  # of one run after the other
+            "gradients_and_moments": max(run["held"] for run in runs),  # of one run after the other
         },
     }
 
@@ -44,23 +48,37 @@ def table(planned: dict[str, Any]) -> str:
     lines = [
         f"{run['run']:<{width}}  {run['parameters']:>13,} parameters  {run['steps']:>6,} steps of "
         f"{run['rows_per_step']} of {run['rows']:,} rows, {run['epochs']:g} epochs, rate {run['learning_rate']:g}"
+        + "".join(f", {name} {_told(value)}" for name, value in run["settings"].items())
         for run in planned["runs"]
     ]
     held = ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in planned["memory"].items())
     return "\n".join([*lines, f"memory beside activations: {held}"])
 
 
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
-    config = part.config
+    config, gradients = part.config, 1
+    if isinstance(config, OuterConfig) and config.round_norms:
+        gradients += config.most_rounds  # each round's own, and their sum
     return {
         "run": name,
         "parameters": sum(p.numel() for p in trained),
-        "bytes": _bytes(trained),
+        "held": (gradients + 2) * _bytes(trained),
         "steps": config.steps,
         "rows": part.rows,
         "rows_per_step": (taken := config.accumulation * config.batch_size),
         "epochs": round(config.steps * taken / part.rows, 2),
         "learning_rate": config.learning_rate,
+        "settings": {
+            field.name: value
+            for field in fields(config)
+            if (value := getattr(config, field.name)) != field.default and field.name not in SHOWN
+        },
     }
 
 

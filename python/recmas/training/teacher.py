@@ -15,9 +15,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from recmas.agents.agent import Agent
+from recmas.agents.targets import target_batch
 from recmas.engine.messages import Prompt
 from recmas.system.system import System
-from recmas.training.data import target_batch
 from recmas_kernels import packed
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from recmas.config.parts import checksums
-from recmas.config.pattern import Edge
+from recmas.config.pattern import Edge, LinkKey
 from recmas.config.system_json import AgentSpec, Decoding, Defaults, SystemSpec, edge_name, write_spec
 from recmas.files import replacing_folder
 from recmas.prompts.template import Template
@@ -161,5 +161,5 @@ def _spec(
         )
         for role in pattern.roles
     }
-    links = {edge: f"links/{edge[0]}-{edge[1]}" for edge in outer}
+    links: dict[LinkKey, str] = {edge: f"links/{edge[0]}-{edge[1]}" for edge in outer}
     return SystemSpec(pattern, agents, links, Defaults(rounds, latent_steps))

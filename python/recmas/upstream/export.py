@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from recmas.config.parts import Trust, model_source, part
-from recmas.config.pattern import Edge
+from recmas.config.pattern import Edge, LinkKey
 from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec
 from recmas.files import replacing, replacing_folder, write_atomically
 from recmas.upstream.convert import Folder, new_folder, read_link
@@ -121,8 +121,8 @@ def _system_to_pt(folder: Path, place: Path, trust: Trust) -> list[Path]:
         if agent.inner_link
     }
     outer = {
-        edge: _own_link(part(folder, spec, path, f"outer link {edge_name(edge)}", trust))
-        for edge, path in spec.outer_links.items()
+        _edge(key, folder): _own_link(part(folder, spec, path, f"outer link {edge_name(key)}", trust))
+        for key, path in spec.outer_links.items()
     }
     models = {role: Path(model_source(folder, spec, role, trust)) for role in spec.agents}
     types: dict[str | Edge, str] = {role: adapter_type(link.config, role) for role, link in inner.items()}
@@ -161,6 +161,15 @@ def _family(folder: Path, spec: SystemSpec) -> Family:
             return family
     known = ", ".join(family.name for family in FAMILIES)
     raise ValueError(f"{folder}: its pattern is not one the reference implementation has: {known}")
+
+
+def _edge(key: LinkKey, folder: Path) -> Edge:
+    if len(key) == 3:
+        raise ValueError(
+            f"{folder}: outer link {edge_name(key)} is that of one round; in the reference implementation all rounds "
+            "share an edge's link"
+        )
+    return key
 
 
 def _outer_entries(

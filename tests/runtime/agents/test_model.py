@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recmas import SEQUENTIAL, Agent, RecursiveMAS
-from recmas.training.data import target_tokens
+from recmas.agents.targets import target_tokens
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
 
 

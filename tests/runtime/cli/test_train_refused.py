@@ -57,6 +57,12 @@ REFUSED = {
     "an unknown role": ["--roles", "poet"],
     "an unknown edge": ["--edges", "solver->poet"],
     "an edge that is none": ["--edges", "solver"],
+    "weights of other rounds": ["--round-weights", "1,1"],
+    "a negative weight": ["--round-weights", "-1"],
+    "a weight that is none": ["--round-weights", "heavy"],
+    "targets of an unknown role": ["--inner-target", "poet"],
+    "distillation in one round": ["--distill", "1"],
+    "an unknown tracker": ["--tracker", "abacus"],
     "an unknown device": ["--device", "abacus"],
     "an unknown backend": ["--backend", "abacus"],
     "no such rows": ["--data", "nowhere.jsonl"],
@@ -74,7 +80,14 @@ REFUSED = {
     "rows that are no UTF-8": ["--data", "latin.jsonl"],
     "bad validation rows": ["--validation", "no target.jsonl"],
 }
-BY_STAGE = {"--roles": ("inner",), "--edges": ("warmup", "outer")}
+BY_STAGE = {
+    "--roles": ("inner",),
+    "--edges": ("warmup", "outer"),
+    "--round-weights": ("outer", "all"),
+    "--distill": ("outer", "all"),
+    "--inner-target": ("inner", "all"),
+}
+SETTINGS = {"--seed": "3", "--steps": "3", "--round-weights": "3", "--inner-target": "planner=solver"}
 
 
 @pytest.mark.parametrize(
@@ -116,9 +129,10 @@ def test_a_second_run_changes_nothing(trained, monkeypatch, capsys, stage):
     assert f"out-{stage} holds a system already" in err
     err = check_refused(trained, monkeypatch, capsys, ["train", stage, f"out-{stage}", *data])
     assert "already holds a training run; go on with it (--resume" in err
-    for setting in ("--seed", "--steps"):
-        err = check_refused(trained, monkeypatch, capsys, [*again, "--resume", setting, "3"])
-        assert f"was made with {setting[2:]} = " in err
+    for setting, value in SETTINGS.items():
+        if stage in BY_STAGE.get(setting, STAGES):
+            err = check_refused(trained, monkeypatch, capsys, [*again, "--resume", setting, value])
+            assert f"was made with {setting[2:].replace('-', '_')} = " in err
     err = check_refused(trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", "thesis"])
     assert "thesis: exists and is not a system; nothing was written" in err
     err = check_refused(trained, monkeypatch, capsys, ["train", stage, "system", *data, "--output", "rows.jsonl"])
@@ -201,3 +215,20 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(trained, monkey
     assert "memory beside activations: models " in out
     check_refused(trained, monkeypatch, capsys, [*words, "--data", "no target.jsonl"])
     assert contents(trained) == before
+
+
+@pytest.mark.parametrize("stage", ["outer", "all"])
+def test_a_dry_run_tells_settings_that_are_not_the_defaults(trained, monkeypatch, capsys, stage):
+    monkeypatch.chdir(trained)
+    words = ["train", stage, "system", "--data", "rows.jsonl", "--rounds", "2", "--round-weights", "0.1,1", "--dry-run"]
+    assert main([*words, "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert runs[-1]["settings"]["round_weights"] == [0.1, 1.0]
+    assert all("round_weights" not in run["settings"] for run in runs[:-1])
+    assert main(words) == 0
+    assert ", round_weights 0.1,1.0" in capsys.readouterr().out
+    held = []
+    for more in ([], ["--round-norms", "true"]):
+        assert main([*words, *more, "--json"]) == 0
+        held.append(json.loads(capsys.readouterr().out)["memory"]["gradients_and_moments"])
+    assert held[1] == held[0] * 5 // 3  # two moments, the gradient, and one of each of two rounds

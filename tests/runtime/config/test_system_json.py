@@ -80,6 +80,8 @@ BROKEN = {
     "agents.a.decoding": ({"temperature": -1}, "agents.a.decoding: temperature: -1"),
     "agents.b.decoding": ({"max_new_tokens": "9"}, "agents.b.decoding.max_new_tokens: '9' is not an integer"),
     "outer_links": ({"a->z": "x"}, "outer_links.a->z: is not of the form source->target"),
+    "outer_links.a->b@0": ("x", "outer_links.a->b@0: 'a->b@0' is not of the form source->target or source->target@ro"),
+    "outer_links.a->b@": ("x", "outer_links.a->b@: 'a->b@' is not of the form"),
     "defaults": ({"rounds": 0}, "defaults.rounds: 0 is less than 1"),
     "sha256": ({"links/a": 3}, "sha256.links/a: 3 is not a string"),
 }
@@ -102,6 +104,7 @@ FAR = {
     "agents.a.model": ("x" * 5000, "agents.a.model: 'xxx"),
     "agents.b.model": ("a\0b", r"agents.b.model: 'a\x00b' is no path of 1 to 1024 printable characters"),
     "agents.a.inner_link": ("", "agents.a.inner_link: '' is no path of 1 to 1024 printable characters"),
+    "outer_links.a->b@257": ("x", "outer_links.a->b@257: 'a->b@257' is the link of a round after 256"),
     "outer_links": ({"a->b": "x\n"}, r"outer_links.a->b: 'x\n' is no path"),
     "edge_scores": ("x" * 1025, "edge_scores: 'xxx"),
     "sha256": ({"\x1b": "0"}, r"sha256: '\x1b' is no path"),

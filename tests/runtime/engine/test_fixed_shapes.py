@@ -136,7 +136,7 @@ def test_fixed_shapes_continue_a_reused_prefix(agent):
     for round in range(3):
         generator = torch.Generator().manual_seed(round)
         latents = {slot.senders: Latents(torch.randn(2, 4, agent.hidden_size, generator=generator))}
-        links = {slot.senders: torch.nn.Identity()}
+        links = {slot.senders: [torch.nn.Identity()] * 2}
         prompt = assemble(
             agent.embed, [[head, slot, [7]] for head in heads], latents, links, pad_id=agent.pad_id, device="cpu"
         )

@@ -33,7 +33,7 @@ def spliced(agent, segments, seed: int) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(len(segments), STEPS, agent.hidden_size, generator=generator) * agent.embedding_rms()
     latents = {SLOT.senders: Latents(states)}
-    links = {SLOT.senders: torch.nn.Identity()}
+    links = {SLOT.senders: [torch.nn.Identity()] * len(segments)}
     return assemble(agent.embed, segments, latents, links, pad_id=agent.pad_id, device="cpu")
 
 

@@ -84,6 +84,11 @@ def test_table():
         ("exact", "Paris.", "Paris", False),
         ("exact", "paris", "Paris", False),
         ("exact", "New  York", "New York", False),
+        ("begins", " paris.\n\nNote", "Paris", True),
+        ("begins", "Paris", " Paris", True),
+        ("begins", "Parisian", "Paris", False),
+        ("begins", "It is Paris", "Paris", False),
+        ("begins", "", "Paris", False),
         ("last_word", "It is Paris.", "Paris", False),
         ("last_word", "It is paris", "Paris", False),
         ("last_word", " It is\nParis \n", "Paris", True),
@@ -113,7 +118,7 @@ def test_math_metric():
 
 
 def test_metrics_are_checked(monkeypatch):
-    with pytest.raises(ValueError, match="metric must be one of exact, last_word, choice, math, got 'vibes'"):
+    with pytest.raises(ValueError, match="metric must be one of exact, last_word, begins, choice, math, got 'vibes'"):
         check_metric("vibes")
     monkeypatch.setitem(sys.modules, "math_verify", None)
     check_metric("exact")

@@ -318,7 +318,7 @@ def test_bad_input_is_refused_before_anything_is_answered(real, tmp_path):
     without_feedback.calls = system.calls
     path = tmp_path / "records.jsonl"
     for message, options in (
-        ("metric must be one of exact, last_word, choice, math, got 'vibes'", {"metric": "vibes"}),
+        ("metric must be one of exact, last_word, begins, choice, math, got 'vibes'", {"metric": "vibes"}),
         ("mode: 'telepathy' is not one of latent, text, single, loop", {"modes": ["latent", "telepathy"]}),
         ("rounds: 0 is not a positive integer", {"rounds": [1, 0]}),
         ("latent_steps: unknown role 'poet'", {"latent_steps": [1, {"poet": 1}]}),

@@ -296,7 +296,7 @@ def prefix_reuse(agent: Agent, tested: Agent) -> float:
         states = torch.randn(len(heads), 4, agent.hidden_size, generator=torch.Generator().manual_seed(round))
         latents = {SLOT.senders: Latents(states * agent.embedding_rms())}
         segments = [[head, SLOT, tail] for head, tail in zip(heads, tails, strict=True)]
-        identity = {SLOT.senders: torch.nn.Identity()}
+        identity = {SLOT.senders: [torch.nn.Identity()] * len(heads)}
         prompt, given = (
             assemble(each.embed, segments, latents, identity, pad_id=agent.pad_id, device="cpu")
             for each in (agent, tested)

@@ -57,7 +57,8 @@ def test_splice_equals_concatenation(family, grad, ragged):
         key: Latents(states[key].requires_grad_(grad), torch.tensor(lengths[key]) if ragged else None) for key in links
     }
     with torch.set_grad_enabled(grad):
-        prompt = assemble(receiver.embed, SEGMENTS, latents, links, pad_id=0, device="cpu")
+        by_row = {key: [link] * 3 for key, link in links.items()}
+        prompt = assemble(receiver.embed, SEGMENTS, latents, by_row, pad_id=0, device="cpu")
         rows = by_hand(receiver, links, states, lengths, SEGMENTS)
     width = max(len(row) for row in rows)
     assert prompt.embeds.shape == (3, width, 32)
@@ -77,7 +78,8 @@ def test_one_sender_in_two_slots(family):
     receiver, links = family
     latents = {A: Latents(torch.randn(1, 2, 24))}
     with torch.no_grad():
-        prompt = assemble(receiver.embed, [[Slot(A), [5], Slot(A)]], latents, links, pad_id=0, device="cpu")
+        by_row = {A: [links[A]]}
+        prompt = assemble(receiver.embed, [[Slot(A), [5], Slot(A)]], latents, by_row, pad_id=0, device="cpu")
     assert torch.equal(prompt.embeds[0, :2], prompt.embeds[0, 3:])
 
 
@@ -89,7 +91,7 @@ def test_joint_slot_adds_weighted_link_outputs(family):
     both = ("a", "b")
     message = join([Latents(states[A]), Latents(states[B])])
     prompt = assemble(
-        receiver.embed, [[Slot(both)], [[9], Slot(both)]], {both: message}, {both: joint}, pad_id=0, device="cpu"
+        receiver.embed, [[Slot(both)], [[9], Slot(both)]], {both: message}, {both: [joint] * 2}, pad_id=0, device="cpu"
     )
     share = scores.softmax(0)
     terms = torch.stack([share[0] * links[A](states[A]), share[1] * links[B](states[B])])
@@ -106,13 +108,35 @@ def test_joint_slot_needs_equally_many_latents():
         join([Latents(torch.zeros(2, 3, 4)), Latents(torch.zeros(2, 2, 4))])
 
 
+def test_rows_may_go_through_other_links(family):
+    receiver, links = family
+    other = tiny_link(tiny_agent("llama", "a", 24), receiver, 3)
+    latents = {A: Latents(torch.randn(3, 2, 24), torch.tensor([2, 0, 1]))}
+    segments = [[Slot(A)], [[5], Slot(A)], [Slot(A), [6]]]
+    with torch.no_grad():
+        prompt = assemble(receiver.embed, segments, latents, {A: [links[A], None, other]}, pad_id=0, device="cpu")
+        alone = [
+            assemble(
+                receiver.embed,
+                [segments[row]],
+                {A: Latents(latents[A].states[row : row + 1], latents[A].lengths[row : row + 1])},
+                {A: [link]},
+                pad_id=0,
+                device="cpu",
+            ).embeds[0]
+            for row, link in ((0, links[A]), (1, None), (2, other))
+        ]
+    for row, expected in enumerate(alone):
+        assert torch.equal(prompt.embeds[row, 2 - len(expected) :], expected)
+
+
 def test_wrong_inputs_are_told(family):
     receiver, links = family
     latents = {A: Latents(torch.zeros(2, 1, 24))}
     with pytest.raises(ValueError, match="latents of 2 rows for 1 prompts"):
-        assemble(receiver.embed, [[[1]]], latents, links, pad_id=0, device="cpu")
+        assemble(receiver.embed, [[[1]]], latents, {A: [links[A]]}, pad_id=0, device="cpu")
     with pytest.raises(ValueError, match=r"slot {{from:b}} has no latents"):
-        assemble(receiver.embed, [[Slot(B)], [[1]]], latents, links, pad_id=0, device="cpu")
+        assemble(receiver.embed, [[Slot(B)], [[1]]], latents, {A: [links[A]] * 2}, pad_id=0, device="cpu")
     with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
         assemble(receiver.embed, [[[1]], []], {}, {}, pad_id=0, device="cpu")
 

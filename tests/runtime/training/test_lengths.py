@@ -79,6 +79,20 @@ def test_the_row_is_named_in_the_validation_rows_too(stage, tmp_path):
         assert message.startswith("row 20: agent '")
 
 
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+def test_answers_of_all_rounds_that_count_must_fit(latents, tmp_path):
+    """Here that of round 1, in which the last agent would else say two tokens or think two steps."""
+    system, rows = build(), [ROWS[0] | {"targets": ROWS[0]["targets"] | {"solver": ["1 " * 20, "0"]}}]
+    system.agents["solver"].model.config.max_position_embeddings = 24
+    config = OuterConfig(**SHORT, latents=latents, latent_steps=2)
+    assert train_outer(system, rows, config, progress=False).steps == 1
+    weights = (0.5, 1.0)
+    with pytest.raises(PromptTooLongError):
+        outer_loss(system, rows, 2, latent_steps=2, latents=latents, round_weights=weights)
+    message = refused(system, (train_outer, replace(config, round_weights=weights), None), rows, tmp_path / "out")
+    assert message.startswith("row 0: agent 'solver': a prompt of ")
+
+
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_an_empty_target_is_named(stage, tmp_path, empty):
     rows = [ROWS[0]] * 20 + [ROWS[1] | {"targets": ROWS[1]["targets"] | {"solver": ["0", empty]}}]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch import nn
 from recmas.training.checkpoint import checkpoints, load
 from recmas.training.data import DataSource, pick, read_rows, target_texts
 from recmas.training.loop import LOG, LoopConfig, train
+from recmas.training.progress import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +111,22 @@ def test_the_loop_is_adamw_with_clipping_and_decay_on_matrices_only():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_shows_on_terminals_alone(monkeypatch, capsys, terminal):
+@pytest.mark.parametrize("progress", [True, False, "always"])
+def test_the_bar_shows_on_terminals_or_where_it_is_asked_for(monkeypatch, capsys, terminal, progress):
     module, loss = regression()
+    meter = Meter()
+
+    def counted(index, step):
+        meter.add(torch.tensor(7))
+        return loss(index, step)
+
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    train(dict(module.named_parameters()), loss, SmallConfig(), name="test")
-    assert ("test:" in capsys.readouterr().err) == terminal
+    result = train(dict(module.named_parameters()), counted, SmallConfig(), name="test", progress=progress, meter=meter)
+    err = capsys.readouterr().err
+    assert ("test:" in err) == (progress == "always" or (progress and terminal))
+    if err:
+        assert re.search(rf"loss={result.records[-1].loss:.4f}, grad=.*, tokens/s=[\d,]+, memory=[\d.]+ [MG]iB\]", err)
+    assert [record.tokens for record in result.records] == [7 * SmallConfig().accumulation] * result.steps
 
 
 def test_schedules():

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from recmas.training import (
     train_warmup,
     warmup_loss,
 )
-from recmas.training.warmup import aligned_tokens, overlaps
+from recmas.training.counterparts import aligned_tokens, overlaps
 from recmas_kernels import use_backend
 from tests.runtime.tiny import tiny_agent
 
@@ -287,6 +288,41 @@ def test_inner_loss_is_the_formula(exact, role, round):
         torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
 
 
+def test_inner_targets_of_another_agent_are_its_embeddings_of_the_same_text():
+    """The planner says words, the target's tokenizer cuts them into pieces; both are 16 wide."""
+    model = agent("planner").model
+    model.resize_token_embeddings(len(tokenizer(True)), mean_resizing=False)
+    agents = {role: agent(role) for role in ("planner", "critic")}
+    agents["solver"] = Agent(model, tokenizer(True), name="solver")
+    system = RecursiveMAS.create(agents, SEQUENTIAL, prompts=PROMPTS, rounds=1, latent_steps=2, seed=0)
+    system = system.to(dtype=torch.float64)
+    row = dict(ROWS[0], targets={"planner": "2 bako"})
+    prompt = embeds(system, "planner", f"<bos> {row['sheet']} <in> {row['question']} <out>")
+    hidden = states(system, "planner", torch.cat([prompt, embeds(system, "planner", "2")]))[len(prompt) - 1 :]
+    pred = link(system.inner_links["planner"], hidden, "inner")
+    table, known = agents["solver"].model.get_input_embeddings().weight, agents["solver"].tokenizer
+    targets = [table[known.convert_tokens_to_ids(pieces)].mean(dim=0) for pieces in (["2"], ["ba", "##ko"])]
+    expected = sum(1 - p @ e / (p.norm() * e.norm()) for p, e in zip(pred, targets, strict=True)) / 2
+    loss = inner_loss(system, "planner", [row], target="solver")
+    torch.testing.assert_close(loss, expected, rtol=ROUNDING, atol=0)
+    own = inner_loss(system, "planner", [row])
+    assert inner_loss(system, "planner", [row], target="planner") == own != loss
+    config = InnerConfig(steps=1, batch_size=1, inner_target={"planner": "solver"})
+    result = train_inner(system, [row], config, roles=["planner"], progress=False)
+    assert result["planner"].loss == pytest.approx(loss.item())
+
+
+def test_inner_targets_that_do_not_fit_are_refused():
+    system = build()
+    for target, message in (
+        ("poet", "inner_target: unknown role 'poet'"),
+        ({"poet": "planner"}, "inner_target: no inner link of 'poet' is trained, only of planner"),
+        ("solver", "inner_target: the inner link of 'planner' makes 16 features, embeddings of 'solver' have 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_inner(system, ROWS, InnerConfig(inner_target=target), roles=["planner"], progress=False)
+
+
 def test_inner_training_learns_and_touches_the_chosen_links_only():
     system = build()
     before = weights(system)
@@ -413,6 +449,26 @@ def test_outer_training_learns_and_touches_outer_links_only():
     assert result.loss < 0.9 * result.records[0].loss
 
 
+@pytest.mark.parametrize("latents", ["forced", "rollout"])
+def test_the_log_counts_what_agents_read_and_say(latents):
+    system, row = build(), ROWS[0]
+    read = {
+        "planner": f"<bos> {row['sheet']} <in> {row['question']} <out>",
+        "critic": "<bos> <in> <out>",
+        "solver": f"<bos> {row['question']} <in> <out>",
+    }
+    prompts = sum(len(ids(system, role, text)) for role, text in read.items())
+    said = {role: len(ids(system, role, text_of(row, role, 1))) + 1 for role in system.pattern.roles}
+    sent = {"planner": min(STEPS["planner"], said["planner"]), "critic": min(STEPS["critic"], said["critic"])}
+    if latents == "rollout":
+        sent = {"planner": STEPS["planner"], "critic": STEPS["critic"]}
+    config = OuterConfig(steps=1, batch_size=1, rounds=1, latent_steps=STEPS, latents=latents)
+    result = train_outer(system, [row], config, progress=False)
+    assert result.records[0].tokens == prompts + 2 * sum(sent.values()) + said["solver"]  # sent, and read in a slot
+    inner = train_inner(system, [row], InnerConfig(steps=1, batch_size=1), progress=False)
+    assert {role: done.records[0].tokens for role, done in inner.items()} == said
+
+
 def test_one_round_trains_the_edges_it_uses_at_any_rate():
     system = build()
     before = weights(system)
@@ -530,6 +586,9 @@ def test_missing_parts_are_named_before_any_step():
         (InnerConfig, "cosine_weight", -1.0),
         (WarmupConfig, "cosine_weight", 0.0),
         (WarmupConfig, "max_tokens", 0),
+        (OuterConfig, "round_weights", (1.0,)),
+        (OuterConfig, "round_weights", (1.0, 1.0, 0.0)),
+        (OuterConfig, "round_weights", (1.0, float("nan"), 1.0)),
     ],
 )
 def test_settings_are_checked(config, field, value):
@@ -554,6 +613,11 @@ def test_only_the_texts_that_are_forced_are_asked_for():
     rows = [dict(row, targets={"solver": row["targets"]["solver"][:2]}) for row in ROWS]
     config = OuterConfig(steps=1, batch_size=1, rounds=2, latents="rollout")
     assert train_outer(system, rows, config, progress=False).steps == 1
+    for row in rows:
+        row["targets"]["solver"] = [None, "dog"]
+    assert train_outer(system, rows, replace(config, round_weights=(0.0, 2.0)), progress=False).steps == 1
+    with pytest.raises(ValueError, match="row 0: expected the target of agent 'solver' to be text, got None"):
+        train_outer(system, rows, replace(config, round_weights=(0.1, 1.0)), progress=False)
 
 
 def test_rows_without_what_a_stage_needs_are_named(exact):

@@ -1,0 +1,113 @@
+"""``recmas tune``: rounds and latent steps by validation under a budget of seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recmas.answering.options import MODES
+from recmas.cli.common import add_answering, add_data, add_offload, add_system, answer_options, dump, loaded, read_rows
+from recmas.cli.parser import COUNTS, CommandLineParser, Kind
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from recmas.evaluation.tuning import Trial, Tuned
+
+_ANSWERING = ("max_new_tokens", "batch_size")
+
+
+def _read_modes(value: Any) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if name not in MODES:
+            raise ValueError(f"{name!r} is not one of {', '.join(MODES)}")
+    return names
+
+
+def add_options(parser: CommandLineParser) -> None:
+    add_system(parser)
+    add_offload(parser)
+    add_data(parser)
+    parser.add_argument("--budget", type=float, required=True, help="seconds; no trial begins later")
+    parser.add_argument("--mode", type=Kind("latent,text", _read_modes), default="latent", help="what is tried")
+    parser.add_argument("--rounds", type=COUNTS, default=(1, 2, 3), help="what is tried")
+    parser.add_argument(
+        "--latent-steps", type=COUNTS, default=(1, 2, 4, 8, 16, 32), help="what is tried, for all agents"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the questions")
+    parser.add_argument("--write", action="store_true", help="make the best latent candidate the system's defaults")
+    add_answering(parser, _ANSWERING)
+
+
+def execute(options: Namespace) -> int:
+    rows = read_rows(options)
+    asked = answer_options(options, _ANSWERING)
+    with loaded(options) as mas:
+        from recmas.evaluation.tuning import tune
+
+        found = tune(
+            mas,
+            rows,
+            options.budget,
+            metric=options.metric,
+            answer_field=options.answer_field,
+            modes=options.mode,
+            rounds=options.rounds,
+            latent_steps=options.latent_steps,
+            seed=options.seed,
+            options=asked,
+        )
+    written = _write(Path(options.system), found) if options.write else None
+    if options.json:
+        dump(
+            {
+                "trials": [_described(trial) for trial in found.trials],
+                "seconds": found.seconds,
+                "ended": found.ended,
+                "written": written,
+            }
+        )
+        return 0
+    print(f"{'mode':<7} {'rounds':>6} {'steps':>5} {'questions':>9}  {'accuracy':<22} {'ms':>8}")
+    for trial in found.trials:
+        one = trial.accuracy
+        share = f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" if trial.correct else "not tried"
+        cell = trial.cell
+        print(
+            f"{cell.mode:<7} {cell.rounds:>6} {cell.steps!s:>5} {len(trial.correct):>9}  {share:<22} "
+            f"{1000 * trial.seconds:>8.1f}"
+        )
+    print(f"{found.seconds:.1f} seconds; {found.ended}")
+    if written:
+        print(f"{options.system}: {written}")
+    return 0
+
+
+def _described(trial: Trial) -> dict[str, Any]:
+    one = trial.accuracy
+    return {
+        **trial.cell._asdict(),
+        "questions": len(trial.correct),
+        "correct": sum(trial.correct),
+        "accuracy": [one.value, one.low, one.high],
+        "seconds": trial.seconds,
+    }
+
+
+def _write(folder: Path, found: Tuned) -> str:
+    """Put the best latent candidate into the system's ``system.json``; what was written, in words."""
+    from recmas.config.system_json import Defaults, read_spec, write_spec
+    from recmas.files.locks import one_writer
+
+    best = next((trial.cell for trial in found.trials if trial.cell.mode == "latent" and trial.correct), None)
+    if best is None:
+        raise ValueError("--write: no latent candidate was tried, and a system's defaults hold no other")
+    assert isinstance(best.steps, int)
+    with one_writer(folder):
+        spec = read_spec(folder)
+        spec.defaults = Defaults(best.rounds, best.steps)
+        spec.agents = {role: replace(agent, latent_steps=None) for role, agent in spec.agents.items()}
+        write_spec(folder, spec)
+    return f"rounds {best.rounds} and {best.steps} latent steps for all agents are the defaults now"

@@ -1,0 +1,79 @@
+"""What a run was begun with, beside its checkpoints: ``run.json`` with its data, settings and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from recmas.files.reading import inside, read_json
+from recmas.prompts.rows import Fields
+from recmas.training.config import LoopConfig
+from recmas.training.loop import settings_of
+from recmas_kernels import __version__
+
+RUN = "run.json"
+
+
+def described(source: str, rows: Sequence[Fields]) -> dict[str, Any]:
+    """Rows by name, number and sha256; the same rows from another kind of file have the same digest."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return {"source": source, "rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def run_record(config: LoopConfig, data: dict[str, Any], validation: dict[str, Any] | None) -> str:
+    """The content of a run's ``run.json``; `data` and `validation` are `described`, None where there are none."""
+    versions = {"recmas": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"data": data, "validation": validation, "settings": settings_of(config), "versions": versions}
+    return json.dumps(record, indent=1) + "\n"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says; None where it says nothing.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    inside(folder, RUN, str(folder))
+    if not (folder / RUN).exists():
+        return None
+    record = read_json(folder / RUN)
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("data"), dict)
+        or not isinstance(record.get("validation"), dict | None)
+    ):
+        raise ValueError(f"{folder / RUN}: does not say what the run was begun with")
+    return record
+
+
+def check_data(folder: Path, data: dict[str, Any], validation: dict[str, Any] | None) -> None:
+    """Raise ValueError, naming both, where a run was begun on other rows, or with other validation rows.
+
+    The best links of a run are those with the least of all its validation losses, so all have to be of the same rows.
+    """
+    record = read_record(folder)
+    if record is None:
+        return
+    for kind, given in (("data", data), ("validation", validation)):
+        began = record.get(kind)
+        if _digest(began) != _digest(given):
+            raise ValueError(f"{folder}: was begun on {_named(kind, began)}, this run has {_named(kind, given)}")
+
+
+def _digest(rows: dict[str, Any] | None) -> object:
+    return None if rows is None else rows.get("sha256")
+
+
+def _named(kind: str, rows: dict[str, Any] | None) -> str:
+    what = "rows" if kind == "data" else f"{kind} rows"
+    if rows is None:
+        return f"no {what}"
+    return f"{rows.get('rows')} {what} of {rows.get('source')} (sha256 {str(rows.get('sha256'))[:12]})"

@@ -1,0 +1,127 @@
+"""Successive halving under a budget of seconds, on a system whose accuracy and speed are known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recmas import RecursiveMAS
+from recmas.answering.answers import Answer, Answers
+from recmas.cli import main
+from recmas.config.pattern import DISTILLATION
+from recmas.config.system_json import read_spec
+from recmas.evaluation import Cell, tune
+from tests.runtime.tiny import tiny_agent
+
+RELAY = Path(__file__).resolve().parents[3] / "examples/relay"
+ROWS = [{"question": "?", "number": n, "answer": "yes"} for n in range(64)]
+
+
+class Known(RecursiveMAS):
+    """Right on the first `steps` of every eight questions; a question takes as many seconds as it has rounds."""
+
+    now = 0.0
+
+    def answer(self, rows, options):
+        self.now += options.rounds * len(rows)
+        self.asked.append((options.mode, options.rounds, options.latent_steps, len(rows)))
+        return Answers(Answer("yes" if row["number"] % 8 < options.latent_steps else "no") for row in rows)
+
+
+@pytest.fixture
+def known():
+    agents = {"expert": tiny_agent("llama", "expert"), "learner": tiny_agent("llama", "learner", seed=1)}
+    system = Known.create(agents, DISTILLATION, rounds=2, latent_steps=3, seed=0)
+    system.asked = []
+    return system
+
+
+def search(system, budget, rows=ROWS, **changes):
+    given = {"rounds": (1, 2), "latent_steps": (0, 2, 5, 8), "progress": False, "clock": lambda: system.now}
+    return tune(system, rows, budget, **(given | changes))
+
+
+def test_the_better_half_goes_on_to_twice_as_many_questions(known):
+    found = search(known, 1e6)
+    assert [count for *_, count in known.asked] == [8] * 8 + [8] * 4 + [16] * 2 + [32]
+    assert found.best == Cell("latent", 1, 8)  # as good as two rounds, in half the time
+    assert found.ended == "one candidate was left"
+    assert [trial.cell for trial in found.trials[:2]] == [Cell("latent", 1, 8), Cell("latent", 2, 8)]
+    assert [len(trial.correct) for trial in found.trials] == [64, 32, 16, 16, 8, 8, 8, 8]
+    assert found.trials[0].accuracy.value == 1
+    assert found.trials[0].seconds == 1
+    assert found.seconds == known.now
+
+
+def test_no_trial_begins_after_the_budget(known):
+    found = search(known, 20)
+    assert known.asked == [("latent", 1, 0, 8), ("latent", 1, 2, 8), ("latent", 1, 5, 8)]
+    assert found.ended == "the seconds were used up"
+    assert found.best == Cell("latent", 1, 5)
+    assert [len(trial.correct) for trial in found.trials] == [8, 8, 8, 0, 0, 0, 0, 0]
+
+
+def test_it_ends_with_the_questions(known):
+    found = search(known, 1e6, ROWS[:8])
+    assert found.ended == "all questions were asked"
+    assert len(known.asked) == 8
+
+
+def test_a_text_system_is_tried_once_per_number_of_rounds(known):
+    search(known, 1e6, modes=("latent", "text"))
+    first = known.asked[:10]
+    assert [(mode, rounds, steps) for mode, rounds, steps, _ in first[8:]] == [("text", 1, 0), ("text", 2, 0)]
+
+
+def test_the_seed_orders_the_questions(known):
+    rows = [row | {"answer": "yes" if row["number"] < 8 else "other"} for row in ROWS]
+    one, same, other = (search(known, 40, rows, seed=seed).trials[0].correct for seed in (0, 0, 1))
+    assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0}, "budget: 0 seconds, expected more than 0"),
+        ({"budget": 8}, "budget: 8 seconds are too few: one trial of 8 questions took 8.0 seconds"),
+        ({"rows": []}, "rows: expected at least one question, got none"),
+        ({"rows": [{"question": "?"}]}, "row 0: no field 'answer'"),
+        ({"latent_steps": ()}, "expected at least one of each"),
+        ({"modes": ("song",)}, "mode: 'song' is not one of latent, text"),
+        ({"metric": "taste"}, "metric must be one of"),
+    ],
+)
+def test_refused(known, changes, message):
+    with pytest.raises(ValueError, match=message):
+        search(known, **({"budget": 100} | changes))
+
+
+def test_command_writes_the_defaults(tmp_path, capsys):
+    system = tmp_path / "relay"
+    shutil.copytree(RELAY, system)
+    words = ["tune", str(system), "--data", str(RELAY / "questions.jsonl"), "--metric", "last_word"]
+    words += ["--rounds", "1,3", "--latent-steps", "1,2", "--budget", "60"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["written"] is None
+    best = found["trials"][0]
+    assert (best["rounds"], best["steps"]) == (3, 2)
+    assert read_spec(system).agents["solver"].latent_steps == 3
+    assert main([*words, "--write"]) == 0
+    assert "rounds 3 and 2 latent steps for all agents are the defaults now" in capsys.readouterr().out
+    spec = read_spec(system)
+    assert (spec.defaults.rounds, spec.defaults.latent_steps) == (3, 2)
+    assert {agent.latent_steps for agent in spec.agents.values()} == {None}
+    RecursiveMAS.from_pretrained(system)  # every checksum still holds
+
+
+def test_command_refuses_a_budget_for_no_trial(capsys):
+    words = ["tune", str(RELAY), "--data", str(RELAY / "questions.jsonl"), "--budget", "1e-9"]
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("recmas: error: budget: 1e-09 seconds are too few: one trial of 8 questions took ")
+    assert len(printed.err.splitlines()) == 1
