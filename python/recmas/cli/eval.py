@@ -17,9 +17,9 @@ from recmas.cli.common import (
     answer_options,
     check_output,
     dump,
-    loaded,
     toolbox,
 )
+from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs, whole
 from recmas.evaluation import METRICS, MODES
 
@@ -45,6 +45,8 @@ def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
+    add_engine(parser)
+    add_micro_batch(parser)
     parser.add_argument(
         "--data", type=str, required=True, help="questions with answers: a JSONL file, or OWNER/NAME on the hub"
     )
@@ -87,6 +89,7 @@ def execute(options: Namespace) -> int:
     from recmas.evaluation.data import read_data
 
     check_output(options.output)
+    check_engine(options)
     rows = read_data(
         options.data,
         split=options.split,
@@ -95,7 +98,7 @@ def execute(options: Namespace) -> int:
         limit=options.limit,
     )
     asked = answer_options(options, DECODING, tools=toolbox(options))
-    with loaded(options) as mas:
+    with asked_system(options, asked) as mas:
         from recmas.evaluation.summary import table
         from recmas.evaluation.sweeps import sweep
 

@@ -88,9 +88,14 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._loop, name="recmas dispatcher", daemon=True)
         self._thread.start()
 
-    def add(self, row: Row) -> None:
-        """Take a row through the system."""
-        self._notes.put(lambda: self._add(row))
+    def add(self, *rows: Row) -> None:
+        """Take rows through the system; those of one call share their first batch, as far as its bounds allow."""
+
+        def add() -> None:
+            for row in rows:
+                self._add(row)
+
+        self._notes.put(add)
 
     def drop(self, row: Row, error: Exception) -> None:
         """Nobody waits for this row any more: it fails with `error`, and its place is free."""

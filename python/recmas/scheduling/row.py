@@ -149,7 +149,8 @@ class Row:
     def end(self, visit: Visit, rows: int, piece: Piece, took: Took) -> None:
         """A visit has ended, in a batch of so many rows."""
         self._walk.end(visit, piece)
-        self.losses = self.alone = 0
+        if self.turn == 1:  # else it may lose the same message each time, and what came before it does not count
+            self.losses = self.alone = 0
         answer, role = self.answer, visit.role
         if self._work(visit).latent_steps is None:
             answer.text_tokens[role] = answer.text_tokens.get(role, 0) + took.written
