@@ -26,6 +26,8 @@ LOSSES = 2
 """Batches that a row may lose before it goes by itself: it may be what ends the processes."""
 LOSSES_ALONE = 6
 """Batches that it may lose in all before it is given up."""
+TURNS = 20
+"""Times that it may begin its walk before it is given up: its messages may be what is refused."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ class Dispatcher:
         names = [next(self._numbers) + 1 for _ in range(2)]
         for index, (place, row) in enumerate(rows):
             row.losses += report.lost
-            if len(rows) == 1 and (not report.lost or row.losses >= LOSSES_ALONE):
+            often = row.turn >= TURNS if report.inputs else row.losses >= LOSSES_ALONE
+            if len(rows) == 1 and (not report.lost or often):
                 self._drop(row, report.error)
                 return
             if not report.lost or row.losses >= LOSSES:
