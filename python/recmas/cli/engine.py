@@ -98,10 +98,11 @@ def joined(options: Namespace) -> Iterator[None]:
         yield
 
 
-def loading_of(options: Namespace, toolbox: Toolbox, prefix_reuse: bool = True) -> Loading:
+def loading_of(options: Namespace, tools: Toolbox | tuple[()], prefix_reuse: bool = True) -> Loading:
     """How the options say that agents are loaded."""
     from recmas.config.parts import Trust
     from recmas.distributed.order import Loading
+    from recmas.tools import Toolbox
 
     return Loading(
         folder=str(Path(options.system).resolve()),
@@ -111,6 +112,6 @@ def loading_of(options: Namespace, toolbox: Toolbox, prefix_reuse: bool = True) 
         accelerate=not options.no_accelerate,
         trust=Trust(options.allow_outside, options.allow_hub),
         backend=options.backend,
-        toolbox=toolbox,
+        toolbox=tools or Toolbox(()),
         prefix_reuse=prefix_reuse,
     )

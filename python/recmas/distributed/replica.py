@@ -19,6 +19,8 @@ STARTS = 3
 """Processes that may end, one after the other, before one of them has loaded its agent."""
 CONTROL = "control"
 """Calls of this group run beside the work of a process."""
+AHEAD = 8
+"""Pieces of a text that a process may be ahead of who reads them."""
 LOOK = 0.1
 """Seconds between two looks at what else has happened while a process works."""
 
@@ -130,7 +132,8 @@ class Replica:
             return self._failed(task, error)
 
     def _streamed(self, job: Job, pace: float) -> Iterator[Done]:
-        stream = self._process.stream.options(num_returns="streaming").remote(job.order, pace, *job.messages)
+        process = self._process.stream.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
+        stream = process.remote(job.order, pace, *job.messages)
         told: set[int] = set()
         while True:
             while not ray.wait([stream], timeout=LOOK)[0]:

@@ -31,9 +31,20 @@ class Pool:
 
     def __init__(self) -> None:
         self.free: list[Any] = []
+        self.dead: list[Any] = []
 
     def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
         return self.free.pop() if self.free else start(*arguments)
+
+    def give_back(self, process: Any) -> None:
+        if process not in self.free + self.dead:
+            self.free.append(process)
+
+    def kill(self, process: Any) -> None:
+        import ray
+
+        self.dead.append(process)
+        ray.kill(process)
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +53,15 @@ def _pool(ray_cluster: None) -> Pool:
 
 
 @pytest.fixture
-def pooled(_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def pooled(_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Processes of agents come from a pool, and go back to it when they would end."""
     from recmas.distributed import executor, replica
 
     start = executor.launch_process
     monkeypatch.setattr(executor, "launch_process", lambda *arguments: _pool.launch(start, *arguments))
 
-    def give_back(process: Any) -> None:
-        if process not in _pool.free:
-            _pool.free.append(process)
-
-    monkeypatch.setattr(replica, "end_process", give_back)
+    monkeypatch.setattr(replica, "end_process", _pool.give_back)
+    return _pool
 
 
 def saved(folder: Path, pattern: Pattern, placement: PlacementSpec = ONE_THREAD) -> RecursiveMAS:

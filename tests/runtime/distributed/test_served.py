@@ -13,7 +13,11 @@ import pytest
 from recmas import DISTILLATION, RecursiveMAS
 from recmas.config.system_json import read_spec
 from recmas.distributed.order import Loading
-from tests.runtime.distributed.conftest import saved
+from recmas.scheduling.dispatcher import Dispatcher, Limits
+from recmas.scheduling.executor import Ended, Failed, Report, Wrote
+from recmas.scheduling.task import Task
+from tests.runtime.distributed.conftest import Pool, saved
+from tests.runtime.scheduling.rows import Waiting, row_of
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
@@ -29,7 +33,7 @@ def system(tmp_path: Any) -> RecursiveMAS:
 
 
 @pytest.fixture
-def server(system: RecursiveMAS, tmp_path: Any, pooled: None) -> Iterator[Served]:
+def server(system: RecursiveMAS, tmp_path: Any, pooled: Pool) -> Iterator[Served]:
     from recmas.distributed.executor import RayExecutor
 
     folder = tmp_path / "system"
@@ -58,26 +62,40 @@ def test_answers_and_streams_are_those_of_one_process(system: RecursiveMAS, serv
     assert len([piece for piece in found if piece]) > 1
 
 
-def test_a_client_that_leaves_ends_its_text(server: Served) -> None:
-    """The text would take far longer than the test waits."""
-    executor = server.service._dispatcher.executor
-    [learner] = executor._replicas["learner"]  # type: ignore[attr-defined]
-    stream = server.client().chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "fox"}], stream=True, max_tokens=150
-    )
-    next(iter(stream))
-    begun = time.monotonic()
-    stream.close()
-    while learner.busy:
-        assert time.monotonic() < begun + 30
-        time.sleep(0.01)
-    assert server.counted("recmas_requests_total", outcome="left") == 1
-    assert ask(server, "fox") == ask(server, "fox")
+def test_a_text_that_nobody_waits_for_is_not_written(system: RecursiveMAS, tmp_path: Any, pooled: Pool) -> None:
+    """The process is told of a row that was dropped while it writes."""
+    from recmas.distributed.executor import RayExecutor
+
+    folder = tmp_path / "system"
+    [whole] = system.answer(["fox"], max_new_tokens=200)
+    executor = RayExecutor(read_spec(folder), Loading(folder=str(folder)), pace=0.0)
+    ends: list[Ended | Failed | Wrote] = []
+    start = executor.start
+
+    def watched(task: Task, report: Report) -> None:
+        def tell(one: Ended | Failed | Wrote) -> None:
+            if task.work.final:
+                ends.append(one)
+            report(one)
+
+        start(task, tell)
+
+    executor.start = watched  # type: ignore[method-assign]
+    dispatcher = Dispatcher(executor, Limits(window=0.0))
+    try:
+        sink = Waiting()
+        row = row_of(system, 0, "fox", sink, max_new_tokens=200)
+        sink.text = lambda piece: dispatcher.drop(row, ConnectionAbortedError("left"))  # type: ignore[method-assign]
+        dispatcher.add(row)
+        assert isinstance(sink.end(), ConnectionAbortedError)
+        while not isinstance(ends[-1], Ended):
+            time.sleep(0.01)
+        assert ends[-1].account.written[0] < len(whole.tokens) == 200
+    finally:
+        dispatcher.close()
 
 
-def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server: Served) -> None:
-    import ray
-
+def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server: Served, pooled: Pool) -> None:
     executor = server.service._dispatcher.executor
     [learner] = executor._replicas["learner"]  # type: ignore[attr-defined]
     questions = [f"dog {number}" for number in range(8)]
@@ -86,7 +104,7 @@ def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server
     def kill() -> None:
         while not learner.busy:
             time.sleep(0.001)
-        ray.kill(learner._process)
+        pooled.kill(learner._process)
 
     killer = threading.Thread(target=kill)
     killer.start()
