@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from recmas.answering.answers import Answer, Answers, Handoff
     from recmas.answering.options import AnswerOptions
     from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Pattern, Visit
-    from recmas.config.system_json import AgentSpec, Decoding, Defaults, PromptSpec
+    from recmas.config.system_json import AgentSpec, Decoding, Defaults, PlacementSpec, PromptSpec
     from recmas.engine.messages import Latents
     from recmas.recursive_mas import RecursiveMAS
     from recmas.tools import Tool, Toolbox, ToolCall
@@ -40,6 +40,7 @@ _HOMES = {
         "AgentSpec",
         "Decoding",
         "Defaults",
+        "PlacementSpec",
         "PromptSpec",
     ),
     "recmas.engine.messages": ("Latents",),
@@ -68,6 +69,7 @@ __all__ = [
     "Handoff",
     "Latents",
     "Pattern",
+    "PlacementSpec",
     "PromptSpec",
     "PythonTool",
     "RecursiveMAS",

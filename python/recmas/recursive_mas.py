@@ -14,12 +14,13 @@ from recmas.agents.agent import Agent
 from recmas.answering.answers import Answer, Answers
 from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import OnAnswers, OnMessage, Plan
-from recmas.answering.run import Question, answer, stream
+from recmas.answering.run import Question, answer, check, stream
 from recmas.config.parts import Trust
 from recmas.config.pattern import LinkKey, Pattern
 from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
 from recmas.devices.placement import Devices, place
 from recmas.system.default_prompts import default_settings
+from recmas.system.fingerprint import digest
 from recmas.system.folder import describe, load, load_agents, save
 from recmas.system.system import System
 from recmas_kernels import FusedRecursiveLink
@@ -163,6 +164,14 @@ class RecursiveMAS(System):
     def spec(self) -> SystemSpec:
         """What ``system.json`` says, with the paths that `save_pretrained` gives to the parts."""
         return describe(self)
+
+    def fingerprint(self) -> str:
+        """What decides the system's answers, as a digest (`recmas.system.fingerprint`)."""
+        return digest(self)
+
+    def check(self, rows: Iterable[Question], options: AnswerOptions) -> None:
+        """Raise what `answer` would raise before any model runs."""
+        check(Plan(self, options), rows)
 
     def answer(
         self,

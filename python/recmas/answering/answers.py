@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -64,3 +64,18 @@ class Answers(list[Answer]):
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         for stage, reading in part.reading.items():
             self.reading.setdefault(stage, Reading()).add(reading)
+
+
+class RowsFailedError(ValueError):
+    """Some rows have no answer; the others do.
+
+    Attributes:
+        answers: of all rows; those of rows that failed, or were left out, are empty.
+        failed: why, by row.
+    """
+
+    def __init__(self, answers: Answers, failed: Mapping[int, Exception]) -> None:
+        first = min(failed)
+        count = f" ({len(failed)} of {len(answers)} rows have no answer)" if len(failed) > 1 else ""
+        super().__init__(f"row {first}: {failed[first]}{count}")
+        self.answers, self.failed = answers, dict(failed)

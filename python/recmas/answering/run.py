@@ -55,6 +55,11 @@ def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answe
                 plan.on_answers(numbers, part)
 
 
+def check(plan: Plan, rows: Iterable[Question]) -> None:
+    """Raise ValueError if a row lacks a field that a template of the run names, or does not fit an agent's context."""
+    _checked(plan, rows)
+
+
 def stream(plan: Plan, row: Question) -> Generator[str, None, Answer]:
     """Run `plan` on one row; see `RecursiveMAS.stream`. Everything is checked before the first piece is asked for."""
     fields = _checked(plan, [row])

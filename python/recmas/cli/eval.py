@@ -18,10 +18,10 @@ from recmas.cli.common import (
     answer_options,
     check_output,
     dump,
-    loaded,
     read_rows,
     toolbox,
 )
+from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
 from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs, whole
 from recmas.evaluation import MODES
 
@@ -47,6 +47,8 @@ def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
+    add_engine(parser)
+    add_micro_batch(parser)
     add_data(parser)
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many questions")
     parser.add_argument(
@@ -74,9 +76,10 @@ def add_options(parser: CommandLineParser) -> None:
 
 def execute(options: Namespace) -> int:
     check_output(options.output)
+    check_engine(options)
     rows = read_rows(options, options.limit)
     asked = answer_options(options, DECODING, tools=toolbox(options))
-    with loaded(options) as mas:
+    with asked_system(options, asked) as mas:
         from recmas.evaluation.summary import table
         from recmas.evaluation.sweeps import sweep
 

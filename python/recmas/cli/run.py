@@ -18,11 +18,11 @@ from recmas.cli.common import (
     answer_options,
     check_output,
     dump,
-    loaded,
     read_questions,
     toolbox,
     write_lines,
 )
+from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
 from recmas.cli.parser import CommandLineParser
 from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 from recmas.prompts.rows import read_row
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from recmas.answering.answers import Answer, Answers
+    from recmas.distributed.system import RaySystem
     from recmas.recursive_mas import RecursiveMAS
 
 _NO_PART = ("batch_size", "prefix_reuse", "trace", "tools")
@@ -40,6 +41,8 @@ _NO_PART = ("batch_size", "prefix_reuse", "trace", "tools")
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
+    add_engine(parser)
+    add_micro_batch(parser)
     parser.add_argument(
         "--questions",
         type=str,
@@ -62,18 +65,22 @@ def add_options(parser: CommandLineParser) -> None:
 
 
 def execute(options: Namespace) -> int:
+    from recmas.answering.answers import RowsFailedError
     from recmas.files.locks import one_writer
 
     rows = read_questions(options)
     if options.stream and options.json:
         raise ValueError("--stream prints text as it is written; it cannot be had with --json")
+    if options.stream and options.engine == "ray":
+        raise ValueError("--stream: with --engine ray, many are answered at once; recmas serve streams them")
     check_output(options.output)
+    check_engine(options)
     asked = answer_options(options, tools=toolbox(options), batch_size=1 if options.stream else options.batch_size)
     output = None if options.output is None else Path(options.output)
     with ExitStack() as stack:
         if output is not None:
             stack.enter_context(one_writer(output))
-        mas = stack.enter_context(loaded(options))
+        mas = stack.enter_context(asked_system(options, asked))
         from tqdm.auto import tqdm
 
         rounds = mas.defaults.rounds if options.rounds is None else options.rounds
@@ -97,8 +104,12 @@ def execute(options: Namespace) -> int:
         with tqdm(total=len(rows) * visits, desc="run", unit="visit", delay=1, leave=False, disable=hidden) as bar:
             on_text = printer if options.stream else None
             known = set(done)
-            answers = mas.answer(rows, asked, on_text=on_text, on_answers=note, skip=known, progress=bar.update)
-        records = [done[number] for number in range(len(rows))]
+            failure = None
+            try:
+                answers = mas.answer(rows, asked, on_text=on_text, on_answers=note, skip=known, progress=bar.update)
+            except RowsFailedError as error:  # the others are answered, and shown
+                answers, failure = error.answers, error
+        records = [done[number] for number in sorted(done)]
         if output is not None:
             write_lines(options.output, records)  # in the order of the rows
     if options.json:
@@ -111,29 +122,32 @@ def execute(options: Namespace) -> int:
             print(f"{made['index']}: {made['text']}")
     if not options.json:
         print(_account(answers, records, len(known)))
+    if failure is not None:
+        raise failure
     return 0
 
 
 def _account(answers: Answers, records: Sequence[dict[str, Any]], known: int) -> str:
-    """What this run did, as a line."""
+    """What this run did, as a line; how prompts were read is known of agents in this process."""
     steps = sum(sum(made["latent_steps"].values()) for made in records)
     tokens = sum(sum(made["text_tokens"].values()) for made in records)
     seconds = sum(answers.seconds.values())
-    reused = sum(how.positions - how.computed for how in answers.reading.values())
-    read = f"{sum(how.positions for how in answers.reading.values())} prompt positions ({reused} reused)"
+    positions = sum(how.positions for how in answers.reading.values())
+    reused = positions - sum(how.computed for how in answers.reading.values())
+    read = f"{positions} prompt positions ({reused} reused), " if answers.reading else ""
     answered = "1 answer" if len(records) == 1 else f"{len(records)} answers"
     earlier = f" ({known} of them known)" if known else ""
-    return f"{answered}{earlier}, {read}, {steps} latent steps, {tokens} text tokens, {seconds:.2f} s"
+    return f"{answered}{earlier}, {read}{steps} latent steps, {tokens} text tokens, {seconds:.2f} s"
 
 
-def keys_of(mas: RecursiveMAS, rows: Sequence[dict[str, object]], asked: AnswerOptions) -> list[str]:
+def keys_of(mas: RecursiveMAS | RaySystem, rows: Sequence[dict[str, object]], asked: AnswerOptions) -> list[str]:
     """What distinguishes each row's answer: system, options, row and its number; not which rows share a batch."""
-    from recmas.evaluation.fingerprint import digest, key_of
+    from recmas.evaluation.fingerprint import key_of
 
     tools = asked.toolbox
     how = {field.name: getattr(asked, field.name) for field in fields(asked) if field.name not in _NO_PART}
     how["tools"] = [sorted(tools.tools), tools.max_calls, tools.max_output] if tools.tools else []
-    whole = digest(mas)
+    whole = mas.fingerprint()
     return [key_of(whole, how, number, row) for number, row in enumerate(rows)]
 
 

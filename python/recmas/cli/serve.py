@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from recmas.cli.common import add_compile, add_offload, add_system, add_tools, loaded, toolbox
+from recmas.cli.engine import add_engine, check_engine, joined, loading_of
 from recmas.cli.fields import add_fields, read_fields
 from recmas.cli.parser import CommandLineParser
 from recmas.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+    from recmas.config.outline import Outline
+    from recmas.scheduling.executor import Executor
+    from recmas.tools import Toolbox
+
+PACE = 0.02
+"""Seconds between two pieces of a text that come from another process."""
 
 _KINDS: dict[str, Any] = {
     "host": str,
@@ -32,6 +41,7 @@ _NAMES = tuple(field.name for field in fields(ServeSettings) if field.name != "o
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
+    add_engine(parser)
     add_fields(parser, ServeSettings, _KINDS, _NAMES)
     parser.add_argument("--open", action="store_true", help="serve whoever reaches the address, without keys")
     parser.add_argument("--name", type=str, default=None, help="of the model (default: that of the folder)")
@@ -43,6 +53,7 @@ def execute(options: Namespace) -> int:
     from recmas.config.system_json import read_spec
 
     settings = ServeSettings(**read_fields(options, ServeSettings, _KINDS, _NAMES), open=options.open)
+    check_engine(options)
     read_spec(options.system)
     try:
         from recmas.serving.keys import ApiKeys
@@ -55,13 +66,28 @@ def execute(options: Namespace) -> int:
         ApiKeys(Path(settings.api_keys))
     tools = toolbox(options)
     name = options.name or Path(options.system).resolve().name
-    with address(settings) as taken, loaded(options) as mas:
-        from recmas.scheduling.executor import LocalExecutor
-
-        executor = LocalExecutor(mas, tools or None)
+    with address(settings) as taken, running(options, tools) as (outline, executor):
         print(f"{name} at {url(taken)}", file=sys.stderr, flush=True)
         from recmas.cli import Ended
 
         with contextlib.suppress(Ended, KeyboardInterrupt):  # requests have ended before the server lets these through
-            serve(name, mas.outline, executor, settings, taken)
+            serve(name, outline, executor, settings, taken)
     return 0
+
+
+@contextlib.contextmanager
+def running(options: Namespace, tools: Toolbox | tuple[()]) -> Iterator[tuple[Outline, Executor]]:
+    """The system that the options name, where the engine has it; whoever takes the executor closes it."""
+    if options.engine == "local":
+        with loaded(options) as mas:
+            from recmas.scheduling.executor import LocalExecutor
+
+            yield mas.outline, LocalExecutor(mas, tools or None)
+        return
+    with joined(options):
+        from recmas.config.outline import Outline
+        from recmas.config.system_json import read_spec
+        from recmas.distributed.executor import RayExecutor
+
+        spec = read_spec(options.system)
+        yield Outline.of(spec), RayExecutor(spec, loading_of(options, tools), pace=PACE)

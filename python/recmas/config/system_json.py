@@ -22,6 +22,8 @@ MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE, MAX_PATH = 1 << 16, 1 << 20, 1 << 20, 1024
 for more."""
 
 _EDGE = re.compile(r"(.+?)->([^@]+)(?:@([1-9][0-9]{0,2}))?")
+MAX_REPLICAS, MAX_CPUS = 256, 1024
+"""Processes of one agent, and cores or threads of each."""
 
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by less may be more than float32 holds."""
@@ -62,6 +64,46 @@ class Decoding:
             raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
 
 
+@dataclass(frozen=True)
+class PlacementSpec:
+    """Where an agent's processes go in a cluster (`recmas.distributed`); a single process takes no notice of it.
+
+    Attributes:
+        replicas: processes that share the agent's work.
+        cpus: cores that each is given; 0 asks for none.
+        threads: that each computes with; 0 takes one per core that it is given, else as many as the process that starts
+            it has.
+        gpus: devices that each is given, at most one; 0 computes on the CPU.
+        resources: other resources of the cluster that each takes, by name.
+    """
+
+    replicas: int = 1
+    cpus: int = 0
+    threads: int = 0
+    gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise ValueError(f"replicas: {self.replicas} is not between 1 and {MAX_REPLICAS}")
+        for name in ("cpus", "threads"):
+            if not 0 <= getattr(self, name) <= MAX_CPUS:
+                raise ValueError(f"{name}: {getattr(self, name)} is not between 0 and {MAX_CPUS}")
+        if not 0.0 <= self.gpus <= 1.0:
+            raise ValueError(f"gpus: {self.gpus} is not between 0 and 1, the one device that a process can use")
+        for name, count in self.resources.items():
+            if isinstance(count, bool) or not isinstance(count, int | float) or not 0.0 < count < float("inf"):
+                raise ValueError(f"resources.{name}: {shown(count)} is not a number above 0")
+            if name in ("CPU", "GPU"):
+                raise ValueError(f"resources.{name}: is asked for as {name.lower()}s")
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What each process takes of the cluster, by the cluster's names; empty where it takes nothing."""
+        counts = {"CPU": float(self.cpus), "GPU": self.gpus, **self.resources}
+        return {name: float(count) for name, count in counts.items() if count}
+
+
 @dataclass
 class AgentSpec:
     """One agent: `model` is a hub id or a folder (relative to the system's), `inner_link` a folder of the system."""
@@ -74,6 +116,7 @@ class AgentSpec:
     chat: bool = True
     system: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
+    placement: PlacementSpec = field(default_factory=PlacementSpec)
 
 
 @dataclass
@@ -178,6 +221,7 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
             "system": agent.system,
             "prompt": _without_none(vars(agent.prompt)),
             "decoding": vars(agent.decoding),
+            "placement": _changed(agent.placement, PlacementSpec()),
         }
         agents[role] = _without_none(described)
     pattern = spec.pattern
@@ -199,6 +243,11 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
 
 def _without_none(described: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in described.items() if value is not None}
+
+
+def _changed(part: Any, standard: Any) -> dict[str, Any] | None:
+    """The fields that differ from the standard ones, None if none does."""
+    return {name: value for name, value in vars(part).items() if value != getattr(standard, name)} or None
 
 
 _NAMES = {
@@ -304,6 +353,7 @@ class _Reader:
             "chat": bool,
             "system": str,
             "decoding": dict,
+            "placement": dict,
         }
         table = self.table(content, key, {"model": str, "prompt": dict}, optional)
         if table.get("dtype", "auto") not in DTYPES:
@@ -325,4 +375,7 @@ class _Reader:
         kinds = {"max_new_tokens": int, "temperature": float, "top_p": float}
         decoding = self.table(table.get("decoding", {}), f"{key}.decoding", {}, kinds)
         table["decoding"] = self.build(f"{key}.decoding", Decoding, **decoding)
+        kinds = {"replicas": int, "cpus": int, "threads": int, "gpus": float, "resources": dict}
+        placement = self.table(table.get("placement", {}), f"{key}.placement", {}, kinds)
+        table["placement"] = self.build(f"{key}.placement", PlacementSpec, **placement)
         return AgentSpec(**table)

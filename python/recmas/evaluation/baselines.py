@@ -15,6 +15,7 @@ from torch import nn
 
 from recmas.config.pattern import Pattern
 from recmas.config.system_json import Defaults, PromptSpec
+from recmas.evaluation.answerer import Answerer
 from recmas.prompts.template import Slot
 from recmas.recursive_mas import RecursiveMAS
 from recmas_kernels import FusedRecursiveLink
@@ -86,16 +87,19 @@ def looped_model(mas: RecursiveMAS, role: str | None = None) -> RecursiveMAS:
     )
 
 
-def variant(mas: RecursiveMAS, mode: str) -> tuple[RecursiveMAS, str]:
+def variant(mas: Answerer, mode: str) -> tuple[Answerer, str]:
     """The system, and the mode of its `answer`, that a mode of an evaluation means.
 
     "latent" and "text" are the system itself; "single" and "loop" are its answering agent, alone and looped.
+
+    Raises:
+        ValueError: an agent by itself, of a system whose agents are in other processes.
     """
-    if mode == "single":
-        return single_agent(mas), "latent"
-    if mode == "loop":
-        return looped_model(mas), "latent"
-    return mas, mode
+    if mode not in ("single", "loop"):
+        return mas, mode
+    if not isinstance(mas, RecursiveMAS):
+        raise ValueError(f"mode: {mode!r} is one agent by itself, and runs in this process alone")
+    return single_agent(mas) if mode == "single" else looped_model(mas), "latent"
 
 
 def _role(mas: RecursiveMAS, role: str | None) -> str:

@@ -36,7 +36,7 @@ class Record:
         text_tokens: tokens of text written for it by all agents; latent_steps: latent steps of all agents.
         seconds: by stage, its batch's time divided by the batch's questions.
         peak_memory: bytes; where agents are on GPUs, the most that tensors held on these while its batch ran, else the
-            most that this process ever held resident up to its batch's end.
+            most that this process ever held resident up to its batch's end; agents in other processes are not counted.
         tool_calls: of tools, while the answer was written.
     """
 

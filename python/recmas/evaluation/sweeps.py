@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from recmas.answering.manner import Manner
 from recmas.answering.options import AnswerOptions
-from recmas.answering.plan import Plan
-from recmas.answering.prompt_lengths import check_lengths
 from recmas.evaluation import records as record_file
+from recmas.evaluation.answerer import Answerer
 from recmas.evaluation.baselines import variant
 from recmas.evaluation.data import expected_answers
-from recmas.evaluation.fingerprint import digest, key_of
+from recmas.evaluation.fingerprint import key_of
 from recmas.evaluation.metrics import METRICS, check_metric
 from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
@@ -49,7 +49,7 @@ class Sweep(NamedTuple):
 
 
 def sweep(
-    system: RecursiveMAS,
+    system: Answerer,
     rows: Sequence[Fields],
     *,
     metric: str = "exact",
@@ -66,7 +66,7 @@ def sweep(
     """Answer every row in every cell of modes x rounds x latent steps, and compare with its answer.
 
     Args:
-        system: what answers.
+        system: what answers, in this process or in others.
         rows: questions with the fields its templates name, and the answer.
         metric: name of one of `METRICS`.
         answer_field: field of the row that holds the answer.
@@ -100,19 +100,20 @@ def sweep(
     decoding = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
     toolbox = options.toolbox
     cells = _cells(system, modes, rounds, latent_steps)
-    answerers: list[RecursiveMAS] = []
-    plans: list[Plan] = []
+    answerers: list[Answerer] = []
+    manners: list[Manner] = []
     for cell in cells:
         answerer, mode = variant(system, cell.mode)
-        plan = Plan(answerer, replace(options, mode=mode, rounds=cell.rounds, latent_steps=cell.steps))
-        answerer.check_rows(rows, plan.rounds)
-        check_lengths(plan, rows)
+        asked = replace(options, mode=mode, rounds=cell.rounds, latent_steps=cell.steps)
+        answerer.check(rows, asked)
         answerers.append(answerer)
-        plans.append(plan)
-        if samples > 1 and all(how.temperature == 0 for how in plan.decoding.values()):
+        manners.append(Manner(answerer.outline, asked))
+        if samples > 1 and all(how.temperature == 0 for how in manners[-1].decoding.values()):
             raise ValueError(f"samples: {samples} greedy answers are one and the same; set a temperature above 0")
     called = [*sorted(toolbox.tools), toolbox.max_calls, toolbox.max_output] if toolbox.tools else []
-    settings = json.dumps([digest(system), metric, answer_field, options.seed, options.batch_size, decoding, called])
+    settings = json.dumps(
+        [system.fingerprint(), metric, answer_field, options.seed, options.batch_size, decoding, called]
+    )
 
     def key(cell: Cell, sample: int, index: int) -> str | None:
         if not 0 <= index < len(rows):
@@ -143,7 +144,7 @@ def sweep(
             memory = _PeakMemory(answerers[number])
             answers = answerers[number].answer(
                 [rows[index] for index in batch],  # whole batches, that nothing depends on where a run was cut short
-                replace(plans[number].options, seed=batch_seed(options.seed, sample, first)),
+                replace(manners[number].options, seed=batch_seed(options.seed, sample, first)),
             )
             seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
             peak = memory.peak()
@@ -179,7 +180,7 @@ def batch_seed(seed: int, sample: int, first: int) -> int:
 
 
 def _cells(
-    system: RecursiveMAS, modes: Iterable[str], rounds: Iterable[int | None], latent_steps: Iterable[Steps]
+    system: Answerer, modes: Iterable[str], rounds: Iterable[int | None], latent_steps: Iterable[Steps]
 ) -> list[Cell]:
     """The cells that differ, in the order of the product, with the system's own settings filled in."""
     cells: list[Cell] = []
@@ -202,8 +203,9 @@ def _cells(
 class _PeakMemory:
     """The peak of what `Record.peak_memory` describes, from now on where that can be had."""
 
-    def __init__(self, system: RecursiveMAS) -> None:
-        self._devices = {device for device in system.devices.values() if device.type == "cuda"}
+    def __init__(self, system: Answerer) -> None:
+        devices = system.devices.values() if isinstance(system, RecursiveMAS) else ()
+        self._devices = {device for device in devices if device.type == "cuda"}
         for device in self._devices:
             torch.cuda.reset_peak_memory_stats(device)
 

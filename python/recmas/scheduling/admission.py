@@ -25,16 +25,25 @@ class Room(NamedTuple):
 
 
 class Admission:
-    """Measures rows for one agent, beside its work: it has a tokenizer of its own, since they serve one thread each."""
+    """Measures rows for one agent, beside its work or far from it.
 
-    def __init__(self, member: Member) -> None:
-        self._context = member.agent.context_length
-        tokenizer = copy.deepcopy(member.agent.tokenizer)
-        self._role, self._lock = member.role, threading.Lock()
-        self._prompts = Prompts(member.role, member.prompts.setting, tokenizer, member.agent.vocabulary)
+    Args:
+        prompts: of the agent, for this alone: a tokenizer serves one thread.
+        context: positions of the agent's context, where known.
+    """
 
-    def room(self, rounds: int, row: Fields) -> Room:
-        """What a row takes in a run of so many rounds.
+    def __init__(self, prompts: Prompts, context: int | None) -> None:
+        self._prompts, self._context, self._lock = prompts, context, threading.Lock()
+
+    @classmethod
+    def of(cls, member: Member) -> Admission:
+        """With a copy of the member's tokenizer."""
+        agent = member.agent
+        tokenizer = copy.deepcopy(agent.tokenizer)
+        return cls(Prompts(member.role, member.prompts.setting, tokenizer, agent.vocabulary), agent.context_length)
+
+    def room(self, rounds: int, row: Fields, index: int = 0) -> Room:
+        """What a row, number `index`, takes in a run of so many rounds.
 
         Raises:
             ValueError: the row lacks a field, or holds what no prompt can.
@@ -42,7 +51,7 @@ class Admission:
         prompts, positions = self._prompts, []
         with self._lock:
             for round in range(1, min(rounds, 2) + 1):
-                check_fields(row, 0, dict.fromkeys(prompts.template(round).fields, self._role))
+                check_fields(row, index, dict.fromkeys(prompts.template(round).fields, prompts.role))
             if earlier(row):
                 prompts.renderer.check_chat(row)
             for round in range(1, min(rounds, 2) + 1):

@@ -26,6 +26,8 @@ LOSSES = 2
 """Batches that a row may lose before it goes by itself: it may be what ends the processes."""
 LOSSES_ALONE = 6
 """Batches that it may lose in all before it is given up."""
+TURNS = 20
+"""Times that it may begin its walk before it is given up: its messages may be what is refused."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,14 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._loop, name="recmas dispatcher", daemon=True)
         self._thread.start()
 
-    def add(self, row: Row) -> None:
-        """Take a row through the system."""
-        self._notes.put(lambda: self._add(row))
+    def add(self, *rows: Row) -> None:
+        """Take rows through the system; those of one call share their first batch, as far as its bounds allow."""
+
+        def add() -> None:
+            for row in rows:
+                self._add(row)
+
+        self._notes.put(add)
 
     def drop(self, row: Row, error: Exception) -> None:
         """Nobody waits for this row any more: it fails with `error`, and its place is free."""
@@ -244,7 +251,8 @@ class Dispatcher:
         names = [next(self._numbers) + 1 for _ in range(2)]
         for index, (place, row) in enumerate(rows):
             row.losses += report.lost
-            if len(rows) == 1 and (not report.lost or row.losses >= LOSSES_ALONE):
+            often = row.turn >= TURNS if report.inputs else row.losses >= LOSSES_ALONE
+            if len(rows) == 1 and (not report.lost or often):
                 self._drop(row, report.error)
                 return
             if not report.lost or row.losses >= LOSSES:

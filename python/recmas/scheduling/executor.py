@@ -103,7 +103,7 @@ class LocalExecutor:
             )
             for role in system.pattern.roles
         }
-        self._admissions = {role: Admission(system.member(role)) for role in system.pattern.roles}
+        self._admissions = {role: Admission.of(system.member(role)) for role in system.pattern.roles}
         one = system.offloader is not None  # a single agent at a time is on a device
         threads: dict[object, _Thread] = {}
         self._threads = {

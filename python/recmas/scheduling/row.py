@@ -89,7 +89,8 @@ class Row:
         self.alone = 0
         """Rows that share a batch with this one have the same number here: 0, until a batch has failed."""
         self.losses = 0
-        """Batches of this row that were lost with their process."""
+        """Batches of this row that were lost since it last came further than before."""
+        self._furthest = 0
         self.over = False
         self.turn = 0
         """How often it has begun its walk."""
@@ -99,6 +100,7 @@ class Row:
     def begin_again(self) -> None:
         """Begin the walk: at first, and where messages were lost. Text that was shown is not shown again."""
         self.turn += 1
+        self._ended = 0
         self._walk: Walk[Piece] = Walk(self.manner.pattern, self.manner.rounds)
         self._visits = list(self.manner.pattern.visits(self.manner.rounds))
         self._sent: dict[Visit, dict[str, Piece]] = {}
@@ -149,7 +151,9 @@ class Row:
     def end(self, visit: Visit, rows: int, piece: Piece, took: Took) -> None:
         """A visit has ended, in a batch of so many rows."""
         self._walk.end(visit, piece)
-        self.losses = self.alone = 0
+        self._ended += 1
+        if self._ended > self._furthest:  # what comes again after a loss is no progress
+            self._furthest, self.losses, self.alone = self._ended, 0, 0
         answer, role = self.answer, visit.role
         if self._work(visit).latent_steps is None:
             answer.text_tokens[role] = answer.text_tokens.get(role, 0) + took.written

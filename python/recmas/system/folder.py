@@ -33,6 +33,7 @@ from recmas.files import replacing, replacing_folder, sync, write_atomically
 from recmas.files.locks import one_writer
 from recmas.files.reading import check_regular, inside
 from recmas.files.writing import naming, sync_tree
+from recmas.system.member import Member, Prompts
 from recmas.system.system import System
 from recmas_kernels import FusedRecursiveLink
 
@@ -231,22 +232,7 @@ def load(
     sources = {role: model_source(folder, spec, role, trust) for role in spec.agents}
     visited = place(device, spec.pattern.roles)
     placement = place("cpu", spec.pattern.roles) if offload else visited
-    link_dtype = torch.float32 if dtype is None else dtype
-
-    def link(name: str, path: str, role: str) -> FusedRecursiveLink:
-        where = part(folder, spec, path, name, trust)
-        return _load_link(where, name).to(placement[role], link_dtype)
-
-    inner_links = {
-        role: link(f"inner link of {role!r}", agent.inner_link, role)
-        for role, agent in spec.agents.items()
-        if agent.inner_link is not None
-    }
-    outer_links = {key: link(f"outer link {edge_name(key)}", path, key[1]) for key, path in spec.outer_links.items()}
-    edge_scores = {}
-    if spec.pattern.combine == "weighted":
-        scores = part(folder, spec, spec.edge_scores or EDGE_SCORES, "edge_scores", trust)
-        edge_scores = _load_edge_scores(scores, outer_links, placement)
+    inner_links, outer_links, edge_scores = _load_links(folder, spec, placement, dtype, trust)
     models = {role: (source, spec.agents[role].dtype if dtype is None else dtype) for role, source in sources.items()}
     root = None if trust.outside else folder
     packs = accelerate and not offload
@@ -264,6 +250,71 @@ def load(
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def load_member(
+    folder: Path,
+    role: str,
+    device: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    compile: bool,
+    accelerate: bool,
+    trust: Trust,
+) -> Member:
+    """One agent of the system in `folder` with its links and prompts, and nothing of the others.
+
+    Arguments and errors are those of `RecursiveMAS.from_pretrained`.
+    """
+    spec = read_spec(folder)
+    source = model_source(folder, spec, role, trust)
+    placement = place(device, [role])
+    inner_links, outer_links, edge_scores = _load_links(folder, spec, placement, dtype, trust)
+    agent = Agent.from_pretrained(
+        source,
+        spec.agents[role].dtype if dtype is None else dtype,
+        placement[role],
+        trust_remote_code,
+        name=role,
+        compile=compile,
+        accelerate=accelerate,
+        root=None if trust.outside else folder,
+        offline=not trust.hub,
+    )
+    return Member(
+        role,
+        agent,
+        Prompts(role, spec.agents[role], agent.tokenizer, agent.vocabulary),
+        inner_links.get(role),
+        outer_links,
+        edge_scores or None,
+    )
+
+
+def _load_links(
+    folder: Path, spec: SystemSpec, placement: Placement, dtype: torch.dtype | None, trust: Trust
+) -> tuple[dict[str, FusedRecursiveLink], dict[LinkKey, FusedRecursiveLink], dict[LinkKey, nn.Parameter]]:
+    """Inner links of the roles that are placed, the outer links to them, and the scores of these."""
+
+    def link(name: str, path: str, role: str) -> FusedRecursiveLink:
+        where = part(folder, spec, path, name, trust)
+        return _load_link(where, name).to(placement[role], torch.float32 if dtype is None else dtype)
+
+    inner_links = {
+        role: link(f"inner link of {role!r}", agent.inner_link, role)
+        for role, agent in spec.agents.items()
+        if agent.inner_link is not None and role in placement
+    }
+    outer_links = {
+        key: link(f"outer link {edge_name(key)}", path, key[1])
+        for key, path in spec.outer_links.items()
+        if key[1] in placement
+    }
+    edge_scores = {}
+    if spec.pattern.combine == "weighted":
+        scores = part(folder, spec, spec.edge_scores or EDGE_SCORES, "edge_scores", trust)
+        edge_scores = _load_edge_scores(scores, outer_links, placement)
+    return inner_links, outer_links, edge_scores
 
 
 def load_agents(

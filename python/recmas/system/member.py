@@ -28,7 +28,7 @@ class Prompts:
     """The prompts of one agent: its templates, and the renderer that makes token ids of them."""
 
     def __init__(self, role: str, setting: AgentSpec, tokenizer: Any, vocabulary: int) -> None:
-        self.setting = setting
+        self.role, self.setting = role, setting
         self.renderer = PromptRenderer(
             tokenizer,
             setting.chat,

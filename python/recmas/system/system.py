@@ -13,7 +13,7 @@ from torch import nn
 from recmas.agents.agent import Agent
 from recmas.config.outline import Outline
 from recmas.config.pattern import LinkKey, Pattern, Visit
-from recmas.config.system_json import AgentSpec, Defaults, edge_name
+from recmas.config.system_json import AgentSpec, Defaults
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
 from recmas.engine.messages import Message, Prompt
@@ -22,6 +22,7 @@ from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
 from recmas.system.member import Member, Prompts
 from recmas.system.walk import Walk
+from recmas.system.widths import check_widths, features
 from recmas_kernels import FrozenLinear, RecursiveLink, packed
 
 if TYPE_CHECKING:
@@ -259,12 +260,8 @@ class System:
                 self.edge_scores[key] = nn.Parameter(moved, requires_grad=score.requires_grad)
 
     def _check_widths(self) -> None:
-        width = {role: agent.hidden_size for role, agent in self.agents.items()}
-        named = [(f"inner link of {role!r}", link, role, role) for role, link in self.inner_links.items()]
-        named += [(f"outer link {edge_name(key)}", link, key[0], key[1]) for key, link in self.outer_links.items()]
-        for name, link, source, target in named:
-            found = (link.config.in_features, link.config.out_features)
-            if found != (width[source], width[target]):
-                raise ValueError(
-                    f"{name} maps {found[0]} to {found[1]} features, the models need {width[source]} to {width[target]}"
-                )
+        check_widths(
+            {role: agent.hidden_size for role, agent in self.agents.items()},
+            {role: features(link) for role, link in self.inner_links.items()},
+            {edge: features(link) for edge, link in self.outer_links.items()},
+        )

@@ -9,7 +9,7 @@ from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.agents.fingerprint import model_digest
 from recmas.cli import main
 from recmas.engine.abilities import fingerprint
-from recmas.evaluation.fingerprint import digest
+from recmas.system.fingerprint import digest
 from recmas.training import outer_loss
 from recmas_kernels import FrozenLinear
 from recmas_kernels.backends import cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 
 import pytest
 
@@ -99,6 +100,12 @@ def ended(*words):
         ([*INNER, "rows.jsonl", "--config", "train.yaml"], "--steps: Expected a int"),
         ([*WARMUP, "silent.jsonl"], "no token of what agent 'critic' says has a counterpart among those of 'solver'"),
         ([*OUTER, "rows.jsonl", "--latent-steps", "0"], "latent_steps: 0 for every agent that sends"),
+        ([*RUN, "--engine", "cloud"], "argument --engine: invalid choice: 'cloud' (choose from 'local', 'ray')"),
+        ([*RUN, "--cluster", "auto"], "--cluster: is for --engine ray"),
+        ([*EVAL, "rows.jsonl", "--micro-batch", "2"], "--micro-batch: is for --engine ray"),
+        ([*RUN, "--engine", "ray", "--device", "meta"], "--device: with --engine ray, placement in system.json says"),
+        ([*RUN, "--engine", "ray", "--offload"], "--offload: with --engine ray, placement in system.json says"),
+        ([*RUN, "--engine", "ray", "--stream"], "--stream: with --engine ray, many are answered at once"),
         (
             [*OUTER, "rows.jsonl", "--latent-steps", "planner=0", "--edges", "planner->critic"],
             "edges: planner->critic passes no latents: 'planner' has 0 latent steps",
@@ -143,3 +150,12 @@ def test_what_no_system_may_say(here, tmp_path, capsys, change, message):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_the_ray_extra_is_named_where_it_is_missing(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert ended(*RUN, "--engine", "ray") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("recmas: error: --engine ray needs the ray extra: pip install 'recmas-kernels[ray]'")
+    assert err.count("\n") == 1

@@ -17,6 +17,7 @@ from recmas.config.system_json import (
     AgentSpec,
     Decoding,
     Defaults,
+    PlacementSpec,
     PromptSpec,
     SystemSpec,
     read_spec,
@@ -25,10 +26,11 @@ from recmas.config.system_json import (
 )
 from recmas.files.reading import LARGEST_JSON
 
+PLACED = PlacementSpec(2, cpus=4, threads=3, gpus=0.5, resources={"rack": 0.25})
 FULL = SystemSpec(
     Pattern((("a", "b"), ("c",)), combine="weighted", exchange="all"),
     {
-        "a": AgentSpec("agents/a", PromptSpec("first", "later"), "bfloat16", "links/a", 4, False),
+        "a": AgentSpec("agents/a", PromptSpec("first", "later"), "bfloat16", "links/a", 4, False, placement=PLACED),
         "b": AgentSpec("org/model", PromptSpec(None, "ünïcode {{from:c}}"), system="Be brief."),
         "c": AgentSpec("agents/c", PromptSpec("only"), decoding=Decoding(7, 0.5, 0.9)),
     },
@@ -79,6 +81,13 @@ BROKEN = {
     "agents.a.prompt.middle": ("x", "agents.a.prompt.middle: unknown key"),
     "agents.a.decoding": ({"temperature": -1}, "agents.a.decoding: temperature: -1"),
     "agents.b.decoding": ({"max_new_tokens": "9"}, "agents.b.decoding.max_new_tokens: '9' is not an integer"),
+    "agents.a.placement": ({"replicas": 0}, "agents.a.placement: replicas: 0 is not between 1 and 256"),
+    "agents.a.placement.cpus": (-1, "agents.a.placement: cpus: -1 is not between 0 and 1024"),
+    "agents.a.placement.threads": (2.5, "agents.a.placement.threads: 2.5 is not an integer"),
+    "agents.a.placement.gpus": (2, "agents.a.placement: gpus: 2.0 is not between 0 and 1"),
+    "agents.a.placement.resources": ({"rack": "much"}, "agents.a.placement: resources.rack: 'much' is not a number"),
+    "agents.b.placement": ({"resources": {"GPU": 1}}, "agents.b.placement: resources.GPU: is asked for as gpus"),
+    "agents.b.placement.node": ("x", "agents.b.placement.node: unknown key"),
     "outer_links": ({"a->z": "x"}, "outer_links.a->z: is not of the form source->target"),
     "outer_links.a->b@0": ("x", "outer_links.a->b@0: 'a->b@0' is not of the form source->target or source->target@ro"),
     "outer_links.a->b@": ("x", "outer_links.a->b@: 'a->b@' is not of the form"),

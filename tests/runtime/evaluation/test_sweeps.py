@@ -18,8 +18,8 @@ from recmas.config.pattern import DISTILLATION
 from recmas.config.system_json import Defaults
 from recmas.evaluation import Cell, wilson
 from recmas.evaluation.baselines import looped_model, single_agent
-from recmas.evaluation.fingerprint import digest
 from recmas.evaluation.sweeps import batch_seed, sweep
+from recmas.system.fingerprint import digest
 from recmas.tools import Toolbox
 from tests.runtime.tiny import tiny_agent, tiny_tokenizer
 

@@ -180,6 +180,26 @@ def test_a_row_that_ends_the_process_each_time_is_given_up_alone(system: Recursi
         dispatcher.close()
 
 
+def test_a_row_whose_messages_are_always_refused_is_given_up_alone(system: RecursiveMAS) -> None:
+    """What comes before the refusal goes well each time, and is no progress."""
+    executor = Watched(system)
+
+    def fail(task: Task) -> Failed | None:
+        refused = task.work.role == "critic" and any(part.number == 1 for part in task.parts)
+        return Failed(task, ValueError("refused"), lost=True, inputs=True) if refused else None
+
+    executor.fail = fail
+    expected = [answer.text for answer in system.answer(QUESTIONS)]
+    dispatcher = Dispatcher(executor, Limits(window=0.05))
+    try:
+        waiting = send(dispatcher, system, QUESTIONS)
+        assert str(waiting[1].end()) == "refused"
+        del waiting[1], expected[1]
+        assert texts(waiting) == expected
+    finally:
+        dispatcher.close()
+
+
 def test_a_row_that_is_dropped_or_late_frees_its_place(system: RecursiveMAS) -> None:
     executor = Watched(system)
     executor.open.clear()

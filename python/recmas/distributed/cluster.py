@@ -1,0 +1,129 @@
+"""A Ray cluster: joined, or started on this machine for as long as it is needed; and places for agents in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recmas.config.system_json import PlacementSpec
+
+PATIENCE = 30.0
+"""Seconds that a cluster has to reserve what agents ask for, once it has that much at all."""
+
+
+@contextlib.contextmanager
+def cluster(address: str | None = None) -> Iterator[None]:
+    """Within, this process is part of a cluster: the one it is part of already, that at `address`, or a new one.
+
+    A new one has this machine alone, and ends with the block. Nothing is reported to anybody, and no dashboard runs.
+
+    Raises:
+        ConnectionError: no cluster answers at `address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    signals = _signals()
+    where: dict[str, Any] = (
+        {"address": "local", "include_dashboard": False} if address is None else {"address": address}
+    )
+    try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise
+        raise ConnectionError(f"no Ray cluster answers at {address!r}: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        for number, handler in signals.items():  # Ray has put its own there
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _signals() -> dict[int, Any]:
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Places for the processes of agents.
+
+    Attributes:
+        group: Ray's placement group; None where nobody asks for anything.
+        bundles: of that group, by role, one per replica; empty for a role that asks for nothing.
+    """
+
+    group: Any
+    bundles: Mapping[str, range]
+
+    def free(self) -> None:
+        """Give the places back."""
+        if self.group is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self.group)
+
+
+def reserve(placements: Mapping[str, PlacementSpec]) -> Reserved:
+    """Reserve what the agents ask for, all of it or nothing.
+
+    Raises:
+        ValueError: the cluster does not have that much, or not free.
+    """
+    from ray.util import placement_group
+
+    wanted: list[dict[str, float]] = []
+    bundles = {}
+    for role, placement in placements.items():
+        begin = len(wanted)
+        wanted += [placement.asked] * placement.replicas if placement.asked else []
+        bundles[role] = range(begin, len(wanted))
+    if not wanted:
+        return Reserved(None, bundles)
+    _check(placements)
+    group = placement_group(wanted, strategy="PACK")
+    reserved = Reserved(group, bundles)
+    if not group.wait(PATIENCE):
+        reserved.free()
+        raise ValueError(f"placement: the cluster has not had {_words(_total(placements))} free in {PATIENCE:.0f} s")
+    return reserved
+
+
+def _check(placements: Mapping[str, PlacementSpec]) -> None:
+    """Refuse what can never be placed: Ray would wait for machines that join."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for role, placement in placements.items():
+        if not any(all(node.get(name, 0) >= count for name, count in placement.asked.items()) for node in nodes):
+            raise ValueError(
+                f"placement: no machine of the cluster has {_words(placement.asked)}, which agent {role!r} asks for"
+            )
+    for name, count in _total(placements).items():
+        if (there := sum(node.get(name, 0) for node in nodes)) < count:
+            raise ValueError(f"placement: all agents ask for {count:g} {name}, the cluster has {there:g}")
+
+
+def _total(placements: Mapping[str, PlacementSpec]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for placement in placements.values():
+        for name, count in placement.asked.items():
+            total[name] = total.get(name, 0.0) + placement.replicas * count
+    return total
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{count:g} {name}" for name, count in resources.items())

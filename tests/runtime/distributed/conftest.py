@@ -1,0 +1,73 @@
+"""One Ray cluster for all tests of a session, and processes that load one agent after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recmas import Pattern, RecursiveMAS
+from recmas.config.system_json import PlacementSpec
+from tests.runtime.scheduling.rows import tiny_system
+
+ONE_THREAD = PlacementSpec(threads=1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster of this machine, for as long as the session lasts."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    from recmas.distributed.cluster import cluster
+
+    with cluster():
+        yield
+    assert not ray.is_initialized()
+
+
+class Pool:
+    """Starting a process takes seconds: those here load one agent after another."""
+
+    def __init__(self) -> None:
+        self.free: list[Any] = []
+        self.dead: list[Any] = []
+
+    def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
+        return self.free.pop() if self.free else start(*arguments)
+
+    def give_back(self, process: Any) -> None:
+        if process not in self.free + self.dead:
+            self.free.append(process)
+
+    def kill(self, process: Any) -> None:
+        import ray
+
+        self.dead.append(process)
+        ray.kill(process)
+
+
+@pytest.fixture(scope="session")
+def _pool(ray_cluster: None) -> Pool:
+    return Pool()
+
+
+@pytest.fixture
+def pooled(_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """Processes of agents come from a pool, and go back to it when they would end."""
+    from recmas.distributed import executor, replica
+
+    start = executor.launch_process
+    monkeypatch.setattr(executor, "launch_process", lambda *arguments: _pool.launch(start, *arguments))
+
+    monkeypatch.setattr(replica, "end_process", _pool.give_back)
+    return _pool
+
+
+def saved(folder: Path, pattern: Pattern, placement: PlacementSpec = ONE_THREAD) -> RecursiveMAS:
+    """A tiny system, in `folder` too."""
+    system = tiny_system(pattern)
+    for setting in system.settings.values():
+        setting.placement = placement
+    system.save_pretrained(folder)
+    return RecursiveMAS.from_pretrained(folder)

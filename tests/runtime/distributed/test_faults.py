@@ -1,0 +1,205 @@
+"""Processes are killed, messages changed, rows fail: every other question is answered once, with its text."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recmas import DISTILLATION, AnswerOptions, RecursiveMAS
+from recmas.answering.answers import Answers, RowsFailedError
+from recmas.distributed.agent_process import AgentProcess
+from recmas.distributed.order import Described, Done, Loading, Order
+from tests.runtime.distributed.conftest import saved
+from tests.torture.amounts import FULL, SEED
+
+pytestmark = pytest.mark.alone  # as many processes as there are cores, and more
+
+KILLS, KILLED, TAMPERED = (20, 500, 500) if FULL else (2, 60, 12)
+
+
+class Frail(AgentProcess):
+    """An agent whose process runs out of memory over more than two rows, and is ended by a row that says so."""
+
+    def load(self, loading: Loading, role: str, device: str, key: bytes) -> Described:
+        if loading.dtype == "float16":
+            raise MemoryError
+        return super().load(loading, role, device, key)
+
+    def run(self, order: Order, *sealed: bytes) -> tuple[Done, bytes]:
+        if len(order.task.parts) > 2:
+            raise MemoryError("too many rows")
+        return super().run(order, *sealed)
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> tuple[RecursiveMAS, Loading]:
+    return saved(tmp_path / "system", DISTILLATION), Loading(folder=str(tmp_path / "system"))
+
+
+class Counted:
+    """How often each row was answered."""
+
+    def __init__(self, rows: int) -> None:
+        self.times = [0] * rows
+
+    def __call__(self, numbers: Sequence[int], answers: Answers) -> None:
+        for number in numbers:
+            self.times[number] += 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Loading], record_property: Any) -> None:
+    import ray
+
+    from recmas.distributed.system import RaySystem
+
+    local, loading = system
+    questions = [f"fox {number}" for number in range(KILLED)]
+    expected = [answer.text for answer in local.answer(questions, batch_size=32)]
+    chance = random.Random(SEED)
+    with RaySystem(loading) as cluster:
+        replicas = [one for replicas in cluster.executor._replicas.values() for one in replicas]
+        kills, over = [0], threading.Event()
+
+        def kill() -> None:
+            """One process after another, each after it has begun to work again."""
+            while kills[0] < KILLS and not over.is_set():
+                victim = chance.choice(replicas)
+                if victim.busy:
+                    time.sleep(chance.random() * 0.05)
+                    ray.kill(victim._process)
+                    kills[0] += 1
+                    before = victim.restarts
+                    while victim.restarts == before and not over.wait(0.01):
+                        pass
+                over.wait(0.01)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        counted, answers = Counted(KILLED), None
+        try:
+            while kills[0] < KILLS or answers is None:  # more passes over the same questions, if kills are left
+                counted = Counted(KILLED)
+                answers = cluster.answer(questions, batch_size=8, on_answers=counted)
+                assert [answer.text for answer in answers] == expected
+                assert counted.times == [1] * KILLED
+        finally:
+            over.set()
+            killer.join()
+        assert cluster.executor.restarts >= KILLS
+        assert cluster.executor.refused == 0
+    record_property("torture", ("processes of agents killed", KILLS, f"{KILLED} questions answered once, same texts"))
+
+
+@pytest.mark.usefixtures("pooled")
+def test_changed_messages_are_refused_and_made_again(
+    system: tuple[RecursiveMAS, Loading], monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    import ray
+
+    from recmas.distributed.replica import Job, Replica
+    from recmas.distributed.system import RaySystem
+
+    local, loading = system
+    questions = [f"fox {number}" for number in range(TAMPERED)]
+    expected = [answer.text for answer in local.answer(questions, rounds=1)]
+    chance = random.Random(SEED)
+    changed, give = [0], Replica.give
+
+    def tamper(self: Replica, job: Job) -> None:
+        """The first message for every row is changed by a bit, or is that of another task."""
+        if job.messages and changed[0] < TAMPERED:
+            message = bytearray(ray.get(job.messages[0]))
+            message[chance.randrange(len(message))] ^= 1 << chance.randrange(8)
+            job = job._replace(messages=(ray.put(bytes(message)), *job.messages[1:]))
+            changed[0] += 1
+        give(self, job)
+
+    with RaySystem(loading) as cluster:
+        honest = cluster.answer(questions, rounds=1, batch_size=1)
+        assert [answer.text for answer in honest] == expected
+        assert cluster.executor.refused == 0
+        monkeypatch.setattr(Replica, "give", tamper)
+        found = cluster.answer(questions, rounds=1, batch_size=1)
+        assert [answer.text for answer in found] == expected
+        assert cluster.executor.refused == changed[0] == TAMPERED
+    record_property("torture", ("changed handoffs", TAMPERED, f"all refused, and none of {TAMPERED} honest ones"))
+
+
+@pytest.mark.usefixtures("pooled")
+def test_messages_that_are_always_changed_are_an_error(
+    system: tuple[RecursiveMAS, Loading], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from recmas.distributed.replica import Job, Replica
+    from recmas.distributed.system import RaySystem
+
+    give = Replica.give
+
+    def tamper(self: Replica, job: Job) -> None:
+        give(self, job._replace(messages=tuple(ray.put(b"RECMAS1\n" + bytes(64)) for _ in job.messages)))
+
+    monkeypatch.setattr(Replica, "give", tamper)
+    with (
+        RaySystem(system[1]) as cluster,
+        pytest.raises(RowsFailedError, match="row 0: the message of 'expert' was changed on its way"),
+    ):
+        cluster.answer(["fox"], rounds=1)
+
+
+@pytest.mark.usefixtures("pooled")
+def test_a_row_that_fails_leaves_the_others(system: tuple[RecursiveMAS, Loading]) -> None:
+    """The learner reads the expert's text, and with it this question does not fit its context any more."""
+    from recmas.distributed.system import RaySystem
+
+    local, loading = system
+    questions = ["fox", "plan", "?"]
+    options: dict[str, Any] = {"mode": "text", "rounds": 1, "batch_size": 3}
+    expected = [answer.text for answer in local.answer(questions, **options)]
+    with RaySystem(loading) as cluster:
+        words = 1
+        while True:  # the longest question that is let in
+            try:
+                cluster.check(["0 " * (words + 1)], AnswerOptions(**options))
+            except ValueError:
+                break
+            words += 1
+        with pytest.raises(RowsFailedError, match="row 1: agent 'learner': ") as failure:
+            cluster.answer([questions[0], "0 " * words, *questions[1:]], **options)
+        assert failure.value.failed.keys() == {1}
+        assert [failure.value.answers[number].text for number in (0, 2, 3)] == expected
+        assert cluster.executor.restarts == 0
+
+
+@pytest.mark.skipif(not FULL, reason="starts four processes more: make torture")
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_batch_that_memory_does_not_hold_goes_in_parts(
+    system: tuple[RecursiveMAS, Loading], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import cloudpickle
+
+    from recmas.distributed import executor
+    from recmas.distributed.system import RaySystem
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(executor, "AgentProcess", Frail)
+    local, loading = system
+    questions = [f"fox {number}" for number in range(5)]
+    expected = [answer.text for answer in local.answer(questions)]
+    try:
+        with RaySystem(loading) as cluster:
+            assert [answer.text for answer in cluster.answer(questions)] == expected
+            assert cluster.executor.restarts == 0
+        with pytest.raises(ValueError, match="agent 'expert': its process ended before it had loaded; is there enough"):
+            RaySystem(replace(loading, dtype="float16"))
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -1,0 +1,101 @@
+"""What runs in an agent's process, without any cluster around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recmas import DISTILLATION, AnswerOptions, RecursiveMAS
+from recmas.answering.manner import Manner
+from recmas.distributed.agent_process import AgentProcess
+from recmas.distributed.order import Described, Loading, Order
+from recmas.distributed.sealed import RefusedError, Stamp
+from recmas.scheduling.row import Row
+from recmas.scheduling.task import Part, Task, Work
+from tests.runtime.distributed.conftest import saved
+from tests.runtime.scheduling.rows import Waiting
+
+KEY = b"k" * 32
+QUESTIONS = ["fox", "the lazy dog"]
+
+
+class Pair:
+    """Expert and learner, each as in a process of its own, and the learner's order of a run of one round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.local: RecursiveMAS = saved(folder, DISTILLATION)
+        loading = Loading(folder=str(folder))
+        self.processes = {role: AgentProcess(1) for role in self.local.pattern.roles}
+        self.described: Mapping[str, Described] = {
+            role: process.load(loading, role, "cpu", KEY) for role, process in self.processes.items()
+        }
+        manner = Manner(self.local.outline, AnswerOptions(rounds=1))
+        parts: dict[str, list[Part]] = {"expert": [], "learner": []}
+        works: dict[str, Work] = {}
+        for number, question in enumerate(QUESTIONS):
+            row = Row(number, {"question": question}, manner, Waiting())
+            for role in parts:
+                [(visit, works[role])] = row.due()
+                part, _ = row.begin(visit)
+                parts[role].append(part)
+                row._walk.end(visit, None)  # type: ignore[arg-type]
+        stamp = Stamp("system", self.described["expert"].link, "expert", 0)
+        self.thinks = Order(Task(0, works["expert"], parts["expert"], {}), stamp, [], {})
+        reads: dict[str, Any] = {"expert": [(0, 0), (0, 1)]}
+        self.writes = Order(
+            Task(1, works["learner"], parts["learner"], {}), Stamp("system", "", "learner", 1), [stamp], reads
+        )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("pair") / "system")
+
+
+def test_two_processes_answer_as_one(pair: Pair) -> None:
+    expected = pair.local.answer(QUESTIONS, rounds=1)
+    _, message = pair.processes["expert"].run(pair.thinks)
+    done, nothing = pair.processes["learner"].run(pair.writes, message)
+    assert nothing == b""
+    assert [done.grown[place].text for place in range(2)] == [answer.text for answer in expected]
+    assert [done.grown[place].tokens for place in range(2)] == [answer.tokens for answer in expected]
+    steps = list(pair.processes["learner"].stream(pair.writes, 0.0, message))
+    assert len(steps) > 2
+    texts = ["".join(step.grown[place].text for step in steps if place in step.grown) for place in range(2)]
+    assert texts == [answer.text for answer in expected]
+
+
+def test_a_text_grows_at_its_pace(pair: Pair) -> None:
+    _, message = pair.processes["expert"].run(pair.thinks)
+    steps = list(pair.processes["learner"].stream(pair.writes, 3600.0, message))
+    whole = {place for step in steps for place in step.grown}
+    assert whole == {0, 1}
+    assert len(steps) <= 4  # the first step, the ends of two rows, the end
+
+
+def test_a_message_of_another_task_is_refused(pair: Pair) -> None:
+    _, message = pair.processes["expert"].run(pair.thinks)
+    other = replace(pair.writes.stamps[0], task=7)
+    with pytest.raises(RefusedError, match="its task is 0, not 7"):
+        pair.processes["learner"].run(pair.writes._replace(stamps=[other]), message)
+
+
+def test_texts_that_nobody_waits_for_are_not_written(pair: Pair) -> None:
+    _, message = pair.processes["expert"].run(pair.thinks)
+    process = pair.processes["learner"]
+    again = pair.writes._replace(task=Task(5, pair.writes.task.work, pair.writes.task.parts, {}))
+    process.drop(5, {0})
+    steps = process.stream(again, 0.0, message)
+    first = next(steps)
+    assert first.grown.keys() == {0, 1}  # the step that was under way
+    assert next(steps).grown.keys() == {1}
+    process.drop(5, {1})
+    rest = list(steps)
+    assert sum(len(step.grown) for step in rest) <= 1
+    assert rest[-1].account.written[1] < 6
+    process.drop(5, {0})  # it is over
+    assert not process._dropped
