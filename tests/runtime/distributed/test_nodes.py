@@ -15,7 +15,6 @@ from recmas.config.system_json import PlacementSpec
 from tests.runtime.distributed.conftest import ONE_THREAD
 from tests.runtime.scheduling.rows import tiny_system
 
-pytestmark = pytest.mark.alone  # as many processes as there are cores, and more
 
 QUESTIONS = [f"fox {number}" for number in range(24)]
 

@@ -20,7 +20,6 @@ from tests.runtime.scheduling.rows import PATTERNS, QUESTIONS
 if TYPE_CHECKING:
     from recmas.distributed.system import RaySystem
 
-pytestmark = pytest.mark.alone  # as many processes as there are cores, and more
 
 
 @pytest.mark.usefixtures("pooled")

@@ -24,7 +24,6 @@ pytest.importorskip("openai", reason="openai is not installed")
 
 from tests.runtime.serving.served import Served, served
 
-pytestmark = pytest.mark.alone  # as many processes as there are cores, and more
 
 
 @pytest.fixture
