@@ -13,6 +13,7 @@ from recmas import MIXTURE, SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.cli import main
 from recmas.config.system_json import Defaults, edge_name, read_spec
 from recmas.engine.messages import Latents
+from recmas.training.distillation import distill_loss
 from recmas.upstream.export import to_pt
 from tests.runtime.lean import lean_rows, lean_system
 from tests.runtime.system.test_walk import NEW_TOKENS, QUESTIONS, ByHand, make
@@ -158,3 +159,13 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert "edges: planner->critic is not used by 2 rounds, only " in capsys.readouterr().err
     assert main(["train", "outer", "system", *quick, "--edges", "planner>critic"]) == 2
     assert "'planner>critic' is not of the form source->target or source->target@round" in capsys.readouterr().err
+
+
+def test_distillation_aims_through_the_link_of_the_round():
+    mas = per_round(lean_system())
+    visit = next(v for v in mas.pattern.visits(ROUNDS) if v.role == "solver" and v.round == 2)
+    width = mas.agents["solver"].hidden_size
+    expert, learner = Latents(torch.randn(1, 2, width)), Latents(torch.randn(1, 2, width))
+    target = mas.outer_links["critic", "solver", 2](expert.states).detach()
+    expected = (1 - torch.cosine_similarity(learner.states, target, dim=-1)).sum().item()
+    assert distill_loss(mas, visit, expert, learner).item() == pytest.approx(expected, abs=1e-4)
