@@ -37,21 +37,28 @@ class RaySystem:
         loading: the system, and how its agents are loaded.
         micro_batch: rows at once at one agent; None takes the batch size of a run. Agents work at the same time on as
             many micro-batches of it as there are.
+        in_flight: micro-batches on their way at once; None takes one per process and one that waits.
         pace: seconds between two pieces of a text that grows; None shows texts at their end.
 
     Raises:
         ValueError: as `RayExecutor`.
     """
 
-    def __init__(self, loading: Loading, *, micro_batch: int | None = None, pace: float | None = None) -> None:
+    def __init__(
+        self,
+        loading: Loading,
+        *,
+        micro_batch: int | None = None,
+        in_flight: int | None = None,
+        pace: float | None = None,
+    ) -> None:
         spec = read_spec(Path(loading.folder))
         self.outline = Outline.of(spec)
         self.pattern, self.defaults = spec.pattern, spec.defaults
         self._loading, self._micro_batch = loading, micro_batch
         self.outline.check_run(1, links=False)
         self.executor = RayExecutor(spec, loading, pace=pace)
-        self._in_flight = 1 + sum(lane.tasks for lane in self.executor.lanes.values())
-        """Micro-batches on their way at once: one per process, and one that waits."""
+        self.in_flight = in_flight or 1 + sum(lane.tasks for lane in self.executor.lanes.values())
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +111,7 @@ class RaySystem:
         try:
             left = 0
             while True:
-                while left <= size * (self._in_flight - 1) and (group := next(coming, None)) is not None:
+                while left <= size * (self.in_flight - 1) and (group := next(coming, None)) is not None:
                     left += len(group)
                     dispatcher.add(*group)
                 if left == 0:
