@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,6 +20,7 @@ from recmas_kernels import FusedRecursiveLink, LinkConfig
 from recmas_kernels.testing import make_link
 
 HEAD_FEATURES = 64
+Model = TypeVar("Model", bound=torch.nn.Module)
 # The order of question and slot in the released prompts: it decides what of a prompt is the same in every round.
 PROMPTS = {
     "planner": PromptSpec("{{question}} w1", "{{question}} w2 {{from:solver}} w1"),
@@ -32,6 +34,13 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """``model``, its parameters in ``dtype``. Buffers stay, as in a model that is loaded in ``dtype``: frequencies."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> Agent:
