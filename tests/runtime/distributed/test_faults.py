@@ -20,7 +20,6 @@ from recmas.distributed.order import Described, Done, Loading, Order
 from tests.runtime.distributed.conftest import saved
 from tests.torture.amounts import FULL, SEED
 
-
 KILLS, KILLED, TAMPERED = (20, 500, 500) if FULL else (2, 60, 12)
 
 

@@ -15,7 +15,6 @@ from recmas.config.system_json import PlacementSpec
 from tests.runtime.distributed.conftest import ONE_THREAD
 from tests.runtime.scheduling.rows import tiny_system
 
-
 QUESTIONS = [f"fox {number}" for number in range(24)]
 
 

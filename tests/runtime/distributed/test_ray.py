@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from recmas.distributed.system import RaySystem
 
 
-
 @pytest.mark.usefixtures("pooled")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_answers_are_those_of_one_process(pattern: str, tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ pytest.importorskip("openai", reason="openai is not installed")
 from tests.runtime.serving.served import Served, served
 
 
-
 @pytest.fixture
 def system(tmp_path: Any) -> RecursiveMAS:
     return saved(tmp_path / "system", DISTILLATION)
