@@ -73,11 +73,11 @@ def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Lo
                 victim = chance.choice(replicas)
                 if victim.busy:
                     time.sleep(chance.random() * 0.05)
-                    ray.kill(victim._process)
-                    kills[0] += 1
                     before = victim.restarts
+                    ray.kill(victim._process)
                     while victim.restarts == before and not over.wait(0.01):
                         pass
+                    kills[0] += 1
                 over.wait(0.01)
 
         killer = threading.Thread(target=kill)

@@ -12,6 +12,7 @@ import torch
 from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL
 from recmas.config.system_json import PromptSpec, edge_name
 from recmas.training import OuterConfig, train_outer
+from recmas.training.config import weighed_rounds
 from recmas.training.outer import outer_loss, outer_losses
 from tests.runtime.training.test_stages import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
 
@@ -113,6 +114,11 @@ def built(pattern, prompts, dtype):
     for inner in system.inner_links.values():
         inner.requires_grad_(False)
     return system
+
+
+def test_a_step_of_fewer_rounds_takes_the_last_weights():
+    assert weighed_rounds((0.1, 0.3, 1.0), 2) == {1: 0.3, 2: 1.0}
+    assert weighed_rounds(None, 2) == {2: 1.0}
 
 
 @pytest.mark.parametrize("latents", ["forced", "rollout"])
