@@ -7,6 +7,7 @@ call to call.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -145,5 +146,6 @@ class Made:
             self._folder = self._folder or TemporaryDirectory(prefix="recmas-bench-")
             path = Path(self._folder.name, f"{len(self._files)}.gguf")
             write_gguf(self.agent(case.dtype, False).model, path, case.dtype, head=case.writes)
+            os.sync()  # or the disk is still busy while calls are timed
             self._files[key] = path
         return self._files[key]
