@@ -10,10 +10,19 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".txt"}
+_CPU = ("python/*operands.h", "python/unchanged.cpp")
 _READING = ("python/arguments.h", "python/link_arguments.*", "python/tensors.*")
 _PARTS = {
     "tensors": ("link.h", "python/CMakeLists.txt", "python/plain_link.*", "python/tensors_module.cpp", *_READING),
-    "cpu": ("CMakeLists.txt", "link.h", "cpu/**/*", "python/cpu_*", "python/operands.h", *_READING),
+    "cpu": (
+        "CMakeLists.txt",
+        "link.h",
+        "cpu/**/*",
+        "python/cpu_*",
+        "python/*operands.h",
+        "python/unchanged.cpp",
+        *_READING,
+    ),
     "cuda": ("link.h", "cuda/**/*", "python/cuda_*"),
 }
 

@@ -14,9 +14,10 @@ from recmas.engine.messages import run_link
 from recmas.lab.copies import common_words, copies
 from recmas.lab.notes import held_back, notes_system, texts
 from recmas.training import InnerConfig, WarmupConfig, train_inner, train_warmup
+from recmas.training.counterparts import aligned_tokens
 from recmas.training.inner import inner_loss
 from recmas.training.pairs import speak, utterances
-from recmas.training.warmup import aligned_tokens, warmup_loss
+from recmas.training.warmup import warmup_loss
 from recmas_kernels import FusedRecursiveLink
 
 EDGE = ("reader", "solver")

@@ -193,7 +193,10 @@ def test_missing_model_folder(broken):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND, one of init, run, serve, eval, train, lab, convert, inspect, check, info"),
+        (
+            [],
+            "required: COMMAND, one of init, run, serve, eval, audit, tune, train, lab, convert, inspect, check, info",
+        ),
         (["train"], "required: STAGE, one of inner, warmup, outer"),
         (["fly"], "invalid choice: 'fly'"),
         (["run"], "required: SYSTEM"),

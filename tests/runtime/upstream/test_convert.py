@@ -224,7 +224,7 @@ def test_a_model_with_a_link_beside_it_is_no_peft_adapter(
     for module in ("transformers.models.auto.auto_factory", "transformers.integrations.peft"):
         monkeypatch.setattr(f"{module}.is_peft_available", lambda: True)
     folder = light[0] / LIGHT.repositories["critic"]
-    with pytest.raises((ImportError, OSError, ValueError, KeyError)):
+    with pytest.raises((ImportError, OSError, TypeError, ValueError, KeyError)):
         AutoModelForCausalLM.from_pretrained(folder)
     assert Agent.from_pretrained(folder).hidden_size == 48
 
