@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f -not -path 'csrc/tests/*')
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt recmas_kernels/sources.py $(shell find csrc -type f -not -path 'csrc/tests/*')
 RUNTIME := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
