@@ -1,0 +1,26 @@
+"""The pieces of a step that the benchmark times are pieces of what it says they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.step_times import PIECES, measure
+from benchmarks.suites.cpu.frozen_cases import TINY, Case
+from benchmarks.suites.cpu.frozen_steps import Made, Steps
+from recmas_kernels.backends import cpu
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_every_piece_is_passed_and_lies_in_its_layer():
+    made = Made()
+    with torch.no_grad():
+        steps = Steps(made.of(TINY).agent(torch.float32, True), Case(TINY, torch.float32, "think", 2))
+    held = steps.past.length
+    found = measure(steps, TINY.layers)
+    made.close()
+    assert found.keys() == {*PIECES, "outside of layers"}
+    assert all(microseconds > 0 for microseconds in found.values())
+    inner = sum(found[name] for name in PIECES if name != "all of a layer")
+    assert inner < 2 * found["all of a layer"]  # of medians, taken one by one
+    assert steps.past.length > held
