@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from recmas_kernels import frozen
 from recmas_kernels.backends import cpu_decoder, settings
 from recmas_kernels.backends.choice import requested
-from recmas_kernels.decoder_parts import PLAIN_ACTIVATIONS, Packed, Parts, is_plain, packed_of, parts_of
+from recmas_kernels.decoder_parts import PLAIN_ACTIVATIONS, Packed, Parts, is_known, is_plain, packed_of, parts_of
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
@@ -48,8 +48,8 @@ class LayerKernel(OwnForward):
         self._proofs, self._watch, self._found = None, None, None
         self._looks -= 1
         layer = self.module
+        watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
         parts = parts_of(layer)
-        watch = None if parts is None and self._looks == _LOOKS - 1 else Watch(layer)
         if parts is not None and proofs.hold(layer, parts, served):
             self._found = _Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
@@ -76,14 +76,11 @@ class LayerKernel(OwnForward):
             self.look()
         found = self._found
         packed = None if found is None else found.packed
-        cache, turned, mask = (
-            given.get("past_key_values"),
-            given.get("position_embeddings"),
-            given.get("attention_mask"),
-        )
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        turned = given.get("position_embeddings")
         if found is None or packed is None or cache is None or turned is None:
             return None
-        if not (packed.readable() and found.parts.fits(x, turned, mask)):
+        if not (packed.readable(found.parts.dtype) and found.parts.fits(x, turned, mask)):
             return None
         if settings.checks():
             for linear in found.parts.linears.values():

@@ -24,6 +24,7 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _NORMS = {"input_layernorm", "post_attention_layernorm"}
 _MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
 KNOWN = {
     f"transformers.models.{room}.modeling_{room}.{name}DecoderLayer"
     for room, name in {
@@ -36,7 +37,6 @@ KNOWN = {
     }.items()
 }
 """Classes of layers whose code was read: a proof on random rows cannot see a rule for other rows or positions."""
-_HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 @dataclass(frozen=True)
@@ -104,31 +104,34 @@ class Packed(NamedTuple):
 
     inputs: tuple[Any, ...]
     output: tuple[Any, ...]
-    vectors: tuple[Tensor, ...]
+    vectors: tuple[Tensor, ...]  # the biases and gains among them
 
-    def readable(self) -> bool:
-        """Whether the kernels read biases and gains as they lie in memory."""
-        return all(vector.is_contiguous() and not vector.is_neg() for vector in self.vectors)
+    def readable(self, dtype: torch.dtype) -> bool:
+        """Whether biases and gains are of this dtype, and the kernels read them as they lie in memory."""
+        return all(vector.dtype is dtype and vector.is_contiguous() and not vector.is_neg() for vector in self.vectors)
 
 
 def packed_of(parts: Parts, tensors: dict[str, Tensor], panels: dict[str, Panels]) -> Packed:
     """Of a layer with these biases and gains (names of `Parts.tensors`) and packed weights (of `Parts.linears`)."""
-    held = [
-        (panels[name].data, cpu_decoder.dtype_number(panels[name].stored), tensors.get(f"{name}.bias"))
-        for name in parts.linears
-    ]
-    query, key, value, out, gate, up, down = held
-    norms: list[tuple[Any, ...]] = [
-        cpu_decoder.NO_NORM if named is None or rule is None else (tensors[f"{named[0]}.weight"], *rule)
-        for named, rule in zip(parts.norms, parts.norm_rules, strict=True)
-    ]
-    norm, query_norm, key_norm, after, before, last = norms
-    vectors = tuple(part for each in (*held, *norms) for part in (each[0], each[-1]) if isinstance(part, Tensor))
+    biases = {name: tensors.get(f"{name}.bias") for name in parts.linears}
+    gains = [None if named is None else tensors[f"{named[0]}.weight"] for named in parts.norms]
+    query, key, value, out, gate, up, down = (
+        (panels[name].data, cpu_decoder.dtype_number(panels[name].stored), bias) for name, bias in biases.items()
+    )
+    norm, query_norm, key_norm, after, before, last = (
+        cpu_decoder.NO_NORM if rule is None else (gain, *rule)
+        for gain, rule in zip(gains, parts.norm_rules, strict=True)
+    )
     return Packed(
         norm + query + key + value + query_norm + key_norm,
         out + after + before + gate + up + down + last,
-        tuple(vector for vector in vectors if vector.dtype is not torch.uint8),
+        tuple(vector for vector in (*biases.values(), *gains) if vector is not None),
     )
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether a module is of a `KNOWN` class."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}" in KNOWN
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
@@ -136,7 +139,7 @@ def parts_of(layer: nn.Module) -> Parts | None:
 
     That it computes with them what the kernels compute is for a proof to show.
     """
-    if f"{type(layer).__module__}.{type(layer).__qualname__}" not in KNOWN:
+    if not is_known(layer):
         return None
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None or layer._parameters or layer._buffers:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recmas_kernels import frozen
 from recmas_kernels.decoder_parts import Packed, Parts, packed_of
 from recmas_kernels.frozen_linear import OF_PACKING
-from recmas_kernels.own_forward import OF_MODULES
+from recmas_kernels.watch import INNER
 
 _POSITIONS = (70, 1_000_003)
 """Of the two rows; one is beyond what any model was trained for, where some scale their queries."""
@@ -49,7 +49,7 @@ class Proofs:
 
 def _formula(layer: nn.Module, parts: Parts) -> Any:
     """What decides what the layer computes, as far as it can be seen, but for its weights and its index."""
-    ignored = OF_MODULES | OF_PACKING | {"layer_idx"}
+    ignored = INNER | OF_PACKING | {"forward", "layer_idx"}
     described = []
     for name, part in layer.named_modules():
         shapes = {key: None if value is None else value.shape for key, value in part._parameters.items()}

@@ -10,9 +10,6 @@ from typing import Any
 
 from torch import nn
 
-OF_MODULES = frozenset(nn.Module().__dict__) - {"training"} | {"forward"}
-"""Attributes of modules that say nothing about what they compute."""
-
 
 class OwnForward(ABC):
     """The ``forward`` of one module: a kernel where it serves the call, else what its class says.

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recmas_kernels.backends import cpu
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
-from recmas_kernels.own_forward import OF_MODULES, OwnForward
+from recmas_kernels.own_forward import OwnForward
+from recmas_kernels.watch import Watch
 
 _EPS_NAMES = ("variance_epsilon", "eps")  # what modules call it
 _ROWS = 4
@@ -57,25 +59,36 @@ def _computed(norm: nn.Module, gains: Tensor, rows: Tensor) -> Tensor | None:
     probe: nn.Module = object.__new__(type(norm))
     probe.__dict__.update(norm.__dict__)
     probe.__dict__["_parameters"] = {"weight": nn.Parameter(gains, requires_grad=False)}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), _WithoutChance():
         try:
             found = type(norm).forward(probe, rows)
-        except Exception:  # a module of another kind, which takes rows of another shape
+        except Exception:  # a module of another kind, which draws random numbers or takes rows of another shape
             return None
     return found if isinstance(found, Tensor) else None
+
+
+class _WithoutChance(TorchDispatchMode):
+    """Operators that draw random numbers raise on this thread: a state put back afterwards is every thread's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError("it draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 class NormKernel(OwnForward):
     """The ``forward`` of one recognised norm: one kernel, where no gradient is asked for and nothing observes.
 
-    A norm that was changed since, in any attribute, mode or dtype, is looked at again; one that computes something else
-    now runs as its class says.
+    A norm that was changed since, in any attribute, mode, parameter or function of its class, is looked at again; one
+    that computes something else now runs as its class says.
 
     Attributes:
         computes: ``(offset, eps)``, as for `recognised`.
     """
 
     computes: tuple[float, float] | None = None
+    _dtype: torch.dtype | None = None
+    _watch: Watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and len(args) == 1 and not torch.compiler.is_compiling():
@@ -93,26 +106,18 @@ class NormKernel(OwnForward):
         learns = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
         if learns or not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg() or autocast_enabled("cpu"):
             return None
-        if not self._unchanged(weight):
+        if weight.dtype is not self._dtype or not self._watch.unchanged():
             self.look()
         if self.computes is None or requested() not in ("auto", "cpu"):
             return None
         return cpu.rms_norm(x, weight, *self.computes)
 
     def look(self) -> bool:
-        self.computes = recognised(self.module)  # first, for threads that find the norm unchanged meanwhile
+        watch = Watch(self.module)  # first: what changes from here on is seen
+        self.computes = recognised(self.module)  # before the watch, for threads that find the norm unchanged meanwhile
         weight = self.module._parameters.get("weight")
-        self.kind, self.function = type(self.module), type(self.module).forward
-        self.dtype = None if weight is None else weight.dtype
-        self.size = len(self.module.__dict__)
-        self.state = [item for item in self.module.__dict__.items() if item[0] not in OF_MODULES]
+        self._dtype, self._watch = None if weight is None else weight.dtype, watch
         return self.computes is not None
-
-    def _unchanged(self, weight: Tensor) -> bool:
-        held, kind = self.module.__dict__, type(self.module)
-        if kind is not self.kind or kind.forward is not self.function or weight.dtype is not self.dtype:
-            return False
-        return len(held) == self.size and all(held.get(name, self) is value for name, value in self.state)
 
 
 def _eps_of(norm: nn.Module) -> float | None:

@@ -14,15 +14,7 @@ _CPU = ("python/*operands.h", "python/unchanged.cpp")
 _READING = ("python/arguments.h", "python/link_arguments.*", "python/tensors.*")
 _PARTS = {
     "tensors": ("link.h", "python/CMakeLists.txt", "python/plain_link.*", "python/tensors_module.cpp", *_READING),
-    "cpu": (
-        "CMakeLists.txt",
-        "link.h",
-        "cpu/**/*",
-        "python/cpu_*",
-        "python/*operands.h",
-        "python/unchanged.cpp",
-        *_READING,
-    ),
+    "cpu": ("CMakeLists.txt", "link.h", "cpu/**/*", "python/cpu_*", *_CPU, *_READING),
     "cuda": ("link.h", "cuda/**/*", "python/cuda_*"),
 }
 

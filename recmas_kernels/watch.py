@@ -16,7 +16,7 @@ from recmas_kernels.frozen_linear import FrozenLinear
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Of modules; those of the backward pass change no result."""
 _GROUPS: tuple[str, ...] = ("_parameters", "_modules", "_buffers")
-_INNER = frozenset(nn.Module().__dict__) - {"training"}
+INNER = frozenset(nn.Module().__dict__) - {"training"}
 """What every module has: parameters, buffers and children are watched one by one, the rest decides no result."""
 _IMPLEMENTATION = "_attn_implementation_internal"
 _LEFT_OUT = ("torch.", "builtins", "recmas_kernels.")
@@ -55,7 +55,7 @@ class Watch:
                 groups = _GROUPS[:1]
             else:
                 for name, value in held.items():
-                    if name not in _INNER and not (part is module and name == "forward"):
+                    if name not in INNER and not (part is module and name == "forward"):
                         entries += (place, name, value)
             for name in groups if part is module else (*groups, *HOOKS):
                 entries += (place, name, held[name])

@@ -130,10 +130,12 @@ struct OutputPlan {
   Left attended;  // [rows][heads * head_features]
   Left hidden;    // [rows][hidden_features]
   float* summed;  // [rows][features]: what attention adds, then what the feed-forward part adds
+  float* gated;   // [rows][hidden_features]: act(gate)
   // Of each thread:
-  int64_t score_floats;
-  float *scores, *gated, *middle;  // [rows][score_floats] ..., [rows][features]
-  Left normed;                     // [rows][features]
+  int64_t line_floats;
+  float* lines;   // two of line_floats: scores, and what one head attends to
+  float* middle;  // [rows][features]
+  Left normed;    // [rows][features]
 };
 
 inline OutputPlan plan_output(const LayerOutput& call, void* base) {
@@ -147,8 +149,8 @@ inline OutputPlan plan_output(const LayerOutput& call, void* base) {
   plan.hidden = take_left(arena, call.rows, call.hidden_features, pairs);
   plan.summed = arena.floats(call.rows * call.features);
   plan.gated = arena.floats(call.rows * call.hidden_features);
-  plan.score_floats = larger(score_floats(call.positions), call.head_features);
-  plan.scores = arena.floats(plan.threads * 2 * plan.score_floats);
+  plan.line_floats = larger(score_floats(call.positions), call.head_features);
+  plan.lines = arena.floats(plan.threads * 2 * plan.line_floats);
   plan.middle = arena.floats(plan.threads * call.rows * call.features);
   plan.normed = take_left(arena, plan.threads * call.rows, call.features, pairs);
   plan.workspace = arena.used();
@@ -169,8 +171,8 @@ inline Vec activate(Vec x, Activation kind) {
 // Attention of this thread's rows and heads.
 inline void attend_heads(const Team& team, const LayerOutput& call, const OutputPlan& plan) {
   const int64_t width = call.head_features, shared = call.heads / call.key_heads;
-  float* const scores = plan.scores + team.rank * 2 * plan.score_floats;
-  float* const line = scores + plan.score_floats;
+  float* const scores = plan.lines + team.rank * 2 * plan.line_floats;
+  float* const line = scores + plan.line_floats;
   for (int64_t item = team.begin(call.rows * call.heads); item < team.end(call.rows * call.heads); ++item) {
     const int64_t row = item / call.heads, head = item % call.heads;
     const uint8_t* const mask = call.mask == nullptr ? nullptr : call.mask + row * call.mask_stride;

@@ -134,7 +134,15 @@ def _learn(norm: Norm) -> None:
     norm.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [_eps, _offset, _train, _cast, _weight, _learn])
+def _parameters(norm: Norm) -> None:
+    norm._parameters = {"weight": nn.Parameter(make_rows(24, seed=8), requires_grad=False)}
+
+
+def _another(norm: Norm) -> None:
+    norm.register_parameter("another", nn.Parameter(make_rows(24, seed=8), requires_grad=False))
+
+
+@pytest.mark.parametrize("change", [_eps, _offset, _train, _cast, _weight, _learn, _parameters, _another])
 @pytest.mark.parametrize("kind", [Norm, Noisy, Wide])
 def test_a_norm_changed_while_it_is_served(kind: type[Norm], change: Callable[[Norm], None]):
     plain, norm = kind(24).eval(), kind(24).eval()
@@ -148,6 +156,24 @@ def test_a_norm_changed_while_it_is_served(kind: type[Norm], change: Callable[[N
             found.append(each(make_rows(3, 24, dtype=each.weight.dtype)))
         torch.testing.assert_close(*found)
         assert found[0].requires_grad is found[1].requires_grad
+
+
+class Divided(Norm):
+    def unit(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit(x) * self.weight
+
+
+def test_a_method_patched_while_a_norm_is_served_is_what_runs(monkeypatch: pytest.MonkeyPatch):
+    norm, x = Divided(24), make_rows(3, 24)
+    with accelerate(nn.Sequential(norm)) as done:
+        assert done.norms
+        before = norm(x)
+        monkeypatch.setattr(Divided, "unit", lambda self, x: x)
+        assert torch.equal(norm(x), x * norm.weight)
+        assert not torch.equal(norm(x), before)
 
 
 def test_a_forward_that_somebody_set_stays():
