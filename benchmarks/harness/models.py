@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -96,7 +96,7 @@ class Setting:
         layers, features, vocabulary: of each agent.
         prompt: words of each question, or of one each; a prompt holds three more at most, and the slot.
         steps: latent steps m.
-        new_tokens: that the solver writes.
+        new_tokens: that the solver writes, and each agent is trained to say.
         rounds: r.
         batch: number of questions.
         ragged: questions that are shorter by 0, 1, 2, ... words, so that prompts are padded.
@@ -138,3 +138,17 @@ class Setting:
         return RecursiveMAS.create(
             agents, SEQUENTIAL, prompts=PROMPTS, rounds=self.rounds, latent_steps=self.steps, seed=0
         )
+
+    def training(self) -> tuple[RecursiveMAS, list[dict[str, Any]]]:
+        """The system, ``w1`` ending its texts, and a row per question with a text of ``new_tokens`` for each agent."""
+        system = self.system()
+        for agent in system.agents.values():
+            agent.tokenizer.eos_token = "w1"
+        rows = [
+            {
+                "question": question,
+                "targets": {role: self.words(self.new_tokens, 10 * row + place) for place, role in enumerate(PROMPTS)},
+            }
+            for row, question in enumerate(self.questions)
+        ]
+        return system, rows

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
-from benchmarks.harness.models import PROMPTS, Setting
+from benchmarks.harness.models import Setting
 from benchmarks.harness.names import FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
@@ -33,16 +33,8 @@ class Costs:
     """A system, its rows, and what fine-tuning one of its agents on them takes."""
 
     def __init__(self, case: Setting, role: str) -> None:
-        self.case, self.system = case, case.system()
-        for agent in self.system.agents.values():
-            agent.tokenizer.eos_token = "w1"
-        self.rows = [
-            {
-                "question": question,
-                "targets": {role: case.words(case.new_tokens, 10 * row + place) for place, role in enumerate(PROMPTS)},
-            }
-            for row, question in enumerate(case.questions)
-        ]
+        self.case = case
+        self.system, self.rows = case.training()
         self.said = utterances(self.system, role, self.rows, 1)
         spare = case.system().agents[role]
         self.peers = {LORA: FineTuning(spare, self.said, RANK), WHOLE: FineTuning(spare, self.said, None)}

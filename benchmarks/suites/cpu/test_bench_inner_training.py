@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.goals import Goal
-from benchmarks.harness.models import PROMPTS, Setting
+from benchmarks.harness.models import Setting
 from benchmarks.harness.names import FUSED, REFERENCE
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
@@ -27,27 +27,13 @@ def cases(full: bool) -> list[Setting]:
     return [Setting(8, 512, 32_000, 60, 32, 32, 2, 16)] if full else [Setting(2, 64, 256, 12, 4, 6, 2, 4)]
 
 
-def made(case: Setting) -> tuple:
-    system = case.system()
-    for agent in system.agents.values():
-        agent.tokenizer.eos_token = "w1"
-    rows = [
-        {
-            "question": question,
-            "targets": {role: case.words(case.new_tokens, 10 * row + place) for place, role in enumerate(PROMPTS)},
-        }
-        for row, question in enumerate(case.questions)
-    ]
-    return system, rows
-
-
 def link_work(case: Setting, system, steps: int, batch: int) -> floors.Work:
     return floors.link_training(system.inner_links[ROLE].config, batch * (case.new_tokens + 1), 4) * steps
 
 
 def test_inner_training(case: Setting, bench: Bench, tmp_path: Path) -> None:
     """All epochs of the set; the pairs are on disk already, as they are after the first one."""
-    system, rows = made(case)
+    system, rows = case.training()
     batch = max(1, case.batch // 4)
     config = InnerConfig(steps=EPOCHS * case.batch // batch, batch_size=batch, learning_rate=1e-3)
     begun = copy.deepcopy(system.inner_links[ROLE].state_dict())

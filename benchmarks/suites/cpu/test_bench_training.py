@@ -36,16 +36,8 @@ class Step:
     """The same step, ours and the reference's; each leaves its gradients in links of its own."""
 
     def __init__(self, case: Setting) -> None:
-        self.case, self.system = case, case.system()
-        for agent in self.system.agents.values():
-            agent.tokenizer.eos_token = "w1"
-        self.rows = [
-            {
-                "question": question,
-                "targets": {role: case.words(case.new_tokens, 10 * row + place) for place, role in enumerate(PROMPTS)},
-            }
-            for row, question in enumerate(case.questions)
-        ]
+        self.case = case
+        self.system, self.rows = case.training()
         self.links = {"->".join(edge): link for edge, link in self.system.outer_links.items()}
         self.twins = {name: eager_twin(link, torch.float32) for name, link in self.links.items()}
         self.inner = {role: eager_twin(link, torch.float32) for role, link in self.system.inner_links.items()}

@@ -27,6 +27,7 @@ STAGES = {
     "outer": "all outer links together, by the cross entropy of the answer through all rounds",
     "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
 }
+SINGLE = [stage for stage in STAGES if stage != "all"]
 KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS, "round_weights": WEIGHTS, "inner_target": ROLES}
 
 
@@ -43,7 +44,9 @@ def add_options(parser: CommandLineParser) -> None:
             "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
         )
         command.add_argument(
-            "--progress", action="store_true", help="show bars where stderr is no terminal, too, seldom updated"
+            "--progress",
+            action="store_true",
+            help="show bars where stderr is no terminal, too: a line every ten seconds",
         )
         command.add_argument(
             "--tracker",
@@ -90,7 +93,7 @@ def execute(options: Namespace) -> int:
     from recmas.files import write_atomically
     from recmas.files.locks import one_writer
     from recmas.system.folder import check_place, is_new, save
-    from recmas.training.card import CARD, write_card
+    from recmas.training.card import CARD, read_runs, write_card
     from recmas.training.origin import RECORD, check_origin, origin
     from recmas.training.processes import processes
     from recmas.training.run_record import RUN, check_data, run_record
@@ -120,18 +123,19 @@ def execute(options: Namespace) -> int:
     with ExitStack() as stack:
         if not new and together.writes and not chosen.dry_run:
             stack.enter_context(one_writer(output))
+        read_runs(logs)  # the card will tell of them: what cannot be read is told before the first step
         mas = stack.enter_context(loaded(chosen, system))
         runs = _runs(stage, config, only, mas)
         if chosen.resume:
             for name, part, _ in runs:
-                check_data(logs / name, data.described[part], data.validation)
+                check_data(logs / name, data.described[part], data.validation[part])
 
         def start() -> None:
             """All has been checked: only now is anything written."""
             if not together.writes:
                 return
             records = {
-                f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part], data.validation)
+                f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part], data.validation[part])
                 for name, part, its in runs
             }
             if new:  # with its runs' folders, so that it can be resumed whenever it ends
@@ -196,22 +200,29 @@ def _check_resumable(output: Path, stage: str, resume: bool) -> None:
             f"--output: {output} holds a system already; go on with its training (--resume), train it in place "
             f"(recmas train {stage} {output}), or choose another folder"
         )
-    needed = [each for each in STAGES if each != "all"] if stage == "all" else [stage]
+    needed = SINGLE if stage == "all" else [stage]
     if not all(any((output / "training").glob(f"{each}*")) for each in needed):
         raise ValueError(f"--output: {output} holds no run of train {stage} that could be resumed")
+
+
+def _parts(stage: str, config: Any, system: RecursiveMAS) -> list[tuple[str, Any]]:
+    """A command's stages, one or all three, and their settings."""
+    if stage != "all":
+        return [(stage, config)]
+    return list(zip(SINGLE, config.stages(system.defaults.rounds), strict=True))
 
 
 def _runs(stage: str, config: Any, only: Mapping[str, Any], system: RecursiveMAS) -> list[tuple[str, str, Any]]:
     """The folders of a command's runs, their stages and their settings."""
     from recmas.training.alignment import run_name
 
-    if stage == "outer":
-        return [(stage, stage, config)]
-    if stage == "all":
-        parts = zip(("inner", "warmup", "outer"), config.stages(system.defaults.rounds), strict=True)
-        return [run for each, settings in parts for run in _runs(each, settings, only, system)]
-    keys = (only.get("roles") or system.inner_links) if stage == "inner" else (only.get("edges") or system.outer_links)
-    return [(run_name(stage, key), stage, config) for key in keys]
+    inner, outer = only.get("roles") or system.inner_links, only.get("edges") or system.outer_links
+    runs: list[tuple[str, str, Any]] = []
+    for name, settings in _parts(stage, config, system):
+        keys: Any = inner if name == "inner" else outer
+        folders = [name] if name == "outer" else [run_name(name, key) for key in keys]
+        runs += [(folder, name, settings) for folder in folders]
+    return runs
 
 
 def _planned(
@@ -220,15 +231,13 @@ def _planned(
     """What a command would train; texts of train all, if given, are what its first two stages read."""
     from recmas.training.plan import Part, plan
 
-    named = ("inner", "warmup", "outer") if stage == "all" else (stage,)
-    configs = config.stages(system.defaults.rounds) if stage == "all" else (config,)
     keys = only.get("roles" if stage == "inner" else "edges")
     texts = len(only.get("texts", rows))
     return plan(
         system,
         [
             Part(name, settings, len(rows) if name == "outer" else texts, keys)
-            for name, settings in zip(named, configs, strict=True)
+            for name, settings in _parts(stage, config, system)
         ],
     )
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """Rows as the stages' functions take them (``rows``, ``texts``, ``validation``), and what they are.
+    """Rows as the stages' functions take them (``rows``, ``texts``, ``validation``), and what they are, by stage.
 
-    Those that are trained on are described by stage.
+    A stage that measures no validation rows has None.
     """
 
     given: dict[str, Any]
     described: dict[str, dict[str, Any]]
-    validation: dict[str, Any] | None
+    validation: dict[str, dict[str, Any] | None]
 
 
 def add_data(command: CommandLineParser, stage: str) -> None:
@@ -73,9 +73,10 @@ def read_data(stage: str, options: Namespace) -> Data:
         read = read_texts(texts, split=options.split, subset=options.subset, columns=of_texts)
         given["rows" if options.data is None else "texts"] = read
         stages |= dict.fromkeys(("inner", "warmup"), described(texts, read))
-    validation = None
+    validation: dict[str, dict[str, Any] | None] = dict.fromkeys(stages)
     if options.validation is not None:
         read = read_source(options.validation, options.validation_split, options.subset)
         given["validation"] = with_columns(read, columns, options.validation)
-        validation = described(options.validation, given["validation"])
+        measured = ("outer",) if "texts" in given else stages
+        validation |= dict.fromkeys(measured, described(options.validation, given["validation"]))
     return Data(given, stages, validation)

@@ -65,19 +65,20 @@ def train_all(
     rows = read_rows(rows) if isinstance(rows, str | os.PathLike) else rows
     inner, warmup, outer = (config or AllConfig()).stages(system.defaults.rounds)
     said: Any = rows if texts is None else texts
-    shared: dict[str, Any] = {"output": output, "resume": resume, "progress": progress, "on_step": on_step}
-    shared["trackers"] = trackers
-    aligned = shared | {"cache": cache}
-    if texts is None:
-        aligned["validation"] = validation
-    else:
-        aligned["validation"] = None
+    shared: dict[str, Any] = {
+        "output": output,
+        "resume": resume,
+        "progress": progress,
+        "trackers": trackers,
+        "on_step": on_step,
+    }
+    aligned = shared | {"cache": cache, "validation": validation if texts is None else None}
+    if texts is not None:
         inner, warmup = replace(inner, patience=None), replace(warmup, patience=None)
-    shared["validation"] = validation
     stages: list[tuple[str, Any]] = [
         ("inner", lambda **options: train_inner(system, said, inner, **aligned, **options)),
         ("warmup", lambda **options: train_warmup(system, said, warmup, **aligned, **options)),
-        ("outer", lambda **options: train_outer(system, rows, outer, **shared, **options)),
+        ("outer", lambda **options: train_outer(system, rows, outer, validation=validation, **shared, **options)),
     ]
     for _, run in stages:
         run(on_start=lambda: True)

@@ -13,13 +13,12 @@ from typing import Any
 
 from recmas.config.system_json import SystemSpec, edge_name
 from recmas.files import write_atomically
-from recmas.training.config import AllConfig, InnerConfig, OuterConfig, WarmupConfig
+from recmas.training.config import ALWAYS_TOLD, changed_settings
 from recmas.training.loop import TrainingResult, read_log
 from recmas.training.run_record import read_record
 
 CARD = "README.md"
 _OWN = re.compile(r"<!-- written by recmas train, sha256 of the above ([0-9a-f]{64}) -->\n?")
-_STAGES = {kind.__name__: kind for kind in (InnerConfig, WarmupConfig, OuterConfig)}
 
 
 def write_card(folder: Path, spec: SystemSpec) -> bool:
@@ -34,11 +33,7 @@ def write_card(folder: Path, spec: SystemSpec) -> bool:
 
 def card(folder: Path, spec: SystemSpec) -> str:
     """The card's text: parts, runs, settings, data and versions, as the runs' folders below ``training/`` say them."""
-    runs = [
-        (path.name, record, result)
-        for path in sorted((folder / "training").iterdir())
-        if (record := read_record(path) if path.is_dir() else None) and (result := read_log(path)).records
-    ]
+    runs = read_runs(folder / "training")
     stages = " > ".join(", ".join(stage) for stage in spec.pattern.stages)
     agents = [[f"`{role}`", f"`{agent.model}`", agent.inner_link or "none"] for role, agent in spec.agents.items()]
     settings = {run: _told(record["settings"]) for run, record, _ in runs}
@@ -69,6 +64,19 @@ def card(folder: Path, spec: SystemSpec) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def read_runs(logs: Path) -> list[tuple[str, dict[str, Any], TrainingResult]]:
+    """The runs below `logs` that have done a step: name, record and result of each.
+
+    Raises:
+        ValueError: a record or a log cannot be read.
+    """
+    return [
+        (path.name, record, result)
+        for path in sorted(logs.glob("*"))
+        if (record := read_record(path) if path.is_dir() else None) and (result := read_log(path)).records
+    ]
+
+
 def _losses(result: TrainingResult) -> list[str]:
     best = result.best
     validation = "" if best is None else f"{best.validation:.4f} (step {best.step})"
@@ -77,18 +85,8 @@ def _losses(result: TrainingResult) -> list[str]:
 
 def _told(settings: dict[str, Any]) -> str:
     """The number of steps and rows, the rate, and what is not a stage's default."""
-    defaults = _STAGES.get(str(settings.get("stage")), AllConfig)()
-    shown = ("steps", "batch_size", "accumulation", "learning_rate")
-    kept = {
-        name: value
-        for name, value in settings.items()
-        if name != "stage" and (name in shown or _plain(getattr(defaults, name, None)) != value)
-    }
-    return ", ".join(f"{name} {value}" for name, value in kept.items())
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    told = {*ALWAYS_TOLD, *changed_settings(settings)}
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name in told)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

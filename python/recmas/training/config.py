@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 SAFE_RATE = 1e-4
@@ -153,8 +154,8 @@ class OuterConfig(LoopConfig):
             as many as keep the processor busy.
         round_weights: of the last agent's cross entropy after each round, whose sum is the loss; as many as the most
             rounds. A step of fewer rounds takes the last ones. None weighs the last round alone, by 1.
-        round_norms: log the gradient's norm by link and round, too: of what comes through the messages sent in that
-            round. Takes as much memory for gradients as there are rounds.
+        round_norms: log, too, by link and round, the norm of the gradient that comes through the messages sent in that
+            round. Each round needs memory for gradients of its own, beside their sum.
         distill: weight of the distance between the last agent's latents and those of the agent that it reads, which is
             added to the loss (`recmas.training.distillation`); 0 leaves it out.
     """
@@ -243,6 +244,27 @@ class AllConfig:
         )
         aligned = shared | {"rounds": tuple(range(1, outer.most_rounds + 1))}
         return InnerConfig(**aligned, inner_target=self.inner_target), WarmupConfig(**aligned), outer
+
+
+_STAGES = {kind.__name__: kind for kind in (InnerConfig, WarmupConfig, OuterConfig)}
+ALWAYS_TOLD = ("steps", "batch_size", "accumulation", "learning_rate")
+"""Settings that are told of every run, be they the defaults or not."""
+
+
+def settings_of(config: LoopConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values, with the name of its stage."""
+    return json.loads(json.dumps({"stage": type(config).__name__, **asdict(config)}))
+
+
+def is_of_a_stage(settings: Mapping[str, Any]) -> bool:
+    """Whether these are what `settings_of` makes of a stage's configuration."""
+    return settings.get("stage") in list(_STAGES)  # a list, since a damaged file may say what has no hash
+
+
+def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `settings_of` made of a stage's configuration, all that is not the stage's default."""
+    defaults = settings_of(_STAGES[settings["stage"]]())
+    return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
 
 
 def check_count(name: str, value: object, least: int) -> None:

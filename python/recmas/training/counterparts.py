@@ -32,7 +32,10 @@ def overlaps(source: Sequence[Span], target: Sequence[Span]) -> list[list[int]]:
 def check_offsets(tokenizer: Any) -> None:
     """Raise ValueError for a tokenizer that does not report character offsets."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; warm-up needs fast tokenizers")
+        raise ValueError(
+            f"{type(tokenizer).__name__} reports no character offsets, so its tokens cannot be aligned with another "
+            "tokenizer's; fast tokenizers report them"
+        )
 
 
 def aligned_tokens(source: Any, target: Any, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[list[int]]]:

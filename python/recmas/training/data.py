@@ -16,7 +16,6 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Union
 
-from recmas.agents.targets import target_tokens as target_tokens
 from recmas.config.pattern import Visit
 from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields, readable

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from recmas.agents.targets import target_tokens
 from recmas.config.pattern import Visit, link_key
 from recmas.engine.messages import Latents, run_link
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.config import OuterConfig, Source
-from recmas.training.data import target_texts, target_tokens
+from recmas.training.data import target_texts
 from recmas_kernels import alignment_loss
 
 

@@ -19,12 +19,13 @@ from functools import partial
 import torch
 
 from recmas.engine.messages import run_link
+from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import InnerConfig
 from recmas.training.counterparts import Counterparts, check_alignable, check_offsets
-from recmas.training.data import RowSource, read_rows
+from recmas.training.data import RowSource
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas.training.progress import Shown

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recmas.agents.targets import target_tokens
 from recmas.config.pattern import Visit
 from recmas.prompts.rows import Fields
 from recmas.prompts.template import Slot
 from recmas.system.system import System
 from recmas.training.config import OuterConfig, each_round_count, weighed_rounds
-from recmas.training.data import target_texts, target_tokens
+from recmas.training.data import target_texts
 from recmas.training.pairs import utterances
 
 ROWS = 256

@@ -3,9 +3,9 @@
 A stage hands over the parameters it trains and a loss, a pure function of (batch index, step) and of the parameters.
 A run that is stopped and resumed then gives the bits of an uninterrupted one.
 
-The output folder holds ``log.jsonl`` (one line per step: step, loss, grad_norm, learning_rate, seconds) and the two
-newest checkpoints (`recmas.training.checkpoint`). A signal that asks the process to end is held back until the step is
-done and a checkpoint is written.
+The output folder holds ``log.jsonl`` (one `StepRecord` per line) and the two newest checkpoints
+(`recmas.training.checkpoint`). A signal that asks the process to end is held back until the step is done and a
+checkpoint is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,11 +29,11 @@ from recmas.files.reading import inside, open_regular
 from recmas.files.signals import Pending, held_back
 from recmas.files.writing import naming
 from recmas.training import checkpoint
-from recmas.training.config import LoopConfig
+from recmas.training.config import LoopConfig, settings_of
 from recmas.training.processes import Processes, processes
 from recmas.training.progress import Bar, Meter, Shown
 from recmas.training.round_norms import RoundNorms
-from recmas.training.trackers import Trackers, check_trackers
+from recmas.training.trackers import check_trackers, tracking
 from recmas.training.validation import Validation
 
 LOG = "log.jsonl"
@@ -144,8 +143,8 @@ def train(
         validation = Validation(validate, parameters, config, folder, found)
         shown = progress if together.writes else False
         bar = Bar(config.steps, len(records), name, shown, (p.device for p in parameters.values()))
-        kept = Trackers(trackers if together.writes else (), name, folder and folder.parent, settings_of(config))
-        tracked = stack.enter_context(kept)
+        names = trackers if together.writes else ()
+        track = stack.enter_context(tracking(names, name, folder and folder.parent, settings_of(config)))
         stack.callback(_forget_gradients, parameters)
         stack.callback(bar.close)
         began = time.perf_counter()
@@ -160,7 +159,7 @@ def train(
             rate = config.rate(step)
             records.append(StepRecord(step + 1, value, norm, rate, seconds, norms, measured, by_round, tokens))
             bar.update(value, norm, tokens)
-            tracked.log(step + 1, dataclasses.asdict(records[-1]))
+            track(step + 1, dataclasses.asdict(records[-1]))
             if folder is not None and together.writes:
                 with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
@@ -263,11 +262,6 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> to
     plain = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-def settings_of(config: LoopConfig) -> dict[str, Any]:
-    """The configuration as plain JSON values."""
-    return json.loads(json.dumps({"stage": type(config).__name__, **dataclasses.asdict(config)}))
 
 
 def begins(on_start: OnStart | None) -> bool:

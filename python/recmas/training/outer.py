@@ -14,10 +14,12 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from recmas.agents.targets import target_tokens
 from recmas.config.pattern import LinkKey
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, run_link
@@ -26,7 +28,7 @@ from recmas.prompts.template import Slot
 from recmas.system.system import System
 from recmas.training.answer import answer_loss
 from recmas.training.config import SAFE_RATE, OuterConfig, Source, each_round_count, weighed_rounds
-from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts, target_tokens
+from recmas.training.data import DataSource, RowSource, fixed_batches, pick, target_texts
 from recmas.training.distillation import check_distill, count_latents, distill_loss, expert_of
 from recmas.training.lengths import check_unrolled
 from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
@@ -268,37 +270,26 @@ def train_outer(
     check_trainable(system)
     meter = Meter()
 
+    losses = partial(
+        outer_losses,
+        system,
+        latent_steps=config.latent_steps,
+        latents=config.latents,
+        recompute=config.recompute,
+        micro_batch=config.micro_batch,
+        round_weights=config.round_weights,
+        distill=config.distill,
+    )
+
     def loss(index: int, step: int) -> Iterator[torch.Tensor]:
-        rounds = pick(config.seed, step, config.rounds)
-        batch = source.batch(index)
-        return outer_losses(
-            system,
-            batch,
-            rounds,
-            latent_steps=config.latent_steps,
-            latents=config.latents,
-            recompute=config.recompute,
-            micro_batch=config.micro_batch,
-            round_weights=config.round_weights,
-            distill=config.distill,
-            meter=meter,
-        )
+        return losses(source.batch(index), pick(config.seed, step, config.rounds), meter=meter)
 
     def validate() -> float:
         """The mean over rows and the round counts that a step may draw."""
         counts, total = each_round_count(config.rounds), 0.0
         for rounds in counts:
             for batch in others:
-                loss = outer_loss(
-                    system,
-                    batch,
-                    rounds,
-                    latent_steps=config.latent_steps,
-                    latents=config.latents,
-                    round_weights=config.round_weights,
-                    distill=config.distill,
-                )
-                total += loss.item() * len(batch)
+                total += sum(part.item() for part in losses(batch, rounds)) * len(batch)
         return total / (len(counts) * sum(map(len, others)))
 
     parameters = named_parameters({edge_name(edge): system.outer_links[edge] for edge in chosen})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,11 +10,8 @@ from torch import Tensor
 from recmas.config.system_json import edge_name
 from recmas.sizing.report import size
 from recmas.system.system import System
-from recmas.training.config import LoopConfig, OuterConfig
+from recmas.training.config import ALWAYS_TOLD, LoopConfig, OuterConfig, changed_settings, settings_of
 from recmas.training.outer import trained_edges
-
-SHOWN = ("steps", "batch_size", "accumulation", "learning_rate")
-"""Settings that a run's other entries tell; of the rest, those that are not the defaults are listed."""
 
 
 class Part(NamedTuple):
@@ -58,11 +54,11 @@ def table(planned: dict[str, Any]) -> str:
 def _told(value: Any) -> str:
     if isinstance(value, Mapping):
         return ",".join(f"{key}={item}" for key, item in value.items())
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
-    config, gradients = part.config, 1
+    config, gradients, changed = part.config, 1, changed_settings(settings_of(part.config))
     if isinstance(config, OuterConfig) and config.round_norms:
         gradients += config.most_rounds  # each round's own, and their sum
     return {
@@ -74,11 +70,7 @@ def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
         "rows_per_step": (taken := config.accumulation * config.batch_size),
         "epochs": round(config.steps * taken / part.rows, 2),
         "learning_rate": config.learning_rate,
-        "settings": {
-            field.name: value
-            for field in fields(config)
-            if (value := getattr(config, field.name)) != field.default and field.name not in SHOWN
-        },
+        "settings": {name: value for name, value in changed.items() if name not in ALWAYS_TOLD},
     }
 
 

@@ -13,8 +13,7 @@ import transformers
 
 from recmas.files.reading import inside, read_json
 from recmas.prompts.rows import Fields
-from recmas.training.config import LoopConfig
-from recmas.training.loop import settings_of
+from recmas.training.config import LoopConfig, is_of_a_stage, settings_of
 from recmas_kernels import __version__
 
 RUN = "run.json"
@@ -45,13 +44,25 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RUN).exists():
         return None
     record = read_json(folder / RUN)
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("data"), dict)
-        or not isinstance(record.get("validation"), dict | None)
-    ):
+    if not _is_record(record):
         raise ValueError(f"{folder / RUN}: does not say what the run was begun with")
     return record
+
+
+def _is_record(found: Any) -> bool:
+    """Whether this is what `run_record` writes; a run without validation rows may lack them."""
+    return (
+        isinstance(found, dict)
+        and _is_described(found.get("data"))
+        and (found.get("validation") is None or _is_described(found["validation"]))
+        and isinstance(found.get("settings"), dict)
+        and is_of_a_stage(found["settings"])
+        and isinstance(found.get("versions"), dict)
+    )
+
+
+def _is_described(rows: Any) -> bool:
+    return isinstance(rows, dict) and {"source", "rows", "sha256"} <= rows.keys()
 
 
 def check_data(folder: Path, data: dict[str, Any], validation: dict[str, Any] | None) -> None:
@@ -69,11 +80,11 @@ def check_data(folder: Path, data: dict[str, Any], validation: dict[str, Any] | 
 
 
 def _digest(rows: dict[str, Any] | None) -> object:
-    return None if rows is None else rows.get("sha256")
+    return None if rows is None else rows["sha256"]
 
 
 def _named(kind: str, rows: dict[str, Any] | None) -> str:
     what = "rows" if kind == "data" else f"{kind} rows"
     if rows is None:
         return f"no {what}"
-    return f"{rows.get('rows')} {what} of {rows.get('source')} (sha256 {str(rows.get('sha256'))[:12]})"
+    return f"{rows['rows']} {what} of {rows['source']} (sha256 {str(rows['sha256'])[:12]})"

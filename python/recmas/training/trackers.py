@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 FOLDER = "tracked"
 """Of trackers that write files, beside the runs' folders."""
+Log = Callable[[int, Mapping[str, Any]], None]
 
 
 def check_trackers(names: Sequence[str], output: Path | None) -> None:
@@ -35,41 +36,38 @@ def check_trackers(names: Sequence[str], output: Path | None) -> None:
             raise ValueError(f"tracker: {name!r} writes files, so the training needs an output folder")
 
 
-class Trackers:
-    """The trackers of one run; a context that ends them.
+@contextmanager
+def tracking(names: Sequence[str], run: str, output: Path | None, settings: Mapping[str, Any]) -> Iterator[Log]:
+    """Within, a run's trackers are started; each of them is finished, however it ends.
 
     Args:
         names: of trackers that `check_trackers` took.
         run: name of the run.
         output: folder of all runs; None where no tracker writes files.
         settings: of the run.
+
+    Yields:
+        What gives them the values that are known after so many steps: numbers by name, tables of them as ``name/key``,
+        lists as ``name/1``.
     """
-
-    def __init__(self, names: Sequence[str], run: str, output: Path | None, settings: Mapping[str, Any]) -> None:
-        self._names, self._run, self._output, self._settings = names, run, output, settings
-        self._started: list[Any] = []
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Trackers:
-        plain = {key: value if _is_plain(value) else json.dumps(value) for key, value in self._settings.items()}
-        for name in self._names:
+    plain = {key: value if _is_plain(value) else json.dumps(value) for key, value in settings.items()}
+    started: list[Any] = []
+    with ExitStack() as stack:
+        for name in names:
             kind = _classes()[name]
-            places = [str(self._output / FOLDER)] if kind.requires_logging_directory and self._output else []
-            tracker = kind(self._run, *places)
+            places = [str(output / FOLDER)] if kind.requires_logging_directory and output else []
+            tracker = kind(run, *places)
             tracker.start()
-            self._stack.callback(tracker.finish)
+            stack.callback(tracker.finish)
             tracker.store_init_configuration(plain)
-            self._started.append(tracker)
-        return self
+            started.append(tracker)
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        def log(step: int, values: Mapping[str, Any]) -> None:
+            flat = dict(_flat("", values))
+            for tracker in started:
+                tracker.log(flat, step=step)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """What is known after ``step`` steps: numbers by name, tables of them as ``name/key``, lists as ``name/1``."""
-        flat = dict(_flat("", values))
-        for tracker in self._started:
-            tracker.log(flat, step=step)
+        yield log
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, float]]:

@@ -19,12 +19,13 @@ import torch
 from recmas.config.pattern import LinkKey
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import run_link
+from recmas.prompts.jsonl import read_rows
 from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import WarmupConfig
 from recmas.training.counterparts import Counterparts, check_alignable, check_offsets
-from recmas.training.data import RowSource, read_rows
+from recmas.training.data import RowSource
 from recmas.training.loop import OnStart, OnStep, TrainingResult
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas.training.progress import Shown

@@ -71,11 +71,13 @@ def test_rows_and_texts_of_the_hub(place, monkeypatch):
     words += ["--validation", "owner/rows", "--subset", "main", "--split", "all", "--validation-split", "test"]
     assert main(["train", "all", "system", *QUICK, *words, "--output", "hub"]) == 0
     assert asked == [("owner/rows", "main", "all"), ("owner/texts", "main", "all"), ("owner/rows", "main", "test")]
-    sources = {
-        run: json.loads((place / "hub" / "training" / run / "run.json").read_text())["data"]["source"]
+    records = [
+        json.loads((place / "hub" / "training" / run / "run.json").read_text())
         for run in ("inner-planner", "warmup-planner-critic", "outer")
-    }
-    assert list(sources.values()) == ["owner/texts", "owner/texts", "owner/rows"]
+    ]
+    assert [record["data"]["source"] for record in records] == ["owner/texts", "owner/texts", "owner/rows"]
+    assert [record["validation"] for record in records[:2]] == [None, None]  # the last stage alone measures them
+    assert records[2]["validation"]["source"] == "owner/rows"
 
 
 @pytest.mark.parametrize(

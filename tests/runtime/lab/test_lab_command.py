@@ -11,7 +11,7 @@ import pytest
 from recmas.cli import main
 from recmas.lab.grid import Measurement, heading, line, summary
 from recmas.lab.world import questions
-from recmas.training.data import read_rows
+from recmas.prompts.jsonl import read_rows
 
 SHIPPED = str(Path(__file__).parents[3] / "examples" / "relay")
 

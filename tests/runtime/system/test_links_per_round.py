@@ -129,7 +129,7 @@ def test_the_reference_layout_holds_no_links_of_rounds(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
+def test_commands_make_train_and_show_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lean_system().save_pretrained(tmp_path / "lean")
     model = next((tmp_path / "lean" / "agents").iterdir())

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from recmas.cli import main
+from recmas.training.loop import LOG
 from recmas.training.run_record import RUN
 from tests.runtime.lean import write_lean
 
@@ -41,6 +42,36 @@ def test_the_card_says_what_was_trained_on_what_and_how_well(place, capsys):
     assert f"| rows.jsonl | 12 | {data['sha256']} |" in card
     assert "## Versions\n\nrecmas " in card
     assert "stays as it is" not in capsys.readouterr().err
+
+
+def test_runs_that_the_card_cannot_tell_of_are_named_before_the_first_step(place, capsys):
+    assert main(["train", "inner", "system", *QUICK, "--roles", "critic"]) == 0
+    folder = place / "system" / "training"
+    path, log = folder / "inner-critic" / RUN, folder / "inner-critic" / LOG
+    whole, steps = path.read_text(), log.read_text()
+    capsys.readouterr()
+
+    def refused(file, why):
+        assert main(["train", "warmup", "system", *QUICK, "--edges", "planner->critic"]) == 2
+        assert capsys.readouterr().err == f"recmas: error: system/training/inner-critic/{file}{why}\n"
+        assert [each.name for each in folder.glob("warmup*")] == []
+
+    for part, damaged in (
+        ("data", {}),
+        ("data", None),
+        ("validation", {}),
+        ("settings", {"stage": "PoetConfig"}),
+        ("settings", {"stage": []}),
+        ("settings", []),
+        ("versions", None),
+    ):
+        path.write_text(json.dumps(json.loads(whole) | {part: damaged}))
+        refused(RUN, ": does not say what the run was begun with")
+    path.write_text(whole)
+    log.write_text("{}\n")
+    refused(LOG, ", line 1: not a record of a training step")
+    log.write_text(steps)
+    assert main(["train", "warmup", "system", *QUICK, "--edges", "planner->critic"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["written", "changed", "link", "folder"])

@@ -20,7 +20,7 @@ from recmas.training import (
     train_warmup,
     warmup_loss,
 )
-from tests.runtime.training.test_stages import ROWS, build
+from tests.runtime.training.by_hand import ROWS, build
 
 SHORT = {"steps": 1, "batch_size": 1, "rounds": 2}
 STAGES = {

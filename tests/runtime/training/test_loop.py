@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from recmas.prompts.jsonl import read_rows
 from recmas.training.checkpoint import checkpoints, load
-from recmas.training.data import DataSource, pick, read_rows, target_texts
+from recmas.training.data import DataSource, pick, target_texts
 from recmas.training.loop import LOG, LoopConfig, train
 from recmas.training.progress import Meter
 

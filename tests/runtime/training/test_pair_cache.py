@@ -15,7 +15,7 @@ from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.training import InnerConfig, PairCache, WarmupConfig, pair_cache, train_inner, train_warmup
 from tests.runtime.killing import another_writer
-from tests.runtime.training.test_stages import PROMPTS, ROUNDING, ROWS, build, changed, weights
+from tests.runtime.training.by_hand import PROMPTS, ROUNDING, ROWS, build, changed, weights
 
 INNER = InnerConfig(steps=12, batch_size=3, accumulation=2, learning_rate=1e-2, warmup_steps=2, rounds=(1, 2, 3))
 WARMUP = WarmupConfig(steps=12, batch_size=3, learning_rate=1e-2, warmup_steps=2, rounds=(1, 2, 3))

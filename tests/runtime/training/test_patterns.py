@@ -14,7 +14,7 @@ from recmas.config.system_json import PromptSpec, edge_name
 from recmas.training import OuterConfig, train_outer
 from recmas.training.config import weighed_rounds
 from recmas.training.outer import outer_loss, outer_losses
-from tests.runtime.training.test_stages import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
+from tests.runtime.training.by_hand import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
 
 EQUAL = {torch.float32: 1e-4, torch.float64: ROUNDING}  # of the largest entry of a link's gradient
 EXPERT = PromptSpec("<bos> {{question}} <out>", "<bos> {{question}} <in> {{from:summarizer}} <out>")

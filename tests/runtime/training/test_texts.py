@@ -23,13 +23,13 @@ from recmas.training import (
 )
 from recmas.training.pairs import utterances
 from tests.runtime.tiny import tiny_agent
-from tests.runtime.training.test_stages import ROUNDING, ROWS, build, embeds, exact, ids, link, states  # noqa: F401
+from tests.runtime.training.by_hand import ROUNDING, ROWS, build, embeds, ids, link, states
 
 TEXTS = [{"text": "red blue bako dog"}, {"text": "1 cat", "prompt": "dilo 2 0"}, {"text": "remu"}]
 
 
 @pytest.mark.parametrize("role", ["planner", "critic", "solver"])
-def test_inner_loss_on_texts_is_the_formula(exact, role):  # noqa: F811
+def test_inner_loss_on_texts_is_the_formula(exact, role):
     """A text follows its prompt and ends with its end; one without a prompt follows <bos> and ends as it ends."""
     terms = []
     for row in TEXTS:
@@ -45,7 +45,7 @@ def test_inner_loss_on_texts_is_the_formula(exact, role):  # noqa: F811
         torch.testing.assert_close(inner_loss(exact, role, TEXTS, round), expected, rtol=ROUNDING, atol=0)
 
 
-def test_warmup_loss_on_texts_is_the_formula(exact):  # noqa: F811
+def test_warmup_loss_on_texts_is_the_formula(exact):
     table = exact.agents["solver"].model.get_input_embeddings().weight
     tokenizer = exact.agents["solver"].tokenizer
     counterparts = [[["re", "##d"], ["blue"], ["ba", "##ko"], ["dog"]], [["1"], ["cat"]], [["re", "##mu"]]]
@@ -72,7 +72,7 @@ def test_links_learn_from_texts_and_rows_together(tmp_path):
         assert result.loss < 0.5 * result.records[0].loss
 
 
-def test_a_chat_agent_reads_the_prompt_in_its_template(exact):  # noqa: F811
+def test_a_chat_agent_reads_the_prompt_in_its_template(exact):
     system = build()
     agent = system.agents["planner"]
     agent.tokenizer.chat_template = "{{ '<bos> ' }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ ' <in>' }}"
@@ -92,7 +92,7 @@ def test_a_tokenizer_without_a_first_token_begins_with_its_end():
     assert list(said.said) == ids(system, "critic", TEXTS[0]["text"])
 
 
-def test_a_text_longer_than_the_context_is_cut(exact):  # noqa: F811
+def test_a_text_longer_than_the_context_is_cut(exact):
     long = {"text": "red blue " * 50, "prompt": "dilo 2 0"}
     (said,) = utterances(exact, "critic", [long], 1)
     assert len(said.said) == 64 + 1 - 3  # the last token is predicted, not read

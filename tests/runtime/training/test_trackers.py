@@ -69,7 +69,28 @@ def test_a_run_that_fails_ends_its_tracker(fake):
     assert [tracker.calls[-1] for tracker in fake.made] == ["finish"]
 
 
-def test_trackers_that_cannot_be_used_are_told(fake):
+@pytest.mark.parametrize("fails", ["start", "store_init_configuration"])
+def test_a_tracker_that_does_not_begin_ends_those_before_it(fake, monkeypatch, fails):
+    class Fails(Fake):
+        def start(self):
+            if fails == "start":
+                raise OSError("no network")
+            super().start()
+
+        def store_init_configuration(self, values):
+            raise OSError("no network")
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fails", Fails)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["fake", "fails"])
+    config = InnerConfig(steps=1, batch_size=2)
+    with pytest.raises(OSError, match="no network"):
+        train_inner(lean_system(), lean_rows(), config, trackers=["fake", "fails"], progress=False)
+    began, failed = fake.made
+    assert began.calls[-1] == "finish"
+    assert failed.calls[1:] == ([] if fails == "start" else ["start", "finish"])
+
+
+def test_trackers_that_cannot_be_used_are_told(fake, monkeypatch):
     arguments = (lean_system(), lean_rows(), InnerConfig(steps=1))
     for name, message in (
         ("abacus", "tracker: 'abacus' is not one of aim, "),
@@ -77,12 +98,9 @@ def test_trackers_that_cannot_be_used_are_told(fake):
     ):
         with pytest.raises(ValueError, match=message):
             train_inner(*arguments, trackers=[name], progress=False)
-    fake.requires_logging_directory = True
-    try:
-        with pytest.raises(ValueError, match="tracker: 'fake' writes files, so the training needs an output folder"):
-            train_inner(*arguments, trackers=["fake"], progress=False)
-    finally:
-        fake.requires_logging_directory = False
+    monkeypatch.setattr(fake, "requires_logging_directory", True)
+    with pytest.raises(ValueError, match="tracker: 'fake' writes files, so the training needs an output folder"):
+        train_inner(*arguments, trackers=["fake"], progress=False)
 
 
 def test_tensorboard_has_the_curve_of_the_log(tmp_path, monkeypatch):

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recmas.training import InnerConfig, OuterConfig, WarmupConfig, train_inner, train_outer, train_warmup
+from recmas.training import InnerConfig, OuterConfig, WarmupConfig, outer_loss, train_inner, train_outer, train_warmup
 from recmas.training.link_init import to_identity, to_ridge
 from recmas.training.loop import train
 from recmas.training.validation import BEST
 from recmas_kernels import FusedRecursiveLink
+from tests.runtime.training.by_hand import ROWS, STEPS, build, changed, weights
 from tests.runtime.training.test_loop import SmallConfig, regression
-from tests.runtime.training.test_stages import ROWS, STEPS, build, changed, weights
 
 CONFIG = SmallConfig(steps=12, validate_every=2, checkpoint_every=5)
 
@@ -135,6 +135,16 @@ def test_stages_measure_validation_rows(tmp_path, cached):
         train_inner(system, ROWS, config, validation=lambda index: ROWS, progress=False)
     with pytest.raises(ValueError, match="row 0: no field 'sheet', which agent 'planner' reads"):
         train_inner(system, ROWS, config, validation=[{"question": "1", "targets": {}}], progress=False)
+
+
+def test_the_outer_stage_measures_its_loss_batch_by_batch_whatever_the_micro_batches():
+    system, settings = build(), {"latent_steps": STEPS, "round_weights": (0.2, 0.5, 1.0), "distill": 0.5}
+    config = OuterConfig(steps=1, batch_size=2, rounds=(2, 3), micro_batch=1, recompute=True, **settings)
+    batches = [[ROWS[0], ROWS[1]], [ROWS[1]]]
+    result = train_outer(system, ROWS, config, validation=[row for rows in batches for row in rows], progress=False)
+    with torch.no_grad():
+        means = [outer_loss(system, rows, rounds, **settings) * len(rows) for rows in batches for rounds in (2, 3)]
+    assert result.records[0].validation == pytest.approx(sum(means).item() / 6, rel=1e-5)
 
 
 def test_the_log_names_the_gradient_norm_of_each_link(tmp_path):
