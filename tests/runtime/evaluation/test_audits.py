@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from recmas import SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.cli import main
 from recmas.evaluation import ARMS, audit, sweep
 from recmas.evaluation.audits import gold_nll
+from recmas.evaluation.findings import Outcome, decide, summed
+from recmas.evaluation.paired import Difference
 from recmas.prompts.jsonl import read_rows
 from tests.runtime.tiny import prompts, tiny_agent
 
@@ -120,6 +123,28 @@ def test_the_verdict_depends_on_what_counts_as_a_difference(untrained):
     assert ask(untrained, arms=[], margin=least, nll_margin=most).verdict == "content does not matter"
     assert ask(untrained, arms=[], margin=0.98 * least, nll_margin=most).verdict != "content does not matter"
     assert ask(untrained, arms=[], margin=least, nll_margin=0.98 * most).verdict != "content does not matter"
+
+
+BELOW, ABOVE = Difference(-0.01, -0.04, 0.04), Difference(0.01, -0.06, 0.04)
+NONE, MOVED = replace(BELOW, p=0.03), replace(ABOVE, p=0.025)
+
+
+@pytest.mark.parametrize(
+    ("decision", "cost", "verdict"),
+    [
+        (NONE, BELOW, "content does not matter"),
+        (replace(NONE, p=0.001), replace(BELOW, low=0.001), "content does not matter"),  # shown, and too small to count
+        (NONE, ABOVE, "cannot be told with 3 questions"),
+        (replace(ABOVE, p=0.03), BELOW, "cannot be told with 3 questions"),
+        (MOVED, BELOW, "content matters"),
+        (NONE, Difference(1.0, 0.001, 2.0), "content matters"),
+        (NONE, Difference(-1.0, -2.0, -0.001), "content matters"),
+    ],
+)
+def test_the_verdict_follows_from_two_intervals_and_p(decision, cost, verdict):
+    outcomes = [Outcome("", False, 1.0)] * 3
+    shuffled = replace(summed("shuffled", outcomes, None, 0.0, 0), accuracy_difference=decision, nll_difference=cost)
+    assert decide(shuffled, 0.05, 0.05)[0] == verdict
 
 
 def test_the_questions_are_drawn_by_the_seed(untrained):
