@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from benchmarks.harness.machine import origin
 from recmas import RecursiveMAS
 from recmas.evaluation import Outcome, audit
@@ -31,6 +33,7 @@ DETECTABLE = ("detectable_accuracy", "detectable_accuracy_at_best", "detectable_
 
 def measure(count: int) -> dict[str, Any]:
     """The record of an audit of so many questions."""
+    transformers.utils.logging.disable_progress_bar()
     rows = questions("test", WORLDS, HOPS, count)
     found = audit(RecursiveMAS.from_pretrained(RELAY), rows, metric="last_word", rounds=ROUNDS, progress=False)
     arms = [
