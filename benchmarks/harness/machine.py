@@ -186,3 +186,8 @@ def git_commit() -> dict[str, Any]:
 
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def origin() -> dict[str, Any]:
+    """What a record was made with: the commit, the versions and the number of threads."""
+    return {"commit": git_commit(), "versions": versions(), "threads": torch.get_num_threads()}

@@ -6,16 +6,12 @@ import os
 import pickle
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.machine import Device
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SWITCH = "RECMAS_BENCH_LLAMA"
 _WORKER = Path(__file__).with_name("llama_worker.py")
@@ -82,14 +78,6 @@ class LlamaSequences:
         self._process.wait()
         self._process.stdout.close()
         self._process.stdin.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask(self, request: str, value: Any) -> Any:
         assert self._process.stdin is not None

@@ -12,7 +12,19 @@ from recmas.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 GPU = "gpu"  # the kind of a device, and the one results file of such a device
-ORDER = ("link", "overhead", "alignment", "rollout", "system", "training", "costs", "handoff", "complexity")
+ORDER = (
+    "link",
+    "overhead",
+    "alignment",
+    "frozen",
+    "rollout",
+    "system",
+    "cluster",
+    "training",
+    "costs",
+    "handoff",
+    "complexity",
+)
 
 
 def store(run: Path, results: Path) -> None:

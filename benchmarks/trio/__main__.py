@@ -12,7 +12,6 @@ on where an earlier call stopped:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -23,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.machine import git_commit, versions
+from benchmarks.harness.checkpoints import Checkpoint
+from benchmarks.harness.machine import origin
 from benchmarks.trio.cells import CELLS, measure, turns
 from benchmarks.trio.links import load_links, save_links, train_links
 from benchmarks.trio.page import tables
@@ -38,15 +38,6 @@ def load_agents(models: Path, reader: str, solver: str) -> dict[str, Agent]:
             raise ValueError(f"{models / name}: no model there")
     made = {name: Agent.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
     return {"reader": made[reader], "solver": made[solver]}
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model's weights file."""
-    found = hashlib.sha256()
-    with open(folder / "model.safetensors", "rb") as file:
-        while part := file.read(1 << 24):
-            found.update(part)
-    return found.hexdigest()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -64,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
 
     def note() -> None:
-        record["made"] = {"commit": git_commit(), "versions": versions(), "threads": torch.get_num_threads()}
+        record["made"] = origin()
         write_atomically(options.record, json.dumps(record, indent=1) + "\n")
 
     agents = load_agents(models, options.reader, options.solver)
@@ -72,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         system, trained = train_links(agents, options.seed, options.lists, options.steps, home / "pairs")
         save_links(system, home)
         names = dict.fromkeys((options.reader, options.solver))
-        mine["links"] = trained | {"sha256": {name: weights_digest(models / name) for name in names}}
+        mine["links"] = trained | {"sha256": {name: Checkpoint(models / name).sha256 for name in names}}
         note()
         return
     system = load_links(agents, home)

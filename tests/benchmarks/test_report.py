@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.harness.record import SCHEMA, Labels, make_record
 from benchmarks.harness.shapes import INNER
 from benchmarks.report import __main__ as report
 from benchmarks.report import tables
+from benchmarks.report.stored import ORDER, load
 
 SLUG = "cpu-test"
 
@@ -142,6 +144,18 @@ def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.C
     assert report.main(arguments) == 0
     assert (results / SLUG / "link.svg").read_bytes() == plot
     assert readme.read_text() == text
+
+
+def test_suites_come_in_the_order_of_the_report(tmp_path: Path) -> None:
+    for name in ("another", "complexity", "system", "frozen", "cluster", "link"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert list(load(tmp_path)) == ["link", "frozen", "system", "cluster", "complexity", "another"]
+
+
+def test_the_order_names_every_suite_of_a_cpu() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (report.ROOT / "benchmarks/suites/cpu").glob("*.py")]
+    named = {name for text in texts for name in re.findall(r'\bLabels\(\s*"(\w+)"', text)}
+    assert named | {growth_labels("", "")["suite"]} == set(ORDER)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from benchmarks.trio.cells import TURNS, Cell, turns
 from recmas.answering.answers import Answer, Answers
 from recmas.config.system_json import Decoding
 from tests.runtime.tiny import tiny_agent
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,21 @@ def test_page(models, tmp_path, capsys):
     assert lines[-1] == "| 1 | latents, m = 8 | 9 | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.25 |"
     assert main([str(models), str(path), "page", "b", "a"]) == 2
     assert "nothing of b-a" in capsys.readouterr().err
+
+
+def test_the_evidence_shows_what_the_record_holds(capsys):
+    assert main(["models", str(ROOT / "benchmarks/results/trio.json"), "page", "qwen", "smollm2"]) == 0
+    printed = [cells(line) for line in capsys.readouterr().out.splitlines()]
+    printed = {line[0]: line[:1] + line[2:] for line in printed if len(line) == 8}  # without the number of questions
+    text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").replace("−", "-")
+    shown = {line[0]: line for line in map(cells, text.splitlines()) if len(line) == 7 and line[0] in printed}
+    assert len(shown) == 2 + 13
+    for name, line in shown.items():
+        assert line == printed[name]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
 
 
 def short(words, seed, count):

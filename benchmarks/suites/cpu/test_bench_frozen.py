@@ -6,7 +6,7 @@ The time of a cell is that of its steps alone, on a prompt that has been read: t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -65,7 +65,9 @@ def test_frozen_steps(case: Case, bench: Bench, made: Made) -> None:
                 variants[COMPILE_FROZEN] = ours[COMPILE_FROZEN] = compiled
             if (python := llama_python()) is not None:
                 file = made.file(case)
-                sequences = held.enter_context(LlamaSequences(python, file, case.op, case.batch, COLUMNS, case.dtype))
+                sequences = held.enter_context(
+                    closing(LlamaSequences(python, file, case.op, case.batch, COLUMNS, case.dtype))
+                )
                 variants[LLAMA] = Llama(sequences, ours["eager"].agent, case)
                 extra["llama"] = sequences.build
         errors = _errors(case, variants)

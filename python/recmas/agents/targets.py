@@ -34,9 +34,9 @@ def target_batch(agent: Agent, tokens: Sequence[Sequence[int]]) -> tuple[torch.T
 
 
 def end_token(agent: Agent) -> int:
-    """The token that ends an agent's message: its tokenizer's end-of-sequence token, else its model's first one."""
+    """The token that ends an agent's message: its tokenizer's end-of-sequence token, else the least of its model's."""
     if agent.tokenizer.eos_token_id is not None:
         return int(agent.tokenizer.eos_token_id)
-    for token in agent.eos_ids:
-        return int(token)
+    if agent.eos_ids:
+        return min(agent.eos_ids)
     raise ValueError(f"agent {agent.name!r}: neither its tokenizer nor its model names an end-of-sequence token")

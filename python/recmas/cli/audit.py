@@ -31,7 +31,8 @@ def execute(options: Namespace) -> int:
     rows = read_rows(options)
     asked = answer_options(options, _ANSWERING)
     with loaded(options) as mas:
-        from recmas.evaluation.audits import audit, table
+        from recmas.evaluation.audits import audit
+        from recmas.evaluation.findings import table
 
         found = audit(
             mas,

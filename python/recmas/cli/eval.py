@@ -22,26 +22,16 @@ from recmas.cli.common import (
     toolbox,
 )
 from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
-from recmas.cli.parser import COUNTS, CommandLineParser, Kind, read_pairs, whole
+from recmas.cli.parser import COUNTS, LATENT_STEPS, CommandLineParser, Kind, several, some_of
 from recmas.evaluation import MODES
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
-def _read_modes(value: Any) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if name not in MODES:
-            raise ValueError(f"{name!r} is not one of {', '.join(MODES)}")
-    return names
-
-
 def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
-    if isinstance(value, dict) or (isinstance(value, str) and "=" in value):
-        return ({role: whole(count) for role, count in read_pairs(value).items()},)
-    counts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    return tuple(count if isinstance(count, dict) else whole(count) for count in counts)
+    by_role = isinstance(value, str) and "=" in value
+    return tuple(LATENT_STEPS(one) for one in ([value] if by_role else several(value)))
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -53,7 +43,7 @@ def add_options(parser: CommandLineParser) -> None:
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many questions")
     parser.add_argument(
         "--mode",
-        type=Kind(f"{'|'.join(MODES)},...", _read_modes),
+        type=some_of(MODES),
         default="latent",
         help="latent; text: the same agents, prompts and rounds, text in the slots; single: the answering agent alone; "
         "loop: the answering agent reading its own latents",

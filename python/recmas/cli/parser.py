@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -101,17 +101,34 @@ def _read_batch_size(value: Any) -> int | str:
     return size
 
 
+def several(value: Any) -> Sequence[Any]:
+    """What was written between commas, or stood in YAML as a list or as a single value."""
+    return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+
+
 def _read_names(value: Any) -> list[str]:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    return [str(name).strip() for name in several(value)]
+
+
+def some_of(names: Sequence[str]) -> Kind:
+    """The kind of option that takes one or several of these names."""
+
+    def read(value: Any) -> tuple[str, ...]:
+        found = tuple(_read_names(value))
+        for name in found:
+            if name not in names:
+                raise ValueError(f"{name!r} is not one of {', '.join(names)}")
+        return found
+
+    return Kind(f"{'|'.join(names)},...", read)
 
 
 def _read_counts(value: Any) -> tuple[int, ...]:
-    counts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    return tuple(whole(count) for count in counts)
+    return tuple(whole(count) for count in several(value))
 
 
 def _read_weights(value: Any) -> tuple[float, ...]:
-    weights = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    weights = several(value)
     if any(isinstance(weight, bool) for weight in weights):
         raise ValueError(f"{value!r} is not a list of numbers")
     return tuple(float(weight) for weight in weights)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recmas.answering.options import MODES
 from recmas.cli.common import add_answering, add_data, add_offload, add_system, answer_options, dump, loaded, read_rows
-from recmas.cli.parser import COUNTS, CommandLineParser, Kind
+from recmas.cli.parser import COUNTS, CommandLineParser, some_of
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -18,20 +18,12 @@ if TYPE_CHECKING:
 _ANSWERING = ("max_new_tokens", "batch_size")
 
 
-def _read_modes(value: Any) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if name not in MODES:
-            raise ValueError(f"{name!r} is not one of {', '.join(MODES)}")
-    return names
-
-
 def add_options(parser: CommandLineParser) -> None:
     add_system(parser)
     add_offload(parser)
     add_data(parser)
     parser.add_argument("--budget", type=float, required=True, help="seconds; no trial begins later")
-    parser.add_argument("--mode", type=Kind("latent,text", _read_modes), default="latent", help="what is tried")
+    parser.add_argument("--mode", type=some_of(MODES), default="latent", help="what is tried")
     parser.add_argument("--rounds", type=COUNTS, default=(1, 2, 3), help="what is tried")
     parser.add_argument(
         "--latent-steps", type=COUNTS, default=(1, 2, 4, 8, 16, 32), help="what is tried, for all agents"
@@ -42,6 +34,8 @@ def add_options(parser: CommandLineParser) -> None:
 
 
 def execute(options: Namespace) -> int:
+    if options.write and "latent" not in options.mode:
+        raise ValueError("--write: no latent candidate is asked for, and a system's defaults hold no other")
     rows = read_rows(options)
     asked = answer_options(options, _ANSWERING)
     with loaded(options) as mas:
@@ -103,7 +97,7 @@ def _write(folder: Path, found: Tuned) -> str:
 
     best = next((trial.cell for trial in found.trials if trial.cell.mode == "latent" and trial.correct), None)
     if best is None:
-        raise ValueError("--write: no latent candidate was tried, and a system's defaults hold no other")
+        raise ValueError("--write: the seconds ended before a latent candidate's turn")
     assert isinstance(best.steps, int)
     with one_writer(folder):
         spec = read_spec(folder)

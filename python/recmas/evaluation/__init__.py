@@ -17,8 +17,9 @@ from recmas.evaluation.records import MODES, Cell, Record
 from recmas.evaluation.summary import Summary, summarize
 
 if TYPE_CHECKING:
-    from recmas.evaluation.audits import ArmResult, Audit, Outcome, audit
+    from recmas.evaluation.audits import audit
     from recmas.evaluation.baselines import looped_model, single_agent
+    from recmas.evaluation.findings import ArmResult, Audit, Outcome
     from recmas.evaluation.interventions import ARMS
     from recmas.evaluation.paired import Difference
     from recmas.evaluation.sweeps import Sweep, sweep
@@ -51,8 +52,9 @@ __all__ = [
 
 
 _NAMES = {
-    "audits": ("ArmResult", "Audit", "Outcome", "audit"),
+    "audits": ("audit",),
     "baselines": ("looped_model", "single_agent"),
+    "findings": ("ArmResult", "Audit", "Outcome"),
     "interventions": ("ARMS",),
     "paired": ("Difference",),
     "sweeps": ("Sweep", "sweep"),

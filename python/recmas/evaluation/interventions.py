@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas.agents.agent import Agent
 from recmas.answering.plan import OnMessage
 from recmas.config.pattern import LinkKey, Visit
 from recmas.config.system_json import edge_name
 from recmas.engine.messages import Latents, Message, Prompt
+from recmas.evaluation.untrained_links import passing, respun, shared_tokens
 from recmas.prompts.rows import Fields
 from recmas.recursive_mas import RecursiveMAS
 from recmas.system.member import Member
-from recmas_kernels import FusedRecursiveLink, RecursiveLink
+from recmas_kernels import RecursiveLink
 
 TRAINED = "trained"
 SHUFFLED = "shuffled"
@@ -36,9 +35,6 @@ ARMS = {
 }
 """By name, what an arm does."""
 _CHANGES: dict[str, dict[str, Any]] = {"no latents": {"latent_steps": 0}, "text": {"mode": "text"}}
-MOST_TOKENS = 8192
-"""Tokens that a least-squares map is fitted on, at most."""
-
 
 Change = Callable[[Tensor], Tensor]
 
@@ -119,11 +115,11 @@ def arm(name: str, system: RecursiveMAS, seed: int) -> Arm:
     generator = torch.Generator().manual_seed(seed)
     inner, outer = system.inner_links, system.outer_links
     if name == "identity":
-        inner = {role: _passing(system.agents[role], system.agents[role]) for role in inner}
-        outer = {key: _passing(system.agents[key[0]], system.agents[key[1]], outer=True) for key in outer}
+        inner = {role: passing(system.agents[role], system.agents[role]) for role in inner}
+        outer = {key: passing(system.agents[key[0]], system.agents[key[1]], outer=True) for key in outer}
     elif name == "random":
-        inner = {role: _respun(link, generator) for role, link in inner.items()}
-        outer = {key: _respun(link, generator) for key, link in outer.items()}
+        inner = {role: respun(link, generator) for role, link in inner.items()}
+        outer = {key: respun(link, generator) for key, link in outer.items()}
     heard = _with_links(system, inner, outer)
     heard.change = {"noise": _noise(generator), "zeros": torch.zeros_like}.get(name)
     return Arm(heard, _CHANGES.get(name, {}), _message(name, seed))
@@ -148,70 +144,6 @@ def _with_links(
         edge_scores=system.edge_scores,
         offload=None if system.offloader is None else system.devices,
     )
-
-
-def _passing(sender: Agent, receiver: Agent, outer: bool = False) -> FusedRecursiveLink:
-    """The link that passes its input on into the receiver's embeddings: nothing but a residual and its output norm."""
-    widths = sender.hidden_size, receiver.hidden_size
-    link = FusedRecursiveLink.outer(*widths, hidden=1) if outer else FusedRecursiveLink.inner(widths[0], hidden=1)
-    with torch.no_grad():
-        for parameter in link.proj2.parameters():
-            parameter.zero_()
-        if outer:
-            same = widths[0] == widths[1]
-            link.residual_proj.weight.copy_(torch.eye(widths[0]) if same else embedding_map(sender, receiver).T)
-            link.residual_proj.bias.zero_()
-        assert link.norm_out is not None
-        link.norm_out.weight.fill_(receiver.embedding_rms())
-    return link.to(receiver.device)
-
-
-def shared_tokens(sender: Agent, receiver: Agent) -> tuple[list[int], list[int]]:
-    """Ids, of both, of the tokens that both spell alike; spaces count, special tokens do not; `MOST_TOKENS` at most."""
-    theirs = _spelled(receiver)
-    pairs = sorted((own, theirs[text]) for text, own in _spelled(sender).items() if text in theirs)[:MOST_TOKENS]
-    return [own for own, _ in pairs], [other for _, other in pairs]
-
-
-def _spelled(agent: Agent) -> dict[str, int]:
-    special = set(agent.tokenizer.all_special_ids)
-    known = ((token, number) for token, number in agent.tokenizer.get_vocab().items() if number < agent.vocabulary)
-    return {
-        token.replace("Ġ", " ").replace("▁", " "): number for token, number in known if number not in special
-    }  # the marks that stand for a space in byte-level and in SentencePiece vocabularies
-
-
-@torch.no_grad()
-def embedding_map(sender: Agent, receiver: Agent) -> Tensor:
-    """``[d_sender, d_receiver]`` float32: by least squares, from the sender's embeddings of shared tokens.
-
-    Of all maps that fit equally well it is the smallest.
-    """
-    own, others = shared_tokens(sender, receiver)
-    x, y = (
-        agent.embed(torch.tensor([ids], device=agent.device))[0].cpu().double()
-        for agent, ids in ((sender, own), (receiver, others))
-    )
-    return torch.linalg.lstsq(x, y, driver="gelsd").solution.float()
-
-
-def _respun(link: RecursiveLink, generator: torch.Generator) -> RecursiveLink:
-    """A copy whose weight matrices keep their singular values alone; biases and norms stay."""
-    made = copy.deepcopy(link)
-    with torch.no_grad():
-        for module in made.modules():
-            if isinstance(module, nn.Linear):
-                weight = module.weight
-                values = torch.linalg.svdvals(weight.detach().cpu().double())
-                left, right = (_orthogonal(size, len(values), generator) for size in weight.shape)
-                weight.copy_(left * values @ right.T)
-    return made
-
-
-def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Random orthonormal columns: `columns` of `rows` entries each, every basis as likely as every other."""
-    q, r = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
 
 
 def _noise(generator: torch.Generator) -> Change:

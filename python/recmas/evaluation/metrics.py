@@ -58,7 +58,7 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 
 - exact: equal, but for white space at the ends.
 - last_word: the last words, separated by white space, are equal.
-- begins: it begins with the expected text, and no letter or digit follows; case does not count. For completions, which$
+- begins: it begins with the expected text, and no letter or digit follows; case does not count. For completions, which
   go on after the answer.
 - choice: the letter that was chosen is the expected one.
 - math: mathematically equal, by math-verify (the [eval] extra).

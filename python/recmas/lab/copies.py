@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from recmas.agents.agent import Agent
+from recmas.agents.spelling import spelled
 
 _WORD = re.compile(r" [A-Za-z][a-z]{2,}")
 
@@ -25,8 +26,7 @@ def common_words(agents: Sequence[Agent], without: Collection[str] = ()) -> list
     left_out = {word.lower() for word in without}
     found: set[str] | None = None
     for agent in agents:
-        spelled = (token.replace("Ġ", " ").replace("▁", " ") for token in agent.tokenizer.get_vocab())
-        words = {text[1:] for text in spelled if _WORD.fullmatch(text) and text[1:].lower() not in left_out}
+        words = {text[1:] for text in spelled(agent) if _WORD.fullmatch(text) and text[1:].lower() not in left_out}
         found = words if found is None else found & words
     return sorted(found or ())
 

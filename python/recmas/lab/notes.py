@@ -186,7 +186,7 @@ def notes_system(agents: Mapping[str, Agent], seed: int = 0, latent_steps: int =
     system = RecursiveMAS.create(agents, PATTERN, prompts=PROMPTS, rounds=1, latent_steps=latent_steps, seed=seed)
     for role, setting in system.settings.items():
         setting.chat, setting.decoding = False, replace(DECODING[role])
-    return RecursiveMAS(
+    return RecursiveMAS(  # a system renders prompts by the settings that it was made with
         system.agents,
         system.inner_links,
         system.outer_links,

@@ -10,7 +10,7 @@ from recmas.files.reading import check_regular
 from recmas.prompts.jsonl import read_rows
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILE_ENDINGS = (".jsonl", ".json", ".txt", ".gz", ".parquet")
+_FILE_ENDINGS = (".jsonl", ".json", ".txt", ".gz")
 
 
 def read_source(source: str, split: str, subset: str | None = None) -> list[dict[str, object]]:

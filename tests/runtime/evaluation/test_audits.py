@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from recmas import SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.cli import main
-from recmas.evaluation import ARMS, audit, sweep
+from recmas.evaluation import ARMS, audit, sweep, wilson
 from recmas.evaluation.audits import gold_nll
+from recmas.evaluation.findings import Outcome, decide, summed
+from recmas.evaluation.paired import Difference, detectable_mean, detectable_share, paired_shares
 from recmas.prompts.jsonl import read_rows
 from tests.runtime.tiny import prompts, tiny_agent
 
@@ -59,6 +62,26 @@ def test_the_relay_lives_by_what_its_latents_say(found):
     assert arms["trained"].changed == 0
     assert "accuracy changes by -0." in found.reason
     assert 0 < found.detectable_accuracy_at_best < found.detectable_accuracy < 1
+
+
+def test_what_shows_depends_on_trained_and_shuffled(found):
+    pairs = list(zip(*(by_name(found)[name].outcomes for name in ("trained", "shuffled")), strict=True))
+    changes = sum(one.correct != other.correct for one, other in pairs)
+    assert found.detectable_accuracy == detectable_share(30, changes)
+    assert found.detectable_accuracy_at_best == detectable_share(30, 0)
+    assert found.detectable_nll == detectable_mean([other.nll - one.nll for one, other in pairs])
+
+
+def test_an_arm_is_summed_question_by_question():
+    first = [Outcome("a", True, 1.0), Outcome("b", True, 2.0), Outcome("c", False, 3.0), Outcome("d", True, 2.0)]
+    second = [Outcome("a", True, 2.0), Outcome("x", False, 3.0), Outcome("c", False, 5.0), Outcome("y", False, 2.0)]
+    one, alone = summed("zeros", second, first, 2.0, 0), summed("trained", first, None, 2.0, 0)
+    assert (one.accuracy.value, one.nll, one.changed, one.seconds) == (0.25, 3.0, 0.5, 0.5)
+    assert (one.accuracy.low, one.accuracy.high) == wilson(1, 4)
+    assert one.accuracy_difference == paired_shares([True, True, False, True], [True, False, False, False])
+    assert one.accuracy_difference.value == -0.5
+    assert one.nll_difference.value == 1.0
+    assert (alone.changed, alone.accuracy_difference, alone.nll_difference) == (0, None, None)
 
 
 def test_messages_of_round_1_answer_the_questions_of_one_hop_alone(found, relay):
@@ -120,6 +143,28 @@ def test_the_verdict_depends_on_what_counts_as_a_difference(untrained):
     assert ask(untrained, arms=[], margin=least, nll_margin=most).verdict == "content does not matter"
     assert ask(untrained, arms=[], margin=0.98 * least, nll_margin=most).verdict != "content does not matter"
     assert ask(untrained, arms=[], margin=least, nll_margin=0.98 * most).verdict != "content does not matter"
+
+
+BELOW, ABOVE = Difference(-0.01, -0.04, 0.04), Difference(0.01, -0.06, 0.04)
+NONE, MOVED = replace(BELOW, p=0.03), replace(ABOVE, p=0.025)
+
+
+@pytest.mark.parametrize(
+    ("decision", "cost", "verdict"),
+    [
+        (NONE, BELOW, "content does not matter"),
+        (replace(NONE, p=0.001), replace(BELOW, low=0.001), "content does not matter"),  # shown, and too small to count
+        (NONE, ABOVE, "cannot be told with 3 questions"),
+        (replace(ABOVE, p=0.03), BELOW, "cannot be told with 3 questions"),
+        (MOVED, BELOW, "content matters"),
+        (NONE, Difference(1.0, 0.001, 2.0), "content matters"),
+        (NONE, Difference(-1.0, -2.0, -0.001), "content matters"),
+    ],
+)
+def test_the_verdict_follows_from_two_intervals_and_p(decision, cost, verdict):
+    outcomes = [Outcome("", False, 1.0)] * 3
+    shuffled = replace(summed("shuffled", outcomes, None, 0.0, 0), accuracy_difference=decision, nll_difference=cost)
+    assert decide(shuffled, 0.05, 0.05)[0] == verdict
 
 
 def test_the_questions_are_drawn_by_the_seed(untrained):

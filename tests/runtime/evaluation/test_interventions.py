@@ -7,7 +7,8 @@ import torch
 
 from recmas import SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.engine.messages import Latents
-from recmas.evaluation.interventions import ARMS, arm, derangement, embedding_map, shared_tokens, why_left_out
+from recmas.evaluation.interventions import ARMS, arm, derangement, why_left_out
+from recmas.evaluation.untrained_links import embedding_map, shared_tokens
 from tests.runtime.tiny import tiny_agent
 
 ROWS = ["fox", "the lazy dog", "0 + 1 =", "plan"]

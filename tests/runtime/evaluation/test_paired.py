@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 
@@ -89,7 +90,16 @@ def test_the_interval_of_means_covers_with_few_questions(monkeypatch, questions)
     for trial in range(trials):
         found = paired_means([0.0] * questions, [rng.gauss(0, 1) for _ in range(questions)], trial)
         missed += found.shown
-    assert missed / trials < ERROR + 0.025  # 0.09 of seven, by percentiles as they are
+    assert missed / trials < ERROR + 4 * math.sqrt(ERROR / trials)  # 0.09 of seven, by percentiles as they are
+
+
+def test_the_interval_of_means_is_as_wide_as_students():
+    normal = statistics.NormalDist()
+    drawn = [1 + normal.inv_cdf((place + 0.5) / 15) for place in range(15)]  # a normal sample without chance
+    found = [paired_means([0.0] * 15, drawn, seed) for seed in range(8)]
+    half, error = statistics.mean((one.high - one.low) / 2 for one in found), statistics.stdev(drawn) / 15**0.5
+    assert half == pytest.approx(2.5096 * error, rel=0.015)
+    assert detectable_mean(drawn) == pytest.approx((2.5096 + 0.8416) * error, rel=1e-3)
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(6, 2.9687), (14, 2.5096), (49, 2.3124), (511, 2.2482)])
@@ -100,9 +110,12 @@ def test_students_quantiles(freedom, quantile):
 @pytest.mark.parametrize(("questions", "changed"), [(60, 0), (200, 40), (400, 300)])
 def test_a_detectable_difference_of_shares_is_detected_four_times_of_five(questions, changed):
     least = detectable_share(questions, changed)
-    share, rng, shown = max(changed / questions, least), random.Random(questions), 0
+    c = max(changed / questions, least)
+    needed = 2.2414 * c**0.5 + 0.8416 * (c - least**2) ** 0.5
+    assert least == pytest.approx(needed / questions**0.5, rel=1e-4)
+    rng, shown = random.Random(questions), 0
     for _ in range(TRIALS):
-        found = paired_shares(*draw(rng, questions, (share + least) / 2, (share - least) / 2))
+        found = paired_shares(*draw(rng, questions, (c + least) / 2, (c - least) / 2))
         shown += found.shown
     assert 0.7 < shown / TRIALS < 0.87  # the exact test is a little more careful than the normal formula
     assert detectable_share(4 * questions, 4 * changed) < least
@@ -114,7 +127,7 @@ def test_a_detectable_mean_is_detected_four_times_of_five():
     for _ in range(TRIALS):
         drawn = [rng.gauss(least, 2) for _ in range(50)]
         shown += abs(statistics.mean(drawn)) > 2.2414 * statistics.stdev(drawn) / 50**0.5
-    assert shown / TRIALS == pytest.approx(0.8, abs=0.04)
+    assert shown / TRIALS == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / TRIALS))
 
 
 def test_what_is_shown_and_what_is_shown_to_be_small():

@@ -21,12 +21,15 @@ ROWS = [{"question": "?", "number": n, "answer": "yes"} for n in range(64)]
 
 
 class Known(RecursiveMAS):
-    """Right on the first `steps` of every eight questions; a question takes as many seconds as it has rounds."""
+    """Right on the first `steps` of every eight questions; a question takes as many seconds as it has rounds.
 
-    now = 0.0
+    The first answer of all takes `warming` seconds more.
+    """
+
+    now, warming = 0.0, 0.0
 
     def answer(self, rows, options):
-        self.now += options.rounds * len(rows)
+        self.now += options.rounds * len(rows) + (0 if self.asked else self.warming)
         self.asked.append((options.mode, options.rounds, options.latent_steps, len(rows)))
         return Answers(Answer("yes" if row["number"] % 8 < options.latent_steps else "no") for row in rows)
 
@@ -46,7 +49,7 @@ def search(system, budget, rows=ROWS, **changes):
 
 def test_the_better_half_goes_on_to_twice_as_many_questions(known):
     found = search(known, 1e6)
-    assert [count for *_, count in known.asked] == [8] * 8 + [8] * 4 + [16] * 2 + [32]
+    assert [count for *_, count in known.asked] == [1] + [8] * 8 + [8] * 4 + [16] * 2 + [32]
     assert found.best == Cell("latent", 1, 8)  # as good as two rounds, in half the time
     assert found.ended == "one candidate was left"
     assert [trial.cell for trial in found.trials[:2]] == [Cell("latent", 1, 8), Cell("latent", 2, 8)]
@@ -58,21 +61,36 @@ def test_the_better_half_goes_on_to_twice_as_many_questions(known):
 
 def test_no_trial_begins_after_the_budget(known):
     found = search(known, 20)
-    assert known.asked == [("latent", 1, 0, 8), ("latent", 1, 2, 8), ("latent", 1, 5, 8)]
+    assert known.asked[1:] == [("latent", 1, 0, 8), ("latent", 1, 2, 8), ("latent", 1, 5, 8)]
     assert found.ended == "the seconds were used up"
     assert found.best == Cell("latent", 1, 5)
     assert [len(trial.correct) for trial in found.trials] == [8, 8, 8, 0, 0, 0, 0, 0]
 
 
+def test_no_second_trial_of_the_first_candidate_begins_after_the_budget(known):
+    found = search(known, 17, rounds=(1,), latent_steps=(8, 2))
+    assert [count for *_, count in known.asked] == [1, 8, 8]
+    assert found.ended == "the seconds were used up"
+    assert found.best == Cell("latent", 1, 8)
+
+
+def test_the_slow_first_answer_counts_for_no_candidate(known):
+    known.warming = 50.0
+    found = search(known, 1e6, latent_steps=(8,))
+    assert found.best == Cell("latent", 1, 8)
+    assert found.trials[0].seconds == 1
+    assert found.seconds == known.now
+
+
 def test_it_ends_with_the_questions(known):
     found = search(known, 1e6, ROWS[:8])
     assert found.ended == "all questions were asked"
-    assert len(known.asked) == 8
+    assert [count for *_, count in known.asked] == [1] + [8] * 8
 
 
 def test_a_text_system_is_tried_once_per_number_of_rounds(known):
     search(known, 1e6, modes=("latent", "text"))
-    first = known.asked[:10]
+    first = known.asked[1:11]
     assert [(mode, rounds, steps) for mode, rounds, steps, _ in first[8:]] == [("text", 1, 0), ("text", 2, 0)]
 
 
@@ -86,7 +104,7 @@ def test_the_seed_orders_the_questions(known):
     ("changes", "message"),
     [
         ({"budget": 0}, "budget: 0 seconds, expected more than 0"),
-        ({"budget": 8}, "budget: 8 seconds are too few: one trial of 8 questions took 8.0 seconds"),
+        ({"budget": 9}, "budget: 9 seconds are too few: the first trial, of 8 questions, ended after 9.0 seconds"),
         ({"rows": []}, "rows: expected at least one question, got none"),
         ({"rows": [{"question": "?"}]}, "row 0: no field 'answer'"),
         ({"latent_steps": ()}, "expected at least one of each"),
@@ -118,10 +136,19 @@ def test_command_writes_the_defaults(tmp_path, capsys):
     RecursiveMAS.from_pretrained(system)  # every checksum still holds
 
 
+def test_command_refuses_to_write_what_it_does_not_try(capsys, monkeypatch):
+    monkeypatch.setattr(RecursiveMAS, "from_pretrained", lambda *args, **options: pytest.fail("a system was loaded"))
+    words = ["tune", str(RELAY), "--data", str(RELAY / "questions.jsonl"), "--budget", "9", "--mode", "text", "--write"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "recmas: error: --write: no latent candidate is asked for, and a system's defaults hold no other\n"
+    )
+
+
 def test_command_refuses_a_budget_for_no_trial(capsys):
     words = ["tune", str(RELAY), "--data", str(RELAY / "questions.jsonl"), "--budget", "1e-9"]
     assert main(words) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("recmas: error: budget: 1e-09 seconds are too few: one trial of 8 questions took ")
+    assert printed.err.startswith("recmas: error: budget: 1e-09 seconds are too few: the first trial, of 8 ")
     assert len(printed.err.splitlines()) == 1
