@@ -21,7 +21,8 @@ from recmas.config.system_json import Defaults, PromptSpec, SystemSpec
 from recmas.devices.placement import Devices, place
 from recmas.system.default_prompts import default_settings
 from recmas.system.fingerprint import digest
-from recmas.system.folder import describe, load, load_agents, save
+from recmas.system.folder import describe, save
+from recmas.system.loading import load, load_agents
 from recmas.system.system import System
 from recmas_kernels import FusedRecursiveLink
 

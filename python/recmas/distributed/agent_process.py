@@ -17,7 +17,7 @@ from recmas.scheduling.gather import gather
 from recmas.scheduling.task import Account, Grown
 from recmas.scheduling.worker import Worker
 from recmas.system.fingerprint import link_digest, member_digest
-from recmas.system.folder import load_member
+from recmas.system.loading import load_member
 from recmas.system.widths import features
 from recmas_kernels import packed
 
