@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
@@ -15,8 +16,10 @@ import pytest
 
 from recmas import DISTILLATION, AnswerOptions, RecursiveMAS
 from recmas.answering.answers import Answers, RowsFailedError
+from recmas.config.system_json import PlacementSpec, SystemSpec
 from recmas.distributed.agent_process import AgentProcess
 from recmas.distributed.order import Described, Done, Loading, Order
+from recmas.scheduling.executor import Failed
 from tests.runtime.distributed.conftest import saved
 from tests.torture.amounts import FULL, SEED
 
@@ -26,10 +29,10 @@ KILLS, KILLED, TAMPERED = (20, 500, 500) if FULL else (2, 60, 12)
 class Frail(AgentProcess):
     """An agent whose process runs out of memory over more than two rows, and is ended by a row that says so."""
 
-    def load(self, loading: Loading, role: str, device: str, key: bytes) -> Described:
+    def load(self, loading: Loading, spec: SystemSpec, role: str, device: str, key: bytes) -> Described:
         if loading.dtype == "float16":
             raise MemoryError
-        return super().load(loading, role, device, key)
+        return super().load(loading, spec, role, device, key)
 
     def run(self, order: Order, *sealed: bytes) -> tuple[Done, bytes]:
         if len(order.task.parts) > 2:
@@ -57,6 +60,7 @@ class Counted:
 def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Loading], record_property: Any) -> None:
     import ray
 
+    from recmas.distributed.replica import Replica
     from recmas.distributed.system import RaySystem
 
     local, loading = system
@@ -65,19 +69,26 @@ def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Lo
     chance = random.Random(SEED)
     with RaySystem(loading) as cluster:
         replicas = [one for replicas in cluster.executor._replicas.values() for one in replicas]
-        kills, over = [0], threading.Event()
+        kills, over = [0, 0], threading.Event()
+
+        def loaded(victim: Replica) -> bool:
+            return bool(ray.wait([victim._loaded], timeout=0)[0])
 
         def kill() -> None:
-            """One process after another, each after it has begun to work again."""
+            """One process after another, each after it has begun to work again; the first one's replacement, too."""
             while kills[0] < KILLS and not over.is_set():
                 victim = chance.choice(replicas)
-                if victim.busy:
+                if victim.busy and loaded(victim):
                     time.sleep(chance.random() * 0.05)
                     before = victim.restarts
                     ray.kill(victim._process)
+                    kills[0] += 1
                     while victim.restarts == before and not over.wait(0.01):
                         pass
-                    kills[0] += 1
+                    if kills[0] % 5 == 1 and not loaded(victim):
+                        ray.kill(victim._process)
+                        kills[0] += 1
+                        kills[1] += 1
                 over.wait(0.01)
 
         killer = threading.Thread(target=kill)
@@ -93,6 +104,7 @@ def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Lo
             over.set()
             killer.join()
         assert cluster.executor.restarts >= KILLS
+        assert kills[1] > 0
         assert cluster.executor.refused == 0
     record_property("torture", ("processes of agents killed", KILLS, f"{KILLED} questions answered once, same texts"))
 
@@ -176,6 +188,63 @@ def test_a_row_that_fails_leaves_the_others(system: tuple[RecursiveMAS, Loading]
         assert failure.value.failed.keys() == {1}
         assert [failure.value.answers[number].text for number in (0, 2, 3)] == expected
         assert cluster.executor.restarts == 0
+
+
+@pytest.mark.usefixtures("pooled")
+def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recmas.distributed.replica import Job, Replica
+    from recmas.distributed.system import RaySystem
+
+    local = saved(tmp_path / "system", DISTILLATION, PlacementSpec(replicas=2, threads=1))
+    questions = [f"fox {number}" for number in range(8)]
+    options: dict[str, Any] = {"temperature": 0.7, "seed": 3, "batch_size": 1}
+    expected = [answer.text for answer in local.answer(questions, **options)]
+
+    def lose(replica: Replica) -> None:
+        """It is lost with its next job, and cannot be started again, which is known when it has another job."""
+
+        def launch() -> Any:
+            deadline = time.monotonic() + 5
+            while replica._jobs.empty() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            raise RuntimeError("there is no room")
+
+        def done(job: Job) -> Failed:
+            return Failed(job.task, ConnectionError("gone"), lost=True)
+
+        monkeypatch.setattr(replica, "_launch", launch)
+        monkeypatch.setattr(replica, "_done", done)
+
+    with RaySystem(Loading(folder=str(tmp_path / "system"))) as cluster:
+        assert [answer.text for answer in cluster.answer(questions, **options)] == expected
+        first, second = cluster.executor._replicas["learner"]
+        lose(first)
+        assert [answer.text for answer in cluster.answer(questions, **options)] == expected
+        assert str(first.broken) == "there is no room"
+        assert (first.restarts, second.restarts) == (1, 0)
+        lose(second)
+        with pytest.raises(RowsFailedError, match="there is no room") as failure:
+            cluster.answer(questions[:2], **options)
+        assert failure.value.failed.keys() == {0, 1}
+
+
+@pytest.mark.usefixtures("pooled")
+def test_messages_go_with_their_rows(system: tuple[RecursiveMAS, Loading]) -> None:
+    from recmas.distributed.replica import Sent
+    from recmas.distributed.system import RaySystem
+
+    counted, held = Counted(24), []
+
+    def count(numbers: Sequence[int], answers: Answers) -> None:
+        counted(numbers, answers)
+        if sum(counted.times) == 24:
+            held.append(sum(type(one) is Sent for one in gc.get_objects()))
+
+    with RaySystem(system[1], in_flight=2) as cluster:
+        cluster.answer([f"fox {number}" for number in range(24)], batch_size=1, on_answers=count)
+    assert 0 < held[0] < 12  # those of the last rows; 24 rows have had 72
 
 
 @pytest.mark.skipif(not FULL, reason="starts four processes more: make torture")
