@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -134,7 +135,12 @@ class Replica:
                 assert account is not None
                 return Ended(task, None, account)
             report, message = self._process.run.options(num_returns=2).remote(job.order, *job.messages)
-            done = ray.get(report)
+            try:
+                done = ray.get(report)
+            except RayError:
+                with contextlib.suppress(RayError):  # the same: Ray prints errors that nobody has looked at
+                    ray.get(message)
+                raise
             if task.work.final:
                 job.report(Wrote(task, done.grown))
             return Ended(task, Sent(message, job.order.stamp), done.account)
