@@ -109,6 +109,7 @@ def test_the_key_is_in_no_file_command_line_or_environment(tmp_path: Path, monke
                 continue
             found += [path for form in forms if form in content]
         assert not found
+        assert not [name for name, value in os.environb.items() for form in forms if form in value]
 
 
 @pytest.mark.usefixtures("ray_cluster")
