@@ -72,7 +72,7 @@ sanitize: $(DEVELOPMENT) ## the native checks under AddressSanitizer, UndefinedB
 torture: $(DEVELOPMENT) ## 10,000 random calls, 100 kills, every escape and hostile folder, with a table: minutes
 	RECMAS_TORTURE=1 RECMAS_FUZZ_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		tests/torture tests/runtime/sandbox tests/kernels/test_fuzz.py
-	RECMAS_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/runtime/distributed
+	RECMAS_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.torture.conftest tests/runtime/distributed
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from recmas.config.system_json import read_spec
+from recmas.config.system_json import SystemSpec
 from recmas.distributed.order import Described, Done, Loading, Order
 from recmas.distributed.sealed import seal, unseal
 from recmas.engine.messages import Message
@@ -33,11 +33,12 @@ class AgentProcess:
         self._threads = threads
         self._scope = ExitStack()
 
-    def load(self, loading: Loading, role: str, device: str, key: bytes) -> Described:
+    def load(self, loading: Loading, spec: SystemSpec, role: str, device: str, key: bytes) -> Described:
         """Load an agent, in the place of one that is there.
 
         Args:
             loading: how.
+            spec: of the system, as whoever asks has read it, whatever stands in the folder by now.
             role: which.
             device: where it computes.
             key: seals messages, those of this run.
@@ -50,9 +51,9 @@ class AgentProcess:
         self._key = key
         self._dropped: dict[int, set[int]] = {}
         self._over = -1
-        folder = Path(loading.folder)
         member = load_member(
-            folder,
+            Path(loading.folder),
+            spec,
             role,
             device,
             None if loading.dtype == "auto" else getattr(torch, loading.dtype),
@@ -61,7 +62,7 @@ class AgentProcess:
             loading.accelerate,
             loading.trust,
         )
-        pattern = read_spec(folder).pattern
+        pattern = spec.pattern
         self._scope.enter_context(packed([link for link in (member.inner_link, *member.outer_links.values()) if link]))
         self._worker = Worker(
             member,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,29 +32,43 @@ def cluster(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    signals = _signals()
+    begun, over = Future[None](), threading.Event()
+    keeper = threading.Thread(target=_keep, args=(address, begun, over), name="recmas cluster")
+    try:
+        keeper.start()
+        begun.result()
+        yield
+    finally:
+        over.set()
+        if keeper.is_alive():
+            keeper.join()
+
+
+def _keep(address: str | None, begun: Future[None], over: threading.Event) -> None:
+    """Join or start a cluster, and leave it when it is over.
+
+    In a thread of its own: a signal interrupts the main thread alone, and no start of processes halfway; and Ray puts
+    no handlers of its own in the place of those that are there.
+    """
+    import ray
+
     where: dict[str, Any] = (
         {"address": "local", "include_dashboard": False} if address is None else {"address": address}
     )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that handlers are missing
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if address is None:
-            raise
-        raise ConnectionError(f"no Ray cluster answers at {address!r}: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        for number, handler in signals.items():  # Ray has put its own there
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _signals() -> dict[int, Any]:
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        if address is not None:
+            said = " ".join(str(error).split())[:200]
+            error = ConnectionError(f"no Ray cluster answers at {address!r}: {said}")
+        begun.set_exception(error)
+    except BaseException as error:
+        begun.set_exception(error)
+    else:
+        begun.set_result(None)
+        over.wait()
+    ray.shutdown(wait_for_processes=True)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class RayExecutor:
                 for number in range(placement.replicas):
                     launch = partial(launch_process, placement, self._strategy(role, number), loading.backend)
                     device = "cuda" if placement.gpus else "cpu"
-                    self._replicas[role].append(Replica(role, launch, (loading, role, device, key), pace, self._refuse))
+                    self._replicas[role].append(
+                        Replica(role, launch, (loading, spec, role, device, key), pace, self._refuse)
+                    )
             self.described = {role: self._loaded(role) for role in spec.pattern.roles}
             check_widths(
                 {role: one.width for role, one in self.described.items()},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ObjectFetchTimedOutError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
 
+from recmas.config.system_json import SystemSpec
 from recmas.distributed.order import Described, Done, Loading, Order
 from recmas.distributed.sealed import RefusedError
 from recmas.scheduling.executor import Ended, Failed, Report, Wrote
@@ -23,6 +26,8 @@ AHEAD = 8
 """Pieces of a text that a process may be ahead of who reads them."""
 LOOK = 0.1
 """Seconds between two looks at what else has happened while a process works."""
+RETURN = 300.0
+"""Seconds that a process may wait for a machine: for the one that was lost, or for another with as much."""
 
 
 class Sent(NamedTuple):
@@ -52,7 +57,7 @@ class Replica:
         refused: told of every message that was refused.
 
     Attributes:
-        busy: it has a job.
+        busy: it has a job, or is started again.
         rows: of its latest job: it may hold their prefixes.
         broken: why it is not started any more.
         restarts: how often it was.
@@ -62,7 +67,7 @@ class Replica:
         self,
         role: str,
         launch: Callable[[], Any],
-        loading: tuple[Loading, str, str, bytes],
+        loading: tuple[Loading, SystemSpec, str, str, bytes],
         pace: float | None,
         refused: Callable[[RefusedError], object],
     ) -> None:
@@ -73,19 +78,18 @@ class Replica:
         self.broken: Exception | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = False
-        self._known: Described | None = None
-        self._thread = threading.Thread(target=self._loop, name=f"recmas {role}", daemon=True)
-        self._start()
+        self._process: Any = None
+        self._begun: Future[Described] = Future()
+        self._thread = threading.Thread(target=self._work, name=f"recmas {role}", daemon=True)
+        self._thread.start()
 
     def begin(self) -> Described:
-        """Wait until the agent is loaded; take jobs from then on.
+        """Wait until the agent is loaded.
 
         Raises:
             ValueError: it cannot be loaded.
         """
-        self._known = self._ready()
-        self._thread.start()
-        return self._known
+        return self._begun.result()
 
     def give(self, job: Job) -> None:
         """Do a job; one after the other."""
@@ -96,21 +100,28 @@ class Replica:
     def close(self) -> None:
         """End the process; a job that is under way is not reported any more."""
         self._closing = True
-        end_process(self._process)
+        self._end()
         self._jobs.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
-    def _loop(self) -> None:
+    def _work(self) -> None:
+        try:
+            self._start()
+            self._begun.set_result(self._ready())
+        except Exception as error:  # of whatever kind: it is told to whoever waits in `begin`
+            self._begun.set_exception(error)
         while (job := self._jobs.get()) is not None and not self._closing:
-            last = self._done(job) if self.broken is None else Failed(job.task, self.broken)
+            broken = self.broken
+            last = self._done(job) if broken is None else Failed(job.task, broken, lost=True)
             if self._closing:
                 break
-            self.busy = False
+            gone = broken is None and isinstance(last, Failed) and last.lost and not last.inputs
+            self.busy = gone
             job.report(last)
-            if isinstance(last, Failed) and last.lost and not last.inputs:
+            if gone:
                 self._start_again()
-        end_process(self._process)
+                self.busy = not self._jobs.empty()
+        self._end()
 
     def _done(self, job: Job) -> Ended | Failed:
         """The last report of a job."""
@@ -124,7 +135,12 @@ class Replica:
                 assert account is not None
                 return Ended(task, None, account)
             report, message = self._process.run.options(num_returns=2).remote(job.order, *job.messages)
-            done = ray.get(report)
+            try:
+                done = ray.get(report)
+            except RayError:
+                with contextlib.suppress(RayError):  # the same: Ray prints errors that nobody has looked at
+                    ray.get(message)
+                raise
             if task.work.final:
                 job.report(Wrote(task, done.grown))
             return Ended(task, Sent(message, job.order.stamp), done.account)
@@ -165,23 +181,32 @@ class Replica:
 
     def _start(self) -> None:
         self._process = self._launch()
+        if self._closing:  # since the one before was ended
+            self._end()
+        self._placed = self._process.__ray_ready__.remote()
         self._loaded = self._process.load.remote(*self._loading)
 
-    def _start_again(self) -> None:
+    def _replace(self) -> None:
         self.restarts += 1
-        end_process(self._process)
+        self._end()
         self._start()
+
+    def _start_again(self) -> None:
         try:
-            found = self._ready()
-            assert self._known is not None
-            if found.digest != self._known.digest:
+            self._replace()
+            if self._ready().digest != self.begin().digest:
                 raise ValueError(f"agent {self.role!r}: its files have changed since it was first loaded")
         except Exception as error:
             self.broken = error
+            self._end()
 
     def _ready(self) -> Described:
-        for _ in range(STARTS):
+        for left in reversed(range(STARTS)):
             try:
+                if not ray.wait([self._placed], timeout=RETURN)[0]:
+                    raise ValueError(
+                        f"agent {self.role!r}: no machine of the cluster has had room for its process in {RETURN:.0f} s"
+                    )
                 described: Described = ray.get(self._loaded)
                 return described
             except RayTaskError as error:
@@ -189,11 +214,14 @@ class Replica:
                     break
                 raise error.cause if isinstance(error.cause, Exception) else error  # noqa: B904
             except RayError:
-                if self._closing:
+                if self._closing or not left:
                     break
-                end_process(self._process)
-                self._start()
+                self._replace()
         raise ValueError(f"agent {self.role!r}: its process ended before it had loaded; is there enough memory?")
+
+    def _end(self) -> None:
+        if self._process is not None:
+            end_process(self._process)
 
 
 def end_process(process: Any) -> None:

@@ -176,14 +176,19 @@ class Row:
         self.sink.visited(done)
         self.since = time.monotonic()
         if self._walk.done:
-            self.over = True
+            self._end()
             self.sink.answered(answer)
 
     def fail(self, error: Exception) -> None:
         """There will be no answer."""
         if not self.over:
-            self.over = True
+            self._end()
             self.sink.failed(error)
+
+    def _end(self) -> None:
+        """Let go of the messages: whoever asks may keep thousands of rows until the last one has ended."""
+        self.over = True
+        del self._walk, self._sent
 
     def _work(self, visit: Visit) -> Work:
         manner, role = self.manner, visit.role

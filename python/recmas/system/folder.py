@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -29,21 +29,27 @@ from recmas.files.reading import inside
 from recmas.files.writing import naming, sync_tree
 from recmas.system.system import System
 
-Free = Callable[[str], str]
-
 EDGE_SCORES = "links/edge_scores.safetensors"
 _ROUND = re.compile(r"@([1-9][0-9]{0,2})(\.[0-9]+)?$")
 """Ends the name of the folder of a link of one round; a later save's has a number after it."""
 
 
-def describe(system: System, folder: Path | None = None, free: Free = str) -> SystemSpec:
+def describe(system: System, folder: Path | None = None) -> SystemSpec:
     """What ``system.json`` says of `system`, checksums aside.
 
     Args:
         system: what is described.
-        folder: where it is to be; agents that were loaded from there stay where they are.
-        free: the path that a part gets for the one that a new system gives it.
+        folder: where it is to be, if something stands there: that is not overwritten, and agents that were loaded from
+            there stay where they are.
     """
+    taken: set[str] = set()
+
+    def free(path: str) -> str:
+        """`path`, or the next name of that part: ``a-b`` to ``c`` and ``a`` to ``b-c`` would have one."""
+        there = (name for name in _numbered(path) if folder is None or not os.path.lexists(folder / name))
+        taken.add(found := next(name for name in there if name not in taken))
+        return found
+
     homes: dict[tuple[int, int], str] = {}
     agents = {}
     for role, agent in system.agents.items():
@@ -102,7 +108,7 @@ def save(system: System, folder: Path, beside: Mapping[str, str | None] | None =
         patterns = {system.pattern, old.pattern}
         _sweep(folder, patterns)
         try:
-            _write(system, describe(system, folder, lambda path: _free(folder, path)), folder, old)
+            _write(system, describe(system, folder), folder, old)
         finally:
             _sweep(folder, patterns)  # the old parts, or those of a save that failed
 
@@ -172,10 +178,6 @@ def _numbered(path: str) -> Iterable[str]:
     """`path`, and the names that later saves may give to that part: ``links/planner``, ``links/planner.2``, ..."""
     stem, suffix = os.path.splitext(path)
     return chain([path], (f"{stem}.{number}{suffix}" for number in count(2)))
-
-
-def _free(folder: Path, path: str) -> str:
-    return next(name for name in _numbered(path) if not os.path.lexists(folder / name))
 
 
 def _sweep(folder: Path, patterns: Iterable[Pattern]) -> None:

@@ -63,6 +63,7 @@ def load(
 
 def load_member(
     folder: Path,
+    spec: SystemSpec,
     role: str,
     device: str,
     dtype: torch.dtype | None,
@@ -71,11 +72,10 @@ def load_member(
     accelerate: bool,
     trust: Trust,
 ) -> Member:
-    """One agent of the system in `folder` with its links and prompts, and nothing of the others.
+    """One agent of the system in `folder`, of which `spec` was read there, with its links and prompts.
 
-    Arguments and errors are those of `RecursiveMAS.from_pretrained`.
+    Other arguments and errors are those of `RecursiveMAS.from_pretrained`.
     """
-    spec = read_spec(folder)
     source = model_source(folder, spec, role, trust)
     placement = place(device, [role])
     inner_links, outer_links, edge_scores = _load_links(folder, spec, placement, dtype, trust)

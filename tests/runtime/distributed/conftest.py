@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ class Pool:
     def __init__(self) -> None:
         self.free: list[Any] = []
         self.dead: list[Any] = []
+        self._lock = threading.Lock()
 
     def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
-        return self.free.pop() if self.free else start(*arguments)
+        with self._lock:
+            return self.free.pop() if self.free else start(*arguments)
 
     def give_back(self, process: Any) -> None:
-        if process not in self.free + self.dead:
-            self.free.append(process)
+        with self._lock:
+            if process not in self.free + self.dead:
+                self.free.append(process)
 
     def kill(self, process: Any) -> None:
         import ray

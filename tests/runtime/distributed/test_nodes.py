@@ -13,27 +13,35 @@ import pytest
 from recmas import DISTILLATION, RecursiveMAS
 from recmas.config.system_json import PlacementSpec
 from tests.runtime.distributed.conftest import ONE_THREAD
-from tests.runtime.scheduling.rows import tiny_system
+from tests.runtime.scheduling.rows import PATTERNS, tiny_system
+from tests.torture.amounts import FULL
 
 QUESTIONS = [f"fox {number}" for number in range(24)]
 
 
-def test_a_machine_that_is_lost_loses_no_question(tmp_path: Path) -> None:
+PLACED = PATTERNS if FULL else {"distillation": DISTILLATION}
+
+
+def test_two_machines_answer_as_one_process_and_one_that_is_lost_loses_no_question(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    made = tiny_system(DISTILLATION)
-    made.settings["expert"].placement = ONE_THREAD
-    made.settings["learner"].placement = PlacementSpec(threads=1, resources={"second": 0.5})
-    made.save_pretrained(tmp_path / "system")
-    local = RecursiveMAS.from_pretrained(tmp_path / "system")
-    expected = [answer.text for answer in local.answer(QUESTIONS)]
+    expected = {}
+    for name, pattern in PLACED.items():
+        made = tiny_system(pattern)
+        for setting in made.settings.values():
+            setting.placement = ONE_THREAD
+        made.settings[pattern.last].placement = PlacementSpec(threads=1, resources={"second": 0.5})
+        made.save_pretrained(tmp_path / name)
+        local = RecursiveMAS.from_pretrained(tmp_path / name)
+        expected[name] = [answer.text for answer in local.answer(QUESTIONS)]
     root = Path(__file__).parents[3]
     paths = os.pathsep.join(path for path in (str(root), os.environ.get("PYTHONPATH")) if path)
-    words = [sys.executable, "-m", "tests.runtime.distributed.two_nodes", str(tmp_path / "system")]
+    words = [sys.executable, "-m", "tests.runtime.distributed.two_nodes", *(str(tmp_path / name) for name in PLACED)]
     ended = subprocess.run(
-        words, cwd=root, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=200
+        words, cwd=root, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=400
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["before"] == expected
-    assert found["during"] == expected
+    assert found["before"] == list(expected.values())
+    assert found["during"] == expected[list(PLACED)[-1]]
     assert found["restarts"] >= 1
+    assert "no machine of the cluster has had room for its process" in found["after"]

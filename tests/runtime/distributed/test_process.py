@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from recmas import DISTILLATION, AnswerOptions, RecursiveMAS
+from recmas import DISTILLATION, SEQUENTIAL, AnswerOptions, Pattern, RecursiveMAS
 from recmas.answering.manner import Manner
+from recmas.config.system_json import read_spec
 from recmas.distributed.agent_process import AgentProcess
 from recmas.distributed.order import Described, Loading, Order
 from recmas.distributed.sealed import RefusedError, Stamp
 from recmas.scheduling.row import Row
 from recmas.scheduling.task import Part, Task, Work
+from recmas.system.fingerprint import member_digest
 from tests.runtime.distributed.conftest import saved
 from tests.runtime.scheduling.rows import Waiting
+from tests.runtime.system.test_links_per_round import ROUNDS, per_round
+from tests.runtime.tiny import tiny_agent
 
 KEY = b"k" * 32
 QUESTIONS = ["fox", "the lazy dog"]
@@ -28,10 +33,10 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.local: RecursiveMAS = saved(folder, DISTILLATION)
-        loading = Loading(folder=str(folder))
+        loading, spec = Loading(folder=str(folder)), read_spec(folder)
         self.processes = {role: AgentProcess(1) for role in self.local.pattern.roles}
         self.described: Mapping[str, Described] = {
-            role: process.load(loading, role, "cpu", KEY) for role, process in self.processes.items()
+            role: process.load(loading, spec, role, "cpu", KEY) for role, process in self.processes.items()
         }
         manner = Manner(self.local.outline, AnswerOptions(rounds=1))
         parts: dict[str, list[Part]] = {"expert": [], "learner": []}
@@ -75,6 +80,35 @@ def test_a_text_grows_at_its_pace(pair: Pair) -> None:
     whole = {place for step in steps for place in step.grown}
     assert whole == {0, 1}
     assert len(steps) <= 4  # the first step, the ends of two rows, the end
+
+
+def test_all_agents_are_of_the_system_that_was_read_first(tmp_path: Path) -> None:
+    """A save between the loads of two agents does not mix two systems, nor does one before a process comes back."""
+    folder = tmp_path / "system"
+    saved(folder, DISTILLATION)
+    spec, process = read_spec(folder), AgentProcess(1)
+    process.load(Loading(folder=str(folder)), spec, "expert", "cpu", KEY)
+    local = RecursiveMAS.from_pretrained(folder)
+    RecursiveMAS.create(local.agents, DISTILLATION, seed=1).save_pretrained(folder)
+    with pytest.raises(ValueError, match="no such folder|sha256"):
+        process.load(Loading(folder=str(folder)), spec, "learner", "cpu", KEY)
+
+
+@pytest.mark.parametrize("pattern", [SEQUENTIAL, Pattern((("a", "b"), ("c",)), combine="weighted")])
+def test_an_agent_by_itself_has_the_digest_that_it_has_in_its_system(pattern: Pattern, tmp_path: Path) -> None:
+    """Links of a round's own, learned weights of edges, one model in all roles."""
+    agents = dict.fromkeys(pattern.roles, tiny_agent("llama", "one"))
+    made = RecursiveMAS.create(agents, pattern, rounds=ROUNDS, latent_steps=2, seed=1)
+    with torch.no_grad():
+        for score in made.edge_scores.values():
+            score.normal_(generator=torch.Generator().manual_seed(3))
+    per_round(made).save_pretrained(tmp_path / "system")
+    whole, spec = RecursiveMAS.from_pretrained(tmp_path / "system"), read_spec(tmp_path / "system")
+    process = AgentProcess(1)
+    loading = Loading(folder=str(tmp_path / "system"))
+    digests = {role: process.load(loading, spec, role, "cpu", KEY).digest for role in pattern.roles}
+    assert digests == {role: member_digest(whole.member(role), pattern) for role in pattern.roles}
+    assert len(set(digests.values())) == 3
 
 
 def test_a_message_of_another_task_is_refused(pair: Pair) -> None:

@@ -1,7 +1,8 @@
-"""Answers of a cluster of two machines, imitated on this one, the second of which is lost while they are made.
+"""Answers of a cluster of two machines, imitated on this one, the second of which is lost, and at last for good.
 
-Arguments: folder of the system, whose learner needs the resource "second". Prints what was answered before and during
-the loss, and how many processes were started again, as JSON.
+Arguments: folders of systems, whose last agent needs the resource "second". Prints as JSON, of each system, what was
+answered; and of the last one what was answered while the machine was lost and another came, how many processes were
+started again, and what is said when no other one comes.
 """
 
 from __future__ import annotations
@@ -17,36 +18,47 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
 import ray
 from ray.cluster_utils import Cluster
 
+from recmas.answering.answers import RowsFailedError
+from recmas.distributed import replica
 from recmas.distributed.order import Loading
 from recmas.distributed.system import RaySystem
 from tests.runtime.distributed.test_nodes import QUESTIONS
 
 
-def main(folder: str) -> None:
+def main(folders: list[str]) -> None:
     # Every message lies in the store of the machine where it was made, and is lost with it.
     head = {"num_cpus": 1, "_system_config": {"max_direct_call_object_size": 1}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second: dict[str, Any] = {"num_cpus": 1, "resources": {"second": 1}}
-    node = cluster.add_node(**second)
+    nodes = [cluster.add_node(**second)]
     ray.init(address=cluster.address, log_to_driver=False)
+    found: dict[str, Any] = {"before": []}
     try:
-        with RaySystem(Loading(folder=folder)) as system:
-            before = [answer.text for answer in system.answer(QUESTIONS, batch_size=4)]
-            lost = threading.Event()
+        for folder in folders:
+            with RaySystem(Loading(folder=folder)) as system:
+                found["before"].append([answer.text for answer in system.answer(QUESTIONS, batch_size=4)])
+                if folder == folders[-1]:
+                    lost = threading.Event()
 
-            def lose(count: int) -> None:
-                if not lost.is_set():
-                    lost.set()
-                    cluster.remove_node(node)
-                    cluster.add_node(**second)
+                    def lose(count: int, lost: threading.Event = lost) -> None:
+                        if not lost.is_set():
+                            lost.set()
+                            cluster.remove_node(nodes.pop())
+                            nodes.append(cluster.add_node(**second))
 
-            during = [answer.text for answer in system.answer(QUESTIONS, batch_size=4, progress=lose)]
-            restarts = system.executor.restarts
+                    found["during"] = [a.text for a in system.answer(QUESTIONS, batch_size=4, progress=lose)]
+                    found["restarts"] = system.executor.restarts
+                    replica.RETURN = 1.0
+                    cluster.remove_node(nodes.pop())
+                    try:
+                        system.answer(QUESTIONS[:2])
+                    except RowsFailedError as error:
+                        found["after"] = str(error)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps({"before": before, "during": during, "restarts": restarts}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -13,7 +13,7 @@ import torch
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
 from recmas.answering.answers import Answer
 from recmas.scheduling.dispatcher import Dispatcher, Limits
-from recmas.scheduling.executor import Executor, Failed, LocalExecutor, Report
+from recmas.scheduling.executor import Ended, Executor, Failed, Lane, LocalExecutor, Report, Wrote
 from recmas.scheduling.task import Task
 from tests.runtime.scheduling.rows import PATTERNS, QUESTIONS, Waiting, row_of, send, tiny_system
 
@@ -159,6 +159,70 @@ def test_what_is_lost_is_repeated_and_text_is_shown_once(system: RecursiveMAS, i
     finally:
         dispatcher.close()
     assert len(executor.tasks) > 6
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_a_batch_that_is_lost_while_it_writes_is_told_once(system: RecursiveMAS, pieces: int) -> None:
+    """After one step, after some, and when all rows have ended and nothing but the end of the batch is missing."""
+    executor = Watched(system)
+    lost: list[Task] = []
+    begin = executor.start
+
+    def start(task: Task, report: Report) -> None:
+        told: list[Wrote] = []
+
+        def tell(one: Wrote | Ended | Failed) -> None:
+            if task in lost:
+                return
+            if isinstance(one, Wrote):
+                told.append(one)
+                report(one)
+            if not isinstance(one, Wrote) or len(told) == pieces:
+                lost.append(task)
+                report(Failed(task, ConnectionError("gone"), lost=True))
+
+        begin(task, tell if task.work.final and not lost else report)
+
+    executor.start = start  # type: ignore[method-assign]
+    expected = [answer.text for answer in system.answer(QUESTIONS)]
+    dispatcher = Dispatcher(executor, Limits(window=0.2, rows=len(QUESTIONS)))
+    try:
+        waiting = send(dispatcher, system, QUESTIONS)
+        assert texts(waiting) == expected
+        assert texts(send(dispatcher, system, QUESTIONS[:1])) == expected[:1]
+        assert [len(sink.ends) for sink in waiting] == [1] * len(QUESTIONS)
+    finally:
+        dispatcher.close()
+    assert len(lost) == 1
+
+
+def test_what_comes_for_a_row_that_has_begun_again_is_not_taken() -> None:
+    """One of two agents of a stage refuses its messages while the other is at work; that one's end comes later."""
+    system = tiny_system(MIXTURE)
+    executor = Watched(system)
+    executor.lanes = {role: Lane(role, 1) for role in MIXTURE.roles}  # type: ignore[attr-defined]
+    one, other = MIXTURE.stages[0][:2]
+    refused, begun = threading.Event(), threading.Event()
+
+    def fail(task: Task) -> Failed | None:
+        role, again = task.work.role, task.parts[0].visit.round == 2
+        if role == one and again and not refused.is_set():
+            refused.set()
+            return Failed(task, ValueError("refused"), lost=True, inputs=True)
+        if role == one and refused.is_set():
+            begun.set()
+        if role == other and again:
+            assert begun.wait(60)
+        return None
+
+    executor.fail = fail
+    expected = [answer.text for answer in system.answer(["fox"])]
+    dispatcher = Dispatcher(executor, Limits(window=0.0))
+    try:
+        assert texts(send(dispatcher, system, ["fox"])) == expected
+    finally:
+        dispatcher.close()
+    assert begun.is_set()
 
 
 def test_a_row_that_ends_the_process_each_time_is_given_up_alone(system: RecursiveMAS) -> None:

@@ -78,6 +78,17 @@ def test_a_save_killed_at_any_call_leaves_the_old_system_or_the_new_one(tmp_path
     assert found.count("new") > 3
 
 
+def test_links_whose_names_would_be_equal_are_each_kept(tmp_path):
+    """From "a-b" to "c" and from "a" to "b-c"; the third save finds names taken that the second has left."""
+    pattern = Pattern((("a-b", "a"), ("c", "b-c"), ("d",)))
+    agents = dict.fromkeys(pattern.roles, tiny_agent("llama", "everybody"))
+    for seed in range(3):
+        mas = RecursiveMAS.create(agents, pattern, rounds=1, seed=seed)
+        mas.save_pretrained(tmp_path / "s")
+        assert weights(RecursiveMAS.from_pretrained(tmp_path / "s")) == weights(mas)
+        assert len(list((tmp_path / "s" / "links").iterdir())) == len(mas.inner_links) + len(mas.outer_links)
+
+
 def test_the_next_save_removes_what_a_killed_one_left(tmp_path):
     place = tmp_path / "s"
     old = system(1)
