@@ -1,4 +1,4 @@
-"""Where the time of an agent's step goes on a CPU: microseconds of each decoder layer, and of what lies around them.
+"""Where the time of an agent's step goes on a CPU: microseconds for each decoder layer, and of what lies around them.
 
     python -m benchmarks.step_times --output benchmarks/results/step_times.json
 
@@ -24,16 +24,15 @@ import torch
 from benchmarks.harness.machine import Device, git_commit, versions
 from benchmarks.suites.cpu.frozen_cases import SHAPES, Case
 from benchmarks.suites.cpu.frozen_steps import Made, Steps
-from recmas.engine.growing_cache import GrowingLayer
+from recmas.engine.growing_cache import GrowingCache
 from recmas.files import write_atomically
 from recmas_kernels.backends import cpu_decoder
 from recmas_kernels.decoder_layer import LayerKernel
 from recmas_kernels.watch import Watch
 
 PIECES: dict[str, tuple[Any, str]] = {
-    "layer_inputs": (cpu_decoder, "layer_inputs"),
-    "layer_output": (cpu_decoder, "layer_output"),
-    "cache": (GrowingLayer, "update"),
+    "kernels": (cpu_decoder, "decoder_layers"),
+    "cache": (GrowingCache, "make_room"),
     "watch": (Watch, "unchanged"),
     "all of a layer": (LayerKernel, "__call__"),
 }

@@ -14,6 +14,7 @@
 namespace recmas {
 
 enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 enum class Residual : int32_t { none = 0, identity = 1, linear = 2 };
 enum class Gelu : int32_t { erf = 0, tanh = 1 };
 
@@ -146,6 +147,12 @@ struct RmsGain {
 
 constexpr int64_t most_layer_rows = 16;  // of the two parts of a decoder layer
 
+struct HeadRows {  // [rows, key_heads, head_features], the last dense; strides in elements
+  void* data;
+  int64_t row_stride, head_stride;
+  Dtype dtype;
+};
+
 // One position of a decoder layer, up to its attention, for few rows: u = norm(x), and heads of u Wq^T + bq, u Wk^T +
 // bk and u Wv^T + bv. Queries and keys are normed by head where there are such norms, then turned:
 //
@@ -159,7 +166,7 @@ struct LayerInputs {
   MatrixView cos, sin;                      // [rows, head_features]; stride 0 for one row that serves all
   float scale;                              // of queries, for the scores
   float* queries;                           // [rows, heads, head_features], scaled
-  Output keys, values;                      // [rows, key_heads, head_features]
+  HeadRows keys, values;
   Isa isa;
   int32_t threads;
 };
@@ -191,9 +198,15 @@ struct LayerOutput {
   Activation activation;
   FrozenWeight down;   // [features, hidden]
   RmsGain after_feed;  // norm_3, may be absent
-  Output y;            // [rows, features], of x's dtype
+  Output y;            // [rows, features], of x's dtype; may be x
   Isa isa;
   int32_t threads;
+};
+
+// A whole layer: keys and values of `inputs` are the last position of those of `output`, and both have one x.
+struct DecoderLayer {
+  LayerInputs inputs;
+  LayerOutput output;
 };
 
 // y = x / sqrt(mean(x^2) + eps) * (offset + gain), row by row.
@@ -245,6 +258,11 @@ int64_t layer_inputs_workspace(const LayerInputs& call);
 Status layer_inputs(const LayerInputs& call, void* workspace, int64_t workspace_bytes);
 int64_t layer_output_workspace(const LayerOutput& call);
 Status layer_output(const LayerOutput& call, void* workspace, int64_t workspace_bytes);
+
+// Layers after each other by one team of threads. Each reads what the one before it wrote; all may have the same
+// queries.
+int64_t decoder_layers_workspace(const DecoderLayer* layers, int64_t count);
+Status decoder_layers(const DecoderLayer* layers, int64_t count, void* workspace, int64_t workspace_bytes);
 
 // The latent handoff: table[slot_rows[i]] = rows[i], for whole rows of any element type. Strides are in bytes.
 Status handoff_scatter(const void* rows, int64_t rows_stride, const int64_t* slot_rows, int64_t count,

@@ -13,6 +13,7 @@ from torch import nn
 
 from recmas_kernels import own_forward
 from recmas_kernels.decoder_layer import LayerKernel
+from recmas_kernels.decoder_model import ModelKernel
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
@@ -34,6 +35,7 @@ class Accelerated:
         shared: by name, layers whose weight is not packed but read in place by few rows.
         norms: by name, the RMSNorms that run as one kernel.
         layers: by name, the decoder layers that run as two kernels, one position at a time.
+        models: by name, the decoders whose layers run in one call, into a cache that makes room for a position.
         left: by name, why other linear layers stayed as they are.
     """
 
@@ -42,6 +44,7 @@ class Accelerated:
         self.shared: dict[str, SharedLinear] = {}
         self.norms: dict[str, nn.Module] = {}
         self.layers: dict[str, nn.Module] = {}
+        self.models: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
         try:
             self._pack(model)
@@ -70,16 +73,20 @@ class Accelerated:
 
     def _serve(self, model: nn.Module) -> None:
         proofs = Proofs()
-        for name, part in model.named_modules():
-            if own_forward.serve(part, NormKernel):
-                self.norms[name] = part
-        for name, part in model.named_modules():
-            if name not in self.norms and own_forward.serve(part, lambda layer: LayerKernel(layer, proofs)):
-                self.layers[name] = part
+        served: set[str] = set()
+        for kernel, names in (  # each kind of parts that the kind before it runs as kernels
+            (NormKernel, self.norms),
+            (lambda layer: LayerKernel(layer, proofs), self.layers),
+            (ModelKernel, self.models),
+        ):
+            for name, part in model.named_modules():
+                if name not in served and own_forward.serve(part, kernel):
+                    names[name] = part
+                    served.add(name)
 
     def close(self) -> None:
         """Make the layers plain again, with the weights that they have now; those that others accelerated stay."""
-        for served in (self.layers, self.norms):
+        for served in (self.models, self.layers, self.norms):
             while served:
                 own_forward.release(served.popitem()[1])
         while self.packed:
@@ -105,7 +112,8 @@ class Accelerated:
         plain = sum(panels.out_features * panels.in_features * panels.dtype.itemsize for panels in held)
         lines = [
             f"{len(held)} linear layers packed: {plain / 1e6:.1f} MB in {self.packed_bytes / 1e6:.1f} MB",
-            f"{len(self.norms)} norms run as one kernel, {len(self.layers)} decoder layers as two at one position",
+            f"{len(self.norms)} norms run as one kernel, {len(self.layers)} decoder layers as two at one position"
+            + (", in one call" if self.models else ""),
         ]
         return "\n".join(lines + [f"{name or 'the model'} is left as it is: {why}" for name, why in self.left.items()])
 

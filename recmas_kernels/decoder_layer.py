@@ -6,14 +6,13 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from recmas_kernels import frozen
+from recmas_kernels import decoder_kernels, decoder_run, frozen
 from recmas_kernels.backends import cpu_decoder, settings
 from recmas_kernels.backends.choice import requested
-from recmas_kernels.decoder_parts import PLAIN_ACTIVATIONS, Packed, Parts, is_known, is_plain, packed_of, parts_of
+from recmas_kernels.decoder_parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
@@ -50,27 +49,26 @@ class LayerKernel(OwnForward):
         layer = self.module
         watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
         parts = parts_of(layer)
-        if parts is not None and proofs.hold(layer, parts, served):
+        if parts is not None and proofs.hold(layer, parts, decoder_kernels.run):
             self._found = _Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
         return self._found is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not torch.compiler.is_compiling():
-            y = self._served(args[0], kwargs)
+        if not torch.compiler.is_compiling():
+            y = self._served(args[0], kwargs) if len(args) == 1 else None
             if y is not None:
                 return y
+            decoder_run.complete()
         layer = self.module
         return type(layer).forward(layer, *args, **kwargs)
 
     def _served(self, x: Any, given: dict[str, Any]) -> Tensor | None:
-        if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or torch.is_grad_enabled() or observed():
-            return None
-        if not 0 < x.shape[0] <= cpu_decoder.MOST_ROWS or self._looks <= 0:
+        run = decoder_run.current()
+        leader = run if run is not None and run.follows(x) else None  # of what was asked when its first layer came
+        if self._looks <= 0 or not (leader or _suits(x)):
             return None
         if given.keys() - _TAKEN and any(given[name] is not None for name in given.keys() - _TAKEN):
-            return None
-        if requested() not in ("auto", "cpu") or autocast_enabled("cpu") or _has_any_global_hook():
             return None
         if self._watch is None or not self._watch.unchanged():
             self.look()
@@ -80,12 +78,29 @@ class LayerKernel(OwnForward):
         turned = given.get("position_embeddings")
         if found is None or packed is None or cache is None or turned is None:
             return None
-        if not (packed.readable(found.parts.dtype) and found.parts.fits(x, turned, mask)):
+        parts = found.parts
+        if not packed.readable(parts.dtype):
+            return None
+        if not (leader and leader.has_fitted(parts, turned, mask)) and not parts.fits(x, turned, mask):
             return None
         if settings.checks():
-            for linear in found.parts.linears.values():
+            for linear in parts.linears.values():
                 frozen.expect_unwritten(linear._parameters["weight"])  # type: ignore[arg-type]
-        return served(found.parts, packed, x, turned, mask, cache)
+        if run is not None:
+            y = run.put_off(self.module, parts, packed, x, turned, mask, cache)
+            if y is not None:
+                return y
+            run.complete()
+        return decoder_kernels.run(parts, packed, x, turned, mask, cache)
+
+
+def _suits(x: Any) -> bool:
+    """Whether kernels may run here and now, on one position of few rows."""
+    if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= cpu_decoder.MOST_ROWS:
+        return False
+    if torch.is_grad_enabled() or observed() or autocast_enabled("cpu") or _has_any_global_hook():
+        return False
+    return requested() in ("auto", "cpu")
 
 
 class _Found:
@@ -102,27 +117,3 @@ class _Found:
                 found.packed = None
 
         self._panels = [weakref.ref(held, forget) for held in panels.values()]
-
-
-def served(
-    parts: Parts, packed: Packed, x: Tensor, turned: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
-) -> Tensor:
-    """What a layer makes of ``x [B, 1, d]``; its cache has grown by one position."""
-    queries, keys, values = cpu_decoder.layer_inputs(parts.sizes, parts.scale, x, packed.inputs, *turned)
-    keys, values = cache.update(keys, values, parts.index)
-    if parts.reads(x, keys, values, mask):
-        return cpu_decoder.layer_output(parts.sizes + parts.feed, x, queries, keys, values, mask, packed.output)
-    return _plain_output(parts, x, queries, keys, values, mask)
-
-
-def _plain_output(parts: Parts, x: Tensor, queries: Tensor, keys: Any, values: Any, mask: Tensor | None) -> Tensor:
-    """`cpu_decoder.layer_output` in plain torch, for what a cache returns that the kernels cannot read."""
-    _, _, _, out, gate, up, down = parts.linears.values()
-    after, before, last = (nn.Identity() if named is None else named[1] for named in parts.norms[3:])
-    activation = PLAIN_ACTIVATIONS[cpu_decoder.ACTIVATIONS[parts.feed[1]]]
-    attended = F.scaled_dot_product_attention(
-        queries[:, :, None].to(x.dtype), keys, values, attn_mask=mask, scale=1.0, enable_gqa=True
-    )
-    x = x + after(out(attended.transpose(1, 2).flatten(2)))
-    rows = before(x)
-    return x + last(down(activation(gate(rows)) * up(rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -31,6 +32,11 @@ class OwnForward(ABC):
         module = self._module()
         assert module is not None, "the module is called, so it is there"
         return module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the class's, for those who ask which arguments a model takes."""
+        return inspect.signature(_of_class(self.module))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _of_class, (self.module,)

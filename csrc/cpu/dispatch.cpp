@@ -102,6 +102,19 @@ Status check_layer(const LayerOutput& call) {
   return check_layer(call, {call.out, call.gate, call.up, call.down});
 }
 
+Status check_layers(const DecoderLayer* layers, int64_t count) {
+  if (layers == nullptr || count < 1) return Status::bad_argument;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto& [inputs, output] = layers[i];
+    if (const Status status = check_layer(inputs); status != Status::ok) return status;
+    if (const Status status = check_layer(output); status != Status::ok) return status;
+    if (inputs.isa != layers[0].inputs.isa || output.isa != inputs.isa || output.rows != inputs.rows) {
+      return Status::bad_argument;
+    }
+  }
+  return Status::ok;
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -251,6 +264,20 @@ Status layer_output(const LayerOutput& call, void* workspace, int64_t workspace_
   const Kernels* kernels = kernels_of(call.isa);
   if (workspace_bytes < kernels->layer_output_workspace(call)) return Status::workspace_too_small;
   kernels->layer_output(call, workspace);
+  return Status::ok;
+}
+
+int64_t decoder_layers_workspace(const DecoderLayer* layers, int64_t count) {
+  if (check_layers(layers, count) != Status::ok) return -1;
+  return kernels_of(layers[0].inputs.isa)->decoder_layers_workspace(layers, count);
+}
+
+Status decoder_layers(const DecoderLayer* layers, int64_t count, void* workspace, int64_t workspace_bytes) {
+  const Status status = check_layers(layers, count);
+  if (status != Status::ok) return status;
+  const Kernels* kernels = kernels_of(layers[0].inputs.isa);
+  if (workspace_bytes < kernels->decoder_layers_workspace(layers, count)) return Status::workspace_too_small;
+  kernels->decoder_layers(layers, count, workspace);
   return Status::ok;
 }
 

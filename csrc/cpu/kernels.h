@@ -23,6 +23,8 @@ struct Kernels {
   void (*layer_inputs)(const LayerInputs& call, void* workspace);
   int64_t (*layer_output_workspace)(const LayerOutput& call);
   void (*layer_output)(const LayerOutput& call, void* workspace);
+  int64_t (*decoder_layers_workspace)(const DecoderLayer* layers, int64_t count);
+  void (*decoder_layers)(const DecoderLayer* layers, int64_t count, void* workspace);
   int64_t (*alignment_workspace)(const Alignment& call);
   void (*alignment)(const Alignment& call, void* workspace);
   void (*gelu)(const float* x, int64_t count, Gelu kind, float* value, float* slope);  // for the native tests

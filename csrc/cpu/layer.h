@@ -1,5 +1,6 @@
-// One position of a decoder layer for few rows, in two calls: the cache grows between them. Products read packed
-// weights; what is small is done by every thread for itself, since a barrier costs more than norms of a few rows.
+// One position of decoder layers for few rows: two calls for each layer, between which its cache grows, or one call for
+// all, into caches that have grown. Products read packed weights; what is small is done by every thread for itself,
+// since a barrier costs more than norms of a few rows.
 #pragma once
 
 #include "arena.h"
@@ -42,26 +43,36 @@ inline const void* row_of(const MatrixView& view, int64_t row) {
 // Thread `rank`'s own of as many equal pieces.
 inline Left own(const Left& all, int64_t rank, int64_t rows) { return {all.row(rank * rows), all.stride, all.bf16}; }
 
+inline int64_t useful_threads(const LayerInputs& call) {
+  const int64_t columns = (call.heads + 2 * call.key_heads) * call.head_features;
+  return frozen_threads(call.threads, call.rows, call.features, columns, call.query.stored);
+}
+
+inline int64_t useful_threads(const LayerOutput& call) {
+  const int64_t columns = call.heads * call.head_features + 3 * call.hidden_features;
+  return frozen_threads(call.threads, call.rows, call.features, columns, call.gate.stored);
+}
+
 struct InputsPlan {
-  int64_t threads, columns, workspace;
+  int64_t columns, workspace;
   Left normed;   // of each thread
-  float* heads;  // [rows][columns]: queries, then keys
+  float* heads;  // [rows][columns]: queries, keys, values
 };
 
-inline InputsPlan plan_inputs(const LayerInputs& call, void* base) {
+inline InputsPlan plan_inputs(const LayerInputs& call, int64_t threads, void* base) {
   InputsPlan plan{};
   Arena arena(base);
-  const int64_t all = (call.heads + 2 * call.key_heads) * call.head_features;
-  plan.columns = (call.heads + call.key_heads) * call.head_features;
-  plan.threads = frozen_threads(call.threads, call.rows, call.features, all, call.query.stored);
+  plan.columns = (call.heads + 2 * call.key_heads) * call.head_features;
   const bool pairs = multiplies_pairs(call.query.stored, call.x.dtype);
-  plan.normed = take_left(arena, plan.threads * call.rows, call.features, pairs);
+  plan.normed = take_left(arena, threads * call.rows, call.features, pairs);
   plan.heads = arena.floats(call.rows * plan.columns);
   plan.workspace = arena.used();
   return plan;
 }
 
-inline int64_t layer_inputs_workspace(const LayerInputs& call) { return plan_inputs(call, nullptr).workspace; }
+inline int64_t layer_inputs_workspace(const LayerInputs& call) {
+  return plan_inputs(call, useful_threads(call), nullptr).workspace;
+}
 
 // to = scale * turn(head): each feature of the first half with its partner in the second.
 template <class Angle, class Result>
@@ -85,48 +96,53 @@ inline void finish_head(const LayerInputs& call, float* line, const RmsGain& nor
   });
 }
 
-inline void layer_inputs(const LayerInputs& call, void* workspace) {
-  const InputsPlan plan = plan_inputs(call, workspace);
+inline void* head_of(const HeadRows& rows, int64_t row, int64_t head) {
+  return static_cast<char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * dtype_bytes(rows.dtype);
+}
+
+// This thread's part; the results stand after the next barrier.
+inline void layer_inputs(const Team& team, const LayerInputs& call, const InputsPlan& plan) {
   const int64_t width = call.head_features, queries = call.heads * width, keys = call.key_heads * width;
-  run_team(plan.threads, [&](const Team& team) {
-    const Left normed = own(plan.normed, team.rank, call.rows);
-    for (int64_t r = 0; r < call.rows; ++r) {
-      norm_row(row_of(call.x, r), call.x.dtype, call.norm, call.features, normed.row(r), normed.dtype());
-      pad_left(normed, r, call.features);
-    }
-    const auto to_heads = [&](int64_t first) {
-      return [&plan, first](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-        store_tile(plan.heads + first, Dtype::f32, plan.columns, row, rows, column, columns, tile);
-      };
+  const Left normed = own(plan.normed, team.rank, call.rows);
+  for (int64_t r = 0; r < call.rows; ++r) {
+    norm_row(row_of(call.x, r), call.x.dtype, call.norm, call.features, normed.row(r), normed.dtype());
+    pad_left(normed, r, call.features);
+  }
+  const auto to_heads = [&](int64_t first) {
+    return [&plan, first](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
+      store_tile(plan.heads + first, Dtype::f32, plan.columns, row, rows, column, columns, tile);
     };
-    multiply_frozen(team, normed, call.query, call.rows, call.features, queries, to_heads(0));
-    // An odd number of panels gives the last thread one more each time; keys begin with the other end.
-    Team reversed = team;
-    reversed.rank = team.size - 1 - team.rank;
-    multiply_frozen(reversed, normed, call.key, call.rows, call.features, keys, to_heads(queries));
-    multiply_frozen(team, normed, call.value, call.rows, call.features, keys,
-                    [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
-                      store_tile(call.values.data, call.values.dtype, keys, row, rows, column, columns, tile);
-                    });
-    team.wait();
-    const int64_t heads = call.heads + call.key_heads;
-    for (int64_t item = team.begin(call.rows * heads); item < team.end(call.rows * heads); ++item) {
-      const int64_t row = item / heads, head = item % heads;
-      float* const line = plan.heads + row * plan.columns + head * width;
-      if (head < call.heads) {
-        finish_head(call, line, call.query_norm, row, call.scale, call.queries + row * queries + head * width,
-                    Dtype::f32);
-      } else {
-        const int64_t element = row * keys + (head - call.heads) * width;
-        finish_head(call, line, call.key_norm, row, 1.0f,
-                    static_cast<char*>(call.keys.data) + element * dtype_bytes(call.keys.dtype), call.keys.dtype);
-      }
+  };
+  multiply_frozen(team, normed, call.query, call.rows, call.features, queries, to_heads(0));
+  // An odd number of panels gives the last thread one more each time; keys begin with the other end.
+  Team reversed = team;
+  reversed.rank = team.size - 1 - team.rank;
+  multiply_frozen(reversed, normed, call.key, call.rows, call.features, keys, to_heads(queries));
+  multiply_frozen(team, normed, call.value, call.rows, call.features, keys, to_heads(queries + keys));
+  team.wait();
+  const int64_t heads = call.heads + 2 * call.key_heads;
+  for (int64_t item = team.begin(call.rows * heads); item < team.end(call.rows * heads); ++item) {
+    const int64_t row = item / heads, head = item % heads, key = head - call.heads, value = key - call.key_heads;
+    float* const line = plan.heads + row * plan.columns + head * width;
+    if (key < 0) {
+      float* const to = call.queries + row * queries + head * width;
+      finish_head(call, line, call.query_norm, row, call.scale, to, Dtype::f32);
+    } else if (value < 0) {
+      finish_head(call, line, call.key_norm, row, 1.0f, head_of(call.keys, row, key), call.keys.dtype);
+    } else {
+      store_line(head_of(call.values, row, value), call.values.dtype, 0, width, line);
     }
-  });
+  }
+}
+
+inline void layer_inputs(const LayerInputs& call, void* workspace) {
+  const int64_t threads = useful_threads(call);
+  const InputsPlan plan = plan_inputs(call, threads, workspace);
+  run_team(threads, [&](const Team& team) { layer_inputs(team, call, plan); });
 }
 
 struct OutputPlan {
-  int64_t threads, workspace;
+  int64_t workspace;
   Left attended;  // [rows][heads * head_features]
   Left hidden;    // [rows][hidden_features]
   float* summed;  // [rows][features]: what attention adds, then what the feed-forward part adds
@@ -138,26 +154,26 @@ struct OutputPlan {
   Left normed;    // [rows][features]
 };
 
-inline OutputPlan plan_output(const LayerOutput& call, void* base) {
+inline OutputPlan plan_output(const LayerOutput& call, int64_t threads, void* base) {
   OutputPlan plan{};
   Arena arena(base);
   const int64_t inner = call.heads * call.head_features;
-  plan.threads =
-      frozen_threads(call.threads, call.rows, call.features, inner + 3 * call.hidden_features, call.gate.stored);
   const bool pairs = multiplies_pairs(call.gate.stored, call.x.dtype);
   plan.attended = take_left(arena, call.rows, inner, pairs);
   plan.hidden = take_left(arena, call.rows, call.hidden_features, pairs);
   plan.summed = arena.floats(call.rows * call.features);
   plan.gated = arena.floats(call.rows * call.hidden_features);
   plan.line_floats = larger(score_floats(call.positions), call.head_features);
-  plan.lines = arena.floats(plan.threads * 2 * plan.line_floats);
-  plan.middle = arena.floats(plan.threads * call.rows * call.features);
-  plan.normed = take_left(arena, plan.threads * call.rows, call.features, pairs);
+  plan.lines = arena.floats(threads * 2 * plan.line_floats);
+  plan.middle = arena.floats(threads * call.rows * call.features);
+  plan.normed = take_left(arena, threads * call.rows, call.features, pairs);
   plan.workspace = arena.used();
   return plan;
 }
 
-inline int64_t layer_output_workspace(const LayerOutput& call) { return plan_output(call, nullptr).workspace; }
+inline int64_t layer_output_workspace(const LayerOutput& call) {
+  return plan_output(call, useful_threads(call), nullptr).workspace;
+}
 
 inline Vec activate(Vec x, Activation kind) {
   if (kind != Activation::silu) return gelu(x, kind == Activation::gelu_tanh ? Gelu::tanh : Gelu::erf);
@@ -231,40 +247,73 @@ inline void feed(const Team& team, const LayerOutput& call, const OutputPlan& pl
                   });
 }
 
-inline void layer_output(const LayerOutput& call, void* workspace) {
-  const OutputPlan plan = plan_output(call, workspace);
+// This thread's part; the results stand after the next barrier. Nobody reads x when y is written.
+inline void layer_output(const Team& team, const LayerOutput& call, const OutputPlan& plan) {
   const int64_t features = call.features;
-  const bool normed_after = call.after_feed.gain.data != nullptr;
-  run_team(plan.threads, [&](const Team& team) {
-    attend_heads(team, call, plan);
-    team.wait();
-    const auto keep_sums = [&](int64_t row, int64_t rows, int64_t column, int64_t width, const float* tile) {
-      store_tile(plan.summed, Dtype::f32, features, row, rows, column, width, tile);
-    };
-    multiply_frozen(team, plan.attended, call.out, call.rows, call.heads * call.head_features, features, keep_sums);
-    team.wait();
-    float* const middle = plan.middle + team.rank * call.rows * features;
-    const Left normed = own(plan.normed, team.rank, call.rows);
-    finish_attention(call, plan, middle, normed);
-    feed(team, call, plan, normed);
-    team.wait();  // for hidden; and everyone has read what attention summed
-    if (!normed_after) {
-      multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features,
-                      [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
-                        for (int64_t r = 0; r < rows; ++r) {
-                          add_line(tile + r * kPanel, middle + (row + r) * features + column, width);
-                        }
-                        store_tile(call.y.data, call.y.dtype, features, row, rows, column, width, tile);
-                      });
-      return;
-    }
-    multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features, keep_sums);
-    team.wait();
-    for (int64_t r = team.begin(call.rows); r < team.end(call.rows); ++r) {
-      float *const line = middle + r * features, *const added = plan.summed + r * features;
-      norm_row(added, Dtype::f32, call.after_feed, features, added, Dtype::f32);
-      add_line(line, added, features);
-      store_line(call.y.data, call.y.dtype, r * features, features, line);
+  attend_heads(team, call, plan);
+  team.wait();
+  const auto keep_sums = [&](int64_t row, int64_t rows, int64_t column, int64_t width, const float* tile) {
+    store_tile(plan.summed, Dtype::f32, features, row, rows, column, width, tile);
+  };
+  multiply_frozen(team, plan.attended, call.out, call.rows, call.heads * call.head_features, features, keep_sums);
+  team.wait();
+  float* const middle = plan.middle + team.rank * call.rows * features;
+  const Left normed = own(plan.normed, team.rank, call.rows);
+  finish_attention(call, plan, middle, normed);
+  feed(team, call, plan, normed);
+  team.wait();  // for hidden; and everyone has read x and what attention summed
+  if (call.after_feed.gain.data == nullptr) {
+    multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features,
+                    [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
+                      for (int64_t r = 0; r < rows; ++r) {
+                        add_line(tile + r * kPanel, middle + (row + r) * features + column, width);
+                      }
+                      store_tile(call.y.data, call.y.dtype, features, row, rows, column, width, tile);
+                    });
+    return;
+  }
+  multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features, keep_sums);
+  team.wait();
+  for (int64_t r = team.begin(call.rows); r < team.end(call.rows); ++r) {
+    float *const line = middle + r * features, *const added = plan.summed + r * features;
+    norm_row(added, Dtype::f32, call.after_feed, features, added, Dtype::f32);
+    add_line(line, added, features);
+    store_line(call.y.data, call.y.dtype, r * features, features, line);
+  }
+}
+
+inline void layer_output(const LayerOutput& call, void* workspace) {
+  const int64_t threads = useful_threads(call);
+  const OutputPlan plan = plan_output(call, threads, workspace);
+  run_team(threads, [&](const Team& team) { layer_output(team, call, plan); });
+}
+
+inline int64_t useful_threads(const DecoderLayer* layers, int64_t count) {
+  int64_t most = 1;
+  for (int64_t i = 0; i < count; ++i) most = larger(most, useful_threads(layers[i].output));
+  return most;
+}
+
+inline int64_t decoder_layers_workspace(const DecoderLayer* layers, int64_t count) {
+  const int64_t threads = useful_threads(layers, count);
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    most = larger(most, plan_inputs(layers[i].inputs, threads, nullptr).workspace);
+    most = larger(most, plan_output(layers[i].output, threads, nullptr).workspace);
+  }
+  return most;
+}
+
+// One after the other in the same workspace: whoever passes a barrier has read what was there before it.
+inline void decoder_layers(const DecoderLayer* layers, int64_t count, void* workspace) {
+  const int64_t threads = useful_threads(layers, count);
+  run_team(threads, [&](const Team& team) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& [inputs, output] = layers[i];
+      layer_inputs(team, inputs, plan_inputs(inputs, threads, workspace));
+      team.wait();
+      layer_output(team, output, plan_output(output, threads, workspace));
+      team.wait();
     }
   });
 }

@@ -93,8 +93,8 @@ RECMAS_ANYWHERE constexpr int sums_bytes(int groups) {
 }
 constexpr int64_t shared_bytes(const Product& product) {
   const int groups = groups_for(product.tokens);
-  const int64_t steps = steps_of(product.operands[0], element_bytes(product.compute)) +
-                        steps_of(product.operands[1], element_bytes(product.compute));
+  const int64_t steps = steps_of(product.operands[0], dtype_bytes(product.compute)) +
+                        steps_of(product.operands[1], dtype_bytes(product.compute));
   const int64_t ring = (steps < stages_for(groups) ? steps : stages_for(groups)) * stage_bytes(groups);
   return ring > sums_bytes(groups) ? ring : sums_bytes(groups);
 }
@@ -117,14 +117,14 @@ inline bool has_kernels(const LinkForward& call) {
 
 // ... and weights that are streamed in whole pieces.
 inline bool whole_pieces(const LinkForward& call) {
-  const int64_t bytes = element_bytes(call.compute);
+  const int64_t bytes = dtype_bytes(call.compute);
   const int64_t in = call.shape.in_features * bytes, hidden = call.shape.hidden_features * bytes;
   return aligned(call.w1, in, kPiece) && aligned(call.w2, hidden, kPiece) && aligned(call.w3, in, kPiece);
 }
 
 // Whether a product can stream x as it lies.
 inline bool streams(const LinkForward& call) {
-  const int64_t bytes = element_bytes(call.compute);
+  const int64_t bytes = dtype_bytes(call.compute);
   const bool rows_aligned = call.shape.tokens == 1 || call.x.stride * bytes % kPiece == 0;
   return call.x.dtype == call.compute && rows_aligned && aligned(call.x.data, call.shape.in_features * bytes, kPiece);
 }
@@ -135,7 +135,7 @@ struct LinkWorkspace {
 
 inline LinkWorkspace link_workspace(const LinkForward& call) {
   const LinkShape& shape = call.shape;
-  const int64_t bytes = element_bytes(call.compute);
+  const int64_t bytes = dtype_bytes(call.compute);
   LinkWorkspace space{};
   const auto take = [&space](bool wanted, int64_t size) {
     const int64_t offset = space.bytes;

@@ -133,6 +133,4 @@ auto with_element(Dtype dtype, Act act) {
   }
 }
 
-constexpr int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 }  // namespace recmas::cuda

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "../link.h"
 #include "arguments.h"
@@ -15,14 +16,20 @@ namespace {
 
 struct LayerArguments {
   Arguments arguments;
-  Operands operands;
   Isa isa;
   int32_t threads;
+  Operands operands;
 
   LayerArguments(PyObject* const* values, Py_ssize_t count, Py_ssize_t expected, const char* entry)
       : arguments(values, count, expected, entry),
         isa(static_cast<Isa>(arguments.integer())),
         threads(static_cast<int32_t>(arguments.integer())) {}
+
+  // Of one layer among several.
+  LayerArguments(PyObject* tuple, Py_ssize_t expected, Isa isa, int32_t threads)
+      : arguments(&PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_SIZE(tuple), expected, "decoder_layers: a layer"),
+        isa(isa),
+        threads(threads) {}
 
   // gain or None, offset, eps
   cpu::RmsGain norm(int64_t features, const char* name) {
@@ -76,7 +83,69 @@ struct LayerArguments {
     *positions = view.sizes[2];
     return {view.data, view.strides[0], view.strides[1], view.strides[2], view.kernel_dtype()};
   }
+
+  template <class Call>
+  void sizes(Call& call) {
+    call.isa = isa;
+    call.threads = threads;
+    call.heads = arguments.integer();
+    call.key_heads = arguments.integer();
+    call.head_features = arguments.integer();
+  }
+
+  void weights(cpu::LayerInputs& call) {
+    const int64_t queries = call.heads * call.head_features, keys = call.key_heads * call.head_features;
+    call.norm = norm(call.features, "norm");
+    call.query = weight(queries, call.features, "query");
+    call.key = weight(keys, call.features, "key");
+    call.value = weight(keys, call.features, "value");
+    call.query_norm = norm(call.head_features, "query_norm");
+    call.key_norm = norm(call.head_features, "key_norm");
+  }
+
+  void turns(cpu::LayerInputs& call) {
+    call.cos = angles(call.rows, call.head_features, "cos");
+    call.sin = angles(call.rows, call.head_features, "sin");
+    operands.require(call.cos.dtype == call.sin.dtype && call.cos.stride == call.sin.stride);
+  }
+
+  void cached(cpu::LayerOutput& call) {
+    call.positions = -1;
+    call.keys = cache(call.rows, call.key_heads, call.head_features, &call.positions, "keys");
+    call.values = cache(call.rows, call.key_heads, call.head_features, &call.positions, "values");
+    operands.require(call.keys.dtype == call.values.dtype);
+    PyObject* const mask = arguments.object();
+    if (mask == Py_None) return;
+    const View view = Operands::described(mask, "mask");
+    const int64_t rows = view.dimensions == 4 ? view.sizes[0] : 0;
+    Operands::expect(view.dimensions == 4 && (rows == call.rows || rows == 1) && view.sizes[1] == 1 &&
+                         view.sizes[2] == 1 && view.sizes[3] == call.positions && view.element_bytes == 1,
+                     "mask");
+    operands.require(view.has_dense_rows());
+    call.mask = static_cast<const uint8_t*>(view.data);
+    call.mask_stride = rows == 1 ? 0 : view.strides[0];
+  }
+
+  void weights(cpu::LayerOutput& call) {
+    call.out = weight(call.features, call.heads * call.head_features, "out");
+    call.after_attention = norm(call.features, "after_attention");
+    call.before_feed = norm(call.features, "before_feed");
+    call.gate = weight(call.hidden_features, call.features, "gate");
+    call.up = weight(call.hidden_features, call.features, "up");
+    call.down = weight(call.features, call.hidden_features, "down");
+    call.after_feed = norm(call.features, "after_feed");
+  }
 };
+
+cpu::HeadRows dense_heads(const Output& heads, const cpu::LayerInputs& call) {
+  return {heads.data, call.key_heads * call.head_features, call.head_features, heads.dtype};
+}
+
+// Where the last position of a cache stands.
+cpu::HeadRows last_of(const cpu::CacheView& cache, int64_t positions) {
+  const int64_t before = (positions - 1) * cache.position_stride * dtype_bytes(cache.dtype);
+  return {static_cast<char*>(const_cast<void*>(cache.data)) + before, cache.row_stride, cache.head_stride, cache.dtype};
+}
 
 }  // namespace
 
@@ -86,28 +155,17 @@ struct LayerArguments {
 PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count) {
   LayerArguments in(values, count, 30, "layer_inputs");
   cpu::LayerInputs call{};
-  call.isa = in.isa;
-  call.threads = in.threads;
-  call.heads = in.arguments.integer();
-  call.key_heads = in.arguments.integer();
-  call.head_features = in.arguments.integer();
+  in.sizes(call);
   call.scale = in.arguments.number();
   call.x = in.rows(&call.rows);
   if (call.x.data == nullptr) Py_RETURN_FALSE;
   call.features = call.x.stride;
-  const int64_t queries = call.heads * call.head_features, keys = call.key_heads * call.head_features;
-  call.norm = in.norm(call.features, "norm");
-  call.query = in.weight(queries, call.features, "query");
-  call.key = in.weight(keys, call.features, "key");
-  call.value = in.weight(keys, call.features, "value");
-  call.query_norm = in.norm(call.head_features, "query_norm");
-  call.key_norm = in.norm(call.head_features, "key_norm");
-  call.cos = in.angles(call.rows, call.head_features, "cos");
-  call.sin = in.angles(call.rows, call.head_features, "sin");
-  in.operands.require(call.cos.dtype == call.sin.dtype && call.cos.stride == call.sin.stride);
-  call.queries = in.floats(call.rows * queries, "queries");
-  call.keys = in.result(call.rows * keys, "keys");
-  call.values = in.result(call.rows * keys, "values");
+  in.weights(call);
+  in.turns(call);
+  const int64_t keys = call.rows * call.key_heads * call.head_features;
+  call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
+  call.keys = dense_heads(in.result(keys, "keys"), call);
+  call.values = dense_heads(in.result(keys, "values"), call);
   if (!in.operands.readable) Py_RETURN_FALSE;
   run_in(cpu::layer_inputs_workspace(call), "layer_inputs",
          [&](void* workspace, int64_t bytes) { return cpu::layer_inputs(call, workspace, bytes); });
@@ -120,43 +178,75 @@ PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count) {
 PyObject* layer_output(PyObject* const* values, Py_ssize_t count) {
   LayerArguments in(values, count, 34, "layer_output");
   cpu::LayerOutput call{};
-  call.isa = in.isa;
-  call.threads = in.threads;
-  call.heads = in.arguments.integer();
-  call.key_heads = in.arguments.integer();
-  call.head_features = in.arguments.integer();
+  in.sizes(call);
   call.hidden_features = in.arguments.integer();
   call.activation = static_cast<cpu::Activation>(in.arguments.integer());
   call.x = in.rows(&call.rows);
   if (call.x.data == nullptr) Py_RETURN_FALSE;
   call.features = call.x.stride;
-  const int64_t inner = call.heads * call.head_features;
-  call.queries = in.floats(call.rows * inner, "queries");
-  call.positions = -1;
-  call.keys = in.cache(call.rows, call.key_heads, call.head_features, &call.positions, "keys");
-  call.values = in.cache(call.rows, call.key_heads, call.head_features, &call.positions, "values");
-  in.operands.require(call.keys.dtype == call.values.dtype);
-  if (PyObject* const mask = in.arguments.object(); mask != Py_None) {
-    const View view = Operands::described(mask, "mask");
-    const int64_t rows = view.dimensions == 4 ? view.sizes[0] : 0;
-    Operands::expect(view.dimensions == 4 && (rows == call.rows || rows == 1) && view.sizes[1] == 1 &&
-                         view.sizes[2] == 1 && view.sizes[3] == call.positions && view.element_bytes == 1,
-                     "mask");
-    in.operands.require(view.has_dense_rows());
-    call.mask = static_cast<const uint8_t*>(view.data);
-    call.mask_stride = rows == 1 ? 0 : view.strides[0];
-  }
-  call.out = in.weight(call.features, inner, "out");
-  call.after_attention = in.norm(call.features, "after_attention");
-  call.before_feed = in.norm(call.features, "before_feed");
-  call.gate = in.weight(call.hidden_features, call.features, "gate");
-  call.up = in.weight(call.hidden_features, call.features, "up");
-  call.down = in.weight(call.features, call.hidden_features, "down");
-  call.after_feed = in.norm(call.features, "after_feed");
+  call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
+  in.cached(call);
+  in.weights(call);
   call.y = in.result(call.rows * call.features, "y");
   if (!in.operands.readable) Py_RETURN_FALSE;
   run_in(cpu::layer_output_workspace(call), "layer_output",
          [&](void* workspace, int64_t bytes) { return cpu::layer_output(call, workspace, bytes); });
+  Py_RETURN_TRUE;
+}
+
+// decoder_layers(isa, threads, x, y, queries, layers) -> whether all could be read, so that y and the last position of
+// every layer's keys and values were written. A layer: (heads, key heads, features of a head, hidden features,
+// activation, scale, then as above norm, query, key, value, query norm, key norm, cos, sin, keys, values, mask or None,
+// and from out to the norm after the feed-forward part).
+PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
+  LayerArguments in(values, count, 6, "decoder_layers");
+  int64_t rows = 0;
+  MatrixView x = in.rows(&rows);
+  if (x.data == nullptr) Py_RETURN_FALSE;
+  const int64_t features = x.stride;
+  const Output y = in.result(rows * features, "y");
+  const View queries = Operands::described(in.arguments.object(), "queries");
+  Operands::expect_float(queries, "queries");
+  PyObject* const tuples = in.arguments.object();
+  if (!PyTuple_Check(tuples)) throw py::type_error("decoder_layers: expected a tuple of layers");
+  std::vector<cpu::DecoderLayer> layers(static_cast<size_t>(PyTuple_GET_SIZE(tuples)));
+  bool readable = in.operands.readable && y.dtype == x.dtype;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    PyObject* const tuple = PyTuple_GET_ITEM(tuples, static_cast<Py_ssize_t>(i));
+    if (!PyTuple_Check(tuple)) throw py::type_error("decoder_layers: a layer is no tuple");
+    LayerArguments of_layer(tuple, 50, in.isa, in.threads);
+    auto& [inputs, output] = layers[i];
+    of_layer.sizes(inputs);
+    output.hidden_features = of_layer.arguments.integer();
+    output.activation = static_cast<cpu::Activation>(of_layer.arguments.integer());
+    inputs.scale = of_layer.arguments.number();
+    inputs.rows = output.rows = rows;
+    inputs.features = output.features = features;
+    inputs.x = output.x = x;
+    Operands::expect(queries.dense && queries.elements >= rows * inputs.heads * inputs.head_features, "queries");
+    inputs.queries = static_cast<float*>(queries.data);
+    output.queries = inputs.queries;
+    output.isa = in.isa;
+    output.threads = in.threads;
+    output.heads = inputs.heads;
+    output.key_heads = inputs.key_heads;
+    output.head_features = inputs.head_features;
+    of_layer.weights(inputs);
+    of_layer.turns(inputs);
+    of_layer.cached(output);
+    of_layer.weights(output);
+    inputs.keys = last_of(output.keys, output.positions);
+    inputs.values = last_of(output.values, output.positions);
+    output.y = y;
+    x = {y.data, features, y.dtype};
+    readable = readable && of_layer.operands.readable;
+  }
+  if (!readable) Py_RETURN_FALSE;
+  const auto layer_count = static_cast<int64_t>(layers.size());
+  run_in(cpu::decoder_layers_workspace(layers.data(), layer_count), "decoder_layers",
+         [&](void* workspace, int64_t bytes) {
+           return cpu::decoder_layers(layers.data(), layer_count, workspace, bytes);
+         });
   Py_RETURN_TRUE;
 }
 

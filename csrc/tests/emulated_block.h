@@ -290,13 +290,13 @@ inline void EmulatedThread::observe_read(const void* data, int64_t bytes) {
 }
 
 inline float EmulatedThread::load(const void* data, Dtype dtype, int64_t index) {
-  const int64_t bytes = element_bytes(dtype);
+  const int64_t bytes = dtype_bytes(dtype);
   observe_read(static_cast<const char*>(data) + index * bytes, bytes);
   return load_number(data, dtype, index);
 }
 
 inline void EmulatedThread::store(void* data, Dtype dtype, int64_t index, float value) {
-  const int64_t bytes = element_bytes(dtype);
+  const int64_t bytes = dtype_bytes(dtype);
   for (Watch& watch : block_.observer_.written_once) watch.touch(static_cast<char*>(data) + index * bytes, bytes);
   store_number(data, dtype, index, value);
 }

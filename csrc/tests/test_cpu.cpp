@@ -326,6 +326,9 @@ void test_layer(Isa isa) {
   CHECK(cpu::layer_inputs_workspace(none) == -1, "a layer without rows");
   cpu::LayerOutput nothing{};
   CHECK(cpu::layer_output(nothing, nullptr, 0) == Status::bad_argument, "a layer without rows");
+  CHECK(cpu::decoder_layers_workspace(nullptr, 0) == -1, "no layers");
+  const cpu::DecoderLayer neither{};
+  CHECK(cpu::decoder_layers(&neither, 1, nullptr, 0) == Status::bad_argument, "layers without rows");
 }
 
 }  // namespace

@@ -23,13 +23,13 @@ struct Free {
 class Array {
  public:
   Array(int64_t count, Dtype dtype, int64_t shift = 0) : dtype_(dtype), count_(count) {
-    const int64_t bytes = element_bytes(dtype), offset = shift * bytes % 16;
+    const int64_t bytes = dtype_bytes(dtype), offset = shift * bytes % 16;
     memory_.reset(static_cast<char*>(std::malloc(static_cast<size_t>(offset + count * bytes))));  // 16-byte aligned
     data_ = memory_.get() + offset;
     std::memset(data_, 0xff, static_cast<size_t>(count * bytes));
   }
   char* data() const { return data_; }
-  int64_t bytes() const { return count_ * element_bytes(dtype_); }
+  int64_t bytes() const { return count_ * dtype_bytes(dtype_); }
   Dtype dtype() const { return dtype_; }
   double at(int64_t i) const { return static_cast<double>(load_number(data_, dtype_, i)); }
   void fill(std::mt19937& generator, double scale, double centre = 0.0) {
@@ -387,7 +387,7 @@ void test_random(int count) {
     Case c{};
     c.kind = kKinds[pick(0, 7)];
     c.compute = dtypes[pick(0, 2)];
-    const int64_t unit = kPiece / element_bytes(c.compute);
+    const int64_t unit = kPiece / dtype_bytes(c.compute);
     const auto width = [&] { return pick(1, 300 / unit) * unit; };
     c.shape = {pick(1, 32), width(), width(), pick(1, 300)};
     if (c.kind.residual == Residual::identity) c.shape.out_features = c.shape.in_features;

@@ -1,6 +1,6 @@
 // Kernels on several threads, at shapes large enough that they use them: the same bits as on one thread, and, built
 // under ThreadSanitizer, no race. There, `test_threads <pass> <n>` leaves out the n-th barrier of that pass: forward,
-// backward, frozen_forward, frozen_backward, layer_inputs or layer_output.
+// backward, frozen_forward, frozen_backward, layer_inputs, layer_output or decoder_layers.
 
 #include <cstdio>
 #include <cstdlib>
@@ -156,13 +156,15 @@ void test_frozen(Isa isa) {
 }
 
 // All norms, so that every barrier is there.
-LayerResults run_layer(Isa isa, int inputs_threads, int output_threads) {
-  return LayerCase({5, 260, 4, 2, 34, 260, 19}, Dtype::f32, Dtype::f32, isa).run(inputs_threads, output_threads);
-}
+LayerCase layer_case(Isa isa) { return {{5, 260, 4, 2, 34, 260, 19}, Dtype::f32, Dtype::f32, isa}; }
 
 void test_layer(Isa isa) {
-  const LayerResults one = run_layer(isa, 1, 1), several = run_layer(isa, kThreads, kThreads);
+  const LayerResults one = layer_case(isa).run(1, 1), several = layer_case(isa).run(kThreads, kThreads);
   CHECK(same(one.queries, several.queries) && same(one.y, several.y), "isa %d: layers differ between thread counts",
+        static_cast<int>(isa));
+  const LayerResults apart = layer_case(isa).run_layers(3, 1, false);
+  const LayerResults together = layer_case(isa).run_layers(3, kThreads, true);
+  CHECK(same(apart.queries, together.queries) && same(apart.y, together.y), "isa %d: layers differ in one call",
         static_cast<int>(isa));
 }
 
@@ -175,8 +177,9 @@ void run_without_barrier(const std::string& pass_name, int barrier) {
     if (pass_name == "backward") run(c, Isa::baseline, 1, kThreads, true);
     if (pass_name == "frozen_forward") run_frozen(Isa::baseline, kThreads, 1);
     if (pass_name == "frozen_backward") run_frozen(Isa::baseline, 1, kThreads);
-    if (pass_name == "layer_inputs") run_layer(Isa::baseline, kThreads, 1);
-    if (pass_name == "layer_output") run_layer(Isa::baseline, 1, kThreads);
+    if (pass_name == "layer_inputs") layer_case(Isa::baseline).run(kThreads, 1);
+    if (pass_name == "layer_output") layer_case(Isa::baseline).run(1, kThreads);
+    if (pass_name == "decoder_layers") layer_case(Isa::baseline).run_layers(2, kThreads, true);
   };
   // ThreadSanitizer remembers the last few accesses only, so that one pass shows the race in about half of all runs.
   for (int pass = 0; pass < 20; ++pass) run_pass();

@@ -1,4 +1,4 @@
-"""The two kernels of a decoder layer, which works on one position of few rows: what precedes attention, and the rest.
+"""The kernels of decoder layers, which work on one position of few rows: what precedes attention and the rest, or all.
 
 Arguments of weights and norms come flat, as ``csrc/python/cpu_layer.cpp`` reads them: a weight is ``(panels, number of
 the stored dtype, bias or None)``, a norm ``(gain or None, offset, eps)``.
@@ -75,3 +75,17 @@ def layer_output(
         if not run(*settings, x.contiguous(), queries, keys, values, mask, *arguments, y):
             raise AssertionError("contiguous tensors are readable")
     return y
+
+
+def decoder_layers(x: Tensor, y: Tensor, layers: list[tuple[Any, ...]]) -> bool:
+    """Layers after each other, into ``y``; False, and nothing done, if the kernels cannot read one of the tensors.
+
+    Args:
+        x: ``[B, 1, d]``, as for `layer_inputs`.
+        y: the same.
+        layers: of each, sizes as for `layer_output`, the scale, the arguments of `layer_inputs`, cos, sin, keys, values
+            ``[B, key heads, T, D]`` whose last position is written, mask, and the arguments of `layer_output`.
+    """
+    most = max(heads * features for heads, _, features, *_ in layers)
+    queries = torch.empty(x.shape[0] * most, dtype=torch.float32, device=_CPU)
+    return bool(_native().decoder_layers(_isa(), torch.get_num_threads(), x, y, queries, tuple(layers)))

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import FrozenLinear, accelerate, decoder_layer, decoder_parts
+from recmas_kernels import FrozenLinear, accelerate, decoder_kernels, decoder_parts
 from recmas_kernels.backends import cpu, cpu_decoder
+from recmas_kernels.decoder_layer import LayerKernel
 from recmas_kernels.testing import LOW_PRECISION
 from tests.kernels import decoder_layers
 from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
@@ -75,13 +76,13 @@ class Served:
         self.count = 0
 
     def __enter__(self) -> Served:
-        real = decoder_layer.served
+        real = decoder_kernels.run
 
         def counted(*arguments: Any) -> Tensor:
             self.count += 1
             return real(*arguments)
 
-        self._patch = mock.patch.object(decoder_layer, "served", counted)
+        self._patch = mock.patch.object(decoder_kernels, "run", counted)
         self._patch.start()
         return self
 
@@ -240,7 +241,7 @@ def test_accelerating_draws_nothing_and_leaves_nothing_half_done(monkeypatch: py
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(torch.get_rng_state(), state)
-    monkeypatch.setattr(decoder_layer.LayerKernel, "look", lambda _: 1 / 0)
+    monkeypatch.setattr(LayerKernel, "look", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         accelerate(model)
     assert not any(isinstance(part, FrozenLinear) or "forward" in part.__dict__ for part in model.modules())

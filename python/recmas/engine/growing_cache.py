@@ -22,10 +22,25 @@ def most_capacity(positions: int) -> int:
 
 def new_cache(decoder: PreTrainedModel) -> DynamicCache:
     """The empty cache this decoder needs; without gradients its attention layers grow in place."""
-    cache = DynamicCache(config=decoder.config)
-    if not torch.is_grad_enabled():
-        cache.layers = [_growing(layer) for layer in cache.layers]
+    if torch.is_grad_enabled():
+        return DynamicCache(config=decoder.config)
+    cache = GrowingCache(config=decoder.config)
+    cache.layers = [_growing(layer) for layer in cache.layers]
     return cache
+
+
+class GrowingCache(DynamicCache):
+    """A cache whose attention layers grow in place."""
+
+    def make_room(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a layer as `update` returns them, grown by one position that is still to be written.
+
+        None where there is nothing yet to grow, or another kind of layer.
+        """
+        layer = self.layers[index] if index < len(self.layers) else None
+        if not isinstance(layer, GrowingLayer) or type(layer) not in (GrowingLayer, GrowingSlidingLayer):
+            return None
+        return layer.make_room() if layer.is_initialized else None
 
 
 def _growing(layer: Any) -> Any:
@@ -55,16 +70,29 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
             self.keys, self.values = self._buffers
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            start = self._needed(start)
-            end = start + key_states.shape[2]
-            held = (states[:, :, states.shape[2] - start :] for states in (self.keys, self.values))
-            self._buffers = [_buffer(states, max(int(GROWTH * end), end + ROOM)) for states in held]
+        start, end = self._span(key_states.shape[2])
         keys, values = self._buffers
         # narrow, since slicing with brackets takes three times as long: 9 us of every layer's step.
         keys.narrow(2, start, end - start).copy_(key_states)
         values.narrow(2, start, end - start).copy_(value_states)
+        return self._hold(end)
+
+    def make_room(self) -> tuple[Tensor, Tensor]:
+        """What `update` returns, with one position that is still to be written."""
+        return self._hold(self._span(1)[1])
+
+    def _span(self, count: int) -> tuple[int, int]:
+        """Where so many more go in the buffers, which are replaced if they are full."""
+        start, end = self.keys.shape[2], self.keys.shape[2] + count
+        if end > self._buffers[0].shape[2]:
+            start = self._needed(start)
+            end = start + count
+            held = (states[:, :, states.shape[2] - start :] for states in (self.keys, self.values))
+            self._buffers = [_buffer(states, max(int(GROWTH * end), end + ROOM)) for states in held]
+        return start, end
+
+    def _hold(self, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._buffers
         self.keys, self.values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self.keys, self.values
 
@@ -85,9 +113,15 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, heads, S, d]``; views of the window before them and of them."""
-        visible = min(self.cumulative_length, self.sliding_window - 1) + key_states.shape[2]
-        self.cumulative_length += key_states.shape[2]
         keys, values = super().update(key_states, value_states)
+        return self._window(keys, values, key_states.shape[2])
+
+    def make_room(self) -> tuple[Tensor, Tensor]:
+        return self._window(*super().make_room(), 1)
+
+    def _window(self, keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        visible = min(self.cumulative_length, self.sliding_window - 1) + count
+        self.cumulative_length += count
         return keys[:, :, keys.shape[2] - visible :], values[:, :, values.shape[2] - visible :]
 
     def _needed(self, length: int) -> int:

@@ -9,10 +9,11 @@ from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.agents.fingerprint import model_digest
 from recmas.cli import main
 from recmas.engine.abilities import fingerprint
+from recmas.engine.growing_cache import GrowingCache
 from recmas.system.fingerprint import digest
 from recmas.training import outer_loss
 from recmas_kernels import FrozenLinear
-from recmas_kernels.backends import cpu
+from recmas_kernels.backends import cpu, cpu_decoder
 from tests.runtime.tiny import FAMILIES, prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -46,6 +47,26 @@ def test_thinking_writing_and_gradients_are_those_of_the_plain_agent(family: str
         loss = torch.nn.functional.cross_entropy(agent.logits(hidden).flatten(0, 1), ids.flatten())
         found.append(torch.autograd.grad(loss, embeds)[0])
     torch.testing.assert_close(*found, rtol=0, atol=256 * EPS * found[0].abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch):
+    agent = accelerated(family)
+    prompt, _ = prompts(agent, (9, 4, 1))
+    calls = []
+    real = cpu_decoder.decoder_layers
+    monkeypatch.setattr(
+        cpu_decoder, "decoder_layers", lambda x, y, layers: calls.append(len(layers)) or real(x, y, layers)
+    )
+    states, tokens = agent.think(prompt, 5, tiny_link(agent)).states, agent.decode(prompt, 4)
+    assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
+    assert set(calls) == {agent.decoder.config.num_hidden_layers}
+    calls.clear()
+    monkeypatch.setattr(GrowingCache, "make_room", lambda cache, index: None)
+    assert torch.equal(agent.think(prompt, 5, tiny_link(agent)).states, states)
+    assert agent.decode(prompt, 4) == tokens
+    assert not calls
 
 
 def test_files_and_digests_are_the_same(tmp_path):

@@ -1,0 +1,173 @@
+"""Decoders of known models, one position at a time: all their layers in one call of the kernels."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from recmas_kernels.backends import cpu
+from recmas_kernels.decoder_layer import LayerKernel
+from recmas_kernels.decoder_run import Run, hooked
+from recmas_kernels.own_forward import OwnForward
+from recmas_kernels.watch import HOOKS, INNER
+
+KNOWN = {
+    f"transformers.models.{room}.modeling_{room}.{name}Model"
+    for room, name in {
+        "gemma": "Gemma",
+        "gemma3": "Gemma3Text",
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+    }.items()
+}
+"""Classes of decoders whose code was read: a call with some arguments cannot see what others make it do."""
+_TAKEN = {
+    "attention_mask",
+    "cache_position",
+    "input_ids",
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+_LOOKS = 8
+
+
+class ModelKernel(OwnForward):
+    """The ``forward`` of one decoder: its class's, in which layers that follow each other run in one call.
+
+    Layers are put off until the last of them (`Run`). That nothing happens between them is found by a call of the
+    class with stand-ins for its layers, and looked at again whenever the model's attributes, its configuration, its
+    layers or their hooks have changed.
+
+    Args:
+        model: a decoder, whose layers run as kernels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._looks = _LOOKS
+        self._layers: list[nn.Module] = []
+        self._watched: tuple[Any, ...] | None = None
+
+    def look(self) -> bool:
+        self._watched = None
+        self._looks -= 1
+        model = self.module
+        if f"{type(model).__module__}.{type(model).__qualname__}" not in KNOWN:
+            return False
+        watched = _watched(model)  # first: what changes from here on is seen
+        self._layers = _in_order(model)
+        self._watched = watched
+        return bool(self._layers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.module
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._opens(args, kwargs):
+            return type(model).forward(model, *args, **kwargs)
+        with Run(self._layers).open():
+            return type(model).forward(model, *args, **kwargs)
+
+    def _opens(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+        others = (given[name] for name in given.keys() - _TAKEN)
+        if args or self._looks <= 0 or any(value is not None and value is not False for value in others):
+            return False
+        if self._watched is None or not cpu.unchanged(*self._watched):
+            self.look()
+        return bool(self._layers)
+
+
+def _watched(model: nn.Module) -> tuple[Any, ...]:
+    """What the order of a decoder's layers depends on, as `cpu.unchanged` takes it."""
+    held, layers = model.__dict__, model._modules.get("layers")
+    itself = weakref.ref(model)  # its own dictionary holds this
+    config = getattr(held.get("config"), "__dict__", {})
+    entries: list[tuple[Any, str, Any]] = [
+        (itself, name, value) for name, value in held.items() if name not in INNER | {"forward"}
+    ]
+    entries += [(itself, "_modules", model._modules), (model._modules, "layers", layers)]
+    entries += [(config, name, value) for name, value in config.items()]
+    sizes: list[tuple[Any, int]] = [(config, len(config)), (itself, len(held))]
+    kinds: list[tuple[Any, type, Any]] = [(itself, type(model), None)]
+    if isinstance(layers, nn.Module):
+        kinds.append((layers, type(layers), layers.__dict__))
+        entries.append((layers.__dict__, "_modules", layers._modules))
+        sizes.append((layers._modules, len(layers._modules)))
+        for name, layer in layers._modules.items():
+            entries.append((layers._modules, name, layer))
+            own = {} if layer is None else layer.__dict__
+            entries += [(own, key, own[key]) for key in ("forward", *HOOKS) if key in own]
+            sizes += [(own[key], len(own[key])) for key in HOOKS if key in own]
+    classes = [(type(model), "forward", type(model).forward)]
+    return (*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)), ())
+
+
+def _in_order(model: nn.Module) -> list[nn.Module]:
+    """The layers as the decoder's class calls them; none if something may happen between them."""
+    layers = model._modules.get("layers")
+    if type(layers) is not nn.ModuleList or not layers or any(map(_by_itself, layers)):
+        return []
+    gains = layers[0].get_parameter("input_layernorm.weight")
+    x = torch.ones(1, 1, gains.shape[0], dtype=gains.dtype, device=gains.device)
+    order = _Order(list(layers), x)
+    shadow: nn.Module = object.__new__(type(model))
+    shadow.__dict__.update({name: value for name, value in model.__dict__.items() if name != "forward"})
+    shadow.__dict__["_modules"] = {**model._modules, "layers": nn.ModuleList(order.stand_ins)}
+    try:
+        with torch.no_grad(), order:
+            found = type(model).forward(shadow, inputs_embeds=x, use_cache=False)
+    except Exception:  # a decoder of another kind, which takes other arguments
+        return []
+    return order.called if order.holds(dict(found) if isinstance(found, dict) else found) else []
+
+
+def _by_itself(layer: nn.Module) -> bool:
+    """Whether a layer runs as its class says, or is seen by hooks."""
+    return hooked(layer) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
+
+
+class _Order(TorchDispatchMode):
+    """Which layers are called one after the other, by stand-ins for them, and whether operators run between them.
+
+    Args:
+        layers: of the model.
+        x: rows as each of them returns.
+    """
+
+    def __init__(self, layers: list[nn.Module], x: Tensor) -> None:
+        super().__init__()
+        self.called: list[nn.Module] = []
+        self._results = [x.clone() for _ in layers]
+        self._chained, self._between, self._operators = True, 0, 0
+        self.stand_ins = [self._stand_in(layer) for layer in layers]
+
+    def _stand_in(self, layer: nn.Module) -> nn.Module:
+        def forward(x: Tensor, **given: Any) -> Tensor:
+            if self.called:
+                self._chained &= x is self._results[len(self.called) - 1]
+                self._between += self._operators
+            self._operators = 0
+            self.called.append(layer)
+            return self._results[len(self.called) - 1]
+
+        made: nn.Module = object.__new__(type(layer))
+        made.__dict__.update(layer.__dict__, forward=forward)
+        return made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._operators += 1
+        return func(*args, **(kwargs or {}))
+
+    def holds(self, returned: Any) -> bool:
+        """Whether each layer is called once, of what the one before it returned, and nobody else is given that."""
+        given = set(map(id, tree_leaves(returned)))
+        alone = not any(id(result) in given for result in self._results[: len(self.called) - 1])
+        return self._chained and not self._between and alone and len(set(self.called)) == len(self.called)
