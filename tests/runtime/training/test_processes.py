@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from recmas import RecursiveMAS
 from recmas.training import AllConfig, train_all
@@ -107,6 +112,35 @@ def test_batches_that_cannot_be_dealt_out_are_refused():
         Processes(Joined()).check(4)
     assert list(Processes(Joined()).share(6)) == [1, 4]
     assert not Processes(Joined()).writes
+
+
+def test_gradients_and_numbers_are_summed_in_one_message(monkeypatch):
+    met, sent, messages = threading.Barrier(2), {}, [0, 0]
+
+    def of_both(self, tensor):
+        messages[self.index] += 1
+        sent[self.index] = tensor.clone()
+        met.wait(timeout=20)
+        total = sent[0] + sent[1]
+        met.wait(timeout=20)
+        return total
+
+    def summed(index):
+        joined = SimpleNamespace(num_processes=2, process_index=index, device=torch.device("cpu"))
+        parameters = [nn.Parameter(torch.zeros(size)) for size in ((2, 3), (3,), (1,))]
+        parameters[0].grad = torch.full((2, 3), 1.5 + index)
+        parameters[1].grad = torch.ones(3) if index else None
+        numbers = [(0.1, 2.0**53), (0.2, -1.0)][index] + ((1e300, math.inf)[index],)
+        return Processes(joined).sum_gradients(parameters, numbers), parameters
+
+    monkeypatch.setattr(Processes, "_sum", of_both)
+    with ThreadPoolExecutor(2) as pool:
+        for numbers, parameters in pool.map(summed, range(2)):
+            assert parameters[0].grad.tolist() == [[4.0] * 3] * 2
+            assert parameters[1].grad.tolist() == [1.0] * 3
+            assert parameters[2].grad is None
+            assert numbers == [0.1 + 0.2, 2.0**53 - 1.0, math.inf]
+    assert messages == [1, 1]
 
 
 def test_bfloat16_computes_in_half_and_keeps_masters(tmp_path):
