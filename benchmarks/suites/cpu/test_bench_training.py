@@ -59,6 +59,7 @@ class Step:
                 micro_batch=micro_batch,
             ):
                 part.backward()
+                del part  # as the training loop does
 
     def run_reference(self, recompute: bool) -> None:
         for link in self.twins.values():

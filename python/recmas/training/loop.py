@@ -206,6 +206,7 @@ def _step(
             value = piece / config.accumulation
             value.backward()
             own += value.item()
+            del piece, value  # their graph may hold what it computes activations from again, such as prefixes
     numbers = [own, float(meter.take()), float(pending.number is not None)]
     total, tokens, signals = together.sum_gradients(parameters.values(), numbers)
     by_round = {} if round_norms is None else round_norms()
