@@ -28,7 +28,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 ALONE = "one process"
 BATCHES = 2  # of a step
-ROUNDS = 7
+ROUNDS = 5
+WARM_UP = 2  # runs; connections take some hundred messages to reach their rate
 BOUND = TimeBound(all_seconds=60)  # one process takes part in every round
 
 
@@ -55,7 +56,7 @@ def cases(full: bool) -> list[Case]:
     if not full:
         return [Case(Setting(2, 64, 256, 12, 4, 6, 2, 4), 2, 2)]
     texts = {tokens: Setting(2, 512, 32_000, 60, 32, tokens - 1, 2, 32) for tokens in (32, 256)}
-    return [Case(texts[256], 8, 30, 1.7), Case(texts[32], 8, 100)]
+    return [Case(texts[256], 16, 20, 1.7), Case(texts[256], 8, 20), Case(texts[32], 8, 100)]
 
 
 def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
@@ -66,7 +67,8 @@ def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
         together(1, case.setting, config, tmp_path / "one") as one,
         together(2, case.setting, config, tmp_path / "two") as two,
     ):
-        assert one.train() == two.train(), "two processes make another link than one"
+        for _ in range(WARM_UP):
+            assert one.train() == two.train(), "two processes make another link than one"
         for group in (one, two):
             group.seconds.clear()
 

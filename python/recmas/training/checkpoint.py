@@ -70,8 +70,9 @@ class Checkpoint:
             for key, parameter in parameters.items():
                 parameter.copy_(self.tensors[f"parameter.{key}"])
                 if f"step.{key}" in self.tensors:
+                    moments = {name: self.tensors[f"{name}.{key}"] for name in _MOMENTS}
                     optimizer.state[parameter] = {
-                        name: self.tensors[f"{name}.{key}"].to(parameter.device) for name in _MOMENTS
+                        name: value if name == "step" else value.to(parameter.device) for name, value in moments.items()
                     }
         torch.set_rng_state(self.tensors["rng"])
         if torch.cuda.is_available() and (states := [v for k, v in self.tensors.items() if k.startswith("cuda_rng.")]):

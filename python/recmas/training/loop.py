@@ -265,7 +265,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> to
     decayed = [p for p in parameters.values() if p.ndim > 1]
     plain = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def begins(on_start: OnStart | None) -> bool:
