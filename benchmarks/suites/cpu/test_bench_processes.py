@@ -29,7 +29,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 ALONE = "one process"
 BATCHES = 2  # of a step
 ROUNDS = 5
-WARM_UP = 2  # runs; connections take some hundred messages to reach their rate
+WARM_UP = 2  # runs that are not timed: the first ones of two processes took a tenth longer
 BOUND = TimeBound(all_seconds=60)  # one process takes part in every round
 
 
