@@ -42,6 +42,15 @@ def launched(folder: Path, *words: str, count: int = 2) -> subprocess.Popen:
     )
 
 
+def workers(run: subprocess.Popen) -> list[int]:
+    """Processes of a run, in the order of their numbers."""
+    found = {}
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found.update({int(entry[5:]): int(child) for entry in entries if entry.startswith(b"RANK=")})
+    return [found[index] for index in sorted(found)]
+
+
 def options(**settings: object) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -85,9 +94,7 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it
     while not list((tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.01)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    workers = [int(child) for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers(run)[1], signal.SIGKILL)
     _, err = run.communicate(timeout=200)
     assert run.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("recmas: ")]
@@ -102,6 +109,24 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it
     stored = [next(iter((place / "out").glob("links/planner*/*.safetensors"))) for place in (tmp_path, whole)]
     ours, theirs = map(load_file, stored)
     assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_a_signal_ends_all_processes_with_one_checkpoint_and_status_0(tmp_path):
+    write_lean(tmp_path)
+    settings = SETTINGS | {"steps": 3000, "checkpoint_every": 0}
+    words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
+    run = launched(tmp_path, *words, *options(**settings))
+    while not [log for log in (tmp_path / "out").glob("training/*/log.jsonl") if log.read_text().count("\n") > 3]:
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.01)
+    for child in workers(run):
+        os.kill(child, signal.SIGTERM)
+    _, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    (stored,) = (tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")
+    steps = (stored.parent / "log.jsonl").read_text().count("\n")
+    assert 3 < steps < settings["steps"]
+    assert stored.name.startswith(f"checkpoint-{steps:08d}-")
 
 
 def test_batches_that_cannot_be_dealt_out_are_refused():
