@@ -21,6 +21,8 @@ ORDER = (
     "system",
     "cluster",
     "training",
+    "inner",
+    "processes",
     "costs",
     "handoff",
     "complexity",

@@ -53,7 +53,7 @@ def test_inner_training(case: Setting, bench: Bench, tmp_path: Path) -> None:
     error = abs(found - expected) / expected
     assert error <= SAME, f"final loss {found:.5f}, the reference way {expected:.5f}"
     bench.run(
-        Labels("training", f"inner training, {EPOCHS} epochs", case.shape, torch.float32, "forward+backward", batch),
+        Labels("inner", f"inner training, {EPOCHS} epochs", case.shape, torch.float32, "forward+backward", batch),
         {FUSED: ours, REFERENCE: theirs},
         link_work(case, system, config.steps, batch),
         {FUSED: error},

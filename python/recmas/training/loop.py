@@ -151,8 +151,8 @@ def train(
         for step in range(len(records), config.steps):
             if validation.exhausted:
                 break
-            value, norm, norms, by_round, tokens = _step(
-                parameters, optimizer, loss, config, step, folder, together, round_norms, meter or Meter()
+            value, norm, norms, by_round, tokens, stop = _step(
+                parameters, optimizer, loss, config, step, folder, together, round_norms, meter or Meter(), pending
             )
             seconds = time.perf_counter() - began
             measured = validation.after(step + 1)
@@ -164,7 +164,9 @@ def train(
                 with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
             wanted = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
-            stop = together.sums([float(wanted)]) != [0.0]
+            # Where no message of its own is sent, a signal goes with the next step's gradients.
+            if together.count == 1 or on_step is not None or measured is not None or step + 1 == config.steps:
+                stop = stop or together.sums([float(wanted)]) != [0.0]
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
                 if together.writes:
@@ -186,9 +188,10 @@ def _step(
     together: Processes,
     round_norms: RoundNorms | None,
     meter: Meter,
-) -> tuple[float, float, dict[str, float], dict[str, list[float]], int]:
+    pending: Pending,
+) -> tuple[float, float, dict[str, float], dict[str, list[float]], int, bool]:
     """One optimiser step; the mean loss, the gradient's norm before clipping (of all, by link if several, and by round
-    if asked for), and tokens."""
+    if asked for), tokens, and whether a process had got a signal when the gradients were summed."""
     optimizer.zero_grad(set_to_none=True)
     own = 0.0
     for part in together.share(config.accumulation):
@@ -203,8 +206,9 @@ def _step(
             value = piece / config.accumulation
             value.backward()
             own += value.item()
-    total, tokens = together.sums([own, float(meter.take())])
-    together.sum_gradients(parameters.values())
+            del piece, value  # their graph may hold what it computes activations from again, such as prefixes
+    numbers = [own, float(meter.take()), float(pending.number is not None)]
+    total, tokens, signals = together.sum_gradients(parameters.values(), numbers)
     by_round = {} if round_norms is None else round_norms()
     norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
@@ -220,7 +224,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     optimizer.step()
-    return total, norm, norms, by_round, int(tokens)
+    return total, norm, norms, by_round, int(tokens), signals > 0
 
 
 @contextmanager

@@ -60,19 +60,43 @@ class Processes:
             return list(values)
         return self._sum(torch.tensor(values, dtype=torch.float64, device=self._joined.device)).tolist()
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each parameter's gradient by the sum over all processes; one that none has stays None."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Sequence[float] = ()) -> list[float]:
+        """Replace each parameter's gradient by the sum over all processes; one that none has stays None.
+
+        ``numbers`` go with them, since a message takes longer than a few more bytes in it.
+
+        Returns:
+            Sums of the numbers over all processes, in float64.
+        """
         if self._joined is None:
-            return
-        all_parameters = list(parameters)
-        found = self.sums([float(parameter.grad is not None) for parameter in all_parameters])
-        used = [parameter for parameter, count in zip(all_parameters, found, strict=True) if count]
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
-        for dtype, device in dict.fromkeys((part.dtype, part.device) for part in own):
-            chosen = [at for at, part in enumerate(own) if (part.dtype, part.device) == (dtype, device)]
-            total = self._sum(torch.cat([own[at].flatten() for at in chosen]).to(self._joined.device)).to(device)
-            for at, part in zip(chosen, total.split([own[at].numel() for at in chosen]), strict=True):
-                used[at].grad = part.view_as(used[at])
+            return list(numbers)
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        if not groups:
+            return self.sums(numbers)
+        sums: list[float] = []
+        for (dtype, device), group in groups.items():
+            sent = [*([] if sums else numbers), *(float(parameter.grad is not None) for parameter in group)]
+            slots = self._slots(sent).to(self._joined.device, dtype)
+            own = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            message = torch.cat([slots, *(part.flatten().to(self._joined.device) for part in own)])
+            answer, *totals = self._sum(message).split([len(slots), *(part.numel() for part in own)])
+            arrived = self._in_slots(answer)
+            for parameter, total, holders in zip(group, totals, arrived[-len(group) :], strict=True):
+                parameter.grad = total.to(device).view_as(parameter) if holders else None
+            sums += arrived[: -len(group)]
+        return sums
+
+    def _slots(self, values: Sequence[float]) -> Tensor:
+        """A place for each process's values, this one's filled; 16 bits each, which every dtype of masters can hold."""
+        slots = torch.zeros(self.count, len(values), dtype=torch.float64)
+        slots[self.index] = torch.tensor(values, dtype=torch.float64)
+        return slots.view(torch.int16).flatten()
+
+    def _in_slots(self, slots: Tensor) -> list[float]:
+        """Sums over all processes of what they put there."""
+        return slots.to("cpu", torch.int16).view(torch.float64).view(self.count, -1).sum(0).tolist()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         from accelerate.utils import reduce

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from recmas import RecursiveMAS
 from recmas.training import AllConfig, train_all
@@ -35,6 +40,15 @@ def launched(folder: Path, *words: str, count: int = 2) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def workers(run: subprocess.Popen) -> list[int]:
+    """Processes of a run, in the order of their numbers."""
+    found = {}
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found.update({int(entry[5:]): int(child) for entry in entries if entry.startswith(b"RANK=")})
+    return [found[index] for index in sorted(found)]
 
 
 def options(**settings: object) -> list[str]:
@@ -80,9 +94,7 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it
     while not list((tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.01)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    workers = [int(child) for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers(run)[1], signal.SIGKILL)
     _, err = run.communicate(timeout=200)
     assert run.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("recmas: ")]
@@ -99,6 +111,24 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it
     assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
+def test_a_signal_ends_all_processes_with_one_checkpoint_and_status_0(tmp_path):
+    write_lean(tmp_path)
+    settings = SETTINGS | {"steps": 3000, "checkpoint_every": 0}
+    words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
+    run = launched(tmp_path, *words, *options(**settings))
+    while not [log for log in (tmp_path / "out").glob("training/*/log.jsonl") if log.read_text().count("\n") > 3]:
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.01)
+    for child in workers(run):
+        os.kill(child, signal.SIGTERM)
+    _, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    (stored,) = (tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")
+    steps = (stored.parent / "log.jsonl").read_text().count("\n")
+    assert 3 < steps < settings["steps"]
+    assert stored.name.startswith(f"checkpoint-{steps:08d}-")
+
+
 def test_batches_that_cannot_be_dealt_out_are_refused():
     class Joined:
         num_processes, process_index = 3, 1
@@ -107,6 +137,35 @@ def test_batches_that_cannot_be_dealt_out_are_refused():
         Processes(Joined()).check(4)
     assert list(Processes(Joined()).share(6)) == [1, 4]
     assert not Processes(Joined()).writes
+
+
+def test_gradients_and_numbers_are_summed_in_one_message(monkeypatch):
+    met, sent, messages = threading.Barrier(2), {}, [0, 0]
+
+    def of_both(self, tensor):
+        messages[self.index] += 1
+        sent[self.index] = tensor.clone()
+        met.wait(timeout=20)
+        total = sent[0] + sent[1]
+        met.wait(timeout=20)
+        return total
+
+    def summed(index):
+        joined = SimpleNamespace(num_processes=2, process_index=index, device=torch.device("cpu"))
+        parameters = [nn.Parameter(torch.zeros(size)) for size in ((2, 3), (3,), (1,))]
+        parameters[0].grad = torch.full((2, 3), 1.5 + index)
+        parameters[1].grad = torch.ones(3) if index else None
+        numbers = [(0.1, 2.0**53), (0.2, -1.0)][index] + ((1e300, math.inf)[index],)
+        return Processes(joined).sum_gradients(parameters, numbers), parameters
+
+    monkeypatch.setattr(Processes, "_sum", of_both)
+    with ThreadPoolExecutor(2) as pool:
+        for numbers, parameters in pool.map(summed, range(2)):
+            assert parameters[0].grad.tolist() == [[4.0] * 3] * 2
+            assert parameters[1].grad.tolist() == [1.0] * 3
+            assert parameters[2].grad is None
+            assert numbers == [0.1 + 0.2, 2.0**53 - 1.0, math.inf]
+    assert messages == [1, 1]
 
 
 def test_bfloat16_computes_in_half_and_keeps_masters(tmp_path):

@@ -1,0 +1,96 @@
+"""Inner training from the cache in two processes of one thread each, against one: rows per second, and the same links.
+
+What is timed are a run's steps, with their lines in the log; what comes before them (reading the rows, opening the
+cache) is the same however many steps a run has. A step has two batches, one for each of the two processes; the larger
+they are, the less its one message costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.floors import link_training
+from benchmarks.harness.goals import Goal
+from benchmarks.harness.models import Setting
+from benchmarks.harness.names import FUSED
+from benchmarks.harness.record import Labels, Samples
+from benchmarks.harness.time_bound import TimeBound
+from benchmarks.suites.cpu.training_processes import together
+from recmas.training import InnerConfig
+from recmas_kernels import LinkConfig
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+ALONE = "one process"
+BATCHES = 2  # of a step
+ROUNDS = 5
+WARM_UP = 2  # runs that are not timed: the first ones of two processes took a tenth longer
+BOUND = TimeBound(all_seconds=60)  # one process takes part in every round
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many rows per batch in so many steps; the least speed-up over one process, where one is claimed."""
+
+    setting: Setting
+    rows: int
+    steps: int
+    must: float | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Of a batch."""
+        return self.rows * (self.setting.new_tokens + 1)
+
+    @property
+    def id(self) -> str:
+        return f"{self.setting.id}-{self.pairs}-pairs"
+
+
+def cases(full: bool) -> list[Case]:
+    if not full:
+        return [Case(Setting(2, 64, 256, 12, 4, 6, 2, 4), 2, 2)]
+    texts = {tokens: Setting(2, 512, 32_000, 60, 32, tokens - 1, 2, 32) for tokens in (32, 256)}
+    return [Case(texts[256], 16, 20, 1.7), Case(texts[256], 8, 20), Case(texts[32], 8, 100)]
+
+
+def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
+    config = InnerConfig(steps=case.steps, batch_size=case.rows, accumulation=BATCHES, learning_rate=1e-3)
+    width = case.setting.features
+    link = LinkConfig("inner", width, width, width, "identity")
+    with (
+        together(1, case.setting, config, tmp_path / "one") as one,
+        together(2, case.setting, config, tmp_path / "two") as two,
+    ):
+        for _ in range(WARM_UP):
+            assert one.train() == two.train(), "two processes make another link than one"
+        for group in (one, two):
+            group.seconds.clear()
+
+        def of_steps(samples: Samples) -> Samples:
+            return {name: group.seconds[-len(samples[name]) :] for name, group in ((FUSED, two), (ALONE, one))}
+
+        bench.run(
+            Labels(
+                "processes",
+                "inner training in two processes",
+                case.setting.shape,
+                torch.float32,
+                "forward+backward",
+                case.pairs,
+            ),
+            {FUSED: two.train, ALONE: one.train},
+            link_training(link, case.pairs, 4) * (BATCHES * case.steps),
+            {FUSED: 0.0},
+            None if case.must is None else Goal(case.must, peer=ALONE),
+            rounds=ROUNDS,
+            bound=BOUND,
+            weighed=(),
+            twice=None,
+            settle=of_steps,
+        )
