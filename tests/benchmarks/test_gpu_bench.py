@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from benchmarks.harness.names import PRODUCTS
 from benchmarks.harness.record import Labels
 from benchmarks.harness.timing import Call
 from tests.benchmarks.test_gpu_tables import HEAD, FakeLimits
+from tests.runtime.commands import Ended, module
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = Labels("link", "inner", "2048x2048x2048", torch.bfloat16, "forward", 1, cold=True, graph=True)
@@ -174,33 +172,18 @@ def pytest_generate_tests(metafunc):
 
 def session(
     tmp_path: Path, *arguments: str, device: bool, small: bool = False, suites: str = "benchmarks/suites/gpu"
-) -> tuple[subprocess.CompletedProcess[str], Path]:
+) -> tuple[Ended, Path]:
     facts: dict[str, Any] = dict(HEAD["device"])  # type: ignore[call-overload]
     facts["l2_bytes"] = 4096 if small else facts["l2_bytes"]  # small operands would need thousands of copies
     (tmp_path / "fake_device.py").write_text(FAKE_DEVICE.format(facts=facts, small=small) if device else "")
     records = tmp_path / "bench.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        suites,
-        "-q",
-        "-p",
-        "fake_device",
-        "--records",
-        str(records),
-    ]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
-    )
-    return done, records
+    words = [suites, "-q", "-p", "fake_device", "-p", "no:cacheprovider", "--records", str(records), *arguments]
+    return module(tmp_path, "pytest", *words, places=(ROOT, tmp_path)), records
 
 
 def test_a_session_whose_time_is_spent_says_what_it_left_out(tmp_path: Path) -> None:
     done, records = session(tmp_path, "--grid", "full", "--seconds", "0", "-p", "no:benchmark", device=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     content = json.loads(records.read_text())
     assert content["benchmarks"] == []
     left_out = content["recmas"]["not_run"]
@@ -213,15 +196,15 @@ def test_a_session_whose_time_is_spent_says_what_it_left_out(tmp_path: Path) -> 
 def test_the_full_grid_without_a_device_is_skipped_with_its_reason(tmp_path: Path) -> None:
     links = "benchmarks/suites/gpu/test_bench_link.py"
     done, records = session(tmp_path, "--grid", "full", device=False, suites=links)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the full grid of the GPU suites needs a CUDA device" in done.stdout
+    assert done.status == 0, done.out + done.err
+    assert "the full grid of the GPU suites needs a CUDA device" in done.out
     assert not records.exists()
 
 
 def test_a_whole_session_from_cells_to_its_page(tmp_path: Path) -> None:
     """Every suite that runs without Triton, at small sizes: gate, variants, timing, record, answers, page."""
     done, records = session(tmp_path, "--grid", "full", "-k", "not product and not every", device=True, small=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     content = json.loads(records.read_text())
     made = [entry["extra_info"]["record"] for entry in content["benchmarks"]]
     assert {record["suite"] for record in made} == {"link", "host", "alignment", "latents", "rollout"}
@@ -235,9 +218,7 @@ def test_a_whole_session_from_cells_to_its_page(tmp_path: Path) -> None:
     assert backward["impls"]["products"]["gemm_ceiling_pct"] == pytest.approx(100.0)
     asked = {answer["question"][0] for answer in content["recmas"]["answers"]}
     assert asked == {"3", "4", "5", "6"}
-    summary = subprocess.run(
-        [sys.executable, "-m", "benchmarks.report.gpu_tables", str(records)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert summary.returncode == 0, summary.stderr
-    assert "0 of 15 rows of the forecast measured" in summary.stdout
-    assert "| rollout | think 2 layers" in summary.stdout
+    summary = module(tmp_path, "benchmarks.report.gpu_tables", str(records), places=(ROOT,))
+    assert summary.status == 0, summary.err
+    assert "0 of 15 rows of the forecast measured" in summary.out
+    assert "| rollout | think 2 layers" in summary.out

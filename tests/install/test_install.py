@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import sysconfig
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, run
+from tests.install.environments import NO_COMPILER, NO_NVCC, NOWHERE, Environment, copy_sources, quick_compiler, run
 
 HAS_NVCC = shutil.which("nvcc") is not None
 LEFT_OUT = {f"RECMAS_BUILD_{module}": "0" for module in ("TENSORS", "CPU", "CUDA")}
@@ -55,16 +56,24 @@ def test_wheel_from_sdist_under_isolation(
     assert environment.run("-m", "recmas", "--help").returncode == 0
 
 
-def test_editable_without_nvcc(environment: Environment, sources: Path, quick: dict[str, str]) -> None:
-    """The kernels are left out: `make install`, before any test, has built them in place, and under isolation."""
-    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CPU="0", **quick, **NO_NVCC)
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Path]:
+    """An editable install without nvcc, and with kernels that do not compile; what looks at tensors does."""
+    folder = tmp_path_factory.mktemp("partial")
+    environment, sources = Environment(folder), copy_sources(folder / "sources")
+    (sources / "csrc" / "cpu" / "handoff.cpp").write_text('#error "these kernels cannot compile"\n', encoding="utf-8")
+    outcome = environment.pip_install("-e", sources, **quick_compiler(folder), **NO_NVCC)
     assert outcome.returncode == 0, outcome.output
+    return environment, sources
+
+
+def test_editable_without_nvcc(partial: tuple[Environment, Path]) -> None:
+    """The kernels do not serve here: `make install`, before any test, has built them in place, and under isolation."""
+    environment, sources = partial
     info = environment.info()
     assert Path(info["folder"]) == sources / "recmas_kernels"
     assert info["modules"]["tensors"]["status"] == "built"
     assert info["modules"]["tensors"]["loads"]
-    assert info["modules"]["cpu"]["status"] == "skipped"
-    assert "RECMAS_BUILD_CPU=0" in info["modules"]["cpu"]["reason"]
     assert info["modules"]["cuda"]["status"] == "skipped"
     assert NOWHERE in info["modules"]["cuda"]["reason"]
     assert environment.run("-m", "recmas", "--help").returncode == 0
@@ -113,13 +122,9 @@ def test_importing_the_package_loads_nothing_compiled(bare: tuple[Environment, P
     assert outcome.returncode == 0, outcome.output
 
 
-def test_a_module_whose_build_fails_leaves_its_log_and_takes_no_other_down(
-    environment: Environment, sources: Path, quick: dict[str, str]
-) -> None:
+def test_a_module_whose_build_fails_leaves_its_log_and_takes_no_other_down(partial: tuple[Environment, Path]) -> None:
     """The kernels do not compile, and ``info`` has the reason and the end of the log; what looks at tensors serves."""
-    (sources / "csrc" / "cpu" / "handoff.cpp").write_text('#error "these kernels cannot compile"\n', encoding="utf-8")
-    outcome = environment.pip_install("-e", sources, RECMAS_BUILD_CUDA="0", **quick)
-    assert outcome.returncode == 0, outcome.output
+    environment, _ = partial
     modules = environment.info()["modules"]
     assert modules["cpu"]["status"] == "failed"
     assert "these kernels cannot compile" in modules["cpu"]["reason"]
@@ -154,6 +159,11 @@ def test_build_ext_is_loud_without_a_compiler(sources: Path) -> None:
 
 
 def test_build_ext_does_not_expect_cuda_without_nvcc(sources: Path) -> None:
+    """Nor what is switched off; why each is absent stays on record."""
     switches = {"RECMAS_BUILD_TENSORS": "0", "RECMAS_BUILD_CPU": "0", **NO_NVCC}
     outcome = run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, switches)
     assert outcome.returncode == 0, outcome.output
+    found = json.loads((sources / "recmas_kernels" / "_build.json").read_text(encoding="utf-8"))
+    assert {module["status"] for module in found.values()} == {"skipped"}
+    assert "RECMAS_BUILD_CPU=0" in found["cpu"]["reason"]
+    assert NOWHERE in found["cuda"]["reason"]

@@ -7,7 +7,7 @@ are counted. For inference; kernels run as they do on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,17 +19,23 @@ READS = ("__int__", "__float__", "__bool__", "__index__", "item", "tolist")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: Iterable[Any], found: list[Any] | None = None) -> list[Any]:
     """What lists, tuples and dictionaries hold, as operators take and give them; torch's own is far slower."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, list | tuple) else [tree]
+    found = [] if found is None else found
+    for part in tree:
+        if isinstance(part, dict):
+            leaves(part.values(), found)
+        elif isinstance(part, list | tuple):
+            leaves(part, found)
+        else:
+            found.append(part)
+    return found
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: mapped(change, part) for name, part in tree.items()}
-    return type(tree)([mapped(change, part) for part in tree]) if isinstance(tree, list | tuple) else change(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)([mapped(change, part) for part in tree])
+    return {name: mapped(change, part) for name, part in tree.items()} if isinstance(tree, dict) else change(tree)
 
 
 class _Placed(torch.Tensor):
@@ -90,6 +96,11 @@ class FakeDevices(TorchDispatchMode):
         super().__exit__(*raised)
         torch.is_autocast_enabled = self._autocast
         torch._C._set_only_lift_cpu_tensors(self._lifted)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; torch would wrap every call below, which takes as long as the call."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -53,7 +53,7 @@ class FakeGraph:
         FakeGraphs.here.replays += 1
         for func, args, kwargs, found in self.operations:
             again = FakeDevices.__torch_dispatch__(FakeGraphs.here, func, (), args, kwargs)
-            for kept, new in zip(leaves(found), leaves(again), strict=True):
+            for kept, new in zip(leaves([found]), leaves([again]), strict=True):
                 if isinstance(kept, _Placed) and kept is not new:
                     kept.held.copy_(new.held)
 
@@ -149,11 +149,13 @@ class FakeGraphs(FakeDevices):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        capture, kwargs = self.capture, kwargs or {}
+        if (capture := self.capture) is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, _Placed)]
         asked = kwargs.get("device")
         place = given[0].device if given else torch.device("cpu" if asked is None else asked)
-        if capture is None or place.type != KIND or self.streams[place.index] is not capture.stream:
+        if place.type != KIND or self.streams[place.index] is not capture.stream:
             return super().__torch_dispatch__(func, types, args, kwargs)
         before = [(tensor.held, tensor.held.clone()) for tensor in given] if func._schema.is_mutable else []
         found = super().__torch_dispatch__(func, types, args, kwargs)
@@ -161,7 +163,7 @@ class FakeGraphs(FakeDevices):
         for held, values in before:
             held.copy_(values)
         aliases = {tensor.held.untyped_storage().data_ptr() for tensor in given}
-        for made in leaves(found):
+        for made in leaves([found]):
             if isinstance(made, _Placed) and made.held.untyped_storage().data_ptr() not in aliases:
                 made.held.fill_(torch.nan if made.is_floating_point() else 0)
         return found
