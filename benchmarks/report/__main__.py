@@ -2,7 +2,7 @@
 
 A run is what ``pytest benchmarks --grid full --benchmark-json=RUN.json`` wrote, or ``--records RUN.json`` on a GPU.
 Each suite of it replaces ``benchmarks/results/<device>/<suite>.json``; then every device's tables and plots are drawn
-anew, and with them the README's tables between its two markers.
+anew, with them the README's tables between its two markers, and ``docs/results.md``: every claim and its verdict.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.report import gpu_tables, plots, tables
 from benchmarks.report.pages import headline, imitates, page, title
+from benchmarks.report.results_page import html_page, results_page
 from benchmarks.report.stored import GPU, RESULTS, load, store
 from recmas.files import write_atomically
 
@@ -52,12 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="JSON files of full runs to store first")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stored results")
+    parser.add_argument(
+        "--page", type=Path, help="file of claims and verdicts; default: docs/results.md, or beside other results"
+    )
+    parser.add_argument("--html", type=Path, help="write that page with all plots into this file, too")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file that holds the two markers")
     options = parser.parse_args(arguments)
     try:
         for run in options.runs:
             store(run, options.results)
         draw(options.results, options.readme)
+        page_of_claims = ROOT / "docs" / "results.md" if options.results == RESULTS else options.results / "results.md"
+        write_atomically(options.page or page_of_claims, results_page(options.results))
+        if options.html is not None:
+            write_atomically(options.html, html_page(options.results))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

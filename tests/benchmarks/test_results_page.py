@@ -1,0 +1,107 @@
+"""Claims, and verdicts that follow from stored samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.goals import Goal
+from benchmarks.harness.record import noise_of
+from benchmarks.harness.timing import Quantiles, Ratio
+from benchmarks.report.__main__ import ROOT
+from benchmarks.report.claims import CLAIMS, FAILS, HOLDS, notes, relay
+from benchmarks.report.results_page import html_page, results_page
+from benchmarks.report.stored import RESULTS, load
+
+FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+
+
+def test_the_committed_page_is_what_the_records_say():
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results_page(RESULTS)
+
+
+def test_one_file_holds_the_page_and_its_plots():
+    page = html_page(RESULTS)
+    assert page.count("<svg") == len(list(RESULTS.glob("*/*.svg"))) > 0
+    assert "src=" not in page
+    assert all(claim.text in page for claim in CLAIMS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_verdict_follows_from_its_samples(folder: Path):
+    """Samples are kept to a hundredth of a microsecond."""
+    drawn = 0
+    for suite in load(folder).values():
+        for record in suite["records"]:
+            if record["goal"] is None or "impls" not in record:
+                continue
+            goal = Goal(**record["goal"])
+            if goal.peer not in record["ratios"]:
+                continue
+            samples = {name: one["samples_us"] for name, one in record["impls"].items()}
+            ratio = Ratio.of(samples[goal.peer], samples["fused"][: len(samples[goal.peer])])
+            memory = None
+            if goal.must_memory is not None:
+                memory = record["impls"][goal.peer]["peak_mem_mb"] / record["impls"]["fused"]["peak_mem_mb"]
+            missed = goal.missed(ratio, noise_of(samples), Quantiles.of(samples["fused"]).p50, memory)
+            assert (missed is None) is (record["missed"] is None), (record["op"], record["shape"], missed)
+            drawn += 1
+    assert drawn
+
+
+def record(op: str, missed: str | None = None, **more: Any) -> dict[str, Any]:
+    goal = {"peer": "eager", "must": 1.0}
+    return {"op": op, "shape": "s", "goal": goal, "missed": missed, "ratios": {"eager": {"value": 2.0}}, **more}
+
+
+def test_a_claim_holds_in_every_cell_or_in_part_or_not():
+    judge = next(claim for claim in CLAIMS if claim.suite == "alignment").judge
+    met, missed = record("a"), record("b", "0.5x eager, must be 1.0x")
+    assert judge([]) is None
+    assert judge([met]).verdict == HOLDS
+    assert judge([missed]).verdict == FAILS
+    found = judge([met, missed])
+    assert "1 of 2" in found.verdict
+    assert "b: 0.5x eager, must be 1.0x" in found.measured
+    assert "2.00× to 2.00× of eager in 2 cells" in found.measured
+
+
+def test_links_that_cost_more_time_or_memory_are_not_cheaper():
+    judge = next(claim for claim in CLAIMS if claim.suite == "costs").judge
+
+    def costs(low: float, memory: float) -> dict[str, Any]:
+        impls = {"fused": {"peak_mem_mb": 10.0}, "LoRA, rank 16": {"peak_mem_mb": memory}}
+        return record("a", ratios={"LoRA, rank 16": {"value": low, "low": low}}, impls=impls)
+
+    assert judge([costs(1.5, 20.0)]).verdict == HOLDS
+    assert judge([costs(0.5, 20.0)]).verdict == FAILS
+    assert judge([costs(1.5, 5.0)]).verdict == FAILS
+
+
+def test_audits_decide_by_their_verdict_and_their_answers():
+    arms = [{"arm": "trained", "correct": [True, True]}, {"arm": "text", "correct": [True, False]}]
+    audit = {"questions": {"count": 2}, "arms": arms, "verdict": "content matters"}
+    assert relay(audit).verdict == HOLDS
+    assert relay({**audit, "verdict": "content cannot be told with 2 questions"}).verdict == FAILS
+    rows = [{"arm": "text", "tokens": 32, "steps": 0, "hops": 1, "correct": [True, False]}]
+    for correct, verdict in (([True, True], HOLDS), ([True, False], HOLDS), ([False, False], FAILS)):
+        assert (
+            notes([*rows, {"arm": "trained", "tokens": 0, "steps": 8, "hops": 1, "correct": correct}]).verdict
+            == verdict
+        )
+
+
+@pytest.mark.parametrize("command", sorted({claim.command for claim in CLAIMS}))
+def test_the_command_of_a_claim_exists(command: str):
+    assert (ROOT / command.split()[1]).is_file()
+
+
+def test_no_record_is_left_out():
+    for folder in FOLDERS:
+        for suite, content in load(folder).items():
+            assert any(claim.judge(content["records"]) for claim in CLAIMS if claim.suite == suite), suite
+    times = {"step_times.json"}  # they explain times of the suite "frozen", and claim nothing
+    page = results_page(RESULTS)
+    assert all(path.name in page for path in RESULTS.glob("*.json") if path.name not in times)
