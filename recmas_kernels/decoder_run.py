@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from recmas_kernels import decoder_kernels
 from recmas_kernels.backends import cpu_decoder
 from recmas_kernels.decoder_parts import Packed, Parts
-from recmas_kernels.watch import HOOKS
 
 _thread = threading.local()
 _ORDER = "the model called its layers in another order than when it was looked at"
@@ -137,7 +136,7 @@ def complete(x: Any) -> None:
 
 def seen(layer: nn.Module) -> bool:
     """Whether somebody sees what goes into a layer and what comes out of it: hooks, or compiled code."""
-    return any(layer.__dict__[name] for name in HOOKS) or layer._compiled_call_impl is not None
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or layer._compiled_call_impl is not None
 
 
 def _arguments(

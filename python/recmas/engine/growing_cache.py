@@ -42,9 +42,10 @@ class GrowingCache(DynamicCache):
         layer = self.layers[index] if index < len(self.layers) else None
         if not isinstance(layer, GrowingLayer) or self.offloading or self.layers.count(layer) > 1:
             return None
-        for part, kind in ((self, GrowingCache), (layer, type(layer))):
-            if "update" in part.__dict__ or type(part).update is not _UPDATES.get(kind):
-                return None
+        if "update" in layer.__dict__ or type(layer).update is not _UPDATES.get(type(layer)):
+            return None
+        if "update" in self.__dict__ or type(self).update is not _UPDATES[GrowingCache]:
+            return None
         if not layer.is_initialized or layer.keys.shape[0] != rows or layer.keys.dtype is not dtype:
             return None
         return layer.make_room()
