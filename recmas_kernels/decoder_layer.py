@@ -17,7 +17,7 @@ from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
-from recmas_kernels.watch import Watch
+from recmas_kernels.watch import Watch, as_written
 
 _TAKEN = {"attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache"}
 _LOOKS = 8
@@ -48,7 +48,7 @@ class LayerKernel(OwnForward):
         self._looks -= 1
         layer = self.module
         watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
-        parts = parts_of(layer)
+        parts = None if watch is None or not as_written(layer) else parts_of(layer)
         if parts is not None and proofs.hold(layer, parts, decoder_kernels.run):
             self._found = _Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
@@ -59,7 +59,7 @@ class LayerKernel(OwnForward):
             y = self._served(args[0], kwargs) if len(args) == 1 else None
             if y is not None:
                 return y
-            decoder_run.complete()
+            decoder_run.complete(args[0] if args else kwargs.get("hidden_states"))
         layer = self.module
         return type(layer).forward(layer, *args, **kwargs)
 
@@ -70,7 +70,8 @@ class LayerKernel(OwnForward):
             return None
         if given.keys() - _TAKEN and any(given[name] is not None for name in given.keys() - _TAKEN):
             return None
-        if self._watch is None or not self._watch.unchanged():
+        watch = self._watch  # another thread may look meanwhile
+        if watch is None or not watch.unchanged():
             self.look()
         found = self._found
         packed = None if found is None else found.packed

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recmas_kernels.backends import cpu
 from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_run import Run, hooked
+from recmas_kernels.decoder_run import Run, seen
+from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
-from recmas_kernels.watch import HOOKS, INNER
+from recmas_kernels.watch import CALLS, HOOKS, INNER, is_own
 
 KNOWN = {
     f"transformers.models.{room}.modeling_{room}.{name}Model"
@@ -46,7 +48,7 @@ class ModelKernel(OwnForward):
 
     Layers are put off until the last of them (`Run`). That nothing happens between them is found by a call of the
     class with stand-ins for its layers, and looked at again whenever the model's attributes, its configuration, its
-    layers or their hooks have changed.
+    layers, their hooks or what calls them have changed.
 
     Args:
         model: a decoder, whose layers run as kernels.
@@ -62,7 +64,9 @@ class ModelKernel(OwnForward):
         self._watched = None
         self._looks -= 1
         model = self.module
-        if f"{type(model).__module__}.{type(model).__qualname__}" not in KNOWN:
+        kind = type(model)
+        if f"{kind.__module__}.{kind.__qualname__}" not in KNOWN or not is_own(kind, kind.forward):
+            self._layers = []
             return False
         watched = _watched(model)  # first: what changes from here on is seen
         self._layers = _in_order(model)
@@ -71,7 +75,7 @@ class ModelKernel(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._opens(args, kwargs):
+        if torch.is_grad_enabled() or observed() or _has_any_global_hook() or not self._opens(args, kwargs):
             return type(model).forward(model, *args, **kwargs)
         with Run(self._layers).open():
             return type(model).forward(model, *args, **kwargs)
@@ -80,7 +84,8 @@ class ModelKernel(OwnForward):
         others = (given[name] for name in given.keys() - _TAKEN)
         if args or self._looks <= 0 or any(value is not None and value is not False for value in others):
             return False
-        if self._watched is None or not cpu.unchanged(*self._watched):
+        watched = self._watched  # another thread may look meanwhile
+        if watched is None or not cpu.unchanged(*watched):
             self.look()
         return bool(self._layers)
 
@@ -97,6 +102,7 @@ def _watched(model: nn.Module) -> tuple[Any, ...]:
     entries += [(config, name, value) for name, value in config.items()]
     sizes: list[tuple[Any, int]] = [(config, len(config)), (itself, len(held))]
     kinds: list[tuple[Any, type, Any]] = [(itself, type(model), None)]
+    classes: list[tuple[type, str, Any]] = [(type(model), "forward", type(model).forward)]
     if isinstance(layers, nn.Module):
         kinds.append((layers, type(layers), layers.__dict__))
         entries.append((layers.__dict__, "_modules", layers._modules))
@@ -106,7 +112,8 @@ def _watched(model: nn.Module) -> tuple[Any, ...]:
             own = {} if layer is None else layer.__dict__
             entries += [(own, key, own[key]) for key in ("forward", *HOOKS) if key in own]
             sizes += [(own[key], len(own[key])) for key in HOOKS if key in own]
-    classes = [(type(model), "forward", type(model).forward)]
+        for kind in {type(layer) for layer in layers.children()}:
+            classes += [(kind, name, getattr(kind, name)) for name in CALLS]
     return (*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)), ())
 
 
@@ -115,12 +122,13 @@ def _in_order(model: nn.Module) -> list[nn.Module]:
     layers = model._modules.get("layers")
     if type(layers) is not nn.ModuleList or not layers or any(map(_by_itself, layers)):
         return []
+    if not all(is_own(nn.Module, getattr(type(layer), name)) for layer in layers for name in CALLS):
+        return []
     gains = layers[0].get_parameter("input_layernorm.weight")
     x = torch.ones(1, 1, gains.shape[0], dtype=gains.dtype, device=gains.device)
     order = _Order(list(layers), x)
-    shadow: nn.Module = object.__new__(type(model))
-    shadow.__dict__.update({name: value for name, value in model.__dict__.items() if name != "forward"})
-    shadow.__dict__["_modules"] = {**model._modules, "layers": nn.ModuleList(order.stand_ins)}
+    shadow = _unseen(model, {"layers"})
+    shadow.layers = nn.ModuleList(order.stand_ins)
     try:
         with torch.no_grad(), order:
             found = type(model).forward(shadow, inputs_embeds=x, use_cache=False)
@@ -129,9 +137,26 @@ def _in_order(model: nn.Module) -> list[nn.Module]:
     return order.called if order.holds(dict(found) if isinstance(found, dict) else found) else []
 
 
+def _unseen(module: nn.Module, without: set[str]) -> nn.Module:
+    """A copy that shares weights and attributes; what a call of it does to hooks and buffers does not come back.
+
+    Args:
+        module: with its parts.
+        without: names of parts that the copy lacks.
+    """
+    made: nn.Module = object.__new__(type(module))
+    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_compiled_call_impl")}
+    made.__dict__.update({**own, **nn.Module().__dict__, "training": module.training})
+    made.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    for name, part in module._modules.items():
+        if name not in without:
+            made._modules[name] = None if part is None else _unseen(part, set())
+    return made
+
+
 def _by_itself(layer: nn.Module) -> bool:
     """Whether a layer runs as its class says, or is seen by hooks."""
-    return hooked(layer) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
+    return seen(layer) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
 
 
 class _Order(TorchDispatchMode):
@@ -158,8 +183,8 @@ class _Order(TorchDispatchMode):
             self.called.append(layer)
             return self._results[len(self.called) - 1]
 
-        made: nn.Module = object.__new__(type(layer))
-        made.__dict__.update(layer.__dict__, forward=forward)
+        made = _unseen(layer, set(layer._modules))
+        made.__dict__["forward"] = forward
         return made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,6 +16,7 @@ from recmas_kernels.backends import cpu_decoder
 from recmas_kernels.decoder_parts import Packed, Parts
 
 _thread = threading.local()
+_ORDER = "the model called its layers in another order than when it was looked at"
 
 
 class _Layer(NamedTuple):
@@ -30,8 +31,8 @@ class Run:
     """One call of a model, on one thread.
 
     A layer that is put off returns the tensor that the result will be in, and the next one takes that for its rows: so
-    nobody may look between them. It wants a cache with ``make_room(index)``, which grows by a position that is still to
-    be written and returns all keys and values, or None.
+    nobody may look between them. It wants a cache with ``make_room(index, rows, dtype)``, which grows by a position
+    that is still to be written and returns all keys and values; or None, and has not grown.
 
     Args:
         layers: in the order in which the model calls them, each of what the one before it returned.
@@ -68,11 +69,12 @@ class Run:
         cache: Any,
     ) -> Tensor | None:
         """The tensor that will hold the result, or None if this layer cannot be put off."""
-        if hooked(layer) or not hasattr(cache, "make_room"):
+        self.expect(x)
+        if seen(layer) or not hasattr(cache, "make_room"):
             return None
-        if self._waiting and (x is not self._y or parts.index in self._waiting):
+        if parts.index in self._waiting:
             self.complete()
-        room = cache.make_room(parts.index)
+        room = cache.make_room(parts.index, x.shape[0], x.dtype)
         if room is None:
             return None
         keys, values = room
@@ -83,23 +85,28 @@ class Run:
             self._x, self._y = x, torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self._waiting[parts.index] = _Layer(parts, packed, turned, mask, room)
         following = self._next.get(layer)
-        if following is None or hooked(following):
+        if following is None or seen(following):
             self.complete()
         return self._y
 
+    def expect(self, x: Any) -> None:
+        """Raise if layers are put off and another has rows that are not theirs: somebody read what is not there yet."""
+        if self._waiting and x is not self._y:
+            raise RuntimeError(_ORDER)
+
     def complete(self) -> None:
-        """Run all that was put off."""
-        waiting, self._waiting = list(self._waiting.values()), {}
-        if not waiting or cpu_decoder.decoder_layers(self._x, self._y, [_arguments(*each) for each in waiting]):
-            return
-        x = self._x
-        for parts, packed, turned, mask, room in waiting:
-            x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
-        self._y.copy_(x)
+        """Run all that was put off. If this fails it is still to be run."""
+        waiting = list(self._waiting.values())
+        if waiting and not cpu_decoder.decoder_layers(self._x, self._y, [_arguments(*each) for each in waiting]):
+            x = self._x
+            for parts, packed, turned, mask, room in waiting:
+                x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
+            self._y.copy_(x)
+        self._waiting = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """For what this thread does in the block.
+        """For what this thread does in the block. If that raises, caches hold what the layers before would have left.
 
         Raises:
             RuntimeError: at its end, layers are still put off.
@@ -107,10 +114,11 @@ class Run:
         before, _thread.run = current(), self
         try:
             yield
+            if self._waiting:
+                raise RuntimeError(_ORDER)
         finally:
             _thread.run = before
-        if self._waiting:
-            raise RuntimeError("the model called its layers in another order than when it was looked at")
+            self.complete()
 
 
 def current() -> Run | None:
@@ -118,16 +126,17 @@ def current() -> Run | None:
     return getattr(_thread, "run", None)
 
 
-def complete() -> None:
-    """Before anything reads what a layer returned."""
+def complete(x: Any) -> None:
+    """Before a layer reads the rows that the one before returned."""
     run = current()
     if run is not None:
+        run.expect(x)
         run.complete()
 
 
-def hooked(layer: nn.Module) -> bool:
-    """Whether somebody sees what goes into a layer and what comes out of it."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+def seen(layer: nn.Module) -> bool:
+    """Whether somebody sees what goes into a layer and what comes out of it: hooks, or compiled code."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or layer._compiled_call_impl is not None
 
 
 def _arguments(

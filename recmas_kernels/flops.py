@@ -6,6 +6,7 @@ That module imports Triton, so the formulas are registered when somebody else im
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -33,8 +34,25 @@ def _backward(dy: _Shape, x: _Shape, pre: Any, z: Any, stats: Any, *rest: Any, *
     return total + (one + two + three if pre is None else 0)
 
 
+def _frozen(x: _Shape, panels: Any, bias: Any, out_features: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * out_features
+
+
+def _frozen_backward(dy: _Shape, panels: Any, in_features: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(dy) * in_features
+
+
+_FORMULAS = {
+    "link_fwd": _forward,
+    "link_fwd_train": _forward,
+    "link_bwd": _backward,
+    "frozen_linear": _frozen,
+    "frozen_linear_bwd": _frozen_backward,
+}
+
+
 def _register(counter: ModuleType) -> None:
-    for op, formula in (("link_fwd", _forward), ("link_fwd_train", _forward), ("link_bwd", _backward)):
+    for op, formula in _FORMULAS.items():
         counter.flop_registry[getattr(torch.ops.recmas, op)] = counter.shape_wrapper(formula)
 
 

@@ -15,6 +15,8 @@ from recmas_kernels.frozen_linear import FrozenLinear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Of modules; those of the backward pass change no result."""
+CALLS = ("__call__", "_call_impl")
+"""Of classes of modules: what runs their ``forward``."""
 _GROUPS: tuple[str, ...] = ("_parameters", "_modules", "_buffers")
 INNER = frozenset(nn.Module().__dict__) - {"training"}
 """What every module has: parameters, buffers and children are watched one by one, the rest decides no result."""
@@ -72,16 +74,30 @@ class Watch:
         return cpu.unchanged(*self._watched)
 
 
+def as_written(module: nn.Module) -> bool:
+    """Whether the functions of all its classes are theirs; others, put in their place, may want to see every call."""
+    return all(is_own(kind, function) for kind, _, function in _functions(module))
+
+
+def is_own(kind: type, function: Any) -> bool:
+    """Whether a function and what it wraps are of torch, or of the package that its class is of."""
+    rooms = {"torch", "recmas_kernels", kind.__module__.partition(".")[0]}
+    while isinstance(function, FunctionType) and function.__globals__["__name__"].partition(".")[0] in rooms:
+        if "__wrapped__" not in function.__dict__:
+            return True
+        function = function.__dict__["__wrapped__"]
+    return False
+
+
 def _functions(module: nn.Module) -> Iterator[tuple[type, str, Any]]:
     """Functions that the classes of all parts define, themselves or by bases that are not torch's; and their calls."""
     for kind in {type(part): None for part in module.modules()}:
-        yield kind, "__call__", kind.__call__
-        yield kind, "forward", kind.forward
+        yield from ((kind, name, getattr(kind, name)) for name in (*CALLS, "forward"))
         own = [
             base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins", "recmas_kernels."))
         ]
         for name in {name: None for base in own for name in vars(base)}:
-            if isinstance(value := getattr(kind, name), FunctionType) and name not in ("__call__", "forward"):
+            if isinstance(value := getattr(kind, name), FunctionType) and name not in (*CALLS, "forward"):
                 yield kind, name, value
 
 

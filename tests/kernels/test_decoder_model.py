@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,9 +15,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import BaseTorchFunctionMode
 
 from recmas_kernels import accelerate, decoder_model, decoder_parts
 from recmas_kernels.backends import cpu, cpu_decoder
+from recmas_kernels.decoder_layer import LayerKernel
 from recmas_kernels.decoder_model import ModelKernel
 from recmas_kernels.testing import LOW_PRECISION
 from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
@@ -76,6 +79,29 @@ class Twice(Model):
         return {"last": self.layers[0](found, **given)}
 
 
+class Part(nn.Module):
+    """It keeps what it was given last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("kept", x)
+        return x
+
+
+class Hooking(Model):
+    """It puts hooks on its layers when it is called, as transformers does; they do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part()
+
+    def forward(self, inputs_embeds: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        if past_key_values is None:
+            for layer in self.layers:
+                for part in layer.modules():
+                    part.register_forward_hook(lambda *given: None)
+        return super().forward(self.part(inputs_embeds), past_key_values, use_cache)
+
+
 class Cache:
     """Of all layers, with room for some positions more."""
 
@@ -89,7 +115,7 @@ class Cache:
         keys, values = self.held[index, :, :, :, : self.lengths[index]]
         return keys, values
 
-    def make_room(self, index: int) -> tuple[Tensor, Tensor] | None:
+    def make_room(self, index: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         self.rooms += 1
         self.lengths[index] += 1
         return self._views(index)
@@ -102,7 +128,7 @@ class Cache:
 
 
 class WithoutRoom(Cache):
-    def make_room(self, index: int) -> tuple[Tensor, Tensor] | None:
+    def make_room(self, index: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         return None
 
 
@@ -111,7 +137,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models of these tests count as those whose code was read."""
     monkeypatch.setattr(decoder_parts, "KNOWN", {f"{Layer.__module__}.{Layer.__qualname__}"})
     monkeypatch.setattr(
-        decoder_model, "KNOWN", {f"{kind.__module__}.{kind.__qualname__}" for kind in (Model, Doubled, Twice)}
+        decoder_model, "KNOWN", {f"{kind.__module__}.{kind.__qualname__}" for kind in (Model, Doubled, Twice, Hooking)}
     )
 
 
@@ -213,6 +239,7 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "a mask": lambda model: setattr(model, "mask", torch.tensor([[1, 0] * 3, [1, 1] * 3]).bool()[:, None, None]),
     "a mask of strides": lambda model: setattr(model, "mask", torch.ones(2, 1, 1, 12).bool()[..., ::2]),
     "strides": lambda model: setattr(model, "turned", tuple(a.repeat(1, 1, 2)[..., ::2] for a in model.turned)),
+    "index of a layer": lambda model: setattr(model.layers[2].self_attn, "layer_idx", 1),
     "angles of a layer": lambda model: setattr(model.layers[2].self_attn, "head_dim", 16),
 }
 
@@ -346,3 +373,194 @@ def test_a_model_is_let_go_and_described_as_its_class_is():
         assert held() is None
     finally:
         gc.enable()
+
+
+def _calls_of_layers(name: str, log: list[Tensor]) -> Callable[..., Any]:
+    real = getattr(nn.Module, name)
+
+    def call(module: nn.Module, *given: Any, **more: Any) -> Any:
+        y = real(module, *given, **more)
+        if isinstance(module, Layer):
+            log.append(y.clone())
+        return y
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+@pytest.mark.parametrize("owner", [nn.Module, Layer])
+@torch.no_grad()
+def test_whoever_stands_in_the_call_of_a_layer_sees_what_it_returns(owner: type, name: str):
+    plain, model, seen = Model(), Model(), ([], [])
+    with accelerate(model):
+        step(model)
+        for each, log in zip((model, plain), seen, strict=True):
+            with mock.patch.object(owner, name, _calls_of_layers(name, log)):
+                one(each)
+        torch.testing.assert_close(seen[0], seen[1])
+        with calls() as found:
+            one(model)
+    assert len(seen[0]) == LAYERS
+    assert found == [LAYERS]
+
+
+@torch.no_grad()
+def test_functions_put_in_place_of_a_class_s_are_called():
+    """They compute the same, so that only their calls show."""
+    model, seen = Model(), []
+    scope: dict[str, Any] = {"__name__": "elsewhere", "seen": seen, "real": Layer.forward, "whole": Model.forward}
+    exec("def of_layer(*x, **more):\n    seen.append('layer')\n    return real(*x, **more)", scope)
+    exec("def of_model(*x, **more):\n    seen.append('model')\n    return whole(*x, **more)", scope)
+    with accelerate(model):
+        step(model)
+        with mock.patch.object(Layer, "forward", scope["of_layer"]):
+            one(model)
+        with mock.patch.object(Model, "forward", scope["of_model"]):
+            one(model)
+    assert seen == ["layer"] * LAYERS + ["model"]
+
+
+@torch.no_grad()
+def test_a_compiled_layer_reads_what_stands_there(fresh_compiler: None):
+    plain, model = Model(), Model()
+    with accelerate(model):
+        step(model)
+        for each in (model, plain):
+            each.layers[2].compile(backend="eager")
+        with calls() as found:
+            torch.testing.assert_close(one(model)["last"], one(plain)["last"])
+    assert found == [2, 1]
+
+
+@torch.no_grad()
+def test_a_look_leaves_no_trace():
+    model, seen = Hooking(), []
+    model.part.register_forward_hook(lambda *given: seen.append(given))
+    with accelerate(model) as done:
+        assert list(done.models) == [""]
+        assert not seen
+        assert not model.part._buffers
+        assert not any(layer._forward_hooks for layer in model.layers)
+        assert not model.layers[0].mlp._forward_hooks
+        step(model)
+    assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_nothing_looks_at_a_model_that_is_observed():
+    model = Model()
+    with accelerate(model):
+        step(model)
+        model.marked = object()
+        with mock.patch.object(ModelKernel, "look", side_effect=AssertionError("looked")):
+            with BaseTorchFunctionMode():
+                one(model)
+            handle = register_module_forward_hook(lambda *given: None)
+            try:
+                one(model)
+            finally:
+                handle.remove()
+
+
+@torch.no_grad()
+def test_what_was_put_off_is_run_where_a_step_ends_early():
+    """As plain layers leave it: those before the error have written their position."""
+    plain, model = Model(), Model()
+    held = []
+    with accelerate(model):
+        step(model)
+        for each in (plain, model):
+            cache = Cache(2, Sizes())
+            cache.held[..., 5:, :] = torch.nan
+            real = type(each.layers[2]).__call__
+
+            def stops(layer: nn.Module, *given: Any, each: Model = each, real: Any = real, **more: Any) -> Any:
+                if layer is each.layers[2]:
+                    raise KeyboardInterrupt
+                return real(layer, *given, **more)
+
+            kernel = each.__dict__.get("forward")
+            opened = mock.patch.object(ModelKernel, "_opens", return_value=True) if kernel else nullcontext()
+            with mock.patch.object(Layer, "__call__", stops), opened, pytest.raises(KeyboardInterrupt):
+                each(inputs_embeds=torch.ones(2, 1, 48), past_key_values=cache)
+            held.append(cache)
+    assert held[0].lengths == held[1].lengths == [6, 6, 5, 5]
+    torch.testing.assert_close(held[1].held, held[0].held, equal_nan=True)
+
+
+@torch.no_grad()
+def test_rows_that_nobody_waited_for_are_an_error():
+    model = Model()
+    with accelerate(model):
+        step(model)
+        real = type(model).between
+        with (
+            mock.patch.object(Model, "between", lambda model, x: real(model, x).clone()),
+            pytest.raises(RuntimeError, match="another order"),
+        ):
+            step(model)
+        step(model)
+
+
+@torch.no_grad()
+def test_other_threads_may_look_meanwhile():
+    """They drop what was watched before: each call goes by what it saw first."""
+    model = Model()
+    with accelerate(model):
+        expected = one(model)["last"]
+        kernels = [part.__dict__["forward"] for part in (model, *model.layers)]
+        watches = [kernel._watch for kernel in kernels[1:]]
+        seen = [(ModelKernel, "_watched", [kernels[0]._watched]), (LayerKernel, "_watch", watches)]
+        with ExitStack() as stack:
+            for kind, name, values in seen:
+                read = mock.PropertyMock(side_effect=values)
+                stack.enter_context(mock.patch.object(kind, name, read, create=True))
+            assert torch.equal(one(model)["last"], expected)
+
+
+BAD: dict[str, Callable[[list[Any]], Any]] = {  # of the arguments of one layer
+    "no tuple": list,
+    "too few": lambda layer: tuple(layer[:-1]),
+    "none": lambda layer: (),
+    "no number": lambda layer: ("4", *layer[1:]),
+    "no heads": lambda layer: (0, *layer[1:]),
+    "more heads": lambda layer: (6, *layer[1:]),
+    "huge": lambda layer: (1 << 62, *layer[1:]),
+    "odd heads": lambda layer: (*layer[:2], 15, *layer[3:]),
+    "no feed": lambda layer: (*layer[:3], 0, *layer[4:]),
+    "another activation": lambda layer: (*layer[:4], 3, *layer[5:]),
+    "no gain": lambda layer: (*layer[:6], None, *layer[7:]),
+    "no panels": lambda layer: (*layer[:9], None, *layer[10:]),
+    "short panels": lambda layer: (*layer[:9], layer[9][:-1], *layer[10:]),
+    "another dtype of panels": lambda layer: (*layer[:10], 7, *layer[11:]),
+    "angles": lambda layer: (*layer[:24], layer[24][..., :8].contiguous(), *layer[25:]),
+    "no keys": lambda layer: (*layer[:26], None, *layer[27:]),
+    "no positions": lambda layer: (*layer[:26], layer[26][:, :, :0], layer[27][:, :, :0], *layer[28:]),
+    "other positions": lambda layer: (*layer[:26], layer[26][:, :, 1:], *layer[27:]),
+    "other rows": lambda layer: (*layer[:26], layer[26][:1], *layer[27:]),
+    "a mask of others": lambda layer: (*layer[:28], torch.ones(2, 1, 1, 3).bool(), *layer[29:]),
+}
+
+
+@pytest.mark.parametrize("bad", [*BAD, "no layer", "queries", "y", "many rows"])
+@torch.no_grad()
+def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
+    model, seen = Model(), []
+    with accelerate(model), mock.patch.object(cpu_decoder, "decoder_layers", lambda *given: seen.append(given) or True):
+        step(model)
+    x, y, layers = seen[0]
+    run = cpu_decoder._native().decoder_layers
+    queries, before = torch.empty(2 * 64), layers[0][26].clone()
+    y.fill_(5)
+    if bad in BAD:
+        layers = (layers[0], BAD[bad](list(layers[1])), *layers[2:])
+    if bad == "no layer":
+        layers = ()
+    if bad == "many rows":
+        x, y = x[:1].expand(17, 1, -1).contiguous(), torch.full((17, 1, 48), 5.0)
+    queries = queries[:-1] if bad == "queries" else queries
+    y = y[..., :-1] if bad == "y" else y
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        run(cpu_decoder._isa(), 2, x, y, queries, tuple(layers))
+    assert torch.equal(layers[0][26] if layers else before, before)
+    assert bool((y == 5).all())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from recmas_kernels import FrozenLinear, explain
 from recmas_kernels.backends import cpu
@@ -279,3 +280,15 @@ def test_explain_says_who_serves():
     assert "cpu: serves this call" in explain(frozen, make_rows(2, 37))
     frozen.unpack()
     assert "plain torch" in explain(frozen, make_rows(2, 37))
+
+
+def test_floating_point_operations_are_counted_as_of_the_plain_layer():
+    found = []
+    for layer in pair():
+        x = make_rows(6, 37).view(2, 3, 37).requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        found.append((counter.get_total_flops(), backward.get_total_flops()))
+    assert found[0] == found[1] == (2 * 6 * 37 * 53,) * 2

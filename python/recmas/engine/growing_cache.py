@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 GROWTH = 1.5
 """Buffers that are full are replaced by buffers for so many times the positions ..."""
@@ -32,15 +32,23 @@ def new_cache(decoder: PreTrainedModel) -> DynamicCache:
 class GrowingCache(DynamicCache):
     """A cache whose attention layers grow in place."""
 
-    def make_room(self, index: int) -> tuple[Tensor, Tensor] | None:
+    def make_room(self, index: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Keys and values of a layer as `update` returns them, grown by one position that is still to be written.
 
-        None where there is nothing yet to grow, or another kind of layer.
+        None, and nothing grown, where `update` has to be called: there is nothing yet to grow, the layer holds other
+        rows, another dtype or is of another kind, it stands in two places, or somebody put another `update` in place
+        of ours.
         """
         layer = self.layers[index] if index < len(self.layers) else None
-        if not isinstance(layer, GrowingLayer) or type(layer) not in (GrowingLayer, GrowingSlidingLayer):
+        if not isinstance(layer, GrowingLayer) or self.offloading or self.layers.count(layer) > 1:
             return None
-        return layer.make_room() if layer.is_initialized else None
+        if "update" in layer.__dict__ or type(layer).update is not _UPDATES.get(type(layer)):
+            return None
+        if "update" in self.__dict__ or type(self).update is not _UPDATES[GrowingCache]:
+            return None
+        if not layer.is_initialized or layer.keys.shape[0] != rows or layer.keys.dtype is not dtype:
+            return None
+        return layer.make_room()
 
 
 def _growing(layer: Any) -> Any:
@@ -58,18 +66,33 @@ class GrowingLayer(DynamicLayer):
     `keys` and `values` are views ``[B, heads, T, d]`` of all that is held.
     """
 
+    keys: Tensor
+    values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin with nothing, for states of these shapes."""
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
+        self._hold(0)
+
     def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
         """Begin with copies of keys and values ``[B, heads, T, d]`` and room for so many more."""
         self.lazy_initialization(keys, values)
         self._buffers = [_buffer(states, keys.shape[2] + room) for states in (keys, values)]
-        self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self._buffers)
+        self._hold(keys.shape[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, heads, S, d]``; views of all that is held, ``[B, heads, T, d]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
-            self.keys, self.values = self._buffers
+        if key_states.shape[:2] != self.keys.shape[:2]:  # copying would repeat what there is
+            raise ValueError(
+                f"keys of {key_states.shape[0]} rows and {key_states.shape[1]} heads for a cache that holds "
+                f"{self.keys.shape[0]} rows and {self.keys.shape[1]} heads"
+            )
+        if key_states.dtype is not self.keys.dtype:  # as concatenation does
+            dtype = torch.promote_types(key_states.dtype, self.keys.dtype)
+            self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
         start, end = self._span(key_states.shape[2])
         keys, values = self._buffers
         # narrow, since slicing with brackets takes three times as long: 9 us of every layer's step.
@@ -82,9 +105,13 @@ class GrowingLayer(DynamicLayer):
         return self._hold(self._span(1)[1])
 
     def _span(self, count: int) -> tuple[int, int]:
-        """Where so many more go in the buffers, which are replaced if they are full."""
+        """Where so many more go in the buffers, which are replaced if they are full or somebody set other states.
+
+        Cropping, reordering, repeating and selecting rows do so.
+        """
         start, end = self.keys.shape[2], self.keys.shape[2] + count
-        if end > self._buffers[0].shape[2]:
+        ours = self.keys is self._held[0] and self.values is self._held[1]
+        if end > self._buffers[0].shape[2] or not ours:
             start = self._needed(start)
             end = start + count
             held = (states[:, :, states.shape[2] - start :] for states in (self.keys, self.values))
@@ -93,8 +120,8 @@ class GrowingLayer(DynamicLayer):
 
     def _hold(self, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers
-        self.keys, self.values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
-        return self.keys, self.values
+        self.keys, self.values = self._held = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return self._held
 
     def _needed(self, length: int) -> int:
         """Of so many columns held, the last ones that have to be carried into larger buffers."""
@@ -125,7 +152,15 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
         return keys[:, :, keys.shape[2] - visible :], values[:, :, values.shape[2] - visible :]
 
     def _needed(self, length: int) -> int:
-        return min(length, self.sliding_window - 1)
+        return length if self.record_past else min(length, self.sliding_window - 1)
+
+
+_UPDATES: dict[type, Any] = {
+    GrowingCache: Cache.update,
+    GrowingLayer: GrowingLayer.update,
+    GrowingSlidingLayer: GrowingSlidingLayer.update,
+}
+"""What `GrowingCache.make_room` stands for."""
 
 
 def _buffer(held: Tensor, capacity: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
     assert set(calls) == {agent.decoder.config.num_hidden_layers}
     calls.clear()
-    monkeypatch.setattr(GrowingCache, "make_room", lambda cache, index: None)
+    monkeypatch.setattr(GrowingCache, "make_room", lambda cache, *given: None)
     assert torch.equal(agent.think(prompt, 5, tiny_link(agent)).states, states)
     assert agent.decode(prompt, 4) == tokens
     assert not calls
