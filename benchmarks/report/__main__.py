@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import gpu_tables, plots, tables
-from benchmarks.report.pages import headline, imitates, page, title
+from benchmarks.report.pages import headline, page, title
 from benchmarks.report.results_page import html_page, results_page
 from benchmarks.report.stored import GPU, RESULTS, load, store
 from recmas.files import write_atomically
@@ -23,8 +23,8 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def draw(results: Path, readme: Path) -> None:
-    """Write every device's page and plots, and the README's part where it has the markers."""
-    headlines = []
+    """Write every device's page and plots, and the README's part where it has the markers: one CPU's table, GPUs'."""
+    headlines, machines = [], {}
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         suites = load(folder)
         if not suites:
@@ -40,8 +40,9 @@ def draw(results: Path, readme: Path) -> None:
         if "handoff" in suites:
             plots.handoff_plot(suites["handoff"]["records"], folder / "handoff.svg", heading)
         write_atomically(folder / "README.md", page(suites))
-        if not imitates(device):
-            headlines.append(headline(suites, folder.name))
+        machines[folder.name] = suites
+    if machines:
+        headlines.insert(0, headline(machines))
     text = readme.read_text(encoding="utf-8")
     if headlines and BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)

@@ -59,16 +59,25 @@ def _tables(name: str, records: Sequence[tables.Record]) -> list[str]:
     return parts
 
 
-def headline(suites: dict[str, dict[str, Any]], slug: str) -> str:
-    """The README's part: one short table, how many goals are met, and where everything else is."""
-    suite = next(iter(suites.values()))
-    device, records = suite["device"], {name: suite["records"] for name, suite in suites.items()}
+def headline(machines: Mapping[str, dict[str, dict[str, Any]]]) -> str:
+    """The README's part: a short table of the CPU that most is known of, and where everything else is."""
+    own = {slug: suites for slug, suites in machines.items() if not imitates(_device(suites))} or machines
+    chosen = max(own, key=lambda slug: len(own[slug]))
+    suites = machines[chosen]
+    device, records = _device(suites), {name: suite["records"] for name, suite in suites.items()}
     goals = tables.goals(record for members in records.values() for record in members).splitlines()[0]
+    torch = next(iter(suites.values()))["versions"]["torch"]
+    links = [f"[{slug}](benchmarks/results/{slug}/README.md)" for slug in machines]
     return "\n\n".join(
         [
-            f"{title(device)}, {device['instruction_set']['used']}, torch {suite['versions']['torch']}:",
+            f"{title(device)}, {device['instruction_set']['used']}, torch {torch}:",
             tables.headline(records),
-            f"{goals} All cells, columns, plots and misses: "
-            f"[benchmarks/results/{slug}](benchmarks/results/{slug}/README.md).",
+            f"{goals} All cells, columns, plots and misses, here and elsewhere: {', '.join(links)}. "
+            "Every claim with its verdict: [docs/results.md](docs/results.md).",
         ]
     )
+
+
+def _device(suites: Mapping[str, dict[str, Any]]) -> Mapping[str, Any]:
+    device: Mapping[str, Any] = next(iter(suites.values()))["device"]
+    return device
