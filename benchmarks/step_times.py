@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.harness.machine import Device, git_commit, versions
+from benchmarks.harness.machine import Device, origin
 from benchmarks.suites.cpu.frozen_cases import SHAPES, Case
 from benchmarks.suites.cpu.frozen_steps import Made, Steps
 from recmas.engine.growing_cache import GrowingCache
@@ -89,9 +89,8 @@ def main() -> None:
             rows.append({"model": shape.name, "rows": batch, "microseconds": measure(steps, shape.layers)})
             print(json.dumps(rows[-1]))
     made.close()
-    described = {"commit": git_commit(), "versions": versions(), "device": Device("cpu").describe()}
     write_atomically(
-        output, json.dumps({**described, "threads": torch.get_num_threads(), "steps": rows}, indent=1) + "\n"
+        output, json.dumps({"made": {**origin(), "device": Device().describe()}, "steps": rows}, indent=1) + "\n"
     )
 
 
