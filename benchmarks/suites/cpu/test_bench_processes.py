@@ -56,7 +56,7 @@ def cases(full: bool) -> list[Case]:
     if not full:
         return [Case(Setting(2, 64, 256, 12, 4, 6, 2, 4), 2, 2)]
     texts = {tokens: Setting(2, 512, 32_000, 60, 32, tokens - 1, 2, 32) for tokens in (32, 256)}
-    return [Case(texts[256], 16, 20, 1.7), Case(texts[256], 8, 20), Case(texts[32], 8, 100)]
+    return [Case(texts[256], InnerConfig().batch_size, 20, 1.7), Case(texts[256], 16, 20), Case(texts[32], 8, 100)]
 
 
 def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
