@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.report.tables import Record, duration, number
 
@@ -44,7 +42,8 @@ class Claim:
         return f"pytest benchmarks/suites/cpu/test_bench_{FILES.get(self.suite, self.suite)}.py --grid full"
 
 
-def _verdict(hold: Sequence[bool]) -> str:
+def verdict_of(hold: Sequence[bool]) -> str:
+    """Of a claim in several cells."""
     if all(hold):
         return HOLDS
     return FAILS if not any(hold) else f"**in part**: {sum(hold)} of {len(hold)}"
@@ -65,7 +64,7 @@ def _growth(op: str, shape: str) -> Callable[[Sequence[Record]], Finding | None]
             )
             exponent = "" if fit is None else f", exponent {fit['exponent']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
             words.append(f"{record['op']}: {grows}{exponent}")
-        return Finding("; ".join(words), _verdict([not record["missed"] for record in found]))
+        return Finding("; ".join(words), verdict_of([not record["missed"] for record in found]))
 
     return judge
 
@@ -75,7 +74,7 @@ def _whole(records: Sequence[Record]) -> Finding | None:
     if not found:
         return None
     words = f"R² {found[0]['r2']:.4f} over {2 * len(found[0]['turns'])} turns, at least 0.995 wanted"
-    return Finding(words, _verdict([not record["missed"] for record in found]))
+    return Finding(words, verdict_of([not record["missed"] for record in found]))
 
 
 def _goals(records: Sequence[Record]) -> Finding | None:
@@ -91,7 +90,7 @@ def _goals(records: Sequence[Record]) -> Finding | None:
         span = "no times" if not ratios else f"{min(ratios):.2f}×" if len(ratios) == 1 else _span(ratios)
         words.append(f"{span} of {peer} in {len(of_peer)} {'cell' if len(of_peer) == 1 else 'cells'}")
     words += [f"{record['op']}: {record['missed']}" for record in found if record["missed"]]
-    return Finding("; ".join(words), _verdict([not record["missed"] for record in found]))
+    return Finding("; ".join(words), verdict_of([not record["missed"] for record in found]))
 
 
 def _span(ratios: Sequence[float]) -> str:
@@ -109,7 +108,7 @@ def _cheaper(records: Sequence[Record]) -> Finding | None:
             memory = record["impls"][peer]["peak_mem_mb"] / record["impls"]["fused"]["peak_mem_mb"]
             words.append(f"{record['op']}: {ratio['value']:.2f}× faster, {number(memory)}× less memory than {peer}")
             hold.append(ratio["low"] > 1 and memory > 1)
-    return Finding("; ".join(words), _verdict(hold)) if words else None
+    return Finding("; ".join(words), verdict_of(hold)) if words else None
 
 
 CLAIMS = (
@@ -168,56 +167,3 @@ UNMEASURED = (
     ("Accuracy grows with the number of latent steps up to about 80.", "Table 9"),
 )
 """What nothing here has measured yet."""
-
-
-def relay(record: dict[str, Any]) -> Finding:
-    """Whether the relay lab's latents carry what its questions need."""
-    right = {arm["arm"]: sum(arm["correct"]) / len(arm["correct"]) for arm in record["arms"]}
-    controls = ", ".join(f"{name} {share:.3f}" for name, share in right.items() if name not in ("trained", "text"))
-    shares = f"latents {right['trained']:.3f}, text {right['text']:.3f}; {controls}"
-    words = f"{record['questions']['count']} questions: {shares}"
-    return Finding(words, HOLDS if record["verdict"] == "content matters" else FAILS)
-
-
-def notes(audits: Sequence[dict[str, Any]]) -> Finding:
-    """Whether latents of released models answer as well as their text of 32 tokens, before any outer training."""
-    rows = [one for one in audits if one["hops"] == 1]
-    text = next(one["correct"] for one in rows if one["arm"] == "text" and one["tokens"] == 32)
-    best = max((one for one in rows if one["arm"] == "trained"), key=lambda one: sum(one["correct"]))
-    shares = [sum(correct) / len(correct) for correct in (best["correct"], text)]
-    words = f"{len(text)} questions: latents {shares[0]:.2f} at m = {best['steps']}, text of 32 tokens {shares[1]:.2f}"
-    return Finding(words, HOLDS if shares[0] >= shares[1] else FAILS)
-
-
-def text_channels(record: dict[str, Any]) -> Finding:
-    """Whether the norm of a text channel's Jacobian is bounded by a multiple of the entropy, the same at all widths."""
-    ratios: dict[float, list[float]] = {}
-    for cell in record["text"]:
-        ratios.setdefault(cell["entropy"], []).extend(norm / cell["entropy"] for norm in cell["norms"])
-    words = ", ".join(f"{number(max(found))} at {entropy:g}" for entropy, found in ratios.items())
-    most = [max(found) for _, found in sorted(ratios.items())]
-    # O(entropy) is about small ones: there the bound must not grow.
-    return Finding(f"largest norm over entropy, by entropy in nats: {words}", _verdict([most[0] <= 2 * max(most[1:])]))
-
-
-def links_keep_gradients(record: dict[str, Any]) -> Finding:
-    """Whether a link's Jacobian differs from norm 1 by less, the wider it is: as the root of its width."""
-    hold, words = [], []
-    for kind, name in (("norms", "largest singular value"), ("gains", "gain of a random direction")):
-        off = {cell["d"]: _quantile([abs(norm - 1) for norm in cell[kind]], 0.9) for cell in record["links"]}
-        spread = {cell["d"]: _quantile(cell[kind], 0.95) - _quantile(cell[kind], 0.05) for cell in record["links"]}
-        least, most = min(off), max(off)
-        exponent, of_spread = (_slope(least, most, each[least], each[most]) for each in (off, spread))
-        ends = f"{off[least]:.3f} at d = {least} and {off[most]:.3f} at {most}"
-        words.append(f"{name}: off 1 by {ends} in nine of ten draws, exponent {exponent:.2f} (spread {of_spread:.2f})")
-        hold.append(exponent <= -0.4)
-    return Finding("; ".join(words), _verdict(hold))
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
-
-
-def _slope(first: float, last: float, at_first: float, at_last: float) -> float:
-    return math.log(at_last / at_first) / math.log(last / first)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.claims import CLAIMS, UNMEASURED, Finding, links_keep_gradients, notes, relay, text_channels
+from benchmarks.report.claims import CLAIMS, UNMEASURED, Claim
+from benchmarks.report.evidence import STATEMENTS
 from benchmarks.report.pages import title
 from benchmarks.report.stored import GPU, load
 from benchmarks.report.tables import table
@@ -62,7 +63,7 @@ def html_page(results: Path) -> str:
     return f'<!doctype html><html lang="en">{head}{body}{plots}</html>\n'
 
 
-def _rows(claim: Any, machines: Mapping[str, tuple[str, dict[str, Any]]]) -> Iterator[list[str]]:
+def _rows(claim: Claim, machines: Mapping[str, tuple[str, dict[str, Any]]]) -> Iterator[list[str]]:
     for name, (folder, suites) in machines.items():
         suite = suites.get(claim.suite)
         found = None if suite is None else claim.judge(suite["records"])
@@ -73,36 +74,11 @@ def _rows(claim: Any, machines: Mapping[str, tuple[str, dict[str, Any]]]) -> Ite
 
 
 def _evidence(results: Path) -> Iterator[str]:
-    """What the records without times say: of random channels, and of audits."""
-    channels, audit = "`python -m benchmarks.jacobians`", "[evidence.md](evidence.md)"
-    statements: tuple[tuple[str, str, str, str, Callable[[Any], Finding]], ...] = (
-        ("Gradients through text vanish with its entropy.", "Theorem 4.1", "jacobians.json", channels, text_channels),
-        (
-            "Gradients through a link keep their norm, the better the wider it is.",
-            "Theorem 4.1",
-            "jacobians.json",
-            channels,
-            links_keep_gradients,
-        ),
-        (
-            "Latents carry what the receiver needs.",
-            "Table 2, accuracy",
-            "relay_audit.json",
-            "[how-to/audit.md](how-to/audit.md)",
-            relay,
-        ),
-        (
-            "Latents of released models, before outer training, carry what their text carries.",
-            "Table 2, accuracy",
-            "trio.json",
-            audit,
-            lambda record: notes(record["qwen-smollm2"]["audit"]),
-        ),
-    )
-    for text, source, name, where, judge in statements:
-        path = results / name
+    """What the records without times say."""
+    for statement in STATEMENTS:
+        path = results / statement.record
         if not path.exists():
             continue
-        found = judge(json.loads(path.read_text(encoding="utf-8")))
-        yield f"**{text}** ({source}) {where}"
-        yield table(["measured", "verdict", "record"], [[found.measured, found.verdict, name]])
+        found = statement.judge(json.loads(path.read_text(encoding="utf-8")))
+        yield f"**{statement.text}** ({statement.source}) {statement.where}"
+        yield table(["measured", "verdict", "record"], [[found.measured, found.verdict, statement.record]])

@@ -11,7 +11,8 @@ from benchmarks.harness.goals import Goal
 from benchmarks.harness.record import noise_of
 from benchmarks.harness.timing import Quantiles, Ratio
 from benchmarks.report.__main__ import ROOT
-from benchmarks.report.claims import CLAIMS, FAILS, HOLDS, notes, relay
+from benchmarks.report.claims import CLAIMS, FAILS, HOLDS
+from benchmarks.report.evidence import notes, relay
 from benchmarks.report.results_page import html_page, results_page
 from benchmarks.report.stored import RESULTS, load
 
