@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.harness.goals import Goal
+from benchmarks.harness.growth import GrowthCase, growth_record
 from benchmarks.harness.record import noise_of
+from benchmarks.harness.scaling import whole
 from benchmarks.harness.timing import Quantiles, Ratio
 from benchmarks.report.__main__ import ROOT
 from benchmarks.report.claims import CLAIMS, FAILS, HOLDS
 from benchmarks.report.evidence import notes, relay
 from benchmarks.report.results_page import html_page, results_page
 from benchmarks.report.stored import RESULTS, load
+from benchmarks.suites.cpu.test_bench_complexity import NAMES, terms_of
 
 FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
 
@@ -31,25 +36,44 @@ def test_one_file_holds_the_page_and_its_plots():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_verdict_follows_from_its_samples(folder: Path):
-    """Samples are kept to a hundredth of a microsecond."""
-    drawn = 0
-    for suite in load(folder).values():
-        for record in suite["records"]:
-            if record["goal"] is None or "impls" not in record:
-                continue
-            goal = Goal(**record["goal"])
-            if goal.peer not in record["ratios"]:
-                continue
-            samples = {name: one["samples_us"] for name, one in record["impls"].items()}
-            ratio = Ratio.of(samples[goal.peer], samples["fused"][: len(samples[goal.peer])])
-            memory = None
-            if goal.must_memory is not None:
-                memory = record["impls"][goal.peer]["peak_mem_mb"] / record["impls"]["fused"]["peak_mem_mb"]
-            missed = goal.missed(ratio, noise_of(samples), Quantiles.of(samples["fused"]).p50, memory)
-            assert (missed is None) is (record["missed"] is None), (record["op"], record["shape"], missed)
-            drawn += 1
-    assert drawn
+def test_every_ratio_and_verdict_follows_from_its_samples(folder: Path):
+    """Samples are kept to a hundredth of a microsecond, a thousandth of the shortest."""
+    found = [record for suite in load(folder).values() for record in suite["records"]]
+    for record in found:
+        derive = _ratios if "impls" in record else _growth if "sizes" in record else _whole
+        assert derive(record) is (record["missed"] is not None), (record["op"], record["shape"])
+    assert found
+
+
+def _ratios(record: dict[str, Any]) -> bool:
+    samples = {name: one["samples_us"] for name, one in record["impls"].items()}
+    ratios = {name: Ratio.of(samples[name], samples["fused"][: len(samples[name])]) for name in record["ratios"]}
+    for name, ratio in ratios.items():
+        assert asdict(ratio) == pytest.approx(record["ratios"][name], rel=2e-3)
+    if record["goal"] is None:
+        return False
+    goal = Goal(**record["goal"])
+    microseconds = Quantiles.of(samples["fused"]).p50
+    if goal.peer not in ratios:
+        return goal.missed_at_least(record["unmeasured"][goal.peer]["at_least"], microseconds) is not None
+    memory = None
+    if goal.must_memory is not None:
+        memory = record["impls"][goal.peer]["peak_mem_mb"] / record["impls"]["fused"]["peak_mem_mb"]
+    return goal.missed(ratios[goal.peer], noise_of(samples), microseconds, memory) is not None
+
+
+def _growth(record: dict[str, Any]) -> bool:
+    case = GrowthCase(record["op"], record["factor"], record["expected"], (), (), record["control"])
+    samples = [[value * 1e-6 for value in times] for times in record["samples_us"]]
+    return growth_record(case, record["sizes"], samples)["missed"] is not None
+
+
+def _whole(record: dict[str, Any]) -> bool:
+    sizes = [[turn[name] for name in ("features", "vocabulary", "prompt", "steps")] for turn in record["turns"]]
+    columns = np.array([terms_of(*of_turn, text) for of_turn in sizes for text in (True, False)])
+    _, r2 = whole(NAMES, columns, [[value * 1e-6 for value in times] for times in record["samples_us"]])
+    assert r2 == pytest.approx(record["r2"], abs=1e-6)
+    return bool(r2 < record["goal"]["r2"])
 
 
 def record(op: str, missed: str | None = None, **more: Any) -> dict[str, Any]:
