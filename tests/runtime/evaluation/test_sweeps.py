@@ -301,7 +301,11 @@ def test_a_tokenizer_that_reads_otherwise_makes_another_system():
     assert digest(echo()) == before
 
 
-@pytest.mark.parametrize("content", [b'{"index": 0}\n', b"[]\n", b"\xff\n", b"notes", b'{"mode": 1}', b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"index": 0}\n', b"[]\n", b"\xff\n", b"notes", b'{"mode": 1}', b"\n"],
+    ids=["other fields", "a list", "not UTF-8", "no JSON", "too few fields", "an empty line"],
+)
 def test_other_files_are_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "records.jsonl"
     path.write_bytes(content)

@@ -25,17 +25,18 @@ def test_encodings_of_the_same_rows(tmp_path, ends, mark, pack):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (TEXT.encode("utf-16"), "rows: not UTF-8 text"),
-        (gzip.compress(TEXT.encode())[:-10], "rows: is a damaged gzip file: "),
-        (gzip.compress(TEXT.encode())[:-8] + bytes(8), "rows: is a damaged gzip file: "),
-        (b"\x1f\x8b", "rows: is a damaged gzip file: "),
-        (
+        pytest.param(TEXT.encode("utf-16"), "rows: not UTF-8 text", id="UTF-16"),
+        pytest.param(gzip.compress(TEXT.encode())[:-10], "rows: is a damaged gzip file: ", id="cut gzip"),
+        pytest.param(gzip.compress(TEXT.encode())[:-8] + bytes(8), "rows: is a damaged gzip file: ", id="wrong sum"),
+        pytest.param(b"\x1f\x8b", "rows: is a damaged gzip file: ", id="two bytes of gzip"),
+        pytest.param(
             b'{"a": 1}\n{"b": 1, "c": {"a": 2, "a": 2}}',
             r"rows, line 2: not valid JSON \('a' occurs twice in one object\)",
+            id="a field twice",
         ),
-        (b'{"a": NaN}', r"rows, line 1: not valid JSON \(NaN is not a JSON number\)"),
-        (b"[1]", "rows, line 1: expected a JSON object, got list"),
-        (b"\xef\xbb\xbf", "rows: holds no rows"),
+        pytest.param(b'{"a": NaN}', r"rows, line 1: not valid JSON \(NaN is not a JSON number\)", id="NaN"),
+        pytest.param(b"[1]", "rows, line 1: expected a JSON object, got list", id="a list"),
+        pytest.param(b"\xef\xbb\xbf", "rows: holds no rows", id="nothing but a mark"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path, content, message):
