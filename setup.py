@@ -18,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -126,10 +127,13 @@ class CMakeBuild(build_ext):
         outcomes: dict[str, dict[str, object]] = {}
         built: list[Extension] = []
         errors: list[str] = []
-        for module in self.extensions:
-            target = Path(self.get_ext_fullpath(module.name)).resolve()
+        targets = [Path(self.get_ext_fullpath(module.name)).resolve() for module in self.extensions]
+        # All at once: nvcc takes one core for a single file, and configuring hardly one. MAX_JOBS bounds one build at a time.
+        with ThreadPoolExecutor(1 if os.environ.get("MAX_JOBS") else len(self.extensions)) as pool:
+            builds = [pool.submit(self.build_module, *pair) for pair in zip(self.extensions, targets)]
+        for module, target, build in zip(self.extensions, targets, builds):
             try:
-                outcomes[module.label] = self.build_module(module, target)
+                outcomes[module.label] = build.result()
                 built.append(module)
             except Unbuilt as problem:
                 # An older module must not live on: it would run other code than these sources.
