@@ -128,10 +128,10 @@ class CMakeBuild(build_ext):
         built: list[Extension] = []
         errors: list[str] = []
         targets = [Path(self.get_ext_fullpath(module.name)).resolve() for module in self.extensions]
-        # All at once: nvcc takes one core for a single file, and configuring hardly one. MAX_JOBS bounds one build at a time.
+        # All at once: nvcc takes one core for a single file, and configuring hardly one. MAX_JOBS bounds one build.
         with ThreadPoolExecutor(1 if os.environ.get("MAX_JOBS") else len(self.extensions)) as pool:
-            builds = [pool.submit(self.build_module, *pair) for pair in zip(self.extensions, targets)]
-        for module, target, build in zip(self.extensions, targets, builds):
+            builds = [pool.submit(self.build_module, *pair) for pair in zip(self.extensions, targets, strict=True)]
+        for module, target, build in zip(self.extensions, targets, builds, strict=True):
             try:
                 outcomes[module.label] = build.result()
                 built.append(module)

@@ -305,6 +305,14 @@ struct LinkForward {  // up to most_link_tokens; rows of weights are whole piece
 int64_t link_forward_workspace(const LinkForward& call);  // bytes, 16-byte aligned by the caller
 int32_t link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes, uintptr_t stream);
 
+// When a link's next launch may start: after the one ahead has ended, when that has read its weights, or at once.
+enum class Overlap : int32_t { off = 0, late = 1, early = 2 };
+constexpr Overlap usual_overlap = Overlap::early;
+constexpr int32_t usual_carveout = 100;
+// For benchmarks, which compare them: how later calls of this process are launched. carveout: percent of a processor's
+// unified memory that is asked for as shared memory.
+void set_launches(Overlap overlap, int32_t carveout);
+
 }  // namespace cuda
 
 }  // namespace recmas

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from benchmarks.harness.gpu.forecast import COMPILE_MAX
 from benchmarks.suites.gpu import (
     link_grid,
@@ -61,12 +59,14 @@ def _link(case: Any) -> str | None:
         return None
     if COMPILE_MAX in case.peers:
         return "compile" if (case.config, case.tokens, case.cold) == (link_grid.INNER, 1, True) else None
-    if case.config in (link_grid.INNER, link_grid.INNER_NORMS) and case.tokens in (1, 32):
-        return "few" if case.dtype == torch.bfloat16 else None
+    if case.peers == link_grid.LAUNCHED:
+        return "few"
+    if case.rank == link_grid.TRITON_RANK:
+        return "many"
     if case.forecast is None:
         return None
-    if (case.config, case.tokens) == (link_grid.INNER, 4096):
-        return "compile"
+    if case.config == link_grid.INNER and case.tokens in (1, 32, 4096) and case.cold:
+        return "few" if case.tokens == 1 else "compile"
     if case.config == link_grid.narrow(128) or (case.config == link_grid.OUTER and case.tokens == 1536):
         return "many" if case.mode == "forward" else None
     return None

@@ -73,10 +73,10 @@ PLAN = (
         decides=True,
     ),
     Step("repeat", 20, ("$PYTHON -m benchmarks.gpu.repeat",), decides=True),
-    Step("few", 90, (_bench("few", 90),)),
-    Step("many", 65, (_bench("many", 65),)),
+    Step("few", 85, (_bench("few", 85),)),
+    Step("many", 75, (_bench("many", 75),)),
     Step("steps", 75, (_bench("steps", 75),)),
-    Step("compile", 100, (_bench("compile", 100),)),
+    Step("compile", 110, (_bench("compile", 110),)),
     Step(
         "sanitize",
         50,

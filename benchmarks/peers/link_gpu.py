@@ -2,7 +2,8 @@
 
 `eager`, `addmm`, `compile` as on a CPU; `compile-max`: max-autotune, without graphs of its own, since all variants are
 recorded alike; `reduce-overhead`: with graphs of its own, for calls that are not recorded; `products`: the library's
-matrix products alone, no peer. Compiled peers take the parameters as arguments: one compilation serves every copy.
+matrix products alone, no peer; `LAUNCHES`: the fused link itself with other launches of its few-token kernels. Compiled
+peers take the parameters as arguments: one compilation serves every copy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from benchmarks.harness.gpu import cuda
 from benchmarks.harness.gpu.forecast import COMPILE, COMPILE_MAX
 from benchmarks.harness.link_peer import LinkPeer
 from benchmarks.harness.names import FUSED, PRODUCTS
@@ -26,7 +28,14 @@ from recmas_kernels.testing import eager_twin
 
 FORWARD, BACKWARD = "forward", "backward"
 REDUCE_OVERHEAD = "reduce-overhead"
-GPU_PEERS = ("eager", "addmm", COMPILE, COMPILE_MAX, REDUCE_OVERHEAD, PRODUCTS)
+# By name: when a launch may start beside the one ahead, and the percentage of unified memory asked for as shared.
+LAUNCHES = {
+    f"{FUSED}, {overlap} overlap, {carveout} % shared": (overlap, carveout)
+    for carveout in (100, 50)
+    for overlap in ("early", "late", "off")
+    if (overlap, carveout) != ("early", 100)  # the usual ones
+}
+GPU_PEERS = ("eager", "addmm", COMPILE, COMPILE_MAX, REDUCE_OVERHEAD, PRODUCTS, *LAUNCHES)
 _MODES = {COMPILE: None, COMPILE_MAX: "max-autotune-no-cudagraphs", REDUCE_OVERHEAD: "reduce-overhead"}
 
 
@@ -42,6 +51,9 @@ def link_peers(name: str, link: FusedRecursiveLink, count: int) -> list[LinkPeer
     Raises:
         ValueError: there is no such peer.
     """
+    if name in LAUNCHES:
+        modules = [copy.deepcopy(link) for _ in range(count)]
+        return [LinkPeer(partial(_launch, *LAUNCHES[name], module), module) for module in modules]
     if name == FUSED:
         return [LinkPeer(module, module) for module in (copy.deepcopy(link) for _ in range(count))]
     twins = [eager_twin(link, link.proj1.weight.dtype) for _ in range(count)]
@@ -55,6 +67,11 @@ def link_peers(name: str, link: FusedRecursiveLink, count: int) -> list[LinkPeer
     shell = copy.deepcopy(twins[0]).to("meta")
     run = compiled(name, lambda parameters, x: functional_call(shell, parameters, (x,)))
     return [LinkPeer(partial(run, dict(twin.named_parameters())), twin) for twin in twins]
+
+
+def _launch(overlap: str, carveout: int, link: FusedRecursiveLink, x: Tensor) -> Tensor:
+    with cuda.launched(overlap, carveout):
+        return link(x)
 
 
 def link_calls(peers: list[LinkPeer], xs: list[Tensor], dys: list[Tensor], mode: str) -> list[Call]:

@@ -73,7 +73,7 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
 
 def hits(records: Sequence[Mapping[str, Any]]) -> str:
     """How many rows of the forecast were measured, and how many of them hit."""
-    judged = [record for record in records if record.get("forecast")]
+    judged = {record["forecast"]["row"]: record for record in records if record.get("forecast")}.values()
     hit = sum(not misses(record["forecast"], record) for record in judged)
     return f"{len(judged)} of {len(ROWS)} rows of the forecast measured, {hit} hit"
 

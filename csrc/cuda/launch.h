@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../link.h"
+
 namespace recmas::cuda {
 
 // Something that is done once for each device. Doing it twice, as two threads may, does no harm.
@@ -30,13 +32,19 @@ class OncePerDevice {
 // Launches of a link share processors, the first product's with the second's and with the rows' between them. A kernel
 // that left more of the unified memory to the cache would have to wait until a processor is empty to change the split.
 inline cudaError_t share_processors(const void* kernel, int shared_bytes) {
-  cudaError_t code =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, usual_carveout);
   if (code == cudaSuccess && shared_bytes > 0) {
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   return code;
 }
+
+// What link.h's set_launches sets.
+struct Launches {
+  std::atomic<Overlap> overlap{usual_overlap};
+  std::atomic<int32_t> carveout{usual_carveout};
+};
+inline Launches launches;
 
 struct Grid {
   int64_t blocks;
@@ -49,16 +57,25 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    const Arguments&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (grid.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+#if CUDART_VERSION >= 13000  // before, only the kernel itself could be given a share
+  if (const int32_t carveout = launches.carveout; carveout != usual_carveout) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = static_cast<unsigned>(carveout);
+  }
+#endif
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = grid.overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (code != cudaSuccess) cudaGetLastError();
   return code;

@@ -81,17 +81,22 @@ int64_t link_forward_workspace(const LinkForward& call) { return link_workspace(
 
 int32_t link_forward(const LinkForward& call, void* workspace, int64_t workspace_bytes, uintptr_t stream_handle) {
   if (!served(call) || workspace_bytes < link_forward_workspace(call)) return cudaErrorInvalidValue;
-  bool overlap = false;
+  bool overlaps = false;
   // A backward pass means weights that learn: those are read in stream order only.
-  cudaError_t code = call.stats == nullptr ? can_overlap(&overlap) : cudaSuccess;
+  cudaError_t code = call.stats == nullptr ? can_overlap(&overlaps) : cudaSuccess;
   if (code != cudaSuccess) return code;
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  const LinkPlan plan = plan_link(call, workspace, overlap);
+  const LinkPlan plan = plan_link(call, workspace, overlaps ? launches.overlap.load() : Overlap::off);
   if (plan.prepares) code = launch(plan.prepare, stream);
   if (code == cudaSuccess) code = launch(plan.first, stream);
   if (code == cudaSuccess) code = launch(plan.second, stream);
   if (code == cudaSuccess && plan.normalises) code = launch(plan.normalise, stream);
   return code;
+}
+
+void set_launches(Overlap overlap, int32_t carveout) {
+  launches.overlap = overlap;
+  launches.carveout = carveout;
 }
 
 }  // namespace recmas::cuda

@@ -38,7 +38,8 @@ struct Product {
   int64_t rows;
   int32_t tokens;
   bool activate;
-  bool overlaps;  // launched before the previous kernel has ended: only weights may be read until it has
+  bool overlaps;     // launched before the previous kernel has ended: only weights may be read until it has
+  bool starts_late;  // lets the next kernel start when the weights have been read, not at once
   Gelu gelu;
   VectorView biases[2];
   MatrixView residual;  // [tokens, rows], rounded to `compute` when read
@@ -52,7 +53,7 @@ struct Rows {
   MatrixView source;  // [tokens, width]
   int64_t width;
   int32_t tokens;
-  bool overlaps;
+  bool overlaps, starts_late;
   bool rounds;  // the row to the target's dtype, before anything is computed of it
   float eps;
   VectorView gain, bias;  // of one dtype; absent gain: no norm, the copy alone
@@ -151,7 +152,8 @@ inline LinkWorkspace link_workspace(const LinkForward& call) {
   return space;
 }
 
-inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap) {
+inline LinkPlan plan_link(const LinkForward& call, void* workspace, Overlap wanted) {
+  const bool overlap = wanted != Overlap::off, late = wanted == Overlap::late;
   const LinkShape& shape = call.shape;
   const LinkWorkspace space = link_workspace(call);
   char* base = static_cast<char*>(workspace);
@@ -168,6 +170,7 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   prepare.source = call.x;
   prepare.width = shape.in_features;
   prepare.tokens = tokens;
+  prepare.starts_late = late;
   prepare.rounds = true;
   prepare.target = call.compute;
   prepare.eps = call.eps;
@@ -193,6 +196,7 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   first.tokens = tokens;
   first.activate = true;
   first.overlaps = overlap && plan.prepares;
+  first.starts_late = late;
   first.gelu = call.gelu;
   first.biases[0] = call.b1;
   first.compute = call.compute;
@@ -205,6 +209,7 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   second.rows = shape.out_features;
   second.tokens = tokens;
   second.overlaps = overlap;
+  second.starts_late = late;
   second.biases[0] = call.b2;
   second.biases[1] = call.b3;
   if (call.residual == Residual::identity) second.residual = call.x;
@@ -217,6 +222,7 @@ inline LinkPlan plan_link(const LinkForward& call, void* workspace, bool overlap
   normalise.width = shape.out_features;
   normalise.tokens = tokens;
   normalise.overlaps = overlap;
+  normalise.starts_late = late;
   normalise.target = call.y.dtype;
   normalise.eps = call.eps;
   normalise.gain = call.norm_out_weight;

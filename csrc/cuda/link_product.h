@@ -208,7 +208,7 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
     }
   };
 
-  thread.start_dependents();
+  if (!product.starts_late) thread.start_dependents();
   for (int stage = 0; stage < kStages; ++stage) {
     request_weights(stage, stage);
     if (!product.overlaps) request_tokens(stage, stage);
@@ -235,6 +235,7 @@ RECMAS_ANYWHERE void run_product(Thread& thread, const Product& product) {
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
+  if (product.starts_late) thread.start_dependents();
   // The partial sums take the ring's place.
   thread.template wait_for_copies<0>();
   thread.sync();

@@ -94,7 +94,7 @@ RECMAS_ANYWHERE void run_rows(Thread& thread, const Rows& rows) {
     return block_sum(thread, partial);
   };
 
-  thread.start_dependents();
+  if (!rows.starts_late) thread.start_dependents();
   if constexpr (kWhole) read_parameters(0);
   if (rows.overlaps) thread.wait_for_previous();
   if constexpr (kWhole) {
@@ -112,6 +112,7 @@ RECMAS_ANYWHERE void run_rows(Thread& thread, const Rows& rows) {
       thread.store(rows.rstd, Dtype::f32, token, rstd);
     }
   }
+  if (rows.starts_late) thread.start_dependents();
   for (int first = 0; first < width; first += kChunk) {
     if constexpr (!kWhole) {
       read_parameters(first);

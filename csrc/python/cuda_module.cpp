@@ -94,6 +94,25 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("driver_version", &driver_version,
              "newest CUDA version the installed driver serves, as 1000 * major + 10 * minor; 0 without a driver");
   module.attr("most_link_tokens") = recmas::cuda::most_link_tokens;
+  module.def(
+      "set_launches",
+      [](const std::string& overlap, int32_t carveout) {
+        if (overlap != "off" && overlap != "late" && overlap != "early") {
+          throw std::invalid_argument("overlap: " + overlap + ", expected off, late or early");
+        }
+        if (carveout < 0 || carveout > 100) {
+          throw std::invalid_argument("carveout: " + std::to_string(carveout) + ", expected a percentage");
+        }
+        if (carveout != recmas::cuda::usual_carveout && CUDART_VERSION < 13000) {
+          throw std::invalid_argument("carveout: a module built with CUDA 12 asks for 100 percent");
+        }
+        recmas::cuda::set_launches(overlap == "off"    ? recmas::cuda::Overlap::off
+                                   : overlap == "late" ? recmas::cuda::Overlap::late
+                                                       : recmas::cuda::Overlap::early,
+                                   carveout);
+      },
+      py::arg("overlap") = "early", py::arg("carveout") = recmas::cuda::usual_carveout,
+      "how later links of this process are launched, for benchmarks; see link.h");
   module.def("link_forward_workspace", &link_forward_workspace, py::arg("sizes"), py::arg("compute"),
              py::arg("norm_in"), py::arg("norm_out"), "bytes that link_forward needs beside its tensors");
   module.def("link_forward", &link_forward, py::arg("sizes"), py::arg("compute"), py::arg("residual"), py::arg("gelu"),

@@ -74,7 +74,11 @@ class EmulatedThread {
   void sync();
   void sync_warp();
   float shuffle_xor(float value, int mask);
-  void start_dependents() {}
+  void start_dependents() {
+    if (started_) emulation_failed("lets the next kernel start twice");
+    started_ = true;
+  }
+  bool started() const { return started_; }
   void wait_for_previous() { waited_ = true; }
   float load(const void* data, Dtype dtype, int64_t index);
   void store(void* data, Dtype dtype, int64_t index, float value);
@@ -123,7 +127,7 @@ class EmulatedThread {
 
   EmulatedBlock& block_;
   int index_;
-  bool waited_ = false;
+  bool waited_ = false, started_ = false;
   std::vector<std::vector<Copy>> groups_{1};
 };
 
@@ -208,6 +212,7 @@ class EmulatedBlock {
     auto* fiber = reinterpret_cast<Fiber*>(static_cast<uintptr_t>(high) << 32 | low);
     fiber->block.landed(nullptr);
     (*fiber->block.body_)(fiber->thread);
+    if (!fiber->thread.started()) emulation_failed("never lets the next kernel start");
     fiber->done = true;
     ++fiber->block.progress_;
     fiber->block.leave(*fiber);

@@ -55,7 +55,8 @@ struct Case {
   Kind kind;
   Dtype compute, x_dtype, vector_dtype;
   int64_t x_shift, x_gap;  // elements off alignment; between the rows of x
-  bool overlap, training;
+  Overlap overlap;
+  bool training;
   unsigned seed;
 };
 
@@ -341,23 +342,23 @@ void test_chosen() {
       const int64_t out = kind.residual == Residual::identity ? 40 : 23;
       for (int i = 0; i < 3; ++i) {  // every kind with three of them, every three with other kinds
         const int64_t tokens = kTokens[(k + 2 * i) % 6];
-        check({{tokens, 40, 48, out}, kind, dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
+        check({{tokens, 40, 48, out}, kind, dtype, dtype, dtype, 0, 0, usual_overlap, seed % 2 == 0, ++seed});
       }
     }
-    check({{1, 8, 8, 8}, kKinds[0], dtype, Dtype::f32, Dtype::f32, 0, 0, true, seed % 2 == 0, ++seed});
-    check({{5, 256, 512, 16}, kKinds[1], dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
+    check({{1, 8, 8, 8}, kKinds[0], dtype, Dtype::f32, Dtype::f32, 0, 0, usual_overlap, seed % 2 == 0, ++seed});
+    check({{5, 256, 512, 16}, kKinds[1], dtype, dtype, dtype, 0, 0, usual_overlap, seed % 2 == 0, ++seed});
     // With 8 stages of 256 or 128 elements: one more than the ring holds, in W1 and across W2 and W3.
-    check({{2, 2304, 16, 24}, kKinds[1], dtype, dtype, dtype, 0, 0, true, seed % 2 == 0, ++seed});
-    check({{19, 1288, 24, 16}, kKinds[3], dtype, dtype, dtype, 0, 0, false, seed % 2 == 0, ++seed});
+    check({{2, 2304, 16, 24}, kKinds[1], dtype, dtype, dtype, 0, 0, usual_overlap, seed % 2 == 0, ++seed});
+    check({{19, 1288, 24, 16}, kKinds[3], dtype, dtype, dtype, 0, 0, Overlap::off, seed % 2 == 0, ++seed});
   }
   // Rows that a block of link_rows does not hold at once, on either side.
-  check({{2, 4104, 8, 24}, kKinds[1], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, true, true, ++seed});
-  check({{1, 8, 8, 8200}, kKinds[5], Dtype::f16, Dtype::f16, Dtype::f32, 0, 0, true, true, ++seed});
+  check({{2, 4104, 8, 24}, kKinds[1], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, usual_overlap, true, ++seed});
+  check({{1, 8, 8, 8200}, kKinds[5], Dtype::f16, Dtype::f16, Dtype::f32, 0, 0, usual_overlap, true, ++seed});
 }
 
 // What is refused: rows of weights that are not whole pieces, and weights that begin beside them.
 void test_refused() {
-  Case c{{2, 40, 48, 40}, kKinds[0], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, true, false, 1};
+  Case c{{2, 40, 48, 40}, kKinds[0], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, usual_overlap, false, 1};
   CHECK(whole_pieces(Link(c).call()), "whole pieces are refused");
   for (const LinkShape& shape : {LinkShape{2, 41, 48, 41}, LinkShape{2, 40, 47, 40}}) {
     c.shape = shape;
@@ -395,7 +396,7 @@ void test_random(int count) {
     c.vector_dtype = c.x_dtype != c.compute || pick(0, 3) == 0 ? Dtype::f32 : c.compute;
     c.x_shift = pick(0, 3) == 0 ? pick(0, 7) : 0;
     c.x_gap = pick(0, 2) == 0 ? pick(0, 9) : 0;
-    c.overlap = pick(0, 3) != 0;
+    c.overlap = static_cast<Overlap>(pick(0, 2));
     c.training = pick(0, 3) == 0;
     c.seed = static_cast<unsigned>(i + 1000);
     check(c);

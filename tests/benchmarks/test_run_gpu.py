@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.gpu import cells, repeat, run
 from benchmarks.gpu.run import PLAN, Step
-from benchmarks.harness.gpu import preflight, small_shapes
+from benchmarks.harness.gpu import cuda, preflight, small_shapes
+from benchmarks.peers.link_gpu import LAUNCHES
 
 NAMES = {"PYTHON": sys.executable, "OUT": "", "SANITIZER": "", "NCU": "", "PATH": "/usr/bin:/bin"}
 
@@ -29,6 +32,23 @@ def test_each_step_fits_its_seconds_by_the_account_of_its_cells(name):
     assert found
     assert sum(case.seconds for _, case in found) <= step.seconds - 5
     assert f"--step {name} " in run.script(step)
+
+
+def test_few_tokens_are_timed_under_every_kind_of_launch():
+    found = [case for _, case in cells.cells("few") if set(LAUNCHES) <= set(getattr(case, "peers", ()))]
+    axes = {(case.tokens, case.cold, case.config.norm) for case in found}
+    assert axes == set(product((1, 8, 32), (True, False), (True, False)))
+    assert set(LAUNCHES.values()) | {("early", 100)} == set(product(("early", "late", "off"), (100, 50)))
+
+
+def test_other_launches_end_with_the_call(monkeypatch):
+    """Also where it fails: what is timed next would otherwise be launched in another way than its name says."""
+    module = mock.Mock()
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(cuda.native, "load", lambda name: module)
+    with pytest.raises(RuntimeError, match="no memory"), cuda.launched("late", 50):
+        raise RuntimeError("no memory")
+    assert module.mock_calls == [mock.call.set_launches("late", 50), mock.call.set_launches()]
 
 
 def test_no_cell_belongs_to_two_steps():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.timing import Call
+from recmas_kernels.backends import native
 
 SPIN_CYCLES = 200_000  # about 100 us: the host enqueues behind it, so that no event waits for the host
 
@@ -84,6 +85,20 @@ def blas(library: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
+
+
+@contextmanager
+def launched(overlap: str, carveout: int) -> Iterator[None]:
+    """Few-token links inside are launched as csrc/link.h's set_launches says; without a device as ever."""
+    if not available():
+        yield
+        return
+    module = native.load("cuda")
+    module.set_launches(overlap, carveout)
+    try:
+        yield
+    finally:
+        module.set_launches()
 
 
 class Graph:

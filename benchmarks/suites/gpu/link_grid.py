@@ -9,7 +9,7 @@ import torch
 from benchmarks.harness.gpu.bench import PRODUCTS_LT
 from benchmarks.harness.gpu.forecast import COMPILE, COMPILE_MAX, ROWS, Forecast
 from benchmarks.harness.names import PRODUCTS
-from benchmarks.peers.link_gpu import BACKWARD, FORWARD, REDUCE_OVERHEAD
+from benchmarks.peers.link_gpu import BACKWARD, FORWARD, LAUNCHES, REDUCE_OVERHEAD
 from recmas_kernels import LinkConfig
 
 INNER = LinkConfig("inner", 2048, 2048, 2048, "identity", norm=False)
@@ -22,10 +22,12 @@ SMALL_OUTER = LinkConfig("outer", 64, 48, 48, "linear", norm=False)
 PLAIN = ("eager", "addmm", COMPILE, PRODUCTS, PRODUCTS_LT)
 AUTOTUNED = ("eager", "addmm", COMPILE, COMPILE_MAX, PRODUCTS, PRODUCTS_LT)
 BARE = ("eager", "addmm", COMPILE, REDUCE_OVERHEAD)
-# Seconds that a cell is expected to take; nearly all of it compiles its peers.
-PLAIN_SECONDS, AUTOTUNED_SECONDS = 15, 60
+UNCOMPILED = ("eager", "addmm", PRODUCTS, PRODUCTS_LT)
+LAUNCHED = ("eager", PRODUCTS, *LAUNCHES)
+# Seconds that a cell is expected to take; nearly all of it compiles its peers, where there is anything to compile.
+UNCOMPILED_SECONDS, LAUNCHED_SECONDS, PLAIN_SECONDS, AUTOTUNED_SECONDS = 4, 5, 15, 60
 # Where the second pass, with max-autotune, begins; and what answers no row of the forecast.
-AUTOTUNED_RANK, MORE_RANK = 100, 200
+LAUNCHED_RANK, TRITON_RANK, AUTOTUNED_RANK, MORE_RANK = 12, 16, 100, 200
 
 
 def narrow(hidden_features: int) -> LinkConfig:
@@ -62,7 +64,11 @@ class LinkCase:
 
     @property
     def seconds(self) -> float:
-        return AUTOTUNED_SECONDS if COMPILE_MAX in self.peers else PLAIN_SECONDS
+        if COMPILE_MAX in self.peers:
+            return AUTOTUNED_SECONDS
+        if {COMPILE, REDUCE_OVERHEAD} & set(self.peers):
+            return PLAIN_SECONDS
+        return LAUNCHED_SECONDS if self.peers == LAUNCHED else UNCOMPILED_SECONDS
 
     @property
     def op(self) -> str:
@@ -106,6 +112,24 @@ def _second_rank(case: LinkCase) -> int:
     return AUTOTUNED_RANK + case.rank - (50 if claimed else 0)
 
 
+def launch_cases() -> list[LinkCase]:
+    """Few tokens under every kind of launch, weights cold and warm, with norms and without."""
+    answers = {(INNER, 32, True): ROWS["inner T=32, cold"], (INNER, 1, False): ROWS["inner T=1, warm"]}
+    return [
+        LinkCase(config, tokens, LAUNCHED_RANK, cold=cold, peers=LAUNCHED, forecast=answers.get((config, tokens, cold)))
+        for cold in (True, False)
+        for config in (INNER, INNER_NORMS)
+        for tokens in (1, 8, 32)
+    ]
+
+
+def triton_cases() -> list[LinkCase]:
+    """Triton's defaults at token counts that divide nothing, and in fp16."""
+    cells = [(INNER, 129, torch.bfloat16), (INNER, 1000, torch.float16)]
+    cells += [(narrow(128), 1000, torch.bfloat16), (narrow(128), 16384, torch.float16)]
+    return [LinkCase(config, tokens, TRITON_RANK, peers=UNCOMPILED, dtype=dtype) for config, tokens, dtype in cells]
+
+
 def more_cases() -> list[LinkCase]:
     """The released links, the sizes between, and calls without a graph."""
     bare = [
@@ -114,20 +138,20 @@ def more_cases() -> list[LinkCase]:
     ]
     sizes = [(INNER_NORMS, 1), (INNER_NORMS, 32), (OUTER_RELEASED, 1), (OUTER_RELEASED, 32), (OUTER_RELEASED, 1536)]
     sizes += [(INNER, tokens) for tokens in (2, 4, 8, 16, 64, 128, 266, 512, 1536)]
-    peers = ("eager", "addmm", PRODUCTS, PRODUCTS_LT)
-    graphed = [LinkCase(config, tokens, MORE_RANK + i, peers=peers) for i, (config, tokens) in enumerate(sizes)]
-    half = LinkCase(INNER, 32, MORE_RANK + 50, peers=peers, dtype=torch.float16)
+    graphed = [LinkCase(config, tokens, MORE_RANK + i, peers=UNCOMPILED) for i, (config, tokens) in enumerate(sizes)]
+    half = LinkCase(INNER, 32, MORE_RANK + 50, peers=UNCOMPILED, dtype=torch.float16)
     return [*bare, *graphed, half, replace(half, dtype=torch.float32, rank=MORE_RANK + 51)]
 
 
 def link_cases(full: bool) -> list[LinkCase]:
     """The grid; the small one runs every kind of cell once, on the CPU, and times nothing."""
     if full:
-        return forecast_cases() + more_cases()
+        return forecast_cases() + launch_cases() + triton_cases() + more_cases()
     return [
         LinkCase(SMALL_INNER, 1, 1, peers=("eager", "addmm", COMPILE, PRODUCTS)),
         LinkCase(SMALL_INNER, 7, 2, cold=False, peers=("eager", "addmm"), agents=4),
         LinkCase(SMALL_OUTER, 7, 3, peers=("eager", "addmm", PRODUCTS)),
         LinkCase(SMALL_OUTER, 7, 4, BACKWARD, peers=("eager", "addmm", PRODUCTS)),
         LinkCase(SMALL_INNER, 1, 5, cold=False, peers=("eager", "addmm"), graph=False),
+        LinkCase(SMALL_INNER, 7, 6, peers=LAUNCHED),
     ]
