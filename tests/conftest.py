@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
+# What takes ten seconds and more begins first, or one worker would wait for the other's at the end.
+LONG = (
+    "tests/install/",
+    "tests/kernels/triton/test_interpreter.py",
+    "tests/runtime/distributed/",
+    "tests/runtime/training/test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
 
 def pytest_make_parametrize_id(val: object, argname: str) -> None:
     """All workers must collect the same names. Packed bytes hold the second of their packing, so bytes need an id."""
