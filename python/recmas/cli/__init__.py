@@ -98,14 +98,11 @@ def _ending_signals() -> Iterator[None]:
 
 
 def _run(words: list[str]) -> int:
-    parser = CommandLineParser(prog="recmas", description=DESCRIPTION)
+    parser = CommandLineParser(words, prog="recmas", description=DESCRIPTION)
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    chosen = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
-        chosen.add_subcommand(name, command, help=summary)
-        if name == next((word for word in words if not word.startswith("-")), None):
-            importlib.import_module(f"recmas.cli.{name}").add_options(command)
+    parser.add_commands(
+        "command", COMMANDS, lambda name, command: importlib.import_module(f"recmas.cli.{name}").add_options(command)
+    )
     try:
         parsed = parser.parse_args(words)
     except UnicodeDecodeError as error:  # of the one file that is read here

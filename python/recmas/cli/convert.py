@@ -21,13 +21,11 @@ DIRECTIONS = {
 
 
 def add_options(parser: CommandLineParser) -> None:
-    directions = parser.add_subcommands(required=True, dest="direction", metavar="DIRECTION")
-    adders = {"upstream": _add_upstream, "safetensors": _add_safetensors, "pt": _add_pt}
-    for direction, summary in DIRECTIONS.items():
-        command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
-        adders[direction](command)
+    def add(direction: str, command: CommandLineParser) -> None:
+        {"upstream": _add_upstream, "safetensors": _add_safetensors, "pt": _add_pt}[direction](command)
         command.add_argument("--json", action="store_true", help="print JSON")
-        directions.add_subcommand(direction, command, help=summary)
+
+    parser.add_commands("direction", DIRECTIONS, add)
 
 
 def execute(options: Namespace) -> int:

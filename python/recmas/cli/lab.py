@@ -27,12 +27,8 @@ TASKS = {
 
 
 def add_options(parser: CommandLineParser) -> None:
-    tasks = parser.add_subcommands(required=True, dest="task", metavar="TASK")
-    for task, summary in TASKS.items():
-        command = CommandLineParser(description=f"{summary[0].upper()}{summary[1:]}.")
-        own = {"build": _build_options, "questions": _questions_options, "notes": _notes_options}
-        own.get(task, _measure_options)(command)
-        tasks.add_subcommand(task, command, help=summary)
+    own = {"build": _build_options, "questions": _questions_options, "notes": _notes_options}
+    parser.add_commands("task", TASKS, lambda task, command: own.get(task, _measure_options)(command))
 
 
 def execute(options: Namespace) -> int:

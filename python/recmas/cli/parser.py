@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -25,10 +25,34 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class CommandLineParser(ArgumentParser):
-    """A jsonargparse parser whose errors are one line on stderr and exit status 2."""
+    """A jsonargparse parser whose errors are one line on stderr and exit status 2.
 
-    def __init__(self, **options: Any) -> None:
+    Attributes:
+        words: what it will be asked to parse.
+    """
+
+    def __init__(self, words: Sequence[str] = (), **options: Any) -> None:
         super().__init__(formatter_class=_Formatter, **options)
+        self.words = words
+
+    def add_commands(
+        self, dest: str, summaries: Mapping[str, str], add_options: Callable[[str, CommandLineParser], None]
+    ) -> None:
+        """Subcommands, one of which must be named.
+
+        Args:
+            dest: where the name of the chosen one goes; in capitals it stands in usages.
+            summaries: of the commands, by name.
+            add_options: called with the chosen name and its parser alone: making options takes longer than parsing.
+        """
+        commands = self.add_subcommands(required=True, dest=dest, metavar=dest.upper())
+        chosen = next((word for word in self.words if word in summaries), None)
+        for name, summary in summaries.items():
+            words = self.words[self.words.index(name) + 1 :] if name == chosen else ()
+            command = CommandLineParser(words, description=f"{summary[0].upper()}{summary[1:]}.")
+            commands.add_subcommand(name, command, help=summary)
+            if name == chosen:
+                add_options(name, command)
 
     def add_argument(self, *names: Any, **options: Any) -> Action:
         """As argparse's; positional arguments stand in capitals in usages and errors."""

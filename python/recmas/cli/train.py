@@ -22,54 +22,54 @@ if TYPE_CHECKING:
     from recmas.recursive_mas import RecursiveMAS
 
 STAGES = {
-    "inner": "each agent's inner link, toward the embeddings of its own gold texts",
-    "warmup": "each outer link, toward the receiver's embeddings of the sender's gold texts",
-    "outer": "all outer links together, by the cross entropy of the answer through all rounds",
-    "all": "inner links, outer links by warm-up, then all outer links together: the three stages, one after the other",
+    "inner": "train each agent's inner link, toward the embeddings of its own gold texts",
+    "warmup": "train each outer link, toward the receiver's embeddings of the sender's gold texts",
+    "outer": "train all outer links together, by the cross entropy of the answer through all rounds",
+    "all": "train inner links, outer links by warm-up, then all outer links together: the stages one after the other",
 }
 SINGLE = [stage for stage in STAGES if stage != "all"]
 KINDS = {"rounds": COUNTS, "latent_steps": LATENT_STEPS, "round_weights": WEIGHTS, "inner_target": ROLES}
 
 
 def add_options(parser: CommandLineParser) -> None:
-    stages = parser.add_subcommands(required=True, dest="stage", metavar="STAGE")
-    for stage, summary in STAGES.items():
-        command = CommandLineParser(description=f"Train {summary}.")
-        add_system(command)
-        aligned = stage != "outer"
-        add_data(command, stage)
-        if aligned:
-            _add_pairs(command)
-        command.add_argument(
-            "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
+    parser.add_commands("stage", STAGES, _add_stage)
+
+
+def _add_stage(stage: str, command: CommandLineParser) -> None:
+    add_system(command)
+    aligned = stage != "outer"
+    add_data(command, stage)
+    if aligned:
+        _add_pairs(command)
+    command.add_argument(
+        "--output", type=str, default=None, help="folder for the trained system (default: the system itself)"
+    )
+    command.add_argument(
+        "--progress",
+        action="store_true",
+        help="show bars where stderr is no terminal, too: a line every ten seconds",
+    )
+    command.add_argument(
+        "--tracker",
+        type=NAMES,
+        default=[],
+        help="tensorboard, wandb, ...: trackers of Accelerate that get every step's record; files go to "
+        "training/tracked in the output",
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show what would be trained, how long and beside how much memory; write nothing",
+    )
+    if stage != "all":
+        only = (
+            ("--roles", "agents to train")
+            if stage == "inner"
+            else ("--edges", "links to train: a->b,... or of one round a->b@1,...")
         )
-        command.add_argument(
-            "--progress",
-            action="store_true",
-            help="show bars where stderr is no terminal, too: a line every ten seconds",
-        )
-        command.add_argument(
-            "--tracker",
-            type=NAMES,
-            default=[],
-            help="tensorboard, wandb, ...: trackers of Accelerate that get every step's record; files go to "
-            "training/tracked in the output",
-        )
-        command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
-        command.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="check everything, show what would be trained, how long and beside how much memory; write nothing",
-        )
-        if stage != "all":
-            only = (
-                ("--roles", "agents to train")
-                if stage == "inner"
-                else ("--edges", "links to train: a->b,... or of one round a->b@1,...")
-            )
-            command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
-        add_fields(command, _config_class(stage), KINDS)
-        stages.add_subcommand(stage, command, help=summary)
+        command.add_argument(only[0], type=NAMES, default=None, help=f"{only[1]} (default: all)")
+    add_fields(command, _config_class(stage), KINDS)
 
 
 def _add_pairs(command: CommandLineParser) -> None:

@@ -47,3 +47,14 @@ def test_latent_steps_to_sweep(written, value):
     assert kind(written) == value
     with pytest.raises(ValueError, match=r"1\.5"):
         kind([{"planner": 1.5}])
+
+
+def test_options_are_made_for_the_chosen_command_alone():
+    made = []
+    parser = CommandLineParser(["--flag", "second", "first", "word"])
+    summaries = {"first": "does this", "second": "does that"}
+    parser.add_commands("what", summaries, lambda name, command: made.append((name, command.words)))
+    assert made == [("second", ["first", "word"])]
+    help_text = parser.format_help()
+    assert "does this" in help_text
+    assert "does that" in help_text
