@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".txt"}
+_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".txt", ".cmake"}
 _CPU = ("python/*operands.h", "python/unchanged.cpp")
 _READING = ("python/arguments.h", "python/link_arguments.*", "python/tensors.*")
 _PARTS = {

@@ -26,7 +26,7 @@
 namespace recmas::cuda {
 
 [[noreturn]] inline void emulation_failed(const char* what) {
-  std::printf("emulated block: %s\n", what);
+  std::fprintf(stderr, "emulated block: %s\n", what);  // stdout into a pipe would be lost with the process
   std::abort();
 }
 

@@ -378,6 +378,24 @@ void test_refused() {
   CHECK(!has_kernels(call), "bf16 rows are served in fp16");
 }
 
+// Every launch but the first may start early, and lets the next start when it was asked to.
+void test_launches() {
+  Link link({{2, 40, 48, 40}, kKinds[0], Dtype::bf16, Dtype::bf16, Dtype::bf16, 0, 0, usual_overlap, false, 1});
+  const LinkForward call = link.call();
+  std::vector<char> workspace(static_cast<size_t>(link_workspace(call).bytes));
+  for (const Overlap wanted : {Overlap::off, Overlap::late, Overlap::early}) {
+    const bool overlaps = wanted != Overlap::off, late = wanted == Overlap::late;
+    const LinkPlan plan = plan_link(call, workspace.data(), wanted);
+    CHECK(plan.prepares && plan.normalises, "norms on both sides are four launches");
+    CHECK(!plan.prepare.overlaps && plan.prepare.starts_late == late, "the rows before, overlap %d", int(wanted));
+    CHECK(plan.first.overlaps == overlaps && plan.first.starts_late == late, "first product, overlap %d", int(wanted));
+    CHECK(plan.second.overlaps == overlaps && plan.second.starts_late == late, "second product, overlap %d",
+          int(wanted));
+    CHECK(plan.normalise.overlaps == overlaps && plan.normalise.starts_late == late, "the rows after, overlap %d",
+          int(wanted));
+  }
+}
+
 void test_random(int count) {
   std::mt19937 generator(2);
   const auto pick = [&generator](int64_t low, int64_t high) {
@@ -409,6 +427,7 @@ int main(int argc, char** argv) {
   test_numbers();
   test_chosen();
   test_refused();
+  test_launches();
   test_random(argc > 1 ? std::atoi(argv[1]) : 60);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -89,13 +89,41 @@ def test_a_wrong_result_ends_the_run_and_names_what_was_not_reached(tmp_path):
     assert logs.keys() == {"tests"}
 
 
+@pytest.mark.parametrize(
+    ("status", "last", "ends"),
+    [
+        (0, "5 passed in 3.00s", False),
+        (1, "5 passed in 3.00s", True),
+        (124, "400 passed, 30 skipped in 58.10s", False),
+        (124, "1 failed, 400 passed in 58.10s", True),
+        (124, "400 passed, 2 errors in 58.10s", True),
+        (124, "[7/9] Building CUDA object", True),
+        (137, "400 passed in 58.10s", True),
+    ],
+)
+def test_tests_that_were_interrupted_before_one_failed_end_nothing(status, last, ends):
+    assert run.wrong(status, last) == ends
+
+
+def test_a_module_that_serves_no_call_ends_the_run(tmp_path):
+    """Its tests would all be skipped, and something else be timed."""
+    if cuda.available():
+        pytest.skip("with a device it serves")
+    code, record, _ = ran(tmp_path, Step("build", 60, (run.USABLE,), decides=True), Step("few", 5, ("echo",)))
+    assert code == 1
+    assert "- build: FAILED (exit 1)" in record
+    assert run.USABLE in run.script(PLAN[0])
+
+
 def test_a_step_that_hangs_is_interrupted_and_says_what_it_knew(tmp_path):
     """As by Ctrl-C: pytest names the tests that failed before."""
     program = (
         "import time\ntry:\n    print('one failed', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('summary of what failed', flush=True)"
     )
-    code, record, logs = ran(tmp_path, Step("slow", 1, (f'$PYTHON -c "{program}"',)), Step("next", 5, ("echo on",)))
+    code, record, logs = ran(
+        tmp_path, Step("slow", 1, (f'$PYTHON -c "{program}"', "echo begun afterwards")), Step("next", 5, ("echo on",))
+    )
     assert code == 1
     assert "- slow: INTERRUPTED after 1 s, which is its limit: summary of what failed" in record
     assert logs["slow"] == "one failed\nsummary of what failed\n"
@@ -122,16 +150,23 @@ def test_results_of_an_earlier_run_do_not_stay(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.md", "one.log", "mine.txt"}
 
 
-def test_what_runs_on_a_device_imports_no_command_line():
-    """Such a machine has no jsonargparse."""
+ABSENT = ("jsonargparse", "ray", "fastapi", "uvicorn", "datasets", "math_verify")
+
+
+def test_what_runs_on_a_device_imports_what_such_a_machine_has():
+    """No command line and no extras, and a transformers of some months ago, which had no DummyLayer."""
     files = run.environment(Path())["FILES"].split()
     assert "tests/runtime/devices/test_offload.py" in files
+    common = "'--collect-only', '-q', '-p', 'no:cacheprovider', '-p', 'no:benchmark'"
     program = (
-        "import sys; sys.modules['jsonargparse'] = None; import pytest;"
-        f"sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider', *{files!r}]))"
+        f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
+        "from transformers import cache_utils; vars(cache_utils).pop('DummyLayer', None); import pytest\n"
+        f"tests = pytest.main([{common}, '-m', 'gpu', *{files!r}])\n"
+        f"sys.exit(tests or pytest.main([{common}, '--grid', 'full', 'benchmarks/suites/gpu']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=run.ROOT)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tests collected") == 2
 
 
 def test_repeated_calls_are_compared_bit_by_bit(monkeypatch, capsys):

@@ -100,6 +100,33 @@ def test_code_or_ptx_that_the_driver_reads(capability, architectures, driver, re
 
 
 @pytest.mark.parametrize(
+    ("word", "meant", "found"),
+    [
+        ("native", "90-real", ["90-real"]),
+        ("all-major", "80-real;90", ["80-real", "90"]),
+        ("80-real;90", "", ["80-real", "90"]),
+        ("native", "No CUDA devices found.-real", None),
+    ],
+)
+def test_the_module_names_in_numbers_what_it_holds_code_for(tmp_path, word, meant, found):
+    """CMake leaves its words in the list, "native" among them, with which `make gpu` builds."""
+    cmake = pytest.importorskip("cmake")
+    script = tmp_path / "script.cmake"
+    part = Path(__file__).parents[2] / "csrc" / "cuda" / "architectures.cmake"
+    script.write_text(f'include("{part}")\nmessage("${{CMAKE_CUDA_ARCHITECTURES}}")\n')
+    command = [f"{cmake.CMAKE_BIN_DIR}/cmake", f"-DCMAKE_CUDA_ARCHITECTURES={word}"]
+    if meant:
+        command.append(f"-DCMAKE_CUDA_ARCHITECTURES_{word.upper().replace('-', '_')}={meant}")
+    done = subprocess.run([*command, "-P", script], capture_output=True, text=True)
+    if found is None:
+        assert done.returncode != 0
+        assert f"CUDA architectures {word}: {meant}" in done.stderr
+    else:
+        assert done.stderr.strip().split(";") == found
+        assert cuda.code_missing((9, 0), found, 13000, 13000) is None
+
+
+@pytest.mark.parametrize(
     ("driver", "capability", "reason"),
     [
         (13000, (9, 0), None),

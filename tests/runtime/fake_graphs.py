@@ -203,6 +203,7 @@ class FakeGraphs(FakeDevices):
         self.pools.remove((index, pool))
 
     def _set_debug(self, mode: int | str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=2)
         self._debug = {"default": 0, "warn": 1, "error": 2}.get(mode, mode) if isinstance(mode, str) else mode
 
     def _waits(self, device: torch.device) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import LinearAttentionLayer
 
 from recmas.engine.continuation import Continuation, length_dependent
 from recmas.engine.growing_cache import GrowingLayer, GrowingSlidingLayer, new_cache
 
 Ids = Sequence[Sequence[int]]
+# DummyLayer holds nothing; older versions of transformers have none.
+_COPIED = (GrowingLayer, GrowingSlidingLayer, LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
 
 
 @dataclass
@@ -95,7 +97,7 @@ def unsupported(decoder: PreTrainedModel, cache: DynamicCache) -> str:
     if length_dependent(decoder.config):
         return "the model's position encoding depends on the length of its input"
     for layer in cache.layers:
-        if type(layer) not in (GrowingLayer, GrowingSlidingLayer, DummyLayer, LinearAttentionLayer):
+        if type(layer) not in _COPIED:
             return f"a cache layer of type {type(layer).__name__} cannot be copied"
     return "" if cache.layers else "the model keeps no cache"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import unsupported
@@ -152,7 +152,7 @@ def _like(layer: Any, rows: int, columns: int, column: Tensor) -> Any:
         twin.reorder_cache(torch.zeros(rows, dtype=torch.int64, device=column.device))
         return twin
     if layer.keys is None:  # nothing is kept here, or nothing has come
-        return DummyLayer()
+        return copy.copy(layer)
     return _FixedLayer(layer, rows, columns, column)
 
 

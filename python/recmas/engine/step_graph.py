@@ -13,6 +13,7 @@ import torch
 KIND = "cuda"
 """Devices on which graphs are captured."""
 _SYNCHRONISES = "called a synchronizing CUDA operation"
+_PROTOTYPE = "Synchronization debug mode is a prototype"  # said once, to users who never asked for that mode
 
 
 def current_stream(device: torch.device) -> Hashable:
@@ -83,6 +84,7 @@ def _no_synchronisation() -> Iterator[None]:
 
         warnings.showwarning = note
         warnings.filterwarnings("always", message=f".*{_SYNCHRONISES}")
+        warnings.filterwarnings("ignore", message=f".*{_PROTOTYPE}")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield

@@ -241,7 +241,7 @@ def test_graphs_see_weights_that_change_in_place_and_follow_those_that_move(fake
     close(agent.think(prompt, STEPS, link).states, plain.think(prompt, STEPS, link).states)
     assert agent.stepper.captures == 1
     kept = []
-    while not agent.stepper.reason:
+    while not agent.stepper.reason and len(kept) < 20:
         kept.append(link.proj1.weight.data)
         link.proj1.weight = torch.nn.Parameter(link.proj1.weight * 0.9, requires_grad=False)
         close(agent.think(prompt, STEPS, link).states, plain.think(prompt, STEPS, link).states)
