@@ -41,12 +41,14 @@ class Failed(NamedTuple):
         error: why.
         lost: neither rows nor agent are to blame: a process or what it held is gone, and the task may run again.
         inputs: what the rows had read is gone, too: they must begin their walk again.
+        begun: False where the task was still waiting: its rows cannot be why it was lost.
     """
 
     task: Task
     error: Exception
     lost: bool = False
     inputs: bool = False
+    begun: bool = True
 
 
 class Lane(NamedTuple):

@@ -100,7 +100,7 @@ def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server
     expected = [answer.text for answer in system.answer(questions)]
 
     def kill() -> None:
-        while not learner.busy:
+        while not learner.jobs:
             time.sleep(0.001)
         pooled.kill(learner._process)
 
