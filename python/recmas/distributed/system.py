@@ -40,7 +40,7 @@ class RaySystem:
         loading: the system, and how its agents are loaded.
         micro_batch: rows at once at one agent; None takes the batch size of a run. Agents work at the same time on as
             many micro-batches of it as there are.
-        in_flight: micro-batches on their way at once; None takes two per process, one of which waits there, and one.
+        in_flight: micro-batches on their way at once; None takes one per process and two that wait.
         pace: seconds between two pieces of a text that grows; None shows texts at their end.
 
     Raises:
@@ -61,7 +61,7 @@ class RaySystem:
         self._loading, self._micro_batch = loading, micro_batch
         self.outline.check_run(1, links=False)
         processes = sum(agent.placement.replicas for agent in spec.agents.values())
-        self.in_flight = in_flight or 1 + (1 + _AHEAD) * processes
+        self.in_flight = in_flight or 2 + processes
         self.executor = RayExecutor(spec, replace(loading, held=self.in_flight), pace=pace, ahead=_AHEAD)
 
     def __enter__(self) -> Self:
