@@ -92,7 +92,20 @@ class RayExecutor:
     @property
     def restarts(self) -> int:
         """Processes that were started in the place of others."""
-        return sum(replica.restarts for replicas in self._replicas.values() for replica in replicas)
+        return sum(replica.restarts for replica in self._all)
+
+    @property
+    def repeated(self) -> int:
+        """Batches that were lost, or had messages that were lost or refused."""
+        return sum(replica.lost for replica in self._all)
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return {
+            "handoffs refused": self.refused,
+            "agents restarted": self.restarts,
+            "batches repeated": self.repeated,
+        }
 
     def start(self, task: Task, report: Report) -> None:
         stamps: list[Stamp] = []
@@ -113,10 +126,13 @@ class RayExecutor:
         return {role: admission.room(rounds, row, index) for role, admission in self._admissions.items()}
 
     def close(self) -> None:
-        for replicas in self._replicas.values():
-            for replica in replicas:
-                replica.close()
+        for replica in self._all:
+            replica.close()
         self._reserved.free()
+
+    @property
+    def _all(self) -> list[Replica]:
+        return [replica for replicas in self._replicas.values() for replica in replicas]
 
     def _choose(self, task: Task) -> Replica:
         """Of the replicas that work and have the fewest jobs, one that has had these rows."""

@@ -10,7 +10,14 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ObjectFetchTimedOutError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectFetchTimedOutError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 
 from recmas.config.system_json import SystemSpec
 from recmas.distributed.order import Described, Done, Loading, Order
@@ -75,6 +82,7 @@ class Replica:
         rows: of its latest jobs: it may hold their prefixes.
         broken: why it is not started any more.
         restarts: how often it was.
+        lost: jobs that are to be repeated.
     """
 
     def __init__(
@@ -87,7 +95,7 @@ class Replica:
     ) -> None:
         self.role, self._launch, self._loading = role, launch, loading
         self._pace, self._refused = pace, refused
-        self.open, self.restarts = False, 0
+        self.open, self.restarts, self.lost = False, 0, 0
         self.rows: deque[tuple[int, ...]] = deque(maxlen=loading[0].held)
         self.broken: Exception | None = None
         self._told: deque[Told] = deque()
@@ -142,6 +150,7 @@ class Replica:
             with self._changed:
                 self._told.popleft()
             for job, report in ended:
+                self.lost += isinstance(report, Failed) and report.lost
                 job.report(report)
             if gone:
                 self._start_again()
@@ -273,6 +282,12 @@ class Replica:
                 if isinstance(error.cause, MemoryError):
                     break
                 raise error.cause if isinstance(error.cause, Exception) else error  # noqa: B904
+            except RaySystemError as error:  # the process works, and what it says of itself cannot be read
+                said = " ".join(str(error.client_exc).split())[:200]
+                raise ValueError(
+                    f"agent {self.role!r}: what it has loaded cannot be read by this process: {said}; does its "
+                    "tokenizer need code of its own (--trust-remote-code)? --engine ray cannot send that"
+                ) from error
             except RayError:
                 if self._closing or not left:
                     break

@@ -70,6 +70,11 @@ class RaySystem:
     def __exit__(self, *error: object) -> None:
         self.executor.close()
 
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """How often what went wrong since the processes were started, by its name in words."""
+        return self.executor.faults
+
     def fingerprint(self) -> str:
         """What decides the answers, as a digest: that of the same system in one process."""
         return self.executor.digest
@@ -173,7 +178,12 @@ class _Borrowed:
     """An executor that outlives the dispatcher of one run."""
 
     def __init__(self, executor: RayExecutor) -> None:
+        self._executor = executor
         self.lanes, self.start, self.rooms = executor.lanes, executor.start, executor.rooms
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return self._executor.faults
 
     def close(self) -> None:
         """Leave it open."""

@@ -68,6 +68,10 @@ class Executor(Protocol):
     def lanes(self) -> Mapping[str, Lane]:
         """By role, where its tasks run."""
 
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """How often what went wrong, by its name in words; empty where nothing of the kind can."""
+
     def start(self, task: Task, report: Report) -> None:
         """Begin a task."""
 
@@ -115,6 +119,10 @@ class LocalExecutor:
     @property
     def lanes(self) -> Mapping[str, Lane]:
         return {role: Lane(thread, 1) for role, thread in self._threads.items()}
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return {}
 
     def start(self, task: Task, report: Report) -> None:
         self._threads[task.work.role].run(lambda: self._run(task, report))

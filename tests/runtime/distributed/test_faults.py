@@ -150,6 +150,7 @@ def test_changed_messages_are_refused_and_made_again(
         found = cluster.answer(questions, rounds=1, batch_size=1)
         assert [answer.text for answer in found] == expected
         assert cluster.executor.refused == len(changed) == TAMPERED
+        assert cluster.faults == {"handoffs refused": TAMPERED, "agents restarted": 0, "batches repeated": TAMPERED}
     record_property("torture", ("changed handoffs", TAMPERED, f"all refused, and none of {TAMPERED} honest ones"))
 
 
