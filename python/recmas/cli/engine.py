@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,17 @@ def asked_system(options: Namespace, asked: AnswerOptions) -> Iterator[Recursive
         loading = loading_of(options, asked.toolbox, asked.prefix_reuse)
         with RaySystem(loading, micro_batch=options.micro_batch) as system:
             yield system
+
+
+def faults_of(mas: RecursiveMAS | RaySystem) -> Mapping[str, int]:
+    """How often what went wrong between processes, by its name in words; empty for one process."""
+    found: Mapping[str, int] = getattr(mas, "faults", {})
+    return found
+
+
+def faults_line(faults: Mapping[str, int]) -> str:
+    """The same for the end of a line."""
+    return ", ".join(f"{count} {words}" for words, count in faults.items())
 
 
 @contextlib.contextmanager

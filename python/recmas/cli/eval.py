@@ -21,7 +21,7 @@ from recmas.cli.common import (
     read_rows,
     toolbox,
 )
-from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
+from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine, faults_line, faults_of
 from recmas.cli.parser import COUNTS, LATENT_STEPS, CommandLineParser, Kind, several, some_of
 from recmas.evaluation import MODES
 
@@ -85,8 +85,9 @@ def execute(options: Namespace) -> int:
             options=asked,
             output=options.output,
         ).summaries
+        faults = faults_of(mas)
     if options.json:
-        dump({"cells": [asdict(summary) for summary in summaries]})
+        dump({"cells": [asdict(summary) for summary in summaries], "faults": faults})
     else:
-        print(table(summaries))
+        print(table(summaries), *filter(None, [faults_line(faults)]), sep="\n")
     return 0

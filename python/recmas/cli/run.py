@@ -22,7 +22,7 @@ from recmas.cli.common import (
     toolbox,
     write_lines,
 )
-from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine
+from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine, faults_line, faults_of
 from recmas.cli.parser import CommandLineParser
 from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 from recmas.prompts.rows import read_row
@@ -109,19 +109,19 @@ def execute(options: Namespace) -> int:
                 answers = mas.answer(rows, asked, on_text=on_text, on_answers=note, skip=known, progress=bar.update)
             except RowsFailedError as error:  # the others are answered, and shown
                 answers, failure = error.answers, error
-        records = [done[number] for number in sorted(done)]
+        records, faults = [done[number] for number in sorted(done)], faults_of(mas)
         if output is not None:
             write_lines(options.output, records)  # in the order of the rows
     if options.json:
         reading = {stage: asdict(how) for stage, how in answers.reading.items()}
-        dump({"answers": records, "seconds": answers.seconds, "reading": reading})
+        dump({"answers": records, "seconds": answers.seconds, "reading": reading, "faults": faults})
     elif options.stream:
         printer.close(len(rows))
     elif options.output is None:
         for made in records:
             print(f"{made['index']}: {made['text']}")
     if not options.json:
-        print(_account(answers, records, len(known)))
+        print(", ".join(filter(None, (_account(answers, records, len(known)), faults_line(faults)))))
     if failure is not None:
         raise failure
     return 0

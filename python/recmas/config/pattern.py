@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from recmas.files.reading import shown
@@ -107,12 +108,7 @@ class Pattern:
         the first stage of the next round.
         """
         check_rounds(rounds)
-        for round in range(1, rounds + 1):
-            for stage, roles in enumerate(self.stages):
-                for role in roles:
-                    senders = self.senders(role, round)
-                    rounds_read = tuple(self.sent(sender, role, round) for sender in senders)
-                    yield Visit(round, stage, role, senders, rounds_read, round == rounds and role == self.last)
+        return iter(_visits(self, rounds))
 
     def sent(self, source: str, target: str, round: int) -> int:
         """The round in which `source` wrote what `target` reads in `round`."""
@@ -131,6 +127,18 @@ class Pattern:
         """Every (source, target) that a run of `rounds` rounds uses."""
         check_rounds(rounds)
         return {(source, visit.role) for visit in self.visits(min(rounds, 2)) for source in visit.senders}
+
+
+@lru_cache(maxsize=16)  # of a thousand rows, each takes the same walk
+def _visits(pattern: Pattern, rounds: int) -> list[Visit]:
+    found = []
+    for round in range(1, rounds + 1):
+        for stage, roles in enumerate(pattern.stages):
+            for role in roles:
+                senders = pattern.senders(role, round)
+                rounds_read = tuple(pattern.sent(sender, role, round) for sender in senders)
+                found.append(Visit(round, stage, role, senders, rounds_read, round == rounds and role == pattern.last))
+    return found
 
 
 def link_key(links: Collection[LinkKey], source: str, target: str, sent: int) -> LinkKey:

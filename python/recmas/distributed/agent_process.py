@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -48,6 +49,7 @@ class AgentProcess:
         """
         torch.set_num_threads(self._threads)
         self._scope.close()
+        gc.unfreeze()
         self._key = key
         self._dropped: dict[int, set[int]] = {}
         self._over = -1
@@ -68,7 +70,9 @@ class AgentProcess:
             member,
             loading.toolbox if role == pattern.last else None,
             prefix_reuse=loading.prefix_reuse,
+            held=loading.held,
         )
+        gc.freeze()  # modules and weights stay: to look through them for garbage would take longer than ten visits
         return Described(
             member_digest(member, pattern),
             link_digest(member.inner_link),

@@ -40,6 +40,8 @@ class RayExecutor:
         spec: of the system; says where agents run.
         loading: how they are loaded.
         pace: seconds between two reports of an answer that grows; None reports it at its end.
+        ahead: tasks that wait at a process while it works, so that it is never idle; the rows of these do not wait for
+            others to share their batch.
 
     Attributes:
         digest: of the system (`recmas.system.fingerprint`).
@@ -50,8 +52,8 @@ class RayExecutor:
             not fit.
     """
 
-    def __init__(self, spec: SystemSpec, loading: Loading, *, pace: float | None = None) -> None:
-        self.refused = 0
+    def __init__(self, spec: SystemSpec, loading: Loading, *, pace: float | None = None, ahead: int = 0) -> None:
+        self.refused, self._ahead = 0, ahead
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._replicas: dict[str, list[Replica]] = {}
@@ -85,12 +87,25 @@ class RayExecutor:
 
     @property
     def lanes(self) -> Mapping[str, Lane]:
-        return {role: Lane(role, len(replicas)) for role, replicas in self._replicas.items()}
+        return {role: Lane(role, len(replicas) * (1 + self._ahead)) for role, replicas in self._replicas.items()}
 
     @property
     def restarts(self) -> int:
         """Processes that were started in the place of others."""
-        return sum(replica.restarts for replicas in self._replicas.values() for replica in replicas)
+        return sum(replica.restarts for replica in self._all)
+
+    @property
+    def repeated(self) -> int:
+        """Batches that were lost, or had messages that were lost or refused."""
+        return sum(replica.lost for replica in self._all)
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return {
+            "handoffs refused": self.refused,
+            "agents restarted": self.restarts,
+            "batches repeated": self.repeated,
+        }
 
     def start(self, task: Task, report: Report) -> None:
         stamps: list[Stamp] = []
@@ -111,16 +126,19 @@ class RayExecutor:
         return {role: admission.room(rounds, row, index) for role, admission in self._admissions.items()}
 
     def close(self) -> None:
-        for replicas in self._replicas.values():
-            for replica in replicas:
-                replica.close()
+        for replica in self._all:
+            replica.close()
         self._reserved.free()
 
+    @property
+    def _all(self) -> list[Replica]:
+        return [replica for replicas in self._replicas.values() for replica in replicas]
+
     def _choose(self, task: Task) -> Replica:
-        """Of the replicas that can work and have no job, the one that did the last job of these rows."""
+        """Of the replicas that work and have the fewest jobs, one that has had these rows."""
         replicas = self._replicas[task.work.role]
         rows = tuple(part.number for part in task.parts)
-        return min(replicas, key=lambda one: (one.broken is not None, one.busy, one.rows != rows))
+        return min(replicas, key=lambda one: (one.broken is not None, not one.open, one.jobs, rows not in one.rows))
 
     def _strategy(self, role: str, number: int) -> Any:
         bundles = self._reserved.bundles[role]

@@ -11,6 +11,7 @@ from recmas.config.pattern import LinkKey
 from recmas.distributed.sealed import Stamp
 from recmas.scheduling.gather import Place
 from recmas.scheduling.task import Account, Grown, Task
+from recmas.scheduling.worker import HELD
 from recmas.system.widths import Features
 from recmas.tools import Toolbox
 
@@ -25,6 +26,7 @@ class Loading:
         backend: of the kernels; None is what RECMAS_BACKEND names.
         toolbox: what the last agent may call.
         prefix_reuse: as for `AnswerOptions`.
+        held: batches whose prefixes are kept for their next visit: as many as are under way.
     """
 
     folder: str
@@ -36,6 +38,7 @@ class Loading:
     backend: str | None = None
     toolbox: Toolbox = field(default_factory=lambda: Toolbox(()))
     prefix_reuse: bool = True
+    held: int = HELD
 
 
 class Described(NamedTuple):

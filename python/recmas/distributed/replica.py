@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ObjectFetchTimedOutError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectFetchTimedOutError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 
 from recmas.config.system_json import SystemSpec
 from recmas.distributed.order import Described, Done, Loading, Order
@@ -46,8 +53,21 @@ class Job(NamedTuple):
     report: Report
 
 
+class Told(NamedTuple):
+    """A job, and Ray's references to what the process makes of it: a stream, or a report and a message.
+
+    None while no process has been told, and an error where it could not be.
+    """
+
+    job: Job
+    made: Any
+
+
 class Replica:
     """One process of an agent.
+
+    A process is told of a job as soon as there is one: Ray lets jobs wait there, one after the other, so that the next
+    one begins without a word from here.
 
     Args:
         role: the agent.
@@ -57,10 +77,12 @@ class Replica:
         refused: told of every message that was refused.
 
     Attributes:
-        busy: it has a job, or is started again.
-        rows: of its latest job: it may hold their prefixes.
+        jobs: that it was given and that have not ended.
+        open: it works, neither starting nor broken.
+        rows: of its latest jobs: it may hold their prefixes.
         broken: why it is not started any more.
         restarts: how often it was.
+        lost: jobs that are to be repeated.
     """
 
     def __init__(
@@ -73,15 +95,20 @@ class Replica:
     ) -> None:
         self.role, self._launch, self._loading = role, launch, loading
         self._pace, self._refused = pace, refused
-        self.busy, self.restarts = False, 0
-        self.rows: tuple[int, ...] = ()
+        self.open, self.restarts, self.lost = False, 0, 0
+        self.rows: deque[tuple[int, ...]] = deque(maxlen=loading[0].held)
         self.broken: Exception | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._told: deque[Told] = deque()
+        self._changed = threading.Condition()
         self._closing = False
         self._process: Any = None
         self._begun: Future[Described] = Future()
         self._thread = threading.Thread(target=self._work, name=f"recmas {role}", daemon=True)
         self._thread.start()
+
+    @property
+    def jobs(self) -> int:
+        return len(self._told)
 
     def begin(self) -> Described:
         """Wait until the agent is loaded.
@@ -93,48 +120,89 @@ class Replica:
 
     def give(self, job: Job) -> None:
         """Do a job; one after the other."""
-        self.busy = True
-        self.rows = tuple(part.number for part in job.task.parts)
-        self._jobs.put(job)
+        self.rows.append(tuple(part.number for part in job.task.parts))
+        with self._changed:
+            self._told.append(self._tell(job) if self.open else Told(job, None))
+            self._changed.notify()
 
     def close(self) -> None:
         """End the process; a job that is under way is not reported any more."""
         self._closing = True
         self._end()
-        self._jobs.put(None)
+        with self._changed:
+            self._changed.notify()
         self._thread.join()
 
     def _work(self) -> None:
         try:
             self._start()
             self._begun.set_result(self._ready())
+            self._open()
         except Exception as error:  # of whatever kind: it is told to whoever waits in `begin`
             self._begun.set_exception(error)
-        while (job := self._jobs.get()) is not None and not self._closing:
+        while (told := self._next()) is not None:
             broken = self.broken
-            last = self._done(job) if broken is None else Failed(job.task, broken, lost=True)
+            last = self._done(told) if broken is None else Failed(told.job.task, broken, lost=True)
             if self._closing:
                 break
             gone = broken is None and isinstance(last, Failed) and last.lost and not last.inputs
-            self.busy = gone
-            job.report(last)
+            ended = [(told.job, last), *(self._lost() if gone else ())]
+            with self._changed:
+                self._told.popleft()
+            for job, report in ended:
+                self.lost += isinstance(report, Failed) and report.lost
+                job.report(report)
             if gone:
                 self._start_again()
-                self.busy = not self._jobs.empty()
         self._end()
 
-    def _done(self, job: Job) -> Ended | Failed:
+    def _next(self) -> Told | None:
+        """The first job that has not ended, when there is one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._told or self._closing)
+            return None if self._closing else self._told[0]
+
+    def _lost(self) -> list[tuple[Job, Failed]]:
+        """The jobs behind the one with which the process was lost: others may do them meanwhile."""
+        with self._changed:
+            self.open = False
+            behind = [self._told.pop().job for _ in range(len(self._told) - 1)]
+        return [(job, Failed(job.task, self._gone(), lost=True, begun=False)) for job in reversed(behind)]
+
+    def _open(self) -> None:
+        """The process works: tell it of the jobs that have waited for it."""
+        with self._changed:
+            waiting = [told.job for told in self._told]
+            self._told.clear()
+            self._told.extend(map(self._tell, waiting))
+            self.open = True
+
+    def _tell(self, job: Job) -> Told:
+        try:
+            if job.task.work.final and self._pace is not None:
+                stream = self._process.stream.options(
+                    num_returns="streaming", _generator_backpressure_num_objects=AHEAD
+                )
+                return Told(job, stream.remote(job.order, self._pace, *job.messages))
+            return Told(job, self._process.run.options(num_returns=2).remote(job.order, *job.messages))
+        except Exception as error:  # of whatever kind: it is the rows' answer
+            return Told(job, error)
+
+    def _done(self, told: Told) -> Ended | Failed:
         """The last report of a job."""
+        job, made = told
         task = job.task
         try:
+            if isinstance(made, Exception):
+                raise made
             if task.work.final and self._pace is not None:
                 account = None
-                for done in self._streamed(job, self._pace):
+                for done in self._streamed(job, made):
                     account = done.account
                     job.report(Wrote(task, done.grown))
                 assert account is not None
                 return Ended(task, None, account)
-            report, message = self._process.run.options(num_returns=2).remote(job.order, *job.messages)
+            report, message = made
             try:
                 done = ray.get(report)
             except RayError:
@@ -147,9 +215,7 @@ class Replica:
         except Exception as error:  # of whatever kind: it is the rows' answer
             return self._failed(task, error)
 
-    def _streamed(self, job: Job, pace: float) -> Iterator[Done]:
-        process = self._process.stream.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
-        stream = process.remote(job.order, pace, *job.messages)
+    def _streamed(self, job: Job, stream: Any) -> Iterator[Done]:
         told: set[int] = set()
         while True:
             while not ray.wait([stream], timeout=LOOK)[0]:
@@ -175,9 +241,11 @@ class Replica:
         if isinstance(cause, ObjectLostError | OwnerDiedError | ObjectFetchTimedOutError):
             return Failed(task, ConnectionError(f"a message for {self.role!r} was lost"), lost=True, inputs=True)
         if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
-            gone = ConnectionError(f"the process of agent {self.role!r} has ended")
-            return Failed(task, gone, lost=True)
+            return Failed(task, self._gone(), lost=True)
         return Failed(task, cause if isinstance(cause, Exception) else error)
+
+    def _gone(self) -> ConnectionError:
+        return ConnectionError(f"the process of agent {self.role!r} has ended")
 
     def _start(self) -> None:
         self._process = self._launch()
@@ -196,6 +264,7 @@ class Replica:
             self._replace()
             if self._ready().digest != self.begin().digest:
                 raise ValueError(f"agent {self.role!r}: its files have changed since it was first loaded")
+            self._open()
         except Exception as error:
             self.broken = error
             self._end()
@@ -213,6 +282,12 @@ class Replica:
                 if isinstance(error.cause, MemoryError):
                     break
                 raise error.cause if isinstance(error.cause, Exception) else error  # noqa: B904
+            except RaySystemError as error:  # the process works, and what it says of itself cannot be read
+                said = " ".join(str(error.client_exc).split())[:200]
+                raise ValueError(
+                    f"agent {self.role!r}: what it has loaded cannot be read by this process: {said}; does its "
+                    "tokenizer need code of its own (--trust-remote-code)? --engine ray cannot send that"
+                ) from error
             except RayError:
                 if self._closing or not left:
                     break

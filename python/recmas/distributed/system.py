@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _LOOK = 0.2
 """Seconds between two reports of progress."""
+_AHEAD = 1
+"""Micro-batches that wait at a process while it works."""
 
 
 class RaySystem:
@@ -37,7 +40,7 @@ class RaySystem:
         loading: the system, and how its agents are loaded.
         micro_batch: rows at once at one agent; None takes the batch size of a run. Agents work at the same time on as
             many micro-batches of it as there are.
-        in_flight: micro-batches on their way at once; None takes one per process and one that waits.
+        in_flight: micro-batches on their way at once; None takes one per process and two that wait.
         pace: seconds between two pieces of a text that grows; None shows texts at their end.
 
     Raises:
@@ -57,14 +60,20 @@ class RaySystem:
         self.pattern, self.defaults = spec.pattern, spec.defaults
         self._loading, self._micro_batch = loading, micro_batch
         self.outline.check_run(1, links=False)
-        self.executor = RayExecutor(spec, loading, pace=pace)
-        self.in_flight = in_flight or 1 + sum(lane.tasks for lane in self.executor.lanes.values())
+        processes = sum(agent.placement.replicas for agent in spec.agents.values())
+        self.in_flight = in_flight or 2 + processes
+        self.executor = RayExecutor(spec, replace(loading, held=self.in_flight), pace=pace, ahead=_AHEAD)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.executor.close()
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """How often what went wrong since the processes were started, by its name in words."""
+        return self.executor.faults
 
     def fingerprint(self) -> str:
         """What decides the answers, as a digest: that of the same system in one process."""
@@ -169,7 +178,12 @@ class _Borrowed:
     """An executor that outlives the dispatcher of one run."""
 
     def __init__(self, executor: RayExecutor) -> None:
+        self._executor = executor
         self.lanes, self.start, self.rooms = executor.lanes, executor.start, executor.rooms
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return self._executor.faults
 
     def close(self) -> None:
         """Leave it open."""

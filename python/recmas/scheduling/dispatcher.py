@@ -84,7 +84,7 @@ class Dispatcher:
         self._waiting: OrderedDict[tuple[int, Visit], tuple[Row, Work]] = OrderedDict()
         self._under_way: dict[int, _UnderWay] = {}
         self._lanes = executor.lanes
-        self._numbers = itertools.count()
+        self._numbers, self._arrivals = itertools.count(), itertools.count()
         self._closing = False
         self.broken: Exception | None = None
         self._thread = threading.Thread(target=self._loop, name="recmas dispatcher", daemon=True)
@@ -139,7 +139,7 @@ class Dispatcher:
         if self.broken is not None:
             row.fail(self.broken)
             return
-        row.since = time.monotonic()
+        row.since, row.arrival = time.monotonic(), next(self._arrivals)
         self._rows[row.number] = row
         self._wait(row)
 
@@ -184,13 +184,14 @@ class Dispatcher:
     def _batch(self, first: Row, work: Work) -> list[tuple[Visit, Row]]:
         """The rows that may share a batch with `first`, itself included."""
         batch: list[tuple[Visit, Row]] = []
-        tokens = 0
-        for (_, visit), (row, wanted) in sorted(self._waiting.items(), key=_arrival):
-            if wanted != work or row.alone != first.alone or any(row is other for _, other in batch):
+        tokens, taken = 0, set[int]()
+        for (number, visit), (row, wanted) in sorted(self._waiting.items(), key=_arrival):
+            if number in taken or wanted != work or row.alone != first.alone:
                 continue
             if batch and (len(batch) == self.limits.rows or tokens + row.tokens > self.limits.tokens):
                 break
             batch.append((visit, row))
+            taken.add(number)
             tokens += row.tokens
         return batch
 
@@ -250,7 +251,7 @@ class Dispatcher:
         """Repeat what was lost; find the row that makes a batch fail, and let the others go on without it."""
         names = [next(self._numbers) + 1 for _ in range(2)]
         for index, (place, row) in enumerate(rows):
-            row.losses += report.lost
+            row.losses += report.lost and report.begun
             often = row.turn >= TURNS if report.inputs else row.losses >= LOSSES_ALONE
             if len(rows) == 1 and (not report.lost or often):
                 self._drop(row, report.error)
@@ -270,6 +271,7 @@ class Dispatcher:
             del self._waiting[key]
 
 
-def _arrival(item: tuple[tuple[int, Visit], object]) -> tuple[int, Visit]:
+def _arrival(item: tuple[tuple[int, Visit], tuple[Row, Work]]) -> tuple[int, Visit]:
     """Sorts what waits: rows that came first go first."""
-    return item[0]
+    (_, visit), (row, _) = item
+    return row.arrival, visit

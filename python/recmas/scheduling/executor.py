@@ -41,12 +41,14 @@ class Failed(NamedTuple):
         error: why.
         lost: neither rows nor agent are to blame: a process or what it held is gone, and the task may run again.
         inputs: what the rows had read is gone, too: they must begin their walk again.
+        begun: False where the task was still waiting: its rows cannot be why it was lost.
     """
 
     task: Task
     error: Exception
     lost: bool = False
     inputs: bool = False
+    begun: bool = True
 
 
 class Lane(NamedTuple):
@@ -65,6 +67,10 @@ class Executor(Protocol):
     @property
     def lanes(self) -> Mapping[str, Lane]:
         """By role, where its tasks run."""
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """How often what went wrong, by its name in words; empty where nothing of the kind can."""
 
     def start(self, task: Task, report: Report) -> None:
         """Begin a task."""
@@ -113,6 +119,10 @@ class LocalExecutor:
     @property
     def lanes(self) -> Mapping[str, Lane]:
         return {role: Lane(thread, 1) for role, thread in self._threads.items()}
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        return {}
 
     def start(self, task: Task, report: Report) -> None:
         self._threads[task.work.role].run(lambda: self._run(task, report))

@@ -91,6 +91,8 @@ class Row:
         self.losses = 0
         """Batches of this row that were lost since it last came further than before."""
         self._furthest = 0
+        self.arrival = 0
+        """Its place among all rows of a dispatcher, which gives it."""
         self.over = False
         self.turn = 0
         """How often it has begun its walk."""
@@ -102,7 +104,6 @@ class Row:
         self.turn += 1
         self._ended = 0
         self._walk: Walk[Piece] = Walk(self.manner.pattern, self.manner.rounds)
-        self._visits = list(self.manner.pattern.visits(self.manner.rounds))
         self._sent: dict[Visit, dict[str, Piece]] = {}
         self.answer = Answer()
         self.since = time.monotonic()
@@ -122,7 +123,6 @@ class Row:
             self._sent[visit] = self._walk.begin(visit)
         if visit.final:
             self.answer.text, self.answer.tokens = "", []
-        again = [later.round for later in self._visits if later.role == visit.role and later.round > visit.round]
         how = self.manner.decoding[visit.role]
         seed, number = self._stream
         stream = (seed, visit.round, self.manner.pattern.roles.index(visit.role), number)
@@ -130,7 +130,7 @@ class Row:
             self.number,
             visit,
             self.fields,
-            min(again, default=None),
+            visit.round + 1 if visit.round < self.manner.rounds else None,
             how.max_new_tokens,
             stream,
             self.nearest,

@@ -21,7 +21,7 @@ from recmas.system.nearest import nearest_tokens
 from recmas.tools import Caller, Toolbox
 
 HELD = 4
-"""Batches whose prefixes are kept for their next visit; the one unused for longest goes first."""
+"""Batches whose prefixes are kept for their next visit, unless somebody says otherwise."""
 
 
 class Worker:
@@ -31,6 +31,7 @@ class Worker:
         member: the agent, its links and prompts.
         toolbox: what it may call while it writes an answer.
         prefix_reuse: keep prefixes of a batch for its next visit (`recmas.engine.prefix_reuse`).
+        held: batches whose prefixes are kept; the one unused for longest goes first.
         load_weights: under offload, brings the agent's weights to its device.
         weights_stay: False under offload.
     """
@@ -41,10 +42,12 @@ class Worker:
         toolbox: Toolbox | None = None,
         *,
         prefix_reuse: bool = True,
+        held: int = HELD,
         load_weights: Callable[[], object] = lambda: None,
         weights_stay: bool = True,
     ) -> None:
         self.member, self._toolbox, self._reuse = member, toolbox or Toolbox(()), prefix_reuse
+        self._held = held
         self._load_weights, self._weights_stay = load_weights, weights_stay
         self._prefixes: OrderedDict[tuple[int, ...], PrefixReuse] = OrderedDict()
 
@@ -172,7 +175,7 @@ class Worker:
         upcoming = None
         if len(rounds) == len(rows):
             self._prefixes[rows] = kept
-            while len(self._prefixes) > HELD:
+            while len(self._prefixes) > self._held:
                 self._prefixes.popitem(last=False)
             upcoming = partial(self.member.prompts.prefix_ids, rounds, [part.fields for part in task.parts])
         return kept.prefill(self.member.role, upcoming)

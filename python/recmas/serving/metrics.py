@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from recmas.answering.answers import Answer
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
-    """Counters of one server."""
+class _Faults(Collector):
+    """What an executor counts by itself, as counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Callable[[], Mapping[str, int]]) -> None:
+        self._faults = faults
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        for words, count in self._faults().items():
+            yield CounterMetricFamily(f"recmas_{words.replace(' ', '_')}", words.capitalize(), value=count)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        faults: what the executor counts, by its name in words.
+    """
+
+    def __init__(self, faults: Callable[[], Mapping[str, int]] = dict) -> None:
         self.registry = registry = CollectorRegistry()
         rows = (1, 2, 4, 8, 16, 32, 64, 128)
         self.requests = Counter("recmas_requests", "Requests by how they ended", ["outcome"], registry=registry)
@@ -22,6 +41,7 @@ class Metrics:
         self._steps = Counter("recmas_latent_steps", "Latent steps", ["role"], registry=registry)
         self._rows = Histogram("recmas_batch_rows", "Rows of a batch", ["role"], buckets=rows, registry=registry)
         self._batches = Histogram("recmas_batch_seconds", "Of a batch", ["role"], buckets=_SECONDS, registry=registry)
+        registry.register(_Faults(faults))
 
     def batch(self, role: str, rows: int, seconds: float) -> None:
         """A batch has ended."""

@@ -51,7 +51,7 @@ def url(taken: socket.socket) -> str:
 
 def service_of(name: str, outline: Outline, executor: Executor, settings: ServeSettings) -> tuple[Service, Dispatcher]:
     """A service over an executor, and the dispatcher that is to be closed when it ends."""
-    metrics = Metrics()
+    metrics = Metrics(lambda: executor.faults)
     limits = Limits(settings.window / 1000, settings.batch_rows, settings.batch_tokens)
     dispatcher = Dispatcher(
         executor, limits, on_batch=lambda work, rows, seconds: metrics.batch(work.role, rows, seconds)

@@ -22,7 +22,7 @@ class Walk(Generic[M]):
     """
 
     def __init__(self, pattern: Pattern, rounds: int) -> None:
-        self._left = list(pattern.visits(rounds))
+        self._left = {visit: _sources(visit) for visit in pattern.visits(rounds)}
         self._under_way: list[Visit] = []
         self._messages: dict[tuple[str, int], M] = {}
 
@@ -32,21 +32,25 @@ class Walk(Generic[M]):
 
     def ready(self) -> list[Visit]:
         """The visits that may begin, in the pattern's order."""
-        return [visit for visit in self._left if all(source in self._messages for source in _sources(visit))]
+        there = self._messages.keys()
+        return [visit for visit, sources in self._left.items() if there >= sources.keys()]
 
     def begin(self, visit: Visit) -> dict[str, M]:
         """Begin a visit that is ready; the messages that it reads, by sender, in slot order."""
-        self._left.remove(visit)
+        sources = self._left.pop(visit)
         self._under_way.append(visit)
-        return {name: self._messages[name, when] for name, when in _sources(visit)}
+        return {source[0]: self._messages[source] for source in sources}
 
     def end(self, visit: Visit, message: M) -> None:
         """The visit has ended with this message; messages that nobody reads any more are dropped."""
         self._under_way.remove(visit)
         self._messages[visit.role, visit.round] = message
-        wanted = {source for later in self._left for source in _sources(later)}
-        self._messages = {source: held for source, held in self._messages.items() if source in wanted}
+        left = self._left.values()
+        self._messages = {
+            source: held for source, held in self._messages.items() if any(source in sources for sources in left)
+        }
 
 
-def _sources(visit: Visit) -> list[tuple[str, int]]:
-    return list(zip(visit.senders, visit.sender_rounds, strict=True))
+def _sources(visit: Visit) -> dict[tuple[str, int], None]:
+    """Role and round of every message that is read, in slot order."""
+    return dict.fromkeys(zip(visit.senders, visit.sender_rounds, strict=True))

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -125,6 +126,28 @@ def test_a_process_that_no_machine_has_room_for_is_an_error(tmp_path: Path, monk
     one = replica.Replica("expert", lambda: launch_process(far, "DEFAULT", None), loading, None, print)
     try:
         with pytest.raises(ValueError, match="agent 'expert': no machine of the cluster has had room for its process"):
+            one.begin()
+    finally:
+        one.close()
+
+
+def test_a_tokenizer_that_cannot_be_read_here_is_not_blamed_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class is in a module that only the agent's process has made."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    from ray.exceptions import RaySystemError
+
+    from recmas.distributed import replica
+
+    def unread(ref: Any) -> None:
+        raise RaySystemError(ModuleNotFoundError("No module named 'transformers_modules'"))
+
+    fake = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=unread, kill=lambda process: None)
+    monkeypatch.setattr(replica, "ray", fake)
+    loading: Any = (Loading(folder="x"), None, "expert", "cpu", b"")
+    process = SimpleNamespace(__ray_ready__=MagicMock(), load=MagicMock())
+    one = replica.Replica("expert", lambda: process, loading, None, print)
+    try:
+        with pytest.raises(ValueError, match=r"agent 'expert': .* read by this process: No module named .*tokenizer"):
             one.begin()
     finally:
         one.close()

@@ -82,7 +82,7 @@ def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Lo
             """One process after another, each after it has begun to work again; the first one's replacement, too."""
             while kills[0] < KILLS and not over.is_set():
                 victim = chance.choice(replicas)
-                if victim.busy and loaded(victim):
+                if victim.jobs and loaded(victim):
                     time.sleep(chance.random() * 0.05)
                     begun = victim._loaded
                     ray.kill(victim._process)
@@ -150,6 +150,7 @@ def test_changed_messages_are_refused_and_made_again(
         found = cluster.answer(questions, rounds=1, batch_size=1)
         assert [answer.text for answer in found] == expected
         assert cluster.executor.refused == len(changed) == TAMPERED
+        assert cluster.faults == {"handoffs refused": TAMPERED, "agents restarted": 0, "batches repeated": TAMPERED}
     record_property("torture", ("changed handoffs", TAMPERED, f"all refused, and none of {TAMPERED} honest ones"))
 
 
@@ -204,7 +205,7 @@ def test_a_row_that_fails_leaves_the_others(system: tuple[RecursiveMAS, Loading]
 def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recmas.distributed.replica import Job, Replica
+    from recmas.distributed.replica import Replica, Told
     from recmas.distributed.system import RaySystem
 
     local = saved(tmp_path / "system", DISTILLATION, PlacementSpec(replicas=2, threads=1))
@@ -213,16 +214,16 @@ def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
     expected = [answer.text for answer in local.answer(questions, **options)]
 
     def lose(replica: Replica) -> None:
-        """It is lost with its next job, and cannot be started again, which is known when it has another job."""
+        """It is lost with its next job, and cannot be started again, which is known when it may have another job."""
 
         def launch() -> Any:
-            deadline = time.monotonic() + 5
-            while replica._jobs.empty() and time.monotonic() < deadline:
+            deadline = time.monotonic() + 0.5
+            while not replica.jobs and time.monotonic() < deadline:
                 time.sleep(0.001)
             raise RuntimeError("there is no room")
 
-        def done(job: Job) -> Failed:
-            return Failed(job.task, ConnectionError("gone"), lost=True)
+        def done(told: Told) -> Failed:
+            return Failed(told.job.task, ConnectionError("gone"), lost=True)
 
         monkeypatch.setattr(replica, "_launch", launch)
         monkeypatch.setattr(replica, "_done", done)
@@ -232,6 +233,8 @@ def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
         first, second = cluster.executor._replicas["learner"]
         lose(first)
         assert [answer.text for answer in cluster.answer(questions, **options)] == expected
+        while first.broken is None:
+            time.sleep(0.01)
         assert str(first.broken) == "there is no room"
         assert (first.restarts, second.restarts) == (1, 0)
         lose(second)
@@ -244,7 +247,7 @@ def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
 def test_a_process_that_comes_back_with_other_weights_is_not_used(
     system: tuple[RecursiveMAS, Loading], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recmas.distributed.replica import Job
+    from recmas.distributed.replica import Told
     from recmas.distributed.system import RaySystem
 
     with RaySystem(system[1]) as cluster:
@@ -253,8 +256,8 @@ def test_a_process_that_comes_back_with_other_weights_is_not_used(
         other = {name: tensor + 1 for name, tensor in load_file(weights).items()}
         save_file(other, weights, {"format": "pt"})
 
-        def lose(job: Job) -> Failed:
-            return Failed(job.task, ConnectionError("gone"), lost=True)
+        def lose(told: Told) -> Failed:
+            return Failed(told.job.task, ConnectionError("gone"), lost=True)
 
         monkeypatch.setattr(learner, "_done", lose)
         with pytest.raises(RowsFailedError, match="agent 'learner': its files have changed since it was first loaded"):

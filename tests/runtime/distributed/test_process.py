@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from recmas import DISTILLATION, SEQUENTIAL, AnswerOptions, Pattern, RecursiveMAS
+from recmas.agents.sampling import Sampler
 from recmas.answering.manner import Manner
 from recmas.config.system_json import read_spec
 from recmas.distributed.agent_process import AgentProcess
@@ -19,6 +21,7 @@ from recmas.distributed.sealed import RefusedError, Stamp
 from recmas.scheduling.row import Row
 from recmas.scheduling.task import Part, Task, Work
 from recmas.system.fingerprint import member_digest
+from recmas.tools import SHIPPED, Toolbox
 from tests.runtime.distributed.conftest import saved
 from tests.runtime.scheduling.rows import Waiting
 from tests.runtime.system.test_links_per_round import ROUNDS, per_round
@@ -133,3 +136,30 @@ def test_texts_that_nobody_waits_for_are_not_written(pair: Pair) -> None:
     assert rest[-1].account.written[1] < 6
     process.drop(5, {0})  # it is over
     assert not process._dropped
+
+
+def test_the_last_agent_calls_tools_as_in_one_process(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are made to write a call; what the process is told comes through a pickle, as Ray sends it."""
+    toolbox = Toolbox([SHIPPED["python"]("none")])
+    words = pair.local.agents["learner"].literal("<python>print(6 * 7)</python>")
+
+    def script() -> None:
+        left = iter([*words, words[0]])
+        monkeypatch.setattr(Sampler, "choose", lambda self, logits, uniform: torch.full((len(logits),), next(left)))
+
+    script()
+    expected = pair.local.answer(QUESTIONS, rounds=1, tools=toolbox, max_new_tokens=len(words) + 1)
+    assert "<result> 42 </result>" in expected[0].text
+    folder = tmp_path / "system"
+    pair.local.save_pretrained(folder)
+    process, spec = AgentProcess(1), read_spec(folder)
+    process.load(pickle.loads(pickle.dumps(Loading(folder=str(folder), toolbox=toolbox))), spec, "learner", "cpu", KEY)
+    _, message = pair.processes["expert"].run(pair.thinks)
+    parts = [replace(part, max_new_tokens=len(words) + 1) for part in pair.writes.task.parts]
+    script()
+    done, _ = process.run(pair.writes._replace(task=Task(1, pair.writes.task.work, parts, {})), message)
+    assert [done.grown[place].text for place in range(2)] == [answer.text for answer in expected]
+    assert done.account.tool_calls == [answer.tool_calls for answer in expected]
+    assert [len(calls) for calls in done.account.tool_calls] == [1, 1]

@@ -79,9 +79,13 @@ def test_the_command_line_answers_and_measures_alike(
     expected = said(*run)["answers"]
     assert said(*run, "--engine", "ray", "--micro-batch", "2", *output)["answers"] == expected
     assert said(*run, *output)["answers"] == expected  # a run of one engine goes on with the other
+    assert main([*run, "--engine", "ray"]) == 0
+    nothing = "0 handoffs refused, 0 agents restarted, 0 batches repeated"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" s, {nothing}")
     records = tmp_path / "records.jsonl"
     measure = ["eval", str(folder), "--data", str(rows), "--mode", "latent,text", "--output", str(records)]
-    said(*measure, "--engine", "ray")
+    assert main([*measure, "--engine", "ray"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == nothing
     by_ray = [json.loads(line) for line in records.read_text().splitlines()]
     records.unlink()
     said(*measure)

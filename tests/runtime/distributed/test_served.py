@@ -100,7 +100,7 @@ def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server
     expected = [answer.text for answer in system.answer(questions)]
 
     def kill() -> None:
-        while not learner.busy:
+        while not learner.jobs:
             time.sleep(0.001)
         pooled.kill(learner._process)
 
@@ -110,3 +110,7 @@ def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server
         assert list(pool.map(lambda question: ask(server, question), questions)) == expected
     killer.join()
     assert executor.restarts == 1  # type: ignore[attr-defined]
+    page = server.service.metrics.page().decode()
+    assert "recmas_agents_restarted_total 1.0" in page
+    assert "recmas_handoffs_refused_total 0.0" in page
+    assert server.counted("recmas_batches_repeated_total") >= 1

@@ -244,6 +244,36 @@ def test_a_row_that_ends_the_process_each_time_is_given_up_alone(system: Recursi
         dispatcher.close()
 
 
+def test_rows_whose_task_had_not_begun_when_it_was_lost_are_not_to_blame(system: RecursiveMAS) -> None:
+    executor = Watched(system)
+    losses = iter(range(20))
+
+    def fail(task: Task) -> Failed | None:
+        lost = next(losses, None) is not None
+        return Failed(task, ConnectionError("gone"), lost=True, begun=False) if lost else None
+
+    executor.fail = fail
+    dispatcher = Dispatcher(executor, Limits(window=0.05))
+    try:
+        assert texts(send(dispatcher, system, QUESTIONS)) == [answer.text for answer in system.answer(QUESTIONS)]
+    finally:
+        dispatcher.close()
+    assert all(len(task.parts) == len(QUESTIONS) for task in executor.tasks)
+
+
+def test_rows_that_came_first_go_first_whatever_their_numbers(system: RecursiveMAS) -> None:
+    """Micro-batches are of rows of similar length, and stay together."""
+    executor = Watched(system)
+    dispatcher = Dispatcher(executor, Limits(window=0.0, rows=2))
+    order, waiting = (5, 0, 3, 1, 4, 2), [Waiting() for _ in QUESTIONS]
+    try:
+        dispatcher.add(*(row_of(system, number, QUESTIONS[number], waiting[number]) for number in order))
+        assert texts(waiting) == [answer.text for answer in system.answer(QUESTIONS)]
+    finally:
+        dispatcher.close()
+    assert {tuple(part.number for part in task.parts) for task in executor.tasks} == {(5, 0), (3, 1), (4, 2)}
+
+
 def test_a_row_whose_messages_are_always_refused_is_given_up_alone(system: RecursiveMAS) -> None:
     """What comes before the refusal goes well each time, and is no progress."""
     executor = Watched(system)
