@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from recmas_kernels.backends import cpu
 from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_run import Run, seen
+from recmas_kernels.decoder_run import Together
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
 from recmas_kernels.watch import CALLS, HOOKS, INNER, is_own
@@ -44,11 +44,12 @@ _LOOKS = 8
 
 
 class ModelKernel(OwnForward):
-    """The ``forward`` of one decoder: its class's, in which layers that follow each other run in one call.
+    """The ``forward`` of one decoder: its class's, whose layers run in one call of the kernels at one position.
 
-    Layers are put off until the last of them (`Run`). That nothing happens between them is found by a call of the
-    class with stand-ins for its layers, and looked at again whenever the model's attributes, its configuration, its
-    layers, their hooks or what calls them have changed.
+    The class finds stand-ins in the layers' places, which put them off until the last of them (`Together`). That
+    nothing happens between them, and that the class writes no attribute, is found by a call of it with other stand-ins,
+    and looked at again whenever the model's attributes, its configuration, its layers, their hooks or what calls them
+    have changed.
 
     Args:
         model: a decoder, whose layers run as kernels.
@@ -77,12 +78,18 @@ class ModelKernel(OwnForward):
         model = self.module
         if torch.is_grad_enabled() or observed() or _has_any_global_hook() or not self._opens(args, kwargs):
             return type(model).forward(model, *args, **kwargs)
-        with Run(self._layers).open():
+        watched, layers = self._watched, self._layers  # in this order: another thread may look meanwhile
+        if watched is None or not layers:
             return type(model).forward(model, *args, **kwargs)
+        together = Together(layers, watched)
+        with together.open():
+            return type(model).forward(_with(model, together.stand_ins), *args, **kwargs)
 
     def _opens(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
         others = (given[name] for name in given.keys() - _TAKEN)
         if args or self._looks <= 0 or any(value is not None and value is not False for value in others):
+            return False
+        if not _is_one_position(given):
             return False
         watched = self._watched  # another thread may look meanwhile
         if watched is None or not cpu.unchanged(*watched):
@@ -111,10 +118,25 @@ def _watched(model: nn.Module) -> tuple[Any, ...]:
             entries.append((layers._modules, name, layer))
             own = {} if layer is None else layer.__dict__
             entries += [(own, key, own[key]) for key in ("forward", *HOOKS) if key in own]
+            sizes.append((own, len(own)))  # one that is compiled has an attribute more
             sizes += [(own[key], len(own[key])) for key in HOOKS if key in own]
         for kind in {type(layer) for layer in layers.children()}:
             classes += [(kind, name, getattr(kind, name)) for name in CALLS]
     return (*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)), ())
+
+
+def _is_one_position(given: dict[str, Any]) -> bool:
+    """Whether a decoder is given one token or embedding per row."""
+    fed = given.get("inputs_embeds", given.get("input_ids"))
+    return isinstance(fed, Tensor) and fed.dim() > 1 and fed.shape[1] == 1
+
+
+def _with(model: nn.Module, layers: tuple[Any, ...]) -> nn.Module:
+    """The model itself, but for what its class finds in ``layers``."""
+    made: nn.Module = object.__new__(type(model))
+    made.__dict__.update(model.__dict__, layers=layers)
+    made.__dict__["_modules"] = {name: part for name, part in model._modules.items() if name != "layers"}
+    return made
 
 
 def _in_order(model: nn.Module) -> list[nn.Module]:
@@ -129,12 +151,15 @@ def _in_order(model: nn.Module) -> list[nn.Module]:
     order = _Order(list(layers), x)
     shadow = _unseen(model, {"layers"})
     shadow.layers = nn.ModuleList(order.stand_ins)
+    before = dict(shadow.__dict__)
     try:
         with torch.no_grad(), order:
             found = type(model).forward(shadow, inputs_embeds=x, use_cache=False)
     except Exception:  # a decoder of another kind, which takes other arguments
         return []
-    return order.called if order.holds(dict(found) if isinstance(found, dict) else found) else []
+    keeps = before.keys() == shadow.__dict__.keys() and all(shadow.__dict__[name] is before[name] for name in before)
+    holds = keeps and order.holds(dict(found) if isinstance(found, dict) else found)
+    return order.called if holds and order.called == [*layers][: len(order.called)] else []
 
 
 def _unseen(module: nn.Module, without: set[str]) -> nn.Module:
@@ -156,7 +181,8 @@ def _unseen(module: nn.Module, without: set[str]) -> nn.Module:
 
 def _by_itself(layer: nn.Module) -> bool:
     """Whether a layer runs as its class says, or is seen by hooks."""
-    return seen(layer) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
+    seen = layer._forward_hooks or layer._forward_pre_hooks or layer._compiled_call_impl is not None
+    return bool(seen) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
 
 
 class _Order(TorchDispatchMode):

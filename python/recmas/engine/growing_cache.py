@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,23 +33,29 @@ def new_cache(decoder: PreTrainedModel) -> DynamicCache:
 class GrowingCache(DynamicCache):
     """A cache whose attention layers grow in place."""
 
-    def make_room(self, index: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of a layer as `update` returns them, grown by one position that is still to be written.
+    def make_room(self, indices: Sequence[int], rows: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values of some layers as `update` returns them, grown by one position that is still to be written.
 
-        None, and nothing grown, where `update` has to be called: there is nothing yet to grow, the layer holds other
+        None, and nothing grown, where `update` has to be called: there is nothing yet to grow, a layer holds other
         rows, another dtype or is of another kind, it stands in two places, or somebody put another `update` in place
         of ours.
         """
-        layer = self.layers[index] if index < len(self.layers) else None
-        if not isinstance(layer, GrowingLayer) or self.offloading or self.layers.count(layer) > 1:
-            return None
-        if "update" in layer.__dict__ or type(layer).update is not _UPDATES.get(type(layer)):
+        if self.offloading or max(indices) >= len(self.layers) or len(set(map(id, self.layers))) < len(self.layers):
             return None
         if "update" in self.__dict__ or type(self).update is not _UPDATES[GrowingCache]:
             return None
-        if not layer.is_initialized or layer.keys.shape[0] != rows or layer.keys.dtype is not dtype:
+        layers = [self.layers[index] for index in indices]
+        if not all(_can_grow(layer, rows, dtype) for layer in layers):
             return None
-        return layer.make_room()
+        return [layer.make_room() for layer in layers]
+
+
+def _can_grow(layer: Any, rows: int, dtype: torch.dtype) -> bool:
+    """Whether `GrowingLayer.make_room` does what the layer's `update` does for these rows."""
+    ours = _UPDATES.get(type(layer))
+    if ours is None or type(layer).update is not ours or "update" in layer.__dict__ or not layer.is_initialized:
+        return False
+    return layer.keys.shape[0] == rows and layer.keys.dtype is dtype
 
 
 def _growing(layer: Any) -> Any:
