@@ -40,7 +40,7 @@ class LayerKernel(OwnForward):
         self._proofs: Proofs | None = proofs
         self._looks = _LOOKS
         self._watch: Watch | None = None
-        self._found: _Found | None = None
+        self._found: Found | None = None
 
     def look(self) -> bool:
         proofs = self._proofs or Proofs()  # what changed may be what the first ones do not know of
@@ -50,7 +50,7 @@ class LayerKernel(OwnForward):
         watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
         parts = None if watch is None or not as_written(layer) else parts_of(layer)
         if parts is not None and proofs.hold(layer, parts, decoder_kernels.run):
-            self._found = _Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
+            self._found = Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
         return self._found is not None
 
@@ -62,7 +62,8 @@ class LayerKernel(OwnForward):
         return type(layer).forward(layer, *args, **kwargs) if y is None else y
 
     def _served(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
-        found = self.known()
+        kept = self.kept()
+        found = None if kept is None else kept[1].readable()
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         turned: Any = given.get("position_embeddings")
         if found is None or cache is None or not found[0].fits(x, turned, mask):
@@ -73,18 +74,16 @@ class LayerKernel(OwnForward):
                 frozen.expect_unwritten(linear._parameters["weight"])  # type: ignore[arg-type]
         return decoder_kernels.run(parts, packed, x, turned, mask, cache)
 
-    def known(self) -> tuple[Parts, Packed] | None:
-        """What the kernels compute for the layer as it is now; None if it has to run as its class says."""
+    def kept(self) -> tuple[Watch, Found] | None:
+        """What the layer is now, and the kernels that it runs as; None if it runs as its class says."""
         if self._looks <= 0:
             return None
         watch = self._watch  # another thread may look meanwhile
         if watch is None or not watch.unchanged():
             self.look()
+            watch = self._watch
         found = self._found
-        packed = None if found is None else found.packed
-        if found is None or packed is None or not packed.readable(found.parts.dtype):
-            return None
-        return found.parts, packed
+        return None if watch is None or found is None else (watch, found)
 
 
 def suits(x: Any) -> bool:
@@ -101,7 +100,7 @@ def takes(given: dict[str, Any]) -> bool:
     return given.keys() <= _TAKEN or all(given[name] is None for name in given.keys() - _TAKEN)
 
 
-class _Found:
+class Found:
     """What a layer was found to be. Its weights are let go as soon as one of its linear layers lets go of them."""
 
     def __init__(self, parts: Parts) -> None:
@@ -115,3 +114,8 @@ class _Found:
                 found.packed = None
 
         self._panels = [weakref.ref(held, forget) for held in panels.values()]
+
+    def readable(self) -> tuple[Parts, Packed] | None:
+        """What the kernels compute with, if they can read it as it lies in memory now."""
+        packed = self.packed
+        return None if packed is None or not packed.readable(self.parts.dtype) else (self.parts, packed)

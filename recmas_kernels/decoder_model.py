@@ -11,12 +11,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recmas_kernels.backends import cpu
 from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_run import Together
+from recmas_kernels.decoder_run import Known, Together
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
-from recmas_kernels.watch import CALLS, HOOKS, INNER, is_own
+from recmas_kernels.watch import CALLS, HOOKS, INNER, Watched, is_own
 
 KNOWN = {
     f"transformers.models.{room}.modeling_{room}.{name}Model"
@@ -58,47 +57,44 @@ class ModelKernel(OwnForward):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._looks = _LOOKS
-        self._layers: list[nn.Module] = []
-        self._watched: tuple[Any, ...] | None = None
+        self._known: Known | None = None
 
     def look(self) -> bool:
-        self._watched = None
+        self._known = None
         self._looks -= 1
         model = self.module
         kind = type(model)
         if f"{kind.__module__}.{kind.__qualname__}" not in KNOWN or not is_own(kind, kind.forward):
-            self._layers = []
             return False
         watched = _watched(model)  # first: what changes from here on is seen
-        self._layers = _in_order(model)
-        self._watched = watched
-        return bool(self._layers)
+        layers = _in_order(model)
+        self._known = Known(layers, watched)
+        return bool(layers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        if torch.is_grad_enabled() or observed() or _has_any_global_hook() or not self._opens(args, kwargs):
+        known = None
+        if not (torch.is_grad_enabled() or observed() or _has_any_global_hook()) and _is_one_position(args, kwargs):
+            known = self._unchanged()
+        if known is None:
             return type(model).forward(model, *args, **kwargs)
-        watched, layers = self._watched, self._layers  # in this order: another thread may look meanwhile
-        if watched is None or not layers:
-            return type(model).forward(model, *args, **kwargs)
-        together = Together(layers, watched)
+        together = Together(known)
         with together.open():
             return type(model).forward(_with(model, together.stand_ins), *args, **kwargs)
 
-    def _opens(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-        others = (given[name] for name in given.keys() - _TAKEN)
-        if args or self._looks <= 0 or any(value is not None and value is not False for value in others):
-            return False
-        if not _is_one_position(given):
-            return False
-        watched = self._watched  # another thread may look meanwhile
-        if watched is None or not cpu.unchanged(*watched):
+    def _unchanged(self) -> Known | None:
+        """What is known of the model as it is now, if its layers follow each other."""
+        if self._looks <= 0:
+            return None
+        known = self._known  # another thread may look meanwhile
+        if known is None or not known.watched.unchanged():
             self.look()
-        return bool(self._layers)
+            known = self._known
+        return known if known is not None and known.layers else None
 
 
-def _watched(model: nn.Module) -> tuple[Any, ...]:
-    """What the order of a decoder's layers depends on, as `cpu.unchanged` takes it."""
+def _watched(model: nn.Module) -> Watched:
+    """What the order of a decoder's layers depends on."""
     held, layers = model.__dict__, model._modules.get("layers")
     itself = weakref.ref(model)  # its own dictionary holds this
     config = getattr(held.get("config"), "__dict__", {})
@@ -122,11 +118,14 @@ def _watched(model: nn.Module) -> tuple[Any, ...]:
             sizes += [(own[key], len(own[key])) for key in HOOKS if key in own]
         for kind in {type(layer) for layer in layers.children()}:
             classes += [(kind, name, getattr(kind, name)) for name in CALLS]
-    return (*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)), ())
+    return Watched(*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)))
 
 
-def _is_one_position(given: dict[str, Any]) -> bool:
-    """Whether a decoder is given one token or embedding per row."""
+def _is_one_position(args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+    """Whether a decoder is given one token or embedding per row, and nothing that asks for more than its result."""
+    others = (given[name] for name in given.keys() - _TAKEN)
+    if args or any(value is not None and value is not False for value in others):
+        return False
     fed = given.get("inputs_embeds", given.get("input_ids"))
     return isinstance(fed, Tensor) and fed.dim() > 1 and fed.shape[1] == 1
 

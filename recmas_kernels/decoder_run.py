@@ -10,13 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from recmas_kernels import decoder_kernels
-from recmas_kernels.backends import cpu, cpu_decoder, settings
-from recmas_kernels.decoder_layer import LayerKernel, suits, takes
+from recmas_kernels.backends import cpu_decoder, settings
+from recmas_kernels.decoder_layer import Found, LayerKernel, suits, takes
 from recmas_kernels.decoder_parts import Packed, Parts
+from recmas_kernels.watch import Watched
 
 _ORDER = "the model called its layers in another order than when it was looked at"
-Watched = tuple[tuple[Any, ...], ...]
-"""As `cpu.unchanged` takes it."""
+
+
+class Known:
+    """What is known of a decoder: its layers, and what they compute for as long as nothing of them changes.
+
+    Args:
+        layers: in the order in which the model calls them, each of what the one before it returned.
+        watched: what says so, and that they are called by their kernels alone.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], watched: Watched) -> None:
+        self.layers, self.watched = layers, watched
+        self._found: tuple[Watched, list[Found]] | None = None
+
+    def found(self) -> list[tuple[Parts, Packed]] | None:
+        """What the kernels compute for each layer; None if one is to be called itself."""
+        kept = self._found  # another thread may look meanwhile
+        if kept is None or not kept[0].unchanged():
+            kept = self._found = self._look()
+        readable = [] if kept is None else [found.readable() for found in kept[1]]
+        found = [each for each in readable if each is not None]
+        return found if kept is not None and len(found) == len(self.layers) else None
+
+    def _look(self) -> tuple[Watched, list[Found]] | None:
+        kernels = [layer.__dict__.get("forward") for layer in self.layers]
+        kept = [kernel.kept() if isinstance(kernel, LayerKernel) else None for kernel in kernels]
+        known = [each for each in kept if each is not None]
+        watched = Watched.of_all([self.watched, *(watch for watch, _ in known)])
+        return (watched, [found for _, found in known]) if len(known) == len(kept) and watched.unchanged() else None
 
 
 class Together:
@@ -31,18 +59,17 @@ class Together:
     called it, one after the other.
 
     Args:
-        layers: in the order in which the model calls them, each of what the one before it returned.
-        watched: what says that layers are called by their kernels alone.
+        known: of the model.
 
     Attributes:
         stand_ins: what the model calls instead of each layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], watched: Watched) -> None:
-        self._layers, self._watched = layers, watched
+    def __init__(self, known: Known) -> None:
+        self._known, self._layers = known, known.layers
         self._calls: list[_Call] = []
         self._between = torch.empty(0, device="cpu")
-        self.stand_ins = tuple(_StandIn(self, layer) for layer in layers)
+        self.stand_ins = tuple(_StandIn(self, layer) for layer in known.layers)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -92,7 +119,7 @@ class Together:
         args, given = self._calls[0]
         x: Any = args[0] if args else None
         cache: Any = given.get("past_key_values")
-        if not suits(x) or not hasattr(cache, "make_room") or settings.checks() or not cpu.unchanged(*self._watched):
+        if not suits(x) or not hasattr(cache, "make_room") or settings.checks():
             return None
         layers = self._found(x, cache)
         indices = () if layers is None else tuple(layer.parts.index for layer in layers)
@@ -103,16 +130,17 @@ class Together:
 
     def _found(self, x: Tensor, cache: Any) -> list[_Layer] | None:
         """What each layer computes, if the kernels do the same with what it was given."""
+        known = self._known.found()
+        if known is None:
+            return None
         found: list[_Layer] = []
-        for layer, (args, given) in zip(self._layers, self._calls, strict=True):
-            kernel = layer.__dict__["forward"]
-            known = kernel.known() if isinstance(kernel, LayerKernel) else None
-            if known is None or len(args) != 1 or given.get("past_key_values") is not cache or not takes(given):
+        for (parts, packed), (args, given) in zip(known, self._calls, strict=True):
+            if len(args) != 1 or given.get("past_key_values") is not cache or not takes(given):
                 return None
-            each = _Layer(*known, given.get("position_embeddings"), given.get("attention_mask"))
-            if not (found and each.is_like(found[-1])) and not each.parts.fits(x, each.turned, each.mask):
+            layer = _Layer(parts, packed, given.get("position_embeddings"), given.get("attention_mask"))
+            if not (found and layer.is_like(found[-1])) and not parts.fits(x, layer.turned, layer.mask):
                 return None
-            found.append(each)
+            found.append(layer)
         return found
 
 

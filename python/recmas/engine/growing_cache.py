@@ -55,7 +55,7 @@ def _can_grow(layer: Any, rows: int, dtype: torch.dtype) -> bool:
     ours = _UPDATES.get(type(layer))
     if ours is None or type(layer).update is not ours or "update" in layer.__dict__ or not layer.is_initialized:
         return False
-    return layer.keys.shape[0] == rows and layer.keys.dtype is dtype
+    return layer.keys.size(0) == rows and layer.keys.dtype is dtype
 
 
 def _growing(layer: Any) -> Any:
@@ -109,6 +109,8 @@ class GrowingLayer(DynamicLayer):
 
     def make_room(self) -> tuple[Tensor, Tensor]:
         """What `update` returns, with one position that is still to be written."""
+        if self._is_ours() and self._end < self._buffers[0].size(2):
+            return self._hold(self._end + 1)
         return self._hold(self._span(1)[1])
 
     def _span(self, count: int) -> tuple[int, int]:
@@ -117,16 +119,20 @@ class GrowingLayer(DynamicLayer):
         Cropping, reordering, repeating and selecting rows do so.
         """
         start, end = self.keys.shape[2], self.keys.shape[2] + count
-        ours = self.keys is self._held[0] and self.values is self._held[1]
-        if end > self._buffers[0].shape[2] or not ours:
+        if end > self._buffers[0].shape[2] or not self._is_ours():
             start = self._needed(start)
             end = start + count
             held = (states[:, :, states.shape[2] - start :] for states in (self.keys, self.values))
             self._buffers = [_buffer(states, max(int(GROWTH * end), end + ROOM)) for states in held]
         return start, end
 
+    def _is_ours(self) -> bool:
+        """Whether keys and values are what `_hold` set."""
+        return self.keys is self._held[0] and self.values is self._held[1]
+
     def _hold(self, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers
+        self._end = end
         self.keys, self.values = self._held = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self._held
 
