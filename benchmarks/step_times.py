@@ -27,14 +27,13 @@ from benchmarks.suites.cpu.frozen_steps import Made, Steps
 from recmas.engine.growing_cache import GrowingCache
 from recmas.files import write_atomically
 from recmas_kernels.backends import cpu_decoder
-from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.watch import Watch
+from recmas_kernels.decoder_run import Known, Together
 
 PIECES: dict[str, tuple[Any, str]] = {
     "kernels": (cpu_decoder, "decoder_layers"),
     "cache": (GrowingCache, "make_room"),
-    "watch": (Watch, "unchanged"),
-    "all of a layer": (LayerKernel, "__call__"),
+    "watch": (Known, "found"),
+    "all of a layer": (Together, "call"),
 }
 RUNS, STEPS = 5, 16  # medians of so many runs, each of so many steps
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from recmas_kernels import decoder_kernels, decoder_run, frozen
+from recmas_kernels import decoder_kernels, frozen
 from recmas_kernels.backends import cpu_decoder, settings
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.decoder_parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
@@ -40,7 +40,7 @@ class LayerKernel(OwnForward):
         self._proofs: Proofs | None = proofs
         self._looks = _LOOKS
         self._watch: Watch | None = None
-        self._found: _Found | None = None
+        self._found: Found | None = None
 
     def look(self) -> bool:
         proofs = self._proofs or Proofs()  # what changed may be what the first ones do not know of
@@ -50,52 +50,43 @@ class LayerKernel(OwnForward):
         watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
         parts = None if watch is None or not as_written(layer) else parts_of(layer)
         if parts is not None and proofs.hold(layer, parts, decoder_kernels.run):
-            self._found = _Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
+            self._found = Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
         return self._found is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            y = self._served(args[0], kwargs) if len(args) == 1 else None
-            if y is not None:
-                return y
-            decoder_run.complete(args[0] if args else kwargs.get("hidden_states"))
+        y = None
+        if len(args) == 1 and not torch.compiler.is_compiling() and suits(args[0]) and takes(kwargs):
+            y = self._served(args[0], kwargs)
         layer = self.module
-        return type(layer).forward(layer, *args, **kwargs)
+        return type(layer).forward(layer, *args, **kwargs) if y is None else y
 
-    def _served(self, x: Any, given: dict[str, Any]) -> Tensor | None:
-        run = decoder_run.current()
-        leader = run if run is not None and run.follows(x) else None  # of what was asked when its first layer came
-        if self._looks <= 0 or not (leader or _suits(x)):
+    def _served(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+        kept = self.kept()
+        found = None if kept is None else kept[1].readable()
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        turned: Any = given.get("position_embeddings")
+        if found is None or cache is None or not found[0].fits(x, turned, mask):
             return None
-        if given.keys() - _TAKEN and any(given[name] is not None for name in given.keys() - _TAKEN):
+        parts, packed = found
+        if settings.checks():
+            for linear in parts.linears.values():
+                frozen.expect_unwritten(linear._parameters["weight"])  # type: ignore[arg-type]
+        return decoder_kernels.run(parts, packed, x, turned, mask, cache)
+
+    def kept(self) -> tuple[Watch, Found] | None:
+        """What the layer is now, and the kernels that it runs as; None if it runs as its class says."""
+        if self._looks <= 0:
             return None
         watch = self._watch  # another thread may look meanwhile
         if watch is None or not watch.unchanged():
             self.look()
+            watch = self._watch
         found = self._found
-        packed = None if found is None else found.packed
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        turned = given.get("position_embeddings")
-        if found is None or packed is None or cache is None or turned is None:
-            return None
-        parts = found.parts
-        if not packed.readable(parts.dtype):
-            return None
-        if not (leader and leader.has_fitted(parts, turned, mask)) and not parts.fits(x, turned, mask):
-            return None
-        if settings.checks():
-            for linear in parts.linears.values():
-                frozen.expect_unwritten(linear._parameters["weight"])  # type: ignore[arg-type]
-        if run is not None:
-            y = run.put_off(self.module, parts, packed, x, turned, mask, cache)
-            if y is not None:
-                return y
-            run.complete()
-        return decoder_kernels.run(parts, packed, x, turned, mask, cache)
+        return None if watch is None or found is None else (watch, found)
 
 
-def _suits(x: Any) -> bool:
+def suits(x: Any) -> bool:
     """Whether kernels may run here and now, on one position of few rows."""
     if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= cpu_decoder.MOST_ROWS:
         return False
@@ -104,7 +95,12 @@ def _suits(x: Any) -> bool:
     return requested() in ("auto", "cpu")
 
 
-class _Found:
+def takes(given: dict[str, Any]) -> bool:
+    """Whether the kernels heed all that a layer was given by name."""
+    return given.keys() <= _TAKEN or all(given[name] is None for name in given.keys() - _TAKEN)
+
+
+class Found:
     """What a layer was found to be. Its weights are let go as soon as one of its linear layers lets go of them."""
 
     def __init__(self, parts: Parts) -> None:
@@ -118,3 +114,8 @@ class _Found:
                 found.packed = None
 
         self._panels = [weakref.ref(held, forget) for held in panels.values()]
+
+    def readable(self) -> tuple[Parts, Packed] | None:
+        """What the kernels compute with, if they can read it as it lies in memory now."""
+        packed = self.packed
+        return None if packed is None or not packed.readable(self.parts.dtype) else (self.parts, packed)

@@ -11,12 +11,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recmas_kernels.backends import cpu
 from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_run import Run, seen
+from recmas_kernels.decoder_run import Known, Together
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
-from recmas_kernels.watch import CALLS, HOOKS, INNER, is_own
+from recmas_kernels.watch import CALLS, HOOKS, INNER, Watched, is_own
 
 KNOWN = {
     f"transformers.models.{room}.modeling_{room}.{name}Model"
@@ -44,11 +43,12 @@ _LOOKS = 8
 
 
 class ModelKernel(OwnForward):
-    """The ``forward`` of one decoder: its class's, in which layers that follow each other run in one call.
+    """The ``forward`` of one decoder: its class's, whose layers run in one call of the kernels at one position.
 
-    Layers are put off until the last of them (`Run`). That nothing happens between them is found by a call of the
-    class with stand-ins for its layers, and looked at again whenever the model's attributes, its configuration, its
-    layers, their hooks or what calls them have changed.
+    The class finds stand-ins in the layers' places, which put them off until the last of them (`Together`). That
+    nothing happens between them, and that the class writes no attribute, is found by a call of it with other stand-ins,
+    and looked at again whenever the model's attributes, its configuration, its layers, their hooks or what calls them
+    have changed.
 
     Args:
         model: a decoder, whose layers run as kernels.
@@ -57,41 +57,44 @@ class ModelKernel(OwnForward):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._looks = _LOOKS
-        self._layers: list[nn.Module] = []
-        self._watched: tuple[Any, ...] | None = None
+        self._known: Known | None = None
 
     def look(self) -> bool:
-        self._watched = None
+        self._known = None
         self._looks -= 1
         model = self.module
         kind = type(model)
         if f"{kind.__module__}.{kind.__qualname__}" not in KNOWN or not is_own(kind, kind.forward):
-            self._layers = []
             return False
         watched = _watched(model)  # first: what changes from here on is seen
-        self._layers = _in_order(model)
-        self._watched = watched
-        return bool(self._layers)
+        layers = _in_order(model)
+        self._known = Known(layers, watched)
+        return bool(layers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        if torch.is_grad_enabled() or observed() or _has_any_global_hook() or not self._opens(args, kwargs):
+        known = None
+        if not (torch.is_grad_enabled() or observed() or _has_any_global_hook()) and _is_one_position(args, kwargs):
+            known = self._unchanged()
+        if known is None:
             return type(model).forward(model, *args, **kwargs)
-        with Run(self._layers).open():
-            return type(model).forward(model, *args, **kwargs)
+        together = Together(known)
+        with together.open():
+            return type(model).forward(_with(model, together.stand_ins), *args, **kwargs)
 
-    def _opens(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-        others = (given[name] for name in given.keys() - _TAKEN)
-        if args or self._looks <= 0 or any(value is not None and value is not False for value in others):
-            return False
-        watched = self._watched  # another thread may look meanwhile
-        if watched is None or not cpu.unchanged(*watched):
+    def _unchanged(self) -> Known | None:
+        """What is known of the model as it is now, if its layers follow each other."""
+        if self._looks <= 0:
+            return None
+        known = self._known  # another thread may look meanwhile
+        if known is None or not known.watched.unchanged():
             self.look()
-        return bool(self._layers)
+            known = self._known
+        return known if known is not None and known.layers else None
 
 
-def _watched(model: nn.Module) -> tuple[Any, ...]:
-    """What the order of a decoder's layers depends on, as `cpu.unchanged` takes it."""
+def _watched(model: nn.Module) -> Watched:
+    """What the order of a decoder's layers depends on."""
     held, layers = model.__dict__, model._modules.get("layers")
     itself = weakref.ref(model)  # its own dictionary holds this
     config = getattr(held.get("config"), "__dict__", {})
@@ -111,10 +114,28 @@ def _watched(model: nn.Module) -> tuple[Any, ...]:
             entries.append((layers._modules, name, layer))
             own = {} if layer is None else layer.__dict__
             entries += [(own, key, own[key]) for key in ("forward", *HOOKS) if key in own]
+            sizes.append((own, len(own)))  # one that is compiled has an attribute more
             sizes += [(own[key], len(own[key])) for key in HOOKS if key in own]
         for kind in {type(layer) for layer in layers.children()}:
             classes += [(kind, name, getattr(kind, name)) for name in CALLS]
-    return (*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)), ())
+    return Watched(*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)))
+
+
+def _is_one_position(args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+    """Whether a decoder is given one token or embedding per row, and nothing that asks for more than its result."""
+    others = (given[name] for name in given.keys() - _TAKEN)
+    if args or any(value is not None and value is not False for value in others):
+        return False
+    fed = given.get("inputs_embeds", given.get("input_ids"))
+    return isinstance(fed, Tensor) and fed.dim() > 1 and fed.shape[1] == 1
+
+
+def _with(model: nn.Module, layers: tuple[Any, ...]) -> nn.Module:
+    """The model itself, but for what its class finds in ``layers``."""
+    made: nn.Module = object.__new__(type(model))
+    made.__dict__.update(model.__dict__, layers=layers)
+    made.__dict__["_modules"] = {name: part for name, part in model._modules.items() if name != "layers"}
+    return made
 
 
 def _in_order(model: nn.Module) -> list[nn.Module]:
@@ -129,12 +150,15 @@ def _in_order(model: nn.Module) -> list[nn.Module]:
     order = _Order(list(layers), x)
     shadow = _unseen(model, {"layers"})
     shadow.layers = nn.ModuleList(order.stand_ins)
+    before = dict(shadow.__dict__)
     try:
         with torch.no_grad(), order:
             found = type(model).forward(shadow, inputs_embeds=x, use_cache=False)
     except Exception:  # a decoder of another kind, which takes other arguments
         return []
-    return order.called if order.holds(dict(found) if isinstance(found, dict) else found) else []
+    keeps = before.keys() == shadow.__dict__.keys() and all(shadow.__dict__[name] is before[name] for name in before)
+    holds = keeps and order.holds(dict(found) if isinstance(found, dict) else found)
+    return order.called if holds and order.called == [*layers][: len(order.called)] else []
 
 
 def _unseen(module: nn.Module, without: set[str]) -> nn.Module:
@@ -156,7 +180,8 @@ def _unseen(module: nn.Module, without: set[str]) -> nn.Module:
 
 def _by_itself(layer: nn.Module) -> bool:
     """Whether a layer runs as its class says, or is seen by hooks."""
-    return seen(layer) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
+    seen = layer._forward_hooks or layer._forward_pre_hooks or layer._compiled_call_impl is not None
+    return bool(seen) or not isinstance(layer.__dict__.get("forward"), LayerKernel)
 
 
 class _Order(TorchDispatchMode):

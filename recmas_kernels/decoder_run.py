@@ -1,145 +1,192 @@
-"""Layers that are put off, so that those of one position of a model run in one call of the kernels."""
+"""One call of a decoder in which its layers are put off until the last of them: then all run in one call of kernels."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recmas_kernels import decoder_kernels
-from recmas_kernels.backends import cpu_decoder
+from recmas_kernels.backends import cpu_decoder, settings
+from recmas_kernels.decoder_layer import Found, LayerKernel, suits, takes
 from recmas_kernels.decoder_parts import Packed, Parts
+from recmas_kernels.watch import Watched
 
-_thread = threading.local()
 _ORDER = "the model called its layers in another order than when it was looked at"
+
+
+class Known:
+    """What is known of a decoder: its layers, and what they compute for as long as nothing of them changes.
+
+    Args:
+        layers: in the order in which the model calls them, each of what the one before it returned.
+        watched: what says so, and that they are called by their kernels alone.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], watched: Watched) -> None:
+        self.layers, self.watched = layers, watched
+        self._found: tuple[Watched, list[Found]] | None = None
+
+    def found(self) -> list[tuple[Parts, Packed]] | None:
+        """What the kernels compute for each layer; None if one is to be called itself."""
+        kept = self._found  # another thread may look meanwhile
+        if kept is None or not kept[0].unchanged():
+            kept = self._found = self._look()
+        readable = [] if kept is None else [found.readable() for found in kept[1]]
+        found = [each for each in readable if each is not None]
+        return found if kept is not None and len(found) == len(self.layers) else None
+
+    def _look(self) -> tuple[Watched, list[Found]] | None:
+        kernels = [layer.__dict__.get("forward") for layer in self.layers]
+        kept = [kernel.kept() if isinstance(kernel, LayerKernel) else None for kernel in kernels]
+        known = [each for each in kept if each is not None]
+        watched = Watched.of_all([self.watched, *(watch for watch, _ in known)])
+        return (watched, [found for _, found in known]) if len(known) == len(kept) and watched.unchanged() else None
+
+
+class Together:
+    """What one call of a decoder, on one thread, makes of its layers.
+
+    Each layer that is called returns the same tensor, without values, and the next one is given that: so nobody may
+    look between them. When the last one is called all of them run; what it returns is the result.
+
+    They run in one call of the kernels where nothing of them has changed, the kernels can read what they were given,
+    and the cache has ``make_room(indices, rows, dtype)``, which grows those layers by a position that is still to be
+    written and returns all keys and values of each; or None, and has not grown. Otherwise each is called as the model
+    called it, one after the other.
+
+    Args:
+        known: of the model.
+
+    Attributes:
+        stand_ins: what the model calls instead of each layer.
+    """
+
+    def __init__(self, known: Known) -> None:
+        self._known, self._layers = known, known.layers
+        self._calls: list[_Call] = []
+        self._between = torch.empty(0, device="cpu")
+        self.stand_ins = tuple(_StandIn(self, layer) for layer in known.layers)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """For the model's call. If that raises, caches hold what the layers called before would have left.
+
+        Raises:
+            RuntimeError: some layers were called, and others not.
+        """
+        try:
+            yield
+            if self._calls:
+                raise RuntimeError(_ORDER)
+        finally:
+            self._one_by_one()
+
+    def call(self, layer: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """A layer, as the model calls it."""
+        x = args[0] if args else given.get("hidden_states")
+        if not self._calls and isinstance(x, Tensor):
+            self._between = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        elif x is not self._between:
+            raise RuntimeError(_ORDER)
+        if layer is not self._layers[len(self._calls)]:
+            raise RuntimeError(_ORDER)
+        self._calls.append(_Call(args, given))
+        if len(self._calls) < len(self._layers):
+            return self._between
+        y = self._at_once()
+        if y is None:
+            return self._one_by_one()
+        self._calls = []
+        return y
+
+    def _one_by_one(self) -> Any:
+        """What the layers that were called return; if one raises, those after it are not run."""
+        calls, self._calls = self._calls, []
+        x: Any = None
+        for index, (layer, (args, given)) in enumerate(zip(self._layers, calls, strict=False)):
+            if index and args:
+                args = (x, *args[1:])
+            elif index:
+                given = {**given, "hidden_states": x}
+            x = layer(*args, **given)
+        return x
+
+    def _at_once(self) -> Tensor | None:
+        args, given = self._calls[0]
+        x: Any = args[0] if args else None
+        cache: Any = given.get("past_key_values")
+        if not suits(x) or not hasattr(cache, "make_room") or settings.checks():
+            return None
+        layers = self._found(x, cache)
+        indices = () if layers is None else tuple(layer.parts.index for layer in layers)
+        if layers is None or len(set(indices)) < len(indices):
+            return None
+        rooms = cache.make_room(indices, x.shape[0], x.dtype)
+        return None if rooms is None else _run(x, self._between, layers, rooms)
+
+    def _found(self, x: Tensor, cache: Any) -> list[_Layer] | None:
+        """What each layer computes, if the kernels do the same with what it was given."""
+        known = self._known.found()
+        if known is None:
+            return None
+        found: list[_Layer] = []
+        for (parts, packed), (args, given) in zip(known, self._calls, strict=True):
+            if len(args) != 1 or given.get("past_key_values") is not cache or not takes(given):
+                return None
+            layer = _Layer(parts, packed, given.get("position_embeddings"), given.get("attention_mask"))
+            if not (found and layer.is_like(found[-1])) and not parts.fits(x, layer.turned, layer.mask):
+                return None
+            found.append(layer)
+        return found
+
+
+class _StandIn:
+    """What a model finds in a layer's place: its call is put off, all else is the layer's."""
+
+    __slots__ = ("_layer", "_together")
+
+    def __init__(self, together: Together, layer: nn.Module) -> None:
+        self._together, self._layer = together, layer
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        return self._together.call(self._layer, args, given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class _Call(NamedTuple):
+    args: tuple[Any, ...]
+    given: dict[str, Any]
 
 
 class _Layer(NamedTuple):
     parts: Parts
     packed: Packed
-    turned: tuple[Tensor, Tensor]
-    mask: Tensor | None
-    room: tuple[Tensor, Tensor]
+    turned: Any
+    mask: Any
+
+    def is_like(self, other: _Layer) -> bool:
+        """Whether another was given the same, and has parts of the same sizes and dtype."""
+        mine, its = self.parts, other.parts
+        given = self.turned is other.turned and self.mask is other.mask
+        return given and mine.sizes == its.sizes and mine.features == its.features and mine.dtype is its.dtype
 
 
-class Run:
-    """One call of a model, on one thread.
-
-    A layer that is put off returns the tensor that the result will be in, and the next one takes that for its rows: so
-    nobody may look between them. It wants a cache with ``make_room(index, rows, dtype)``, which grows by a position
-    that is still to be written and returns all keys and values; or None, and has not grown.
-
-    Args:
-        layers: in the order in which the model calls them, each of what the one before it returned.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._next = dict(pairwise(layers))
-        self._waiting: dict[int, _Layer] = {}  # by index in the cache
-        self._x = self._y = torch.empty(0, device="cpu")
-
-    def follows(self, x: Any) -> bool:
-        """Whether rows are what a layer that was put off returned, so that what was asked of them holds."""
-        return x is self._y and bool(self._waiting)
-
-    def has_fitted(self, parts: Parts, turned: Any, mask: Any) -> bool:
-        """Whether the layer put off last was given the same, and has parts of the same sizes and dtype."""
-        last = next(reversed(self._waiting.values()))
-        return (
-            last.turned is turned
-            and last.mask is mask
-            and last.parts.sizes == parts.sizes
-            and last.parts.features == parts.features
-            and last.parts.dtype is parts.dtype
-        )
-
-    def put_off(
-        self,
-        layer: nn.Module,
-        parts: Parts,
-        packed: Packed,
-        x: Tensor,
-        turned: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: Any,
-    ) -> Tensor | None:
-        """The tensor that will hold the result, or None if this layer cannot be put off."""
-        self.expect(x)
-        if seen(layer) or not hasattr(cache, "make_room"):
-            return None
-        if parts.index in self._waiting:
-            self.complete()
-        room = cache.make_room(parts.index, x.shape[0], x.dtype)
-        if room is None:
-            return None
-        keys, values = room
-        if not parts.reads(x, keys, values, mask):
-            self.complete()
-            return decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
-        if not self._waiting:
-            self._x, self._y = x, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._waiting[parts.index] = _Layer(parts, packed, turned, mask, room)
-        following = self._next.get(layer)
-        if following is None or seen(following):
-            self.complete()
-        return self._y
-
-    def expect(self, x: Any) -> None:
-        """Raise if layers are put off and another has rows that are not theirs: somebody read what is not there yet."""
-        if self._waiting and x is not self._y:
-            raise RuntimeError(_ORDER)
-
-    def complete(self) -> None:
-        """Run all that was put off. If this fails it is still to be run."""
-        waiting = list(self._waiting.values())
-        if waiting and not cpu_decoder.decoder_layers(self._x, self._y, [_arguments(*each) for each in waiting]):
-            x = self._x
-            for parts, packed, turned, mask, room in waiting:
-                x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
-            self._y.copy_(x)
-        self._waiting = {}
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """For what this thread does in the block. If that raises, caches hold what the layers before would have left.
-
-        Raises:
-            RuntimeError: at its end, layers are still put off.
-        """
-        before, _thread.run = current(), self
-        try:
-            yield
-            if self._waiting:
-                raise RuntimeError(_ORDER)
-        finally:
-            _thread.run = before
-            self.complete()
-
-
-def current() -> Run | None:
-    """Of this thread."""
-    return getattr(_thread, "run", None)
-
-
-def complete(x: Any) -> None:
-    """Before a layer reads the rows that the one before returned."""
-    run = current()
-    if run is not None:
-        run.expect(x)
-        run.complete()
-
-
-def seen(layer: nn.Module) -> bool:
-    """Whether somebody sees what goes into a layer and what comes out of it: hooks, or compiled code."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks) or layer._compiled_call_impl is not None
-
-
-def _arguments(
-    parts: Parts, packed: Packed, turned: tuple[Tensor, Tensor], mask: Tensor | None, room: tuple[Tensor, Tensor]
-) -> tuple[Any, ...]:
-    return (*parts.sizes, *parts.feed, parts.scale, *packed.inputs, *turned, *room, mask, *packed.output)
+def _run(x: Tensor, y: Tensor, layers: list[_Layer], rooms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Layers after each other, into ``y`` if the kernels can read all that the cache holds."""
+    readable = all(layer.parts.reads(x, *room, layer.mask) for layer, room in zip(layers, rooms, strict=True))
+    if readable:
+        arguments = [
+            (*parts.sizes, *parts.feed, parts.scale, *packed.inputs, *turned, *room, mask, *packed.output)
+            for (parts, packed, turned, mask), room in zip(layers, rooms, strict=True)
+        ]
+        if cpu_decoder.decoder_layers(x, y, arguments):
+            return y
+    for (parts, packed, turned, mask), room in zip(layers, rooms, strict=True):
+        x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
+    return x

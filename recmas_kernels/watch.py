@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -27,7 +27,55 @@ _TABLES = ("_local_mapping", "_global_mapping")
 """Of a configuration, the name of the attention that layers run; and where transformers finds it by this name."""
 
 
-class Watch:
+class Watched:
+    """Python objects as they are now.
+
+    A dictionary of which CPython says that it was not changed since it was last compared is not compared again.
+
+    Args:
+        entries: dictionary, key and value, in a row; a weak reference stands for its object, or that one's dictionary.
+        sizes: dictionary and how many keys it has.
+        kinds: object, its class, and its dictionary or None.
+        classes: class, name of an attribute, and the attribute.
+        stand_ins: tensors of one element for all.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[Any],
+        sizes: Iterable[Any],
+        kinds: Iterable[Any],
+        classes: Iterable[Any],
+        stand_ins: Iterable[Any] = (),
+    ) -> None:
+        self._entries, self._sizes = tuple(entries), tuple(sizes)
+        self._others = tuple(kinds), tuple(classes), tuple(stand_ins)
+        self._places = tuple({id(place): place for place in (*self._entries[::3], *self._sizes[::2])}.values())
+        self._versions: bytes | None = None
+
+    @classmethod
+    def of_all(cls, parts: Iterable[Watched]) -> Watched:
+        """All that these watch, once."""
+        groups: tuple[dict[Any, Any], ...] = ({}, {}, {}, {}, {})
+        for part in parts:
+            watched = (part._entries, part._sizes, *part._others)
+            for group, row, width in zip(groups, watched, (3, 2, 3, 3, 1), strict=True):
+                for i in range(0, len(row), width):
+                    each = row[i : i + width]
+                    group[tuple(item if type(item) in (int, str) else id(item) for item in each)] = each
+        return cls(*(tuple(item for each in group.values() for item in each) for group in groups))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is the same."""
+        before, now = self._versions, cpu.versions(self._places)  # first: what changes from here on is seen
+        if now is not None and now == before:
+            return cpu.unchanged((), (), *self._others)
+        same = cpu.unchanged(self._entries, self._sizes, *self._others)
+        self._versions = now if same else None
+        return same
+
+
+class Watch(Watched):
     """A module as it is now, some of whose parts may be packed `FrozenLinear`s.
 
     Of all parts: classes, their ``forward`` and what it names in its own file, attributes by identity, parameters,
@@ -67,11 +115,7 @@ class Watch:
         for place, name, value in _outside(module):
             entries += (place, name, value)
         classes = [item for kind, name, value in _functions(module) for item in (kind, name, value)]
-        self._watched = tuple(entries), tuple(sizes), tuple(kinds), tuple(classes), tuple(stand_ins)
-
-    def unchanged(self) -> bool:
-        """Whether all of it is the same."""
-        return cpu.unchanged(*self._watched)
+        super().__init__(entries, sizes, kinds, classes, stand_ins)
 
 
 def as_written(module: nn.Module) -> bool:

@@ -45,6 +45,9 @@ void stream_block(const void* left, int64_t left_stride, const Stored* right, in
   }
   int64_t i = 0;
   for (; i + lanes <= k; i += lanes) {
+    for (int c = 0; c < columns; ++c) {  // the rows to come, which follow in memory
+      __builtin_prefetch(right + (columns + c) * right_stride + i);
+    }
     stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, lanes);
   }
   if (i < k) stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, k - i);

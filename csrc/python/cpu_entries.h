@@ -25,6 +25,7 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count);
 
 // unchanged.cpp
 PyObject* unchanged(PyObject* const* values, Py_ssize_t count);
+PyObject* versions(PyObject* const* values, Py_ssize_t count);
 
 // cpu_packing.cpp
 int64_t packed_bytes(int isa, int compute, int64_t rows, int64_t columns);

@@ -21,6 +21,7 @@ PyMethodDef fast_entries[] = {
     fast<&layer_output>("layer_output"),
     fast<&decoder_layers>("decoder_layers"),
     fast<&unchanged>("unchanged"),
+    fast<&versions>("versions"),
     {nullptr, nullptr, 0, nullptr},
 };
 

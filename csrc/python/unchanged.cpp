@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu_entries.h"
 #include "tensors.h"
@@ -35,7 +36,31 @@ bool holds(PyObject* watched, PyObject* key, PyObject* value) {
   return found == meant(value);
 }
 
+// The number that CPython gives a dictionary at each of its changes, which no other dictionary has or had. Gone
+// from 3.12.
+#if PY_VERSION_HEX < 0x030C0000
+constexpr bool kVersions = true;
+uint64_t version(PyObject* held) { return reinterpret_cast<PyDictObject*>(held)->ma_version_tag; }
+#else
+constexpr bool kVersions = false;
+uint64_t version(PyObject*) { return 0; }
+#endif
+
 }  // namespace
+
+// versions(places) -> bytes: of the dictionaries that `places` are or stand for; None if this Python has none.
+PyObject* versions(PyObject* const* values, Py_ssize_t count) {
+  if (count != 1) throw py::type_error("versions: expected places");
+  if (!kVersions) Py_RETURN_NONE;
+  PyObject* const places = rows(values[0], 1);
+  std::vector<uint64_t> found(static_cast<size_t>(PyTuple_GET_SIZE(places)));
+  for (size_t i = 0; i < found.size(); ++i) {
+    PyObject* const place = PyTuple_GET_ITEM(places, static_cast<Py_ssize_t>(i));
+    found[i] = version(PyDict_Check(place) ? place : dictionary(place).ptr());
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found.data()),
+                                   static_cast<Py_ssize_t>(found.size() * sizeof(uint64_t)));
+}
 
 // unchanged(entries, sizes, kinds, classes, stand_ins): whether each dictionary still has that very value under that
 // key (entries: three in a row) and as many keys (sizes: two), each object is of that class and has that dictionary, if

@@ -20,6 +20,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _LEAST_PACKED = 4096  # elements: smaller weights fit into the first-level cache, packed or not
 MOST_STREAMED = 16  # csrc/cpu/stream.h, kStreamLimit: beyond, stored weights are summed in panel order anyway
+MOST_IN_PLACE = 2  # tokens: reading a weight where it lies was faster than laying it out, on every instruction set
 _ROW_OPS = ("handoff_fwd", "handoff_", "handoff_bwd")
 
 
@@ -101,12 +102,12 @@ def _readable(arguments: LinkArguments) -> LinkArguments:
     return arguments._replace(x=x, **matrices, **vectors)  # type: ignore[arg-type]
 
 
-def _form(weight: Tensor | None, compute: torch.dtype, isa: int) -> Tensor | bool:
+def _form(weight: Tensor | None, compute: torch.dtype, isa: int, tokens: int) -> Tensor | bool:
     """How the kernel reads a weight matrix: its packed panels; or, as it is stored, summed in panel order or not."""
     if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not weight.is_contiguous():
         return False
     panels = packing.lookup(weight, (compute, isa), _pack)
-    return True if panels is None else panels
+    return tokens > MOST_IN_PLACE if panels is None else panels
 
 
 def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
@@ -132,7 +133,7 @@ def _forward(
     forms: tuple[Tensor | bool, ...] = (False, False, False)
     if not in_place or tokens > MOST_STREAMED:
         compute = arguments.dtype
-        forms = (_form(w1, compute, isa), _form(w2, compute, isa), _form(arguments.w3, compute, isa))
+        forms = tuple(_form(weight, compute, isa, tokens) for weight in (w1, w2, arguments.w3))
     if run(isa, threads, arguments, *forms, y, pre, z, stats):
         return y
     readable = _readable(arguments)
@@ -248,6 +249,12 @@ def unchanged(*watched: tuple[Any, ...]) -> bool:
     """Whether Python objects are what they were; see `recmas_kernels.watch`."""
     same: bool = _native().unchanged(*watched)
     return same
+
+
+def versions(places: tuple[Any, ...]) -> bytes | None:
+    """What says whether dictionaries were changed in between, by a comparison; None if this Python does not tell."""
+    found: bytes | None = _native().versions(places)
+    return found
 
 
 def handoff_(rows: Tensor, embeds: Tensor, slot_rows: Tensor) -> None:

@@ -51,8 +51,8 @@ def packed(*links: Packable | Iterable[Packable]) -> Iterator[None]:
     process) is not. ``RECMAS_CHECK=1`` compares every weight in full at each use.
 
     Blocks nest, and several threads may be in them; the copies are made at the first use, and dropped at the end of the
-    last block that names their weight. Results are the same bits inside and outside. Weights on other devices are
-    never copied.
+    last block that names their weight. From three rows on, results are the same bits inside and outside; fewer read
+    unpacked weights where they lie, which sums in another order. Weights on other devices are never copied.
 
     Args:
         links: modules (their parameters), weights, or iterables of them.

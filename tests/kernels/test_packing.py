@@ -123,12 +123,12 @@ def test_what_can_be_packed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["inner", "outer"])
 def test_a_scope_changes_no_bit(kind, dtype):
-    """In inference and in training, on both sides of the number of rows that are read in place."""
+    """In inference from three rows on, and in training; on both sides of the number of rows that are streamed."""
     values = configs()[kind].to_dict()
     for size in ("in_features", "hidden_features", "out_features"):
         values[size] *= 3
     link = make_link(type(CONFIG)(**values), dtype)
-    for tokens in (1, 4, 16, 17, 33):
+    for tokens in (3, 4, 16, 17, 33):
         x = make_rows(tokens, link.config.in_features, dtype=dtype)
         with torch.no_grad():
             expected = link(x)
@@ -138,6 +138,19 @@ def test_a_scope_changes_no_bit(kind, dtype):
                 assert torch.equal(link(x), expected)
             assert packing.packed_bytes() > 0
             assert torch.equal(link(x), trained)
+
+
+def test_one_and_two_rows_read_weights_in_place_outside_of_a_scope():
+    """As in training, whose sums are in another order than those of panels."""
+    link = make_link(CONFIG)
+    for tokens, as_trained in ((1, True), (2, True), (3, False)):
+        x = make_rows(tokens, WIDTH)
+        with torch.no_grad():
+            expected = link(x)
+            with packed(link):
+                assert torch.equal(link(x), expected) is not as_trained
+                torch.testing.assert_close(link(x), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(link(x), expected) is as_trained
 
 
 def test_panels_of_16_bit_weights_take_half_the_room():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,23 +33,29 @@ def new_cache(decoder: PreTrainedModel) -> DynamicCache:
 class GrowingCache(DynamicCache):
     """A cache whose attention layers grow in place."""
 
-    def make_room(self, index: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of a layer as `update` returns them, grown by one position that is still to be written.
+    def make_room(self, indices: Sequence[int], rows: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values of some layers as `update` returns them, grown by one position that is still to be written.
 
-        None, and nothing grown, where `update` has to be called: there is nothing yet to grow, the layer holds other
+        None, and nothing grown, where `update` has to be called: there is nothing yet to grow, a layer holds other
         rows, another dtype or is of another kind, it stands in two places, or somebody put another `update` in place
         of ours.
         """
-        layer = self.layers[index] if index < len(self.layers) else None
-        if not isinstance(layer, GrowingLayer) or self.offloading or self.layers.count(layer) > 1:
-            return None
-        if "update" in layer.__dict__ or type(layer).update is not _UPDATES.get(type(layer)):
+        if self.offloading or max(indices) >= len(self.layers) or len(set(map(id, self.layers))) < len(self.layers):
             return None
         if "update" in self.__dict__ or type(self).update is not _UPDATES[GrowingCache]:
             return None
-        if not layer.is_initialized or layer.keys.shape[0] != rows or layer.keys.dtype is not dtype:
+        layers = [self.layers[index] for index in indices]
+        if not all(_can_grow(layer, rows, dtype) for layer in layers):
             return None
-        return layer.make_room()
+        return [layer.make_room() for layer in layers]
+
+
+def _can_grow(layer: Any, rows: int, dtype: torch.dtype) -> bool:
+    """Whether `GrowingLayer.make_room` does what the layer's `update` does for these rows."""
+    ours = _UPDATES.get(type(layer))
+    if ours is None or type(layer).update is not ours or "update" in layer.__dict__ or not layer.is_initialized:
+        return False
+    return layer.keys.size(0) == rows and layer.keys.dtype is dtype
 
 
 def _growing(layer: Any) -> Any:
@@ -102,6 +109,8 @@ class GrowingLayer(DynamicLayer):
 
     def make_room(self) -> tuple[Tensor, Tensor]:
         """What `update` returns, with one position that is still to be written."""
+        if self._is_ours() and self._end < self._buffers[0].size(2):
+            return self._hold(self._end + 1)
         return self._hold(self._span(1)[1])
 
     def _span(self, count: int) -> tuple[int, int]:
@@ -110,16 +119,20 @@ class GrowingLayer(DynamicLayer):
         Cropping, reordering, repeating and selecting rows do so.
         """
         start, end = self.keys.shape[2], self.keys.shape[2] + count
-        ours = self.keys is self._held[0] and self.values is self._held[1]
-        if end > self._buffers[0].shape[2] or not ours:
+        if end > self._buffers[0].shape[2] or not self._is_ours():
             start = self._needed(start)
             end = start + count
             held = (states[:, :, states.shape[2] - start :] for states in (self.keys, self.values))
             self._buffers = [_buffer(states, max(int(GROWTH * end), end + ROOM)) for states in held]
         return start, end
 
+    def _is_ours(self) -> bool:
+        """Whether keys and values are what `_hold` set."""
+        return self.keys is self._held[0] and self.values is self._held[1]
+
     def _hold(self, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers
+        self._end = end
         self.keys, self.values = self._held = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self._held
 
