@@ -40,9 +40,11 @@ from recmas.training.teacher import check_trainable, force, named_parameters, on
 from recmas.training.unroll import SharedPrefixes, recomputing
 
 POSITIONS = {"cpu": 768}
-"""Positions of prompts and texts that a micro-batch takes at once, by kind of device: products no longer gain ..."""
+"""Positions of prompts and texts that a micro-batch takes at once, by kind of device, ..."""
+AT_ONCE = {"cpu": 384}
+"""... those of them that a forward reads anew, and a layer that runs again holds: products gain little by more; ..."""
 MOST_POSITIONS = 16384
-"""... and elsewhere."""
+"""... and both elsewhere."""
 
 
 def outer_losses(
@@ -150,7 +152,7 @@ def _unrolled(
                 tokens = [row[:count] for row in tokens]
             begun = prefixes.of(visit.role, agent, prompt) if begins else None
             with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
-                speech = force(agent, prompt, tokens, begun=begun)
+                speech = force(agent, prompt, tokens, begun=begun, at_once=_by_device(AT_ONCE, agent.device))
             if meter is not None:
                 meter.add(speech.mask.sum())
         if answers:
@@ -180,8 +182,11 @@ def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping
             parts = system.segments(visit, row)
             slots = sum(steps[sender] for part in parts if isinstance(part, Slot) for sender in part.senders)
             longest = max(longest, sum(len(part) for part in parts if not isinstance(part, Slot)) + slots)
-    kinds = {agent.device.type for agent in system.agents.values()}
-    return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
+    return max(1, min(_by_device(POSITIONS, agent.device) for agent in system.agents.values()) // longest)
+
+
+def _by_device(positions: Mapping[str, int], device: torch.device) -> int:
+    return positions.get(device.type, MOST_POSITIONS)
 
 
 def trained_edges(system: System, config: OuterConfig, edges: Sequence[LinkKey] | None = None) -> list[LinkKey]:

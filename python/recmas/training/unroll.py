@@ -89,6 +89,15 @@ def cropped(cache: DynamicCache, length: int) -> DynamicCache | None:
     return forked
 
 
+def rows_of(cache: CacheClass, rows: slice) -> CacheClass:
+    """A fork that holds these rows of the batch."""
+    forked = fork(cache)
+    for layer in forked.layers:
+        if layer.keys is not None:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return forked
+
+
 def unforkable(cache: Cache) -> str:
     """Why this cache has no forks: it keeps more of the past than keys and values; empty if it does not."""
     kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
