@@ -56,6 +56,12 @@ def _add_stage(stage: str, command: CommandLineParser) -> None:
         help="tensorboard, wandb, ...: trackers of Accelerate that get every step's record; files go to "
         "training/tracked in the output",
     )
+    command.add_argument(
+        "--shard-agents",
+        action="store_true",
+        help="deal the layers of all agents out among the processes (FSDP2): each holds its share of the weights; "
+        "as accelerate launch --use_fsdp asks for, too",
+    )
     command.add_argument("--resume", action="store_true", help="go on from the output's last checkpoint")
     command.add_argument(
         "--dry-run",
@@ -97,8 +103,10 @@ def execute(options: Namespace) -> int:
     from recmas.training.origin import RECORD, check_origin, origin
     from recmas.training.processes import processes
     from recmas.training.run_record import RUN, check_data, run_record
+    from recmas.training.sharding import asked_by_accelerate, check_sharding, shard_agents
 
     stage, chosen = options.stage, options[options.stage]
+    chosen.shard_agents = chosen.shard_agents or asked_by_accelerate()
     config_class = _config_class(stage)
     given = read_fields(chosen, config_class, KINDS)
     config = config_class(**{name: _setting(name, value) for name, value in given.items()})
@@ -125,6 +133,8 @@ def execute(options: Namespace) -> int:
             stack.enter_context(one_writer(output))
         read_runs(logs)  # the card will tell of them: what cannot be read is told before the first step
         mas = stack.enter_context(loaded(chosen, system))
+        if chosen.shard_agents:
+            check_sharding(mas)
         runs = _runs(stage, config, only, mas)
         if chosen.resume:
             for name, part, _ in runs:
@@ -132,14 +142,22 @@ def execute(options: Namespace) -> int:
 
         def start() -> None:
             """All has been checked: only now is anything written."""
-            if not together.writes:
-                return
+            if together.writes:
+                write()
+            together.wait()
+            if chosen.shard_agents:
+                shard_agents(mas)
+
+        def write() -> None:
             records = {
                 f"{logs.name}/{name}/{RUN}": run_record(its, data.described[part], data.validation[part])
                 for name, part, its in runs
             }
             if new:  # with its runs' folders, so that it can be resumed whenever it ends
                 save(mas, output, records | {RECORD: origin(system)})
+                for role, agent in read_spec(output).agents.items():
+                    if (output / agent.model).is_dir():
+                        mas.agents[role].source = str(output / agent.model)  # it is not written again
                 stack.enter_context(one_writer(output))
             for name, text in records.items():
                 if not (output / name).exists() or not chosen.resume:
@@ -187,7 +205,9 @@ def _only(stage: str, options: Namespace, logs: Path) -> dict[str, Any]:
         only["edges"] = _edges(options.edges)
     if stage == "inner":
         only["roles"] = options.roles
-    if stage != "outer" and options.cache != "off":
+    if options.shard_agents and stage != "outer" and options.cache not in (None, "off"):
+        raise ValueError("--cache: one process makes pairs, but layers of sharded agents run in all; give --cache off")
+    if stage != "outer" and options.cache != "off" and not options.shard_agents:
         folder = logs / "pairs" if options.cache is None else options.cache
         only["cache"] = training.PairCache(folder, options.cache_dtype)
     return only

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from recmas.training.loop import StepRecord, TrainingResult
     from recmas.training.outer import outer_loss, train_outer
     from recmas.training.pair_cache import PairCache
+    from recmas.training.sharding import shard_agents
     from recmas.training.warmup import train_warmup, warmup_loss
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "read_texts": "data",
     "TrainingResult": "loop",
     "inner_loss": "inner",
+    "shard_agents": "sharding",
     "outer_loss": "outer",
     "train_all": "all_stages",
     "train_inner": "inner",
@@ -59,6 +61,7 @@ __all__ = [
     "outer_loss",
     "read_rows",
     "read_texts",
+    "shard_agents",
     "train_all",
     "train_inner",
     "train_outer",

@@ -24,6 +24,7 @@ from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.progress import Meter, Shown
+from recmas.training.sharding import is_sharded
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 from recmas_kernels import RecursiveLink
 
@@ -96,6 +97,10 @@ def train_apart(
             check_utterances(system, role, checked, each_round_count(config.rounds), config.max_tokens)
     for key, folder in folders.items():
         check_run(trained[key], config, folder, resume, validated=validation is not None, trackers=trackers)
+    if cache is not None and is_sharded(system):
+        raise ValueError(
+            "cache: one process makes pairs, but layers of sharded agents run in all at once; leave it off"
+        )
     planned = _planned(system, roles, [schedule, measured], config, cache, progress)
     if not begins(on_start):
         return {}
@@ -128,6 +133,7 @@ def train_apart(
                 meter=meter,
                 on_step=on_step,
                 validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
+                validated_by_all=is_sharded(system),
             )
     return results
 

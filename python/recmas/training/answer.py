@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class _AnswerLoss(torch.autograd.Function):
 def _parts(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     held = LOGITS.get(hidden.device.type, MOST_LOGITS)
     rows = max(LEAST_ROWS, held // agent.vocabulary)
-    return list(zip(hidden.split(rows), ids.split(rows), strict=True))
+    count = max(1, math.ceil(len(ids) / rows))  # equal parts: a rest of few rows reads the head as the others do
+    return list(zip(hidden.tensor_split(count), ids.tensor_split(count), strict=True))
 
 
 def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

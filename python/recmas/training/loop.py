@@ -97,6 +97,7 @@ def train(
     meter: Meter | None = None,
     on_step: OnStep | None = None,
     validate: Callable[[], float] | None = None,
+    validated_by_all: bool = False,
     round_norms: RoundNorms | None = None,
 ) -> TrainingResult:
     """Train ``parameters`` in place.
@@ -114,6 +115,7 @@ def train(
         meter: what the loss counts a step's tokens with.
         on_step: called after each step; a true answer ends the run there (a checkpoint is written).
         validate: the loss on other data; a run that ends by itself leaves the best parameters it found.
+        validated_by_all: all processes call ``validate``, which needs them all; else the one that writes does.
         round_norms: called after a step's backward; makes gradients of some parameters, and returns what goes into the
             log.
 
@@ -140,7 +142,8 @@ def train(
             pending = stack.enter_context(held_back())
             records = _open(folder, parameters, optimizer, config, resume, together)
         found = {record.step: record.validation for record in records if record.validation is not None}
-        validation = Validation(validate, parameters, config, folder, found)
+        measures = together.writes or validated_by_all
+        validation = Validation(validate, parameters, config, folder, found, measures)
         shown = progress if together.writes else False
         bar = Bar(config.steps, len(records), name, shown, (p.device for p in parameters.values()))
         names = trackers if together.writes else ()

@@ -36,13 +36,16 @@ from recmas.training.progress import Meter, Shown
 from recmas.training.proofs import proved
 from recmas.training.rollout import can_repeat, think
 from recmas.training.round_norms import rounds_apart
+from recmas.training.sharding import is_sharded
 from recmas.training.teacher import check_trainable, force, named_parameters, only_trainable
 from recmas.training.unroll import SharedPrefixes, recomputing
 
 POSITIONS = {"cpu": 768}
-"""Positions of prompts and texts that a micro-batch takes at once, by kind of device: products no longer gain ..."""
+"""Positions of prompts and texts that a micro-batch takes at once, by kind of device, ..."""
+AT_ONCE = {"cpu": 384}
+"""... those of them that a forward reads anew, and a layer that runs again holds: products gain little by more; ..."""
 MOST_POSITIONS = 16384
-"""... and elsewhere."""
+"""... and both elsewhere."""
 
 
 def outer_losses(
@@ -65,11 +68,11 @@ def outer_losses(
 
     Args:
         system, rows, rounds, latent_steps, latents, recompute, round_weights, distill: as for `outer_loss`.
-        micro_batch: rows of a part; None takes as many as fill `POSITIONS`.
+        micro_batch: rows of a part; None takes as many as fill `POSITIONS`, and all where agents are sharded.
         meter: counts the tokens that are read.
     """
     steps, last = system.steps_by_role(latent_steps), system.pattern.last
-    size = micro_batch or _fitting(system, rows, rounds, steps)
+    size = micro_batch or (len(rows) if is_sharded(system) else _fitting(system, rows, rounds, steps))
     weights = {}
     for round, weight in weighed_rounds(round_weights, rounds).items():
         answers = target_tokens(system.agents[last], target_texts(rows, last, round))
@@ -132,13 +135,13 @@ def _unrolled(
     meter: Meter | None,
 ) -> torch.Tensor:
     """Cross entropies of answers' tokens, each times its round's weight, and distances of latents times `distill`."""
-    prefixes, losses = SharedPrefixes(), []
+    prefixes, losses, sharded = SharedPrefixes(), [], is_sharded(system)
     expert = expert_of(system) if distill else None
     taught: Latents | None = None
     for turn in system.walk(rows, rounds):
         visit, prompt = turn.visit, turn.prompt
         agent, count = system.agents[visit.role], steps[visit.role]
-        begins = proved(agent.decoder, "begun prefixes", prompt)
+        begins = not sharded and proved(agent.decoder, "begun prefixes", prompt)
         answers = visit.role == system.pattern.last and visit.round in weights
         thinks = not visit.final and (latents == "rollout" or count == 0)
         if meter is not None:
@@ -150,7 +153,8 @@ def _unrolled(
                 tokens = [row[:count] for row in tokens]
             begun = prefixes.of(visit.role, agent, prompt) if begins else None
             with recomputing(agent.decoder, enabled=recompute and proved(agent.decoder, "recompute")):
-                speech = force(agent, prompt, tokens, begun=begun)
+                at_once = None if sharded else _by_device(AT_ONCE, agent.device)
+                speech = force(agent, prompt, tokens, begun=begun, at_once=at_once)
             if meter is not None:
                 meter.add(speech.mask.sum())
         if answers:
@@ -164,7 +168,7 @@ def _unrolled(
         elif begins and recompute and count > 0 and prompt.embeds.requires_grad and can_repeat(agent, link):
             turn.message = think(agent, prompt, count, link, prefixes.of(visit.role, agent, prompt))
         else:
-            turn.message = agent.think(prompt, count, link)
+            turn.message = agent.think(prompt, count, link, weights_stay=not sharded)
         if visit.role == expert:
             taught = turn.message
         elif taught is not None and visit.role == system.pattern.last:
@@ -180,8 +184,11 @@ def _fitting(system: System, rows: Sequence[Fields], rounds: int, steps: Mapping
             parts = system.segments(visit, row)
             slots = sum(steps[sender] for part in parts if isinstance(part, Slot) for sender in part.senders)
             longest = max(longest, sum(len(part) for part in parts if not isinstance(part, Slot)) + slots)
-    kinds = {agent.device.type for agent in system.agents.values()}
-    return max(1, min(POSITIONS.get(kind, MOST_POSITIONS) for kind in kinds) // longest)
+    return max(1, min(_by_device(POSITIONS, agent.device) for agent in system.agents.values()) // longest)
+
+
+def _by_device(positions: Mapping[str, int], device: torch.device) -> int:
+    return positions.get(device.type, MOST_POSITIONS)
 
 
 def trained_edges(system: System, config: OuterConfig, edges: Sequence[LinkKey] | None = None) -> list[LinkKey]:
@@ -253,6 +260,8 @@ def train_outer(
             stacklevel=2,
         )
     check_distill(system, config)
+    if is_sharded(system) and callable(rows) and config.micro_batch is not None:
+        raise ValueError("micro_batch: batches of a callable may differ in size, and sharded agents need equal parts")
     source = DataSource(rows, config.batch_size, config.seed)
     needed_texts: dict[tuple[str, int], None] = {}
     for rounds in each_round_count(config.rounds):
@@ -315,5 +324,6 @@ def train_outer(
             meter=meter,
             on_step=on_step,
             validate=validate if others else None,
+            validated_by_all=is_sharded(system),
             round_norms=apart,
         )

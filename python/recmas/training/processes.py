@@ -37,6 +37,12 @@ class Processes:
         self.index: int = 0 if joined is None else joined.process_index
         self.writes = self.index == 0
 
+    @property
+    def device(self) -> torch.device:
+        """Messages go through it."""
+        device: torch.device = torch.device("cpu") if self._joined is None else self._joined.device
+        return device
+
     def share(self, batches: int) -> range:
         """Of a step's batches, those of this process."""
         return range(self.index, batches, self.count)

@@ -18,6 +18,7 @@ from recmas.agents.agent import Agent
 from recmas.agents.targets import target_batch
 from recmas.engine.messages import Prompt
 from recmas.system.system import System
+from recmas.training.unroll import rows_of
 from recmas_kernels import packed
 
 
@@ -30,18 +31,34 @@ class Speech(NamedTuple):
 
 
 def force(
-    agent: Agent, prompt: Prompt, tokens: Sequence[Sequence[int]], *, begun: DynamicCache | None = None
+    agent: Agent,
+    prompt: Prompt,
+    tokens: Sequence[Sequence[int]],
+    *,
+    begun: DynamicCache | None = None,
+    at_once: int | None = None,
 ) -> Speech:
-    """One forward of prompt and given tokens.
+    """A forward of prompt and given tokens.
 
     Args:
         agent: speaks.
         prompt: the batch of prompts.
         tokens: ids that each row says.
         begun: holds the prompt's first columns already, as `Agent.hidden` takes it.
+        at_once: most positions of a forward, which takes a row at least; None runs all rows in one.
     """
     ids, mask = target_batch(agent, tokens)
-    return Speech(agent.hidden(prompt, ids, mask, begun), ids, mask)
+    count, length = ids.shape
+    read = prompt.mask.shape[1] - (0 if begun is None else begun.get_seq_length()) + length - 1
+    size = count if at_once is None else max(1, at_once // read)
+    if size >= count:
+        return Speech(agent.hidden(prompt, ids, mask, begun), ids, mask)
+    parts = []
+    for first in range(0, count, size):
+        rows = slice(first, first + size)
+        cache = None if begun is None else rows_of(begun, rows)
+        parts.append(agent.hidden(Prompt(prompt.embeds[rows], prompt.mask[rows]), ids[rows], mask[rows], cache))
+    return Speech(torch.cat(parts), ids, mask)
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -89,10 +89,26 @@ def cropped(cache: DynamicCache, length: int) -> DynamicCache | None:
     return forked
 
 
+def rows_of(cache: CacheClass, rows: slice) -> CacheClass:
+    """A fork that holds these rows of the batch."""
+    forked = fork(cache)
+    for layer in forked.layers:
+        if layer.keys is not None:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return forked
+
+
 def unforkable(cache: Cache) -> str:
     """Why this cache has no forks: it keeps more of the past than keys and values; empty if it does not."""
     kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     return f"a cache layer of type {kinds.pop().__name__} is not forked" if kinds else ""
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers decoder, without those that are inside others."""
+    found = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
+    inner = {part for layer in found for part in layer.modules() if part is not layer}
+    return [layer for layer in found if layer not in inner]
 
 
 @contextmanager
@@ -102,9 +118,7 @@ def recomputing(decoder: nn.Module, enabled: bool) -> Iterator[None]:
     The backward may come later. A layer inside another one runs with it: as a checkpoint of its own it would be one in
     the forward and none in the backward, whose tensors would then be taken for others.
     """
-    found = [part for part in decoder.modules() if enabled and isinstance(part, GradientCheckpointingLayer)]
-    inner = {part for layer in found for part in layer.modules() if part is not layer}
-    layers = [layer for layer in found if layer not in inner]
+    layers = layers_of(decoder) if enabled else []
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         vars(layer)["forward"] = partial(_again, layer.forward)

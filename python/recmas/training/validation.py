@@ -31,6 +31,7 @@ class Validation:
         config: of the run.
         folder: of the run; None keeps the best in memory alone.
         found: what was found after which steps, in a run that is resumed.
+        measures: whether this process calls ``measure``; the value is that of the one that writes.
 
     Raises:
         ValueError: the best of the steps that were done cannot be read.
@@ -43,7 +44,9 @@ class Validation:
         config: LoopConfig,
         folder: Path | None,
         found: Mapping[int, float],
+        measures: bool,
     ) -> None:
+        self._measures = measures
         self._measure, self._parameters, self._config = measure, parameters, config
         self._path = None if folder is None else folder / BEST
         self._since, self._lowest = 0, math.inf
@@ -67,7 +70,8 @@ class Validation:
             return None
         together = processes()
         with torch.no_grad():
-            (value,) = together.sums([self._measure() if together.writes else 0.0])
+            own = self._measure() if self._measures else 0.0
+        (value,) = together.sums([own if together.writes else 0.0])
         if self._count(value):
             self._best = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
             if self._path is not None and together.writes:

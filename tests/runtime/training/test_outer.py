@@ -103,7 +103,7 @@ def test_unrolled_loss_and_gradients_equal_the_plain_loop(exact, rounds, latents
 
 def test_logits_made_in_parts_give_the_same_loss_and_gradients(exact, monkeypatch):
     loss = outer_loss(exact, RAGGED, 2, latent_steps=STEPS)
-    monkeypatch.setattr(answer, "LEAST_ROWS", 3)  # three rows at a time, of seven
+    monkeypatch.setattr(answer, "LEAST_ROWS", 3)  # three rows at a time at most, of seven
     monkeypatch.setattr(answer, "LOGITS", {"cpu": 1})
     parted = outer_loss(exact, RAGGED, 2, latent_steps=STEPS, recompute=True)
     torch.testing.assert_close(parted, loss, rtol=ROUNDING, atol=0)

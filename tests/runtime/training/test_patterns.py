@@ -12,6 +12,7 @@ import torch
 from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL
 from recmas.config.system_json import PromptSpec, edge_name
 from recmas.training import OuterConfig, train_outer
+from recmas.training import outer as outer_stage
 from recmas.training.config import weighed_rounds
 from recmas.training.outer import outer_loss, outer_losses
 from tests.runtime.training.by_hand import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
@@ -252,3 +253,27 @@ def test_outer_gradients_equal_a_plain_implementation(name, latents, dtype):
             for edge, gradient in expected.items():
                 assert gradient.abs().max() > 0
                 assert (actual[edge] - gradient).abs().max() <= EQUAL[dtype] * gradient.abs().max(), (edge, micro_batch)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_visits_of_many_positions_take_some_rows_at_a_time(name, monkeypatch):
+    """Each forward that records gradients has one row, whose layers alone run again at once."""
+    pattern, prompts = PATTERNS[name]
+    system, batch = built(pattern, prompts, torch.float64), rows(pattern)
+    loss, expected = gradients(system, [plain_loss(system, prompts, batch, 3, "forced")])
+    counts = []
+
+    def count(module, args, options):
+        if torch.is_grad_enabled():
+            counts.append(len(options["inputs_embeds"]))
+
+    for agent in system.agents.values():
+        agent.decoder.register_forward_pre_hook(count, with_kwargs=True)
+    monkeypatch.setattr(outer_stage, "AT_ONCE", {"cpu": 1})
+    for recompute in (True, False):
+        counts.clear()
+        found, actual = gradients(system, outer_losses(system, batch, 3, latent_steps=STEPS, recompute=recompute))
+        assert set(counts) == {1}
+        assert found == pytest.approx(loss, rel=1e-5)
+        for edge, gradient in expected.items():
+            assert (actual[edge] - gradient).abs().max() <= ROUNDING * gradient.abs().max(), edge
