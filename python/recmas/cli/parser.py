@@ -90,6 +90,13 @@ def _read_steps(value: Any) -> int | dict[str, int]:
     return whole(value)
 
 
+def _read_rounds(value: Any) -> int | str:
+    rounds = value if value == "auto" else whole(value)
+    if rounds != "auto" and rounds < 1:
+        raise ValueError(f"{rounds} is not positive")
+    return rounds
+
+
 def _read_by_role(value: Any) -> str | dict[str, str]:
     return read_pairs(value) if isinstance(value, dict) or "=" in value else str(value)
 
@@ -146,6 +153,7 @@ def read_pairs(value: Any) -> dict[str, str]:
 
 BATCH_SIZE = Kind("N or auto", _read_batch_size)
 DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_by_role)
+ROUNDS = Kind("N or auto", _read_rounds)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)
 COUNTS = Kind("N,...", _read_counts)

@@ -121,7 +121,7 @@ class Row:
         if visit not in self._sent:
             self._sent[visit] = self._walk.begin(visit)
         if visit.final:
-            self.answer.text, self.answer.tokens = "", []
+            self.answer.text, self.answer.tokens, self.answer.rounds = "", [], visit.round
         again = [later.round for later in self._visits if later.role == visit.role and later.round > visit.round]
         how = self.manner.decoding[visit.role]
         seed, number = self._stream

@@ -6,6 +6,7 @@ rows come and go (`recmas.scheduling`): then every visit may begin whose message
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from recmas.config.pattern import Pattern, Visit
@@ -39,6 +40,10 @@ class Walk(Generic[M]):
         self._left.remove(visit)
         self._under_way.append(visit)
         return {name: self._messages[name, when] for name, when in _sources(visit)}
+
+    def change(self, change: Callable[[M], M]) -> None:
+        """Put something else in the place of each message that is still to be read."""
+        self._messages = {source: change(message) for source, message in self._messages.items()}
 
     def end(self, visit: Visit, message: M) -> None:
         """The visit has ended with this message; messages that nobody reads any more are dropped."""
