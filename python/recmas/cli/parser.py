@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -91,9 +91,14 @@ def _read_steps(value: Any) -> int | dict[str, int]:
 
 
 def _read_rounds(value: Any) -> int | str:
-    rounds = value if value == "auto" else whole(value)
-    if rounds != "auto" and rounds < 1:
-        raise ValueError(f"{rounds} is not positive")
+    if value == "auto":
+        return "auto"
+    try:
+        rounds = whole(value)
+    except ValueError:
+        raise ArgumentTypeError(f"must be an integer or auto, got {value!r}") from None
+    if rounds < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {rounds}")
     return rounds
 
 

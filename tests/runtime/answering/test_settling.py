@@ -167,7 +167,7 @@ def test_rounds_auto_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "records" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["run", str(RELAY), "--question", "x", "--rounds", "sometimes"])
-    assert "--rounds: invalid N or auto value: 'sometimes'" in capsys.readouterr().err
+    assert "--rounds: must be an integer or auto, got 'sometimes'" in capsys.readouterr().err
 
 
 def test_a_sweep_without_it_has_the_keys_it_had(relay: RecursiveMAS):
