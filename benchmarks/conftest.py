@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -10,18 +11,25 @@ import pytest
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.machine import Device, Limits, git_commit, versions
 from benchmarks.harness.record import SCHEMA
+from benchmarks.report.comparison import Comparison
+from benchmarks.report.stored import RESULTS
 
 _MACHINE = pytest.StashKey[tuple[Device, Limits]]()
+_COMPARISON = pytest.StashKey[Comparison]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--grid",
         choices=("quick", "full"),
-        default="quick",
-        help="quick: small shapes, nothing claimed; full: the measured grid, in which a missed goal fails",
+        help="quick, the default: small shapes, nothing claimed; full: the measured grid, in which a missed goal fails",
     )
-
+    parser.addoption(
+        "--compare",
+        action="store_true",
+        help="measure the full grid, and fail where a claimed ratio is more than 15% worse than in the record of this "
+        "machine type",
+    )
     parser.addoption("--step", metavar="NAME", help="of the GPU suites, this step's cells only (benchmarks.gpu.cells)")
     parser.addoption("--records", metavar="FILE", help="where the GPU suites write their results, after every cell")
     parser.addoption(
@@ -31,6 +39,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MACHINE] = (Device(), Limits())
+    compare = config.getoption("compare")
+    if compare and config.getoption("grid") == "quick":
+        raise pytest.UsageError("--compare: records hold the full grid, not the quick one")
+    config.option.grid = config.getoption("grid") or ("full" if compare else "quick")
+    if compare:
+        try:
+            config.stash[_COMPARISON] = Comparison.with_committed(RESULTS, Device().slug)
+        except ValueError as error:
+            raise pytest.UsageError(f"--compare: {error}") from error
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    comparison = session.config.stash.get(_COMPARISON, None)
+    if comparison is not None and comparison.failed and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (comparison := config.stash.get(_COMPARISON, None)) is not None:
+        terminalreporter.section("ratios, then and now")
+        for line in comparison.lines():
+            terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,9 +72,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def bench(benchmark: Any, request: pytest.FixtureRequest) -> Bench:
-    device, limits = request.config.stash[_MACHINE]
-    return Bench(benchmark, device, limits, full=request.config.getoption("grid") == "full")
+def bench(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    config = request.config
+    device, limits = config.stash[_MACHINE]
+    yield Bench(benchmark, device, limits, full=config.getoption("grid") == "full")
+    comparison = config.stash.get(_COMPARISON, None)
+    if comparison is not None and (record := benchmark.extra_info.get("record")) is not None:
+        comparison.add(record)
 
 
 @pytest.hookimpl(optionalhook=True)  # the GPU suites run without pytest-benchmark

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.report import relay as lab
 from benchmarks.report.claims import FAILS, HOLDS, Finding, verdict_of
 from benchmarks.report.tables import number
 
@@ -112,5 +113,15 @@ STATEMENTS = (
         "trio.json",
         "[evidence.md](evidence.md)",
         lambda record: notes(record["qwen-smollm2"]["audit"]),
+    ),
+    *(
+        Statement(
+            text,
+            source,
+            f"relay_{step}.json",
+            f"`python -m benchmarks.relay {step} benchmarks/results/relay_{step}.json`",
+            judge,
+        )
+        for text, source, step, judge in lab.CLAIMS
     ),
 )

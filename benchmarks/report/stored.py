@@ -61,6 +61,13 @@ def _is_gpu(head: dict[str, Any]) -> bool:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The stored suites of a device, by name, in the order of the report."""
+    """The stored suites of a device, by name, in the order of the report.
+
+    Raises:
+        ValueError: a file of another machine's numbers is among them, which no table may mix.
+    """
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    for name, suite in found.items():
+        if (slug := suite["device"]["slug"]) != folder.name:
+            raise ValueError(f"{folder / name}.json was measured on {slug}: machines are not mixed in one table")
     return {name: found[name] for name in sorted(found, key=lambda name: (*ORDER, name).index(name))}

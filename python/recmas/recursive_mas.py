@@ -55,6 +55,7 @@ class RecursiveMAS(System):
         models: Mapping[str, str | os.PathLike[str] | Agent],
         pattern: Pattern,
         *,
+        links: bool = True,
         link_scale: str = "embedding",
         prompts: Mapping[str, PromptSpec] | None = None,
         rounds: int = 3,
@@ -72,6 +73,7 @@ class RecursiveMAS(System):
         Args:
             models: folder, hub id or `Agent` by role; roles that name one model, on one device, share it.
             pattern: which agent reads whose messages.
+            links: False makes none, for agents that exchange texts only.
             link_scale: "embedding" sets each link's output norm gain to the rms of the input embeddings it writes
                 among (its own agent's for an inner link, the receiver's for an outer one); "none" leaves it at 1.
             prompts: templates by role; others get `default_settings`.
@@ -90,7 +92,7 @@ class RecursiveMAS(System):
             raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
         if latent_steps < 0:
             raise ValueError(f"latent_steps: {latent_steps} is negative")
-        edges = pattern.edges(rounds)
+        edges = pattern.edges(rounds) if links else set()
         for role in pattern.roles:
             if role not in models:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
@@ -103,7 +105,7 @@ class RecursiveMAS(System):
             width = {role: agent.hidden_size for role, agent in agents.items()}
             senders = [role for role in pattern.roles if any(role == source for source, _ in edges)]
             inner = {role: FusedRecursiveLink.inner(width[role]) for role in senders}
-            keys: list[LinkKey] = sorted(pattern.links_by_round(rounds) if links_per_round else edges)
+            keys: list[LinkKey] = sorted(pattern.links_by_round(rounds) if links and links_per_round else edges)
             outer = {key: FusedRecursiveLink.outer(width[key[0]], width[key[1]]) for key in keys}
         if link_scale == "embedding":
             for receiver, link in [*inner.items(), *((key[1], link) for key, link in outer.items())]:

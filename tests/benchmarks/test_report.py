@@ -148,7 +148,7 @@ def test_run_becomes_files_page_plot_and_readme(tmp_path: Path, capsys: pytest.C
 
 def test_suites_come_in_the_order_of_the_report(tmp_path: Path) -> None:
     for name in ("another", "complexity", "system", "frozen", "cluster", "link"):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"device": {"slug": tmp_path.name}}))
     assert list(load(tmp_path)) == ["link", "frozen", "system", "cluster", "complexity", "another"]
 
 

@@ -123,7 +123,7 @@ class FrozenModel:
             ``[B, L, d]`` after the final norm; the first is that of the last prompt position. Keeps gradients.
         """
         if begun is None and (groups := forward_groups(self.decoder, prompt.mask, target_mask)):
-            parts = [self.hidden(_rows(prompt, rows), targets[rows], target_mask[rows]) for rows in groups]
+            parts = [self.hidden(prompt.select(rows.tolist()), targets[rows], target_mask[rows]) for rows in groups]
             order = torch.cat(groups).argsort()
             return torch.cat(parts)[order]
         length = targets.shape[1]
@@ -162,10 +162,3 @@ class FrozenModel:
             raise ValueError(f"agent {self.name!r}: a {kind} model is refused: {found.refusal}")
         self._scale = found.embed_scale
         return OwnLogits(self.model, found.path, found.kind)
-
-
-def _rows(prompt: Prompt, rows: Tensor) -> Prompt:
-    """Some rows of a batch, without the padding that none of them needs."""
-    mask = prompt.mask[rows]
-    first = mask.shape[1] - int(mask.sum(dim=1).max())
-    return Prompt(prompt.embeds[rows, first:], mask[:, first:])

@@ -33,6 +33,7 @@ class Answer:
         text_tokens: tokens that each role wrote, over all rounds, the answer's included; results of tools are not.
         tool_calls: in order.
         handoffs: every handoff, where a trace was asked for.
+        rounds: how many it took; 0 before there is an answer.
     """
 
     text: str = ""
@@ -41,6 +42,7 @@ class Answer:
     text_tokens: dict[str, int] = field(default_factory=dict)
     tool_calls: list[ToolCall] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
+    rounds: int = 0
 
 
 class Answers(list[Answer]):

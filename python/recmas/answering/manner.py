@@ -32,6 +32,11 @@ class Manner:
         self.rounds = outline.defaults.rounds if options.rounds is None else options.rounds
         outline.check_run(self.rounds, links=options.mode == "latent")
         self.latent_steps = outline.steps_by_role(options.latent_steps)
+        if options.settle is not None:
+            if options.mode == "latent" and self.rounds > 1 and self.latent_steps[self.pattern.last] == 0:
+                raise ValueError(f"settle: {self.pattern.last!r} takes 0 latent steps, so it sends nothing to compare")
+            if options.mode == "text" and options.toolbox.tools:
+                raise ValueError("settle: in mode 'text' tools serve the last round alone, which may not come")
         asked: dict[str, Any] = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
         changes = {name: value for name, value in asked.items() if value is not None}
         self.decoding: dict[str, Decoding] = {

@@ -10,6 +10,8 @@ from recmas.sizing import BATCH_SIZE
 from recmas.tools import Tool, Toolbox
 
 MODES = ("latent", "text")
+SETTLED = 0.98
+"""What `settle` is where rounds are "auto"; on validation questions of the relay lab none from 0.9 on lost any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,9 @@ class AnswerOptions:
     Attributes:
         mode: "latent", or "text": the recursive text system, same agents, templates and rounds, text in the slots.
         rounds: rounds of the recursion; None is the system's own.
+        settle: end a question's rounds as soon as what the last agent sends has settled: latents whose cosine with
+            those of the round before is at least this, in (0, 1], or a text that is the same; then the answer is that
+            of so many rounds. None is never.
         latent_steps: latent thoughts per message, for all agents or by role; None is the system's own.
         max_new_tokens: most tokens per text; None is each agent's own setting.
         temperature: of sampling, 0 is greedy; None is each agent's own setting.
@@ -39,6 +44,7 @@ class AnswerOptions:
 
     mode: str = "latent"
     rounds: int | None = None
+    settle: float | None = None
     latent_steps: int | Mapping[str, int] | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -52,6 +58,8 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.settle is not None and not 0 < self.settle <= 1:
+            raise ValueError(f"settle: {self.settle!r} is not in (0, 1]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not an integer")
         if self.batch_size is None:  # as calls may say that they have no wish

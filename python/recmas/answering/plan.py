@@ -39,6 +39,8 @@ class Plan(Manner):
         progress: Callable[[int], object] | None = None,
     ) -> None:
         super().__init__(system.outline, options)
+        if on_text is not None and options.settle is not None and options.mode == "text":
+            raise ValueError("settle: in mode 'text' a text is the answer only when the next one is there: no pieces")
         self.system = system
         self.on_message, self.on_text, self.on_answers = on_message, on_text, on_answers
         self.skip, self.progress = skip, progress

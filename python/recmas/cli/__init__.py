@@ -21,7 +21,7 @@ COMMANDS = {
     "serve": "answer requests over HTTP, in the OpenAI format",
     "eval": "measure a system's accuracy on questions with known answers",
     "audit": "ask whether what a system's latents say matters, and what does as well as they do",
-    "tune": "find rounds and latent steps by validation under a budget of seconds",
+    "tune": "find rounds, latent steps and pattern by validation under a budget",
     "train": "train a system's links: inner, warmup, outer or all",
     "lab": "the relay lab: build, questions, eval, demo; and questions of the notes task",
     "convert": "read and write the reference implementation's systems and links",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.answering.options import MODES, AnswerOptions
+from recmas.answering.options import MODES, SETTLED, AnswerOptions
 from recmas.cli.fields import SWITCH_OFF, add_fields, read_fields
 from recmas.cli.parser import BATCH_SIZE, DEVICES, LATENT_STEPS, NAMES, CommandLineParser
 from recmas.dtypes import DTYPES
@@ -86,6 +86,7 @@ def add_offload(parser: CommandLineParser) -> None:
 _KINDS: dict[str, Any] = {
     "mode": MODES,
     "rounds": PositiveInt,
+    "settle": float,
     "latent_steps": LATENT_STEPS,
     "max_new_tokens": NonNegativeInt,
     "temperature": float,
@@ -149,6 +150,13 @@ def add_compile(parser: CommandLineParser) -> None:
 def answer_options(options: Namespace, names: Sequence[str] = ANSWERING, **others: Any) -> AnswerOptions:
     """The `AnswerOptions` of `add_answering`'s options, with `others` in their place."""
     return AnswerOptions(**read_fields(options, AnswerOptions, _KINDS, names) | others)
+
+
+def settling(options: Namespace, auto: bool) -> dict[str, Any]:
+    """Fields of `AnswerOptions` that ``--rounds auto`` and --settle set."""
+    if not auto:
+        return {"settle": options.settle}
+    return {"rounds": None, "settle": SETTLED if options.settle is None else options.settle}
 
 
 def add_tools(parser: CommandLineParser) -> None:

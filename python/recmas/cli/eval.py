@@ -19,6 +19,7 @@ from recmas.cli.common import (
     check_output,
     dump,
     read_rows,
+    settling,
     toolbox,
 )
 from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine, faults_line, faults_of
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 def _read_sweep(value: Any) -> tuple[int | dict[str, int], ...]:
     by_role = isinstance(value, str) and "=" in value
     return tuple(LATENT_STEPS(one) for one in ([value] if by_role else several(value)))
+
+
+def _read_rounds(value: Any) -> tuple[int, ...] | str:
+    return "auto" if value == "auto" else COUNTS(value)
 
 
 def add_options(parser: CommandLineParser) -> None:
@@ -48,7 +53,13 @@ def add_options(parser: CommandLineParser) -> None:
         help="latent; text: the same agents, prompts and rounds, text in the slots; single: the answering agent alone; "
         "loop: the answering agent reading its own latents",
     )
-    parser.add_argument("--rounds", type=COUNTS, default=None, help="rounds of the recursion (default: the system's)")
+    parser.add_argument(
+        "--rounds",
+        type=Kind("N,... or auto", _read_rounds),
+        default=None,
+        help="rounds of the recursion, to try in turn; or auto: as many as each question needs (--settle), at most the "
+        "system's own (default: the system's)",
+    )
     parser.add_argument(
         "--latent-steps",
         type=Kind("N,... or ROLE=N,...", _read_sweep),
@@ -68,7 +79,8 @@ def execute(options: Namespace) -> int:
     check_output(options.output)
     check_engine(options)
     rows = read_rows(options, options.limit)
-    asked = answer_options(options, DECODING, tools=toolbox(options))
+    auto = options.rounds == "auto"
+    asked = answer_options(options, DECODING, tools=toolbox(options), **settling(options, auto))
     with asked_system(options, asked) as mas:
         from recmas.evaluation.summary import table
         from recmas.evaluation.sweeps import sweep
@@ -79,7 +91,7 @@ def execute(options: Namespace) -> int:
             metric=options.metric,
             answer_field=options.answer_field,
             modes=options.mode,
-            rounds=options.rounds or (None,),
+            rounds=(None,) if auto else options.rounds or (None,),
             latent_steps=options.latent_steps or (None,),
             samples=options.samples,
             options=asked,

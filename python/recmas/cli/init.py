@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from recmas.cli.common import dump
 from recmas.cli.parser import PAIRS, CommandLineParser
 from recmas.config.pattern import NAMED, Pattern
+from recmas.config.presets import PRESETS
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -22,7 +25,8 @@ def add_options(parser: CommandLineParser) -> None:
         "--pattern",
         type=str,
         default="sequential",
-        help=f"{', '.join(NAMED)}, or stages such as 'reader,coder>writer': ',' within a stage, '>' between stages",
+        help=f"{', '.join(NAMED)}; {' or '.join(PRESETS)}, which exchange texts and have no links; or stages such as "
+        "'reader,coder>writer': ',' within a stage, '>' between stages",
     )
     parser.add_argument(
         "--combine",
@@ -36,9 +40,17 @@ def add_options(parser: CommandLineParser) -> None:
         default="stage",
         help="stage, or all: from round 2 on every agent also reads every other one",
     )
-    parser.add_argument("--models", type=PAIRS, required=True, help="folder or hub id by role: planner=PATH,solver=ID")
     parser.add_argument(
-        "--rounds", type=PositiveInt, default=3, help="the system's default; links are made for so many"
+        "--models",
+        type=PAIRS,
+        required=True,
+        help="folder or hub id by role: planner=PATH,solver=ID; '*' stands for any part of a name: 'expert*=PATH'",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=PositiveInt,
+        default=None,
+        help="the system's default; links are made for so many (default: 3, of moa 1)",
     )
     parser.add_argument(
         "--links-per-round", action="store_true", help="an outer link of its own for each round (default: one for all)"
@@ -61,9 +73,7 @@ def execute(options: Namespace) -> int:
     folder = Path(options.system)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already; nothing was written")
-    for role in options.models:
-        if role not in pattern.roles:
-            raise ValueError(f"--models: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+    preset, models = PRESETS.get(options.pattern), models_by_role(options.models, pattern)
     import transformers
 
     from recmas.config.parts import needed_flags
@@ -74,10 +84,12 @@ def execute(options: Namespace) -> int:
         raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(DTYPES)}")
     transformers.utils.logging.disable_progress_bar()
     mas = RecursiveMAS.create(
-        options.models,
+        models,
         pattern,
+        links=preset is None,
         link_scale=options.link_scale,
-        rounds=options.rounds,
+        prompts=None if preset is None else preset.prompts,
+        rounds=options.rounds or (3 if preset is None else preset.rounds),
         latent_steps=options.latent_steps,
         links_per_round=options.links_per_round,
         dtype=options.dtype,
@@ -90,9 +102,13 @@ def execute(options: Namespace) -> int:
     if options.json:
         dump({"system": str(folder), "links": len(links), "link_parameters": parameters})
     else:
-        print(f"{folder}: {len(mas.agents)} agents, {len(links)} untrained links of {parameters:,} parameters in all")
+        made = f"{len(links)} untrained links of {parameters:,} parameters in all" if links else "no links"
+        print(f"{folder}: {len(mas.agents)} agents, {made}")
         flags = "".join(f" {flag}" for flag in needed_flags(folder, mas.spec()))
-        print(f"edit the prompts in system.json, then train the links: recmas train inner | warmup | outer{flags}")
+        if preset is None:
+            print(f"edit the prompts in system.json, then train the links: recmas train inner | warmup | outer{flags}")
+        else:
+            print(f"its agents exchange texts: recmas run | eval {folder} --mode text{flags}")
         if flags:
             print(f"its models are not in the folder, so every command that loads it needs{flags}")
     return 0
@@ -100,10 +116,24 @@ def execute(options: Namespace) -> int:
 
 def read_pattern(name: str, combine: str, exchange: str) -> Pattern:
     """One of the named patterns, or the stages written with ',' and '>'."""
-    if name in NAMED:
-        stages = NAMED[name].stages
+    if name in PRESETS and (combine, exchange) != ("slots", "stage"):
+        raise ValueError(f"--pattern: {name} has prompts with a slot per sender; leave --combine and --exchange out")
+    if name in NAMED or name in PRESETS:
+        stages = (NAMED[name] if name in NAMED else PRESETS[name].pattern).stages
     elif ">" in name:
         stages = tuple(tuple(role.strip() for role in stage.split(",")) for stage in name.split(">"))
     else:
-        raise ValueError(f"--pattern: {name!r} is neither one of {', '.join(NAMED)} nor stages such as 'a,b>c'")
+        known = ", ".join([*NAMED, *PRESETS])
+        raise ValueError(f"--pattern: {name!r} is neither one of {known} nor stages such as 'a,b>c'")
     return Pattern(stages, combine, exchange)
+
+
+def models_by_role(given: Mapping[str, str], pattern: Pattern) -> dict[str, str]:
+    """A model for each role that one of the names means; a name without ``*`` goes before one with it."""
+    models: dict[str, str] = {}
+    for name in sorted(given, key=lambda name: "*" in name, reverse=True):
+        meant = [role for role in pattern.roles if fnmatch.fnmatchcase(role, name)]
+        if not meant:
+            raise ValueError(f"--models: unknown role {name!r}; the pattern has {', '.join(pattern.roles)}")
+        models.update(dict.fromkeys(meant, given[name]))
+    return models

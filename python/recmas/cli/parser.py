@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -114,6 +114,18 @@ def _read_steps(value: Any) -> int | dict[str, int]:
     return whole(value)
 
 
+def _read_rounds(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    try:
+        rounds = whole(value)
+    except ValueError:
+        raise ArgumentTypeError(f"must be an integer or auto, got {value!r}") from None
+    if rounds < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {rounds}")
+    return rounds
+
+
 def _read_by_role(value: Any) -> str | dict[str, str]:
     return read_pairs(value) if isinstance(value, dict) or "=" in value else str(value)
 
@@ -170,6 +182,7 @@ def read_pairs(value: Any) -> dict[str, str]:
 
 BATCH_SIZE = Kind("N or auto", _read_batch_size)
 DEVICES = Kind("DEVICE or ROLE=DEVICE,...", _read_by_role)
+ROUNDS = Kind("N or auto", _read_rounds)
 LATENT_STEPS = Kind("N or ROLE=N,...", _read_steps)
 NAMES = Kind("NAME,...", _read_names)
 COUNTS = Kind("N,...", _read_counts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recmas.answering.options import AnswerOptions
 from recmas.cli.common import (
+    ANSWERING,
     add_answering,
     add_compile,
     add_offload,
@@ -19,11 +20,12 @@ from recmas.cli.common import (
     check_output,
     dump,
     read_questions,
+    settling,
     toolbox,
     write_lines,
 )
 from recmas.cli.engine import add_engine, add_micro_batch, asked_system, check_engine, faults_line, faults_of
-from recmas.cli.parser import CommandLineParser
+from recmas.cli.parser import ROUNDS, CommandLineParser
 from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 from recmas.prompts.rows import read_row
 
@@ -50,7 +52,14 @@ def add_options(parser: CommandLineParser) -> None:
         help="JSONL file: an object per line with the fields that the system's prompts name, or with a chat's messages",
     )
     parser.add_argument("--question", type=str, default=None, help="a single question instead")
-    add_answering(parser)
+    add_answering(parser, [name for name in ANSWERING if name != "rounds"])
+    parser.add_argument(
+        "--rounds",
+        type=ROUNDS,
+        default=None,
+        help="rounds of the recursion, or auto: as many as each question needs (--settle), at most the system's own "
+        "(default: the system's)",
+    )
     add_compile(parser)
     add_tools(parser)
     parser.add_argument(
@@ -75,7 +84,9 @@ def execute(options: Namespace) -> int:
         raise ValueError("--stream: with --engine ray, many are answered at once; recmas serve streams them")
     check_output(options.output)
     check_engine(options)
-    asked = answer_options(options, tools=toolbox(options), batch_size=1 if options.stream else options.batch_size)
+    auto = settling(options, options.rounds == "auto")
+    batch_size = 1 if options.stream else options.batch_size
+    asked = answer_options(options, tools=toolbox(options), batch_size=batch_size, **auto)
     output = None if options.output is None else Path(options.output)
     with ExitStack() as stack:
         if output is not None:
@@ -83,7 +94,7 @@ def execute(options: Namespace) -> int:
         mas = stack.enter_context(asked_system(options, asked))
         from tqdm.auto import tqdm
 
-        rounds = mas.defaults.rounds if options.rounds is None else options.rounds
+        rounds = mas.defaults.rounds if asked.rounds is None else asked.rounds
         visits = len(list(mas.pattern.visits(rounds)))
         keys = keys_of(mas, rows, asked)
         done = {} if output is None else read_answers(output, keys)
@@ -191,6 +202,7 @@ def record(row: dict[str, object], answer: Answer, index: int, key: str) -> dict
         "key": key,
         "question": read_row(row, index).get("question"),
         "text": answer.text,
+        "rounds": answer.rounds,
         "tokens": answer.tokens,
         "latent_steps": answer.latent_steps,
         "text_tokens": answer.text_tokens,

@@ -152,6 +152,8 @@ class RaySystem:
         """Options that processes were started with cannot be changed; others are not there."""
         if options.trace:
             raise ValueError("trace: agents in other processes keep no handoffs; ask the system in one process")
+        if options.settle is not None:
+            raise ValueError("settle: agents in other processes go all rounds; ask the system in one process")
         if options.batch_size == "auto":
             raise ValueError("batch_size: 'auto' measures the memory of one process; give a number")
         if options.prefix_reuse != self._loading.prefix_reuse:

@@ -49,6 +49,20 @@ class Snapshot:
         layers = [_copy(layer, columns) for layer in past.cache.layers]
         return cls(past.decoder, past.mask.device, ids, list(pads), layers)
 
+    def select(self, rows: Sequence[int]) -> Snapshot:
+        """Of some rows of its batch."""
+        if len(self.ids) == 1:
+            return self
+        index = torch.tensor(rows, device=self.device)
+        layers: list[tuple[Tensor, Tensor] | LinearAttentionLayer | None] = []
+        for held in self.layers:
+            if isinstance(held, LinearAttentionLayer):
+                held = copy.deepcopy(held)
+                held.reorder_cache(index)
+            layers.append((held[0][index], held[1][index]) if isinstance(held, tuple) else held)
+        ids, pads = [self.ids[row] for row in rows], [self.pads[row] for row in rows]
+        return Snapshot(self.decoder, self.device, ids, pads, layers)
+
     def cut(self, prefix: Ids, pads: Sequence[int], last: int) -> int:
         """The column before which a left-padded prompt can be continued from here; 0: nowhere.
 

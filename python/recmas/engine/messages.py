@@ -35,6 +35,14 @@ Message = Latents | list[str]
 """What an agent sends: latents, or a text per row of the batch."""
 
 
+def select(message: Message, rows: Sequence[int]) -> Message:
+    """The message of some rows of the batch."""
+    if isinstance(message, Latents):
+        lengths = None if message.lengths is None else message.lengths[rows]
+        return Latents(message.states[rows], lengths)
+    return [message[row] for row in rows]
+
+
 @dataclass
 class Prompt:
     """A batch of prompts, left padded.
@@ -49,6 +57,13 @@ class Prompt:
     embeds: Tensor
     mask: Tensor
     prefix: Sequence[Sequence[int]] | None = None
+
+    def select(self, rows: Sequence[int]) -> Prompt:
+        """Some rows, one at least, without the padding that none of them needs."""
+        mask = self.mask[rows]
+        first = mask.shape[1] - int(mask.sum(dim=1).max())
+        prefix = None if self.prefix is None else [self.prefix[row] for row in rows]
+        return Prompt(self.embeds[rows, first:], mask[:, first:], prefix)
 
 
 def run_link(link: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ and serves that cut alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,13 @@ class PrefixReuse:
         self._off = "" if enabled else "prefix reuse is off"
         self._held: dict[str, Snapshot] = {}
         self.last = Reading()
+
+    def select(self, rows: Sequence[int]) -> PrefixReuse:
+        """For some rows of the batch, with what is held of them."""
+        chosen = PrefixReuse(proved=self._proved)
+        chosen._off = self._off
+        chosen._held = {role: snapshot.select(rows) for role, snapshot in self._held.items()}
+        return chosen
 
     def prefill(self, role: str, upcoming: Callable[[], Ids] | None) -> Prefill:
         """The `Prefill` of one visit.

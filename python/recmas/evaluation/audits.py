@@ -80,6 +80,8 @@ def audit(
         raise ValueError(f"margin, nll_margin: expected positive numbers, got {margin} and {nll_margin}")
     expected = expected_answers(rows, answer_field)
     options = replace(AnswerOptions.of(options, **changes), mode="latent", temperature=0.0, seed=seed, tools=())
+    if options.settle is not None:
+        raise ValueError("settle: an audit compares the last prompts of all questions, after as many rounds each")
     if not isinstance(options.batch_size, int):
         raise ValueError("batch_size: an audit shuffles messages within a batch, so it has to be a number")
     plan = Plan(system, options)

@@ -11,6 +11,8 @@ from recmas.files.json_lines import OtherRunError, append_lines, read_lines
 
 MODES = ("latent", "text", "single", "loop")
 _BEGINNING = '{"mode": "'  # of every line that `append` writes
+UNITS = ("seconds", "tokens")
+"""Of a budget. Tokens are those that all agents write, and their latent steps; what they read is not counted."""
 
 
 class Cell(NamedTuple):

@@ -98,6 +98,8 @@ def sweep(
         raise ValueError(f"samples must be at least 1, got {samples}")
     expected = expected_answers(rows, answer_field)
     decoding = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    if options.settle is not None:  # records of runs without it keep their keys
+        decoding["settle"] = options.settle
     toolbox = options.toolbox
     cells = _cells(system, modes, rounds, latent_steps)
     answerers: list[Answerer] = []

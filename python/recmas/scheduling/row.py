@@ -122,7 +122,7 @@ class Row:
         if visit not in self._sent:
             self._sent[visit] = self._walk.begin(visit)
         if visit.final:
-            self.answer.text, self.answer.tokens = "", []
+            self.answer.text, self.answer.tokens, self.answer.rounds = "", [], visit.round
         how = self.manner.decoding[visit.role]
         seed, number = self._stream
         stream = (seed, visit.round, self.manner.pattern.roles.index(visit.role), number)

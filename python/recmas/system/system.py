@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from recmas.config.pattern import LinkKey, Pattern, Visit
 from recmas.config.system_json import AgentSpec, Defaults
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
-from recmas.engine.messages import Message, Prompt
+from recmas.engine.messages import Message, Prompt, select
 from recmas.prompts.rows import Fields, check_fields, earlier
 from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
@@ -31,11 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Turn:
-    """A visit under way: an agent's prompt, and the message that whoever runs the agent puts here."""
+    """A visit under way: an agent's prompt, and the message that whoever runs the agent puts here.
+
+    Attributes:
+        visit: whose turn it is.
+        prompt: of the rows that are on their way.
+        message: of the same rows.
+        stay: places of the rows that go on after this turn; None is all of them.
+    """
 
     visit: Visit
     prompt: Prompt
     message: Message | None = None
+    stay: Sequence[int] | None = None
 
 
 class System:
@@ -171,6 +180,11 @@ class System:
             if turn.message is None:
                 raise RuntimeError(f"the turn of {visit.role!r} in round {visit.round} ended without a message")
             walk.end(visit, turn.message)
+            if turn.stay is not None:
+                rows = [rows[place] for place in turn.stay]
+                if not rows:
+                    return
+                walk.change(partial(select, rows=turn.stay))
 
     def member(self, role: str) -> Member:
         """One agent with its links and prompts, as they are now."""

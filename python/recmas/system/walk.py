@@ -6,6 +6,7 @@ rows come and go (`recmas.scheduling`): then every visit may begin whose message
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from recmas.config.pattern import Pattern, Visit
@@ -40,6 +41,10 @@ class Walk(Generic[M]):
         sources = self._left.pop(visit)
         self._under_way.append(visit)
         return {source[0]: self._messages[source] for source in sources}
+
+    def change(self, change: Callable[[M], M]) -> None:
+        """Put something else in the place of each message that is still to be read."""
+        self._messages = {source: change(message) for source, message in self._messages.items()}
 
     def end(self, visit: Visit, message: M) -> None:
         """The visit has ended with this message; messages that nobody reads any more are dropped."""

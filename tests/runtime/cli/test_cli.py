@@ -204,7 +204,7 @@ def test_missing_model_folder(broken):
         (["train", "outer"], "required: SYSTEM, --data"),
         (["train", "inner", "system"], "give either --data FILE.jsonl or --texts FILE.jsonl|HUB_ID"),
         (["run", "system", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
-        (["run", "system", "--rounds", "two"], "--rounds: must be an integer, got 'two'"),
+        (["run", "system", "--rounds", "two"], "--rounds: must be an integer or auto, got 'two'"),
         (["run", "system", "--max-new-tokens", "-2"], "--max-new-tokens: must be at least 0, got -2"),
         (["run", "system", "--mode", "telepathy"], "'telepathy'"),
         (["run", "system", "--latent-steps", "planner=x"], "--latent-steps"),

@@ -31,7 +31,14 @@ class Known(RecursiveMAS):
     def answer(self, rows, options):
         self.now += options.rounds * len(rows) + (0 if self.asked else self.warming)
         self.asked.append((options.mode, options.rounds, options.latent_steps, len(rows)))
-        return Answers(Answer("yes" if row["number"] % 8 < options.latent_steps else "no") for row in rows)
+        return Answers(
+            Answer(
+                "yes" if row["number"] % 8 < options.latent_steps else "no",
+                text_tokens={"learner": 1},
+                latent_steps={"expert": options.latent_steps * options.rounds},
+            )
+            for row in rows
+        )
 
 
 @pytest.fixture
@@ -100,9 +107,35 @@ def test_the_seed_orders_the_questions(known):
     assert one == same != other
 
 
+def test_a_budget_in_tokens_depends_on_no_clock(known):
+    found = search(known, 8 * (1 + 3) + 8 * 3, unit="tokens", latent_steps=(0, 2, 5, 8), rounds=(1,))
+    assert known.asked == [("latent", 1, 0, 8), ("latent", 1, 2, 8), ("latent", 1, 5, 8)]  # 8, 24 and 48 tokens
+    assert found.ended == "the tokens were used up"
+    assert found.tokens == 8 + 24 + 48
+    assert [trial.tokens for trial in found.trials] == [48, 24, 8, 0]
+    equal = search(known, 1e6, unit="tokens", latent_steps=(8,), rounds=(2, 1))
+    assert equal.best == Cell("latent", 1, 8)  # as good in fewer tokens
+    with pytest.raises(ValueError, match="budget: 5 tokens are too few: the first trial, of 8 questions, .* 72 tokens"):
+        search(known, 5, unit="tokens", latent_steps=(8,))
+
+
+def test_systems_of_several_patterns_are_tried_beside_each_other(known):
+    agents = known.agents
+    other = Known.create(agents, DISTILLATION, rounds=2, latent_steps=1, seed=1)
+    texts = Known.create(agents, DISTILLATION, links=False)
+    other.asked, texts.asked = [], []
+    found = search({"one": known, "other": other, "texts": texts}, 1e6, modes=("latent", "text"), clock=lambda: 0.0)
+    tried = {(trial.system, trial.cell.mode) for trial in found.trials}
+    assert tried == {(name, mode) for name in ("one", "other") for mode in ("latent", "text")} | {("texts", "text")}
+    assert {mode for mode, *_ in texts.asked} == {"text"}
+    with pytest.raises(ValueError, match="modes: texts has no links, so it can be tried in mode 'text' only"):
+        search({"one": known, "texts": texts}, 1e6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"unit": "miles"}, "unit: 'miles' is not one of seconds, tokens"),
         ({"budget": 0}, "budget: 0 seconds, expected more than 0"),
         ({"budget": 9}, "budget: 9 seconds are too few: the first trial, of 8 questions, ended after 9.0 seconds"),
         ({"rows": []}, "rows: expected at least one question, got none"),
@@ -134,6 +167,22 @@ def test_command_writes_the_defaults(tmp_path, capsys):
     assert (spec.defaults.rounds, spec.defaults.latent_steps) == (3, 2)
     assert {agent.latent_steps for agent in spec.agents.values()} == {None}
     RecursiveMAS.from_pretrained(system)  # every checksum still holds
+
+
+def test_command_tries_other_systems_and_writes_into_the_best(tmp_path, capsys):
+    systems = [tmp_path / name for name in ("one", "two")]
+    for system in systems:
+        shutil.copytree(RELAY, system)
+    before = (systems[1] / "system.json").read_bytes()
+    words = ["tune", str(systems[0]), "--others", str(systems[1]), "--data", str(RELAY / "questions.jsonl")]
+    words += ["--metric", "last_word", "--rounds", "3", "--latent-steps", "1,2"]
+    words += ["--budget", "4000", "--budget-unit", "tokens", "--write"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("system")
+    assert f"{systems[0]}: rounds 3 and 2 latent steps" in printed
+    assert read_spec(systems[0]).defaults.latent_steps == 2
+    assert (systems[1] / "system.json").read_bytes() == before
 
 
 def test_command_refuses_to_write_what_it_does_not_try(capsys, monkeypatch):

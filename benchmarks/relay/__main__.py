@@ -1,0 +1,84 @@
+"""``python -m benchmarks.relay STEP RECORD``: the paper's claims on the shipped relay lab, one step each.
+
+Each step writes the JSON file RECORD, from which ``python -m benchmarks.report`` draws the verdict:
+
+    table2     accuracy, seconds and tokens in 1, 2 and 3 rounds, latents against text (Table 2); a quiet machine
+    steps      accuracy and seconds over latent steps, 0 to 112 (Table 9)
+    depth      links trained in 1, 2 and 3 rounds, each asked in 1, 2 and 3 (Figure 1); a link seed per call with
+               --link-seed, which adds to RECORD
+    auto       accuracy and cost where each question ends its rounds by itself (--settle of recmas run); a quiet machine
+    gradients  gains of a round's Jacobian through the frozen agents, by kind of link (Theorem 4.1)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from benchmarks.harness.machine import origin
+from benchmarks.relay import auto, depth, gradients, steps, table2
+from recmas.files import write_atomically
+
+DEFAULTS = {"table2": 512, "steps": 256, "depth": 256, "auto": 256, "gradients": 32}
+"""Questions of each step."""
+
+
+def write(path: Path, head: dict[str, Any], cells: Sequence[dict[str, Any]]) -> None:
+    """A record: what it was made with, and a line per cell."""
+    lines = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in cells)
+    head = {"made": origin(), **head}
+    write_atomically(path, json.dumps(head, indent=1)[:-2] + ',\n "cells": [\n' + lines + "\n]}\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    count = options.questions or DEFAULTS[options.step]
+    made: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
+        "table2": lambda: table2.measure(count, options.turns),
+        "steps": lambda: steps.measure(count),
+        "auto": lambda: auto.measure(count, options.turns, options.split),
+        "gradients": lambda: gradients.measure(count),
+        "depth": lambda: depth.measure(count, options.link_seed, options.scale),
+    }
+
+    def earlier() -> list[dict[str, Any]]:
+        """Cells of other link seeds."""
+        if options.step != "depth" or not options.record.exists():
+            return []
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+        depth.check_same(record, count, options.scale)
+        return [cell for cell in record["cells"] if cell["link_seed"] != options.link_seed]
+
+    earlier()  # a record of other settings is refused before anything is trained
+    head, cells = made[options.step]()
+    write(options.record, head, [*earlier(), *cells])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.relay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=tuple(DEFAULTS))
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--questions", type=int, help=f"default: {DEFAULTS}")
+    parser.add_argument("--turns", type=int, default=5, help="of table2 and auto: how often each way is timed")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of auto")
+    parser.add_argument("--link-seed", type=int, default=1, help="of depth")
+    parser.add_argument("--scale", type=float, default=1.0, help="of depth: share of the training steps, for a trial")
+    options = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

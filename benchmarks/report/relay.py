@@ -1,0 +1,208 @@
+"""What the records of `benchmarks.relay` say of the paper's claims: the shipped lab, three agents of half a million."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.harness.timing import Ratio
+from benchmarks.report.claims import FAILS, HOLDS, Finding, verdict_of
+from benchmarks.report.tables import duration, number
+from recmas.answering.options import SETTLED
+from recmas.evaluation.intervals import wilson
+from recmas.evaluation.paired import Difference, paired_shares
+
+STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""By degrees of freedom, what a mean of so many values and one more reaches within in 95 % of all cases."""
+Cells = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def _by(record: dict[str, Any], *names: str) -> Cells:
+    return {tuple(cell[name] for name in names): cell for cell in record["cells"]}
+
+
+def _right(cell: dict[str, Any]) -> list[bool]:
+    return [bool(one) for one in cell["correct"]]
+
+
+def _share(cell: dict[str, Any]) -> str:
+    """Accuracy with its 95 % interval."""
+    right = cell["correct"]
+    low, high = wilson(sum(right), len(right))
+    return f"{sum(right) / len(right):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _difference(one: Difference) -> str:
+    return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+
+
+def grows_with_rounds(record: dict[str, Any]) -> Finding:
+    """Whether a round more answers more questions, in each mode."""
+    cells, words, hold = _by(record, "mode", "rounds"), [], []
+    for mode in ("latent", "text"):
+        members = [cells[mode, rounds] for rounds in (1, 2, 3)]
+        words.append(f"{mode}: {', '.join(map(_share, members))} at r = 1, 2, 3")
+        for before, after in itertools.pairwise(members):
+            change = paired_shares(_right(before), _right(after))
+            hold.append(change.shown and change.value > 0)
+    return Finding("; ".join(words), verdict_of(hold))
+
+
+def more_accurate(record: dict[str, Any]) -> Finding:
+    """Whether latents answer more questions than text does in as many rounds."""
+    cells, words, hold = _by(record, "mode", "rounds"), [], []
+    for rounds in (1, 2, 3):
+        change = paired_shares(_right(cells["text", rounds]), _right(cells["latent", rounds]))
+        words.append(f"r = {rounds}: {_difference(change)}")
+        hold.append(change.shown and change.value > 0)
+    return Finding(f"latents minus text (97.5% each), {'; '.join(words)}", verdict_of(hold))
+
+
+def faster(record: dict[str, Any]) -> Finding:
+    """Whether latents take less time than text in as many rounds, beyond chance."""
+    cells, words, hold = _by(record, "mode", "rounds"), [], []
+    for rounds in (1, 2, 3):
+        text, latent = (cells[mode, rounds]["seconds"] for mode in ("text", "latent"))
+        ratio = Ratio.of(text, latent)
+        each = " and ".join(duration(1e6 * statistics.median(times)) for times in (text, latent))
+        words.append(f"r = {rounds}: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] ({each} a question)")
+        hold.append(ratio.low > 1)
+    return Finding("; ".join(words), verdict_of(hold))
+
+
+def fewer_tokens(record: dict[str, Any]) -> Finding:
+    """Whether latents write fewer tokens of text in as many rounds; latent steps are not counted, as in the paper."""
+    cells, words, hold = _by(record, "mode", "rounds"), [], []
+    for rounds in (1, 2, 3):
+        text, latent = cells["text", rounds], cells["latent", rounds]
+        less = 1 - latent["text_tokens"] / text["text_tokens"]
+        counts = f"{text['text_tokens']:.1f} to {latent['text_tokens']:.1f}"
+        words.append(f"r = {rounds}: {100 * less:.0f}% less, {counts} and {latent['latent_steps']:.1f} latent steps")
+        hold.append(less > 0)
+    return Finding("; ".join(words), verdict_of(hold))
+
+
+def settles(record: dict[str, Any]) -> Finding:
+    """Whether rounds that end by themselves lose no answer that four rounds for all give, and take less time."""
+    cells = _by(record, "mode", "settle", "rounds")
+    auto, most, words = cells["latent", SETTLED, 4], cells["latent", None, 4], []
+    change = paired_shares(_right(most), _right(auto))
+    ratio = Ratio.of(most["seconds"], auto["seconds"])
+    for name, cell in ((f"auto at {SETTLED}", auto), ("4 rounds", most), ("3 rounds", cells["latent", None, 3])):
+        took = statistics.mean(cell["took"])
+        words.append(f"{name}: {_share(cell)} in {took:.2f} rounds, {cell['latent_steps']:.1f} latent steps")
+    gain = f"auto minus 4 rounds: {_difference(change)}, {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] as fast"
+    lost = change.shown and change.value < 0
+    return Finding(f"{'; '.join(words)}; {gain}", verdict_of([not lost, ratio.low > 1]))
+
+
+def grows_with_steps(record: dict[str, Any]) -> Finding:
+    """Whether 16 latent steps answer more than none, and 80 more than 16."""
+    cells = {cell["steps"]: cell for cell in record["cells"]}
+    shares = ", ".join(f"{sum(cell['correct']) / len(cell['correct']):.3f} at {steps}" for steps, cell in cells.items())
+    ends = [paired_shares(_right(cells[few]), _right(cells[many])) for few, many in ((0, 16), (16, 80))]
+    words = f"{shares}; 16 minus 0: {_difference(ends[0])}, 80 minus 16: {_difference(ends[1])}"
+    return Finding(words, verdict_of([one.shown and one.value > 0 for one in ends]))
+
+
+def deep_is_best(record: dict[str, Any]) -> Finding:
+    """Whether links trained in three rounds answer more in three rounds than links trained in one do."""
+    shares: dict[tuple[int, int], list[float]] = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["link_seed"]):
+        share = sum(cell["correct"]) / len(cell["correct"])
+        shares.setdefault((cell["trained"], cell["rounds"]), []).append(share)
+    table = [
+        f"{'warmed up only' if not trained else f'trained r = {trained}'}: "
+        + ", ".join(f"{statistics.mean(shares[trained, rounds]):.3f}" for rounds in (1, 2, 3))
+        for trained in sorted({trained for trained, _ in shares})
+    ]
+    gains = {few: _over_seeds(shares[3, 3], shares[few, 3]) for few in (1, 2)}
+    words = "; ".join(f"asked in 3, trained in 3 minus in {few}: {_difference(one)}" for few, one in gains.items())
+    seeds = f"means of {len(shares[3, 3])} link seeds at inference r = 1, 2, 3"
+    return Finding(f"{seeds}: {'; '.join(table)}. {words}", HOLDS if gains[1].low > 0 else FAILS)
+
+
+def _over_seeds(many: Sequence[float], few: Sequence[float]) -> Difference:
+    """The mean difference over link seeds, with Student's 95 % interval."""
+    differences = [one - other for one, other in zip(many, few, strict=True)]
+    mean = statistics.mean(differences)
+    reach = STUDENT[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    return Difference(mean, mean - reach, mean + reach)
+
+
+KEPT = 2
+"""A norm that is at most so many times as large or small as before counts as kept."""
+
+
+def agents_keep_gradients(record: dict[str, Any]) -> Finding:
+    """Whether a round's Jacobian keeps the norm of a random direction, by kind of link."""
+    gains = {kind: _gains(record, kind) for kind in dict.fromkeys(cell["links"] for cell in record["cells"])}
+    words = "; ".join(f"{kind} {_spread(each)}" for kind, each in gains.items())
+    through = {kind: statistics.median(each) for kind, each in gains.items() if kind != "text"}
+    measured = f"gain of a round, median [5%, 95%] of questions, rounds and directions: {words}"
+    return Finding(measured, verdict_of([1 / KEPT <= median <= KEPT for median in through.values()]))
+
+
+def agents_lose_gradients_in_text(record: dict[str, Any]) -> Finding:
+    """Whether a round of text passes less of a gradient on than a round of links, by kind of link."""
+    text = statistics.median(_gains(record, "text"))
+    through = {
+        kind: statistics.median(_gains(record, kind))
+        for kind in dict.fromkeys(cell["links"] for cell in record["cells"])
+        if kind != "text"
+    }
+    (entropies,) = [cell["entropy"] for cell in record["cells"] if cell["links"] == "text"]
+    nats = ", ".join(f"{role} {number(entropy)}" for role, entropy in entropies.items())
+    words = ", ".join(f"{number(median / text)} times as much through {kind} links" for kind, median in through.items())
+    return Finding(
+        f"{words} as through text, whose entropies in nats are: {nats}",
+        verdict_of([median > text for median in through.values()]),
+    )
+
+
+def _gains(record: dict[str, Any], kind: str) -> list[float]:
+    """Of all seeds, rounds, questions and directions."""
+    return [one for cell in record["cells"] if cell["links"] == kind for by_round in cell["gains"] for one in by_round]
+
+
+def _spread(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    low, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.05, 0.95))
+    return f"{number(statistics.median(ordered))} [{number(low)}, {number(high)}]"
+
+
+Judge = Callable[[Any], Finding]
+CLAIMS: tuple[tuple[str, str, str, Judge], ...] = (
+    ("Accuracy grows with rounds.", "Table 2, accuracy", "table2", grows_with_rounds),
+    ("Latents are more accurate than text in as many rounds.", "Table 2, accuracy", "table2", more_accurate),
+    ("Latents are faster than text in as many rounds.", "Table 2, time", "table2", faster),
+    ("Latents write fewer tokens than text in as many rounds.", "Table 2, tokens", "table2", fewer_tokens),
+    (
+        "Links trained in more rounds answer more in as many rounds.",
+        "Figure 1",
+        "depth",
+        deep_is_best,
+    ),
+    ("Accuracy grows with the number of latent steps up to about 80.", "Table 9", "steps", grows_with_steps),
+    (
+        "A question whose rounds end once its latents have settled is answered as well, in less time.",
+        "this library",
+        "auto",
+        settles,
+    ),
+    (
+        "Gradients keep their norm through links and the frozen models between them.",
+        "Theorem 4.1",
+        "gradients",
+        agents_keep_gradients,
+    ),
+    (
+        "Through frozen models, too, links pass on more of a gradient than text does.",
+        "Theorem 4.1",
+        "gradients",
+        agents_lose_gradients_in_text,
+    ),
+)
+"""Claim, where the paper makes it, the step of `benchmarks.relay` that measures it, and what its record says."""
