@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import random
+import shutil
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.trio.__main__ import main
-from benchmarks.trio.cells import TURNS, Cell, turns
+from benchmarks.trio.__main__ import load_agents, main
+from benchmarks.trio.demo import NAMES as DEMO_NAMES
+from benchmarks.trio.demo import main as demo
+from benchmarks.trio.links import load_links
+from benchmarks.trio.pooled import crossed
+from benchmarks.trio.shipped import models_of
+from benchmarks.trio.task import Opening, Thoughts, loss
+from benchmarks.trio.times import TURNS, turns
+from recmas.agents.targets import target_tokens
 from recmas.answering.answers import Answer, Answers
 from recmas.config.system_json import Decoding
+from recmas.engine.messages import Latents, run_link
+from recmas.evaluation.audits import gold_nll
+from recmas.evaluation.intervals import student
+from recmas.lab.notes import questions
+from recmas.training.pairs import speak, utterances
 from tests.runtime.tiny import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("4-0", "4-1", "4-0-task")
 
 
 @pytest.fixture(scope="module")
@@ -32,33 +49,145 @@ def call(models, step, *options):
     return main([str(models), str(models / "record.json"), step, "large", "small", *options])
 
 
-def test_links_audit_and_time(models, monkeypatch, capsys):
-    assert call(models, "audit") == 2
-    assert "no links there; the step 'links' trains them" in capsys.readouterr().err
-    monkeypatch.setattr("benchmarks.trio.links.HELD", 2)
-    # A vocabulary of one corpus: few words are one token.
-    monkeypatch.setattr("benchmarks.trio.links.copies", lambda words, seed, count: short(words, seed, count))
-    assert call(models, "links", "--lists", "4", "--steps", "2") == 0
-    record = json.loads((models / "record.json").read_text())["large-small"]
-    assert set(record["links"]["held out"]) == {"word lists", "known", "unknown"}
-    for found in record["links"]["held out"].values():
+def recorded(models):
+    return json.loads((models / "record.json").read_text())["large-small"]
+
+
+@pytest.fixture(scope="module")
+def linked(models):
+    """General links of two seeds, and the first ones after a short outer stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.trio.links.HELD", 2)
+        patch.setattr("benchmarks.trio.task.TRAINED", 16)
+        patch.setattr("benchmarks.trio.task.WATCHED", 8)
+        # A vocabulary of one corpus: few words are one token.
+        patch.setattr("benchmarks.trio.links.copies", lambda words, seed, count: short(words, seed, count))
+        for seed in ("0", "1"):
+            assert call(models, "links", "--lists", "4", "--steps", "2", "--seed", seed) == 0
+        assert call(models, "task", "--links", "4-0", "--steps", "6", "--latents", "3", "--rate", "1e-2") == 0
+    return models
+
+
+def test_links_and_the_outer_stage_leave_their_record(linked):
+    first, second, task = recorded(linked)["links"]
+    assert [one["links"] for one in (first, second, task)] == ["4-0", "4-1", "4-0-task"]
+    assert set(first["held out"]) == {"word lists", "messages, known", "messages, unknown"}
+    for found in first["held out"].values():
         assert all(-1 <= value <= 1 for value in found.values())
-    monkeypatch.setattr("benchmarks.trio.__main__.CELLS", (Cell(1, 3, ("text",)), Cell(2, 3, ())))
-    assert call(models, "audit", "--questions", "7", "--seconds", "0") == 0
-    assert json.loads((models / "record.json").read_text())["large-small"]["audit"] == []
-    for _ in range(2):  # the second call finds all cells done
-        assert call(models, "audit", "--questions", "7") == 0
-    record = json.loads((models / "record.json").read_text())["large-small"]
-    assert [(one["arm"], one["steps"], one["tokens"]) for one in record["audit"]] == [
-        *[("trained", 1, 0), ("shuffled", 1, 0), ("text", 0, 3)],
-        *[("trained", 2, 0), ("shuffled", 2, 0)],
-    ]
-    assert all(len(one["correct"]) == len(one["nll"]) == 7 for one in record["audit"])
-    ways = {name: way | {"tokens": 2} for name, way in list(TURNS.items())[1:3]}
-    monkeypatch.setattr("benchmarks.trio.cells.TURNS", ways)
-    assert call(models, "time", "--questions", "2", "--rounds", "1") == 0
-    record = json.loads((models / "record.json").read_text())["large-small"]
-    assert [(one["way"], one["batch"]) for one in record["time"]] == [(way, batch) for batch in (1, 8) for way in ways]
+    assert min(task["validation"][1:]) < task["validation"][0]
+    weights = [(linked / "links/large-small" / name / "outer/model.safetensors").read_bytes() for name in NAMES]
+    assert len(set(weights)) == 3
+    inner = [(linked / "links/large-small" / name / "inner/model.safetensors").read_bytes() for name in NAMES]
+    assert inner[0] == inner[2] != inner[1]
+
+
+def test_audits_are_added_once_and_times_replaced(linked, monkeypatch, capsys):
+    assert call(linked, "audit", "--links", "4-7") == 2
+    assert f"{linked}/links/large-small/4-7: no links there" in capsys.readouterr().err
+    cell = ("--questions", "7", "--latents", "1", "--tokens", "3", "--arms", "text")
+    for links in (*NAMES, "4-0"):  # the last one is done
+        assert call(linked, "audit", "--links", links, *cell) == 0
+    assert call(linked, "audit", "--links", "4-0", "--questions", "7", "--validation") == 0
+    audits = recorded(linked)["audit"]
+    arms = [("trained", 1, 0), ("shuffled", 1, 0), ("text", 0, 3)]
+    assert [(one["arm"], one["steps"], one["tokens"]) for one in audits[:9]] == 3 * arms
+    assert [(one["links"], one["seed"]) for one in audits[::3]] == [*((name, 2) for name in NAMES), ("4-0", 1)]
+    assert all(len(one["correct"]) == len(one["nll"]) == 7 for one in audits)
+    assert len(audits) == 11
+    ways = {name: TURNS[name] | {"tokens": 2} for name in ("text, 32 tokens", "latents, m = 8")}
+    monkeypatch.setattr("benchmarks.trio.times.TURNS", ways)
+    for _ in range(2):
+        assert call(linked, "time", "--links", "4-0", "--rounds", "1") == 0
+    assert [(one["way"], one["batch"]) for one in recorded(linked)["time"]] == [(w, b) for b in (1, 8) for w in ways]
+
+
+def test_the_outer_stage_has_the_loss_of_an_audit(linked):
+    """Latents under the gold message, in the prompts as they are: neither cache nor common beginning changes them."""
+    system = load_links(load_agents(linked, "large", "small"), linked / "links/large-small/4-0")
+    rows = questions("train", 5, 3, ["known"])
+    reader, solver = system.agents["reader"], system.agents["solver"]
+    *_, final = system.pattern.visits(1)
+    opening = Opening(solver, system.prefix_ids(final, rows))
+    assert opening.length > 100
+    for turn in system.walk(rows, 1):
+        if turn.visit.final:
+            assert (turn.prompt.mask == 0).any()
+            wanted = sum(gold_nll(solver, turn.prompt, [f" {row['answer']}" for row in rows]))
+        else:
+            said = speak(reader, utterances(system, "reader", rows, 1, max_tokens=3))
+            turn.message = Latents(run_link(system.inner_links["reader"], said.hidden).view(3, 3, -1))
+    thoughts = Thoughts(system, rows, 3, linked / "links/large-small/pairs")
+    tokens = sum(len(ids) - 1 for ids in target_tokens(solver, [f" {row['answer']}" for row in rows]))
+    assert loss(system, thoughts, opening, rows).item() * tokens == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shipped(linked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shipped")
+    assert call(linked, "ship", "--links", "4-1", "--out", str(folder)) == 0
+    return folder
+
+
+def test_shipped_links_run_with_a_table_and_a_verdict(linked, shipped, capsys):
+    size = sum(path.stat().st_size for path in (linked / "links/large-small/4-1").rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in shipped.rglob("*.safetensors")) < 0.6 * size
+    options = ("--links", str(shipped), "--questions", "7", "--latents", "2", "--tokens", "2")
+    assert demo([str(linked), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "large reads, small solves: 7 questions of seed 3" in printed
+    assert [line.split()[0] for line in printed.splitlines() if "[" in line][:4] == [*DEMO_NAMES.values()]
+    assert "\nVerdict: cannot be told with 7 questions (" in printed
+    assert "Whether text answers more of them than latents cannot be told" in printed
+    assert demo([str(linked), *options[:2], "--questions", "6"]) == 2
+    assert "6 are too few" in capsys.readouterr().err
+
+
+def test_the_demo_names_what_is_missing_or_other(linked, shipped, tmp_path, capsys):
+    assert demo([str(tmp_path), "--links", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'record.json'}: no record there, so these are no shipped links\n"
+    )
+    assert demo([str(tmp_path), "--links", str(shipped)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path / 'large/model.safetensors'}: no model there; the reader is None\n"
+    for name in ("large", "small"):
+        shutil.copytree(linked / name, tmp_path / name)
+    with (tmp_path / "small/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert demo([str(tmp_path), "--links", str(shipped)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'small/model.safetensors'}: its SHA-256 is ")
+    assert error.count("\n") == 1
+    assert models_of(tmp_path, shipped, any_weights=True) == {"reader": "large", "solver": "small"}
+    for name in ("large", "small"):
+        shutil.rmtree(tmp_path / name)
+    shutil.copytree(linked / "small", tmp_path / "large")
+    shutil.copytree(linked / "large", tmp_path / "small")
+    assert demo([str(tmp_path), "--links", str(shipped), "--any-weights"]) == 2
+    assert "from 32 to 32 features, the models need 40 to 40" in capsys.readouterr().err
+
+
+def test_several_seeds_widen_an_interval_by_what_they_differ():
+    values = [[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]
+    mean, low, high = crossed(values)
+    seeds, questions_ = 0.5 / 2, statistics.variance([0.5, 1.5, 2.5, 3.5]) / 4
+    freedom = (seeds + questions_) ** 2 / (seeds**2 / 1 + questions_**2 / 3)
+    half = student(1.959964, freedom) * math.sqrt(seeds + questions_)
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+    assert crossed([[0.5, 0.5], [0.5, 0.5]]) == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"two seeds and two questions or more, got \[2, 3\]"):
+        crossed([[1.0, 2.0], [1.0, 2.0, 3.0]])
+
+
+def test_the_interval_over_seeds_and_questions_holds_what_it_says():
+    rng, missed = random.Random(0), 0
+    for _ in range(400):
+        seeds, asked = [rng.gauss(0, 0.1) for _ in range(5)], [rng.gauss(0, 0.5) for _ in range(20)]
+        _, low, high = crossed([[seed + one + rng.gauss(0, 0.3) for one in asked] for seed in seeds])
+        missed += not low <= 0 <= high
+    assert missed <= 32  # 20 are expected; more than 32 has a chance below one in 200
 
 
 def test_page(models, tmp_path, capsys):
