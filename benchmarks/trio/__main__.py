@@ -27,6 +27,7 @@ from benchmarks.trio import record
 from benchmarks.trio.cells import TEST, VALIDATION, measure
 from benchmarks.trio.links import load_links, save_links, train_links
 from benchmarks.trio.page import tables
+from benchmarks.trio.rereading import Rereader
 from benchmarks.trio.shipped import ship
 from benchmarks.trio.task import train_task
 from benchmarks.trio.times import turns
@@ -35,12 +36,12 @@ from recmas import Agent
 TASK = "-task"
 
 
-def load_agents(models: Path, reader: str, solver: str) -> dict[str, Agent]:
-    """The agents by role; two roles of one model share it."""
+def load_agents(models: Path, reader: str, solver: str, kind: type[Agent] = Agent) -> dict[str, Agent]:
+    """The agents by role, of this kind; two roles of one model share it."""
     for name in (reader, solver):
         if not (models / name / "config.json").is_file():
             raise ValueError(f"{models / name}: no model there")
-    made = {name: Agent.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
+    made = {name: kind.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
     return {"reader": made[reader], "solver": made[solver]}
 
 
@@ -53,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.record}: nothing of {pair}")
         print(tables(pair, mine))
         return
-    agents = load_agents(options.models, options.reader, options.solver)
+    kind = Rereader if options.step == "audit" else Agent
+    agents = load_agents(options.models, options.reader, options.solver, kind)
     if options.step == "links":
         name = f"{options.lists}-{options.seed}"
         system, found = train_links(agents, options.seed, options.lists, options.steps or 400, home / "pairs")

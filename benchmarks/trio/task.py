@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from benchmarks.trio.cells import VALIDATION
 from benchmarks.trio.links import EDGE
-from recmas import Agent, RecursiveMAS
+from benchmarks.trio.rereading import Opening
+from recmas import RecursiveMAS
 from recmas.agents.targets import target_tokens
-from recmas.engine.continuation import positions_of
-from recmas.engine.decoder_call import DecoderCall
-from recmas.engine.messages import Latents, Prompt, run_link
+from recmas.engine.messages import Latents, run_link
 from recmas.lab.notes import questions
 from recmas.prompts.rows import Fields
 from recmas.training import OuterConfig
@@ -30,7 +28,6 @@ from recmas.training.loop import train
 from recmas.training.pair_cache import PairCache, Place, Shelf
 from recmas.training.pairs import Utterance, utterances
 from recmas.training.teacher import force, named_parameters, only_trainable
-from recmas.training.unroll import fork
 
 TRAINED, WATCHED = 256, 48
 """Questions of the known half: to train on, and to choose the best step by."""
@@ -129,37 +126,3 @@ def loss(system: RecursiveMAS, thoughts: Thoughts, opening: Opening, rows: Seque
         said = speech.mask.bool()
         return answer_loss(solver, speech.hidden[said], speech.ids[said]) / sum(map(len, tokens))
     raise AssertionError("the last visit of a pattern is final")
-
-
-class Opening:
-    """The tokens that all prompts of an agent begin with, the examples of the task, read once for all batches.
-
-    Args:
-        agent: whose past is keys and values.
-        ids: token ids of prompts, each up to its first slot.
-    """
-
-    def __init__(self, agent: Agent, ids: Sequence[Sequence[int]]) -> None:
-        shortest = min(map(len, ids)) - 1  # at least one column is left to read
-        self.length = next((at for at in range(shortest) if len({one[at] for one in ids}) > 1), shortest)
-        self._cache = DynamicCache(config=agent.decoder.config)
-        opening = torch.tensor([list(ids[0][: self.length])], device=agent.device)
-        with torch.no_grad():
-            mask = torch.ones_like(opening)
-            DecoderCall(agent.decoder)(agent.embed(opening), mask, positions_of(mask), self._cache)
-
-    def of(self, prompt: Prompt) -> Prompt:
-        """The prompts with their padding behind the common beginning, which then fills the same columns of each."""
-        mask, embeds = prompt.mask.clone(), prompt.embeds.clone()
-        for row, pad in enumerate((prompt.mask == 0).sum(dim=1).tolist()):
-            embeds[row, : self.length] = prompt.embeds[row, pad : pad + self.length].detach()
-            mask[row, : self.length] = 1
-            mask[row, self.length : self.length + pad] = 0
-        return Prompt(embeds, mask)
-
-    def cache(self, rows: int) -> DynamicCache:
-        """The keys and values of that beginning, for so many rows."""
-        grown = fork(self._cache)
-        for layer in grown.layers:
-            layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
-        return grown

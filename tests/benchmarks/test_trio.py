@@ -14,13 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.trio.__main__ import load_agents, main
+from benchmarks.trio.cells import measure
 from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
 from benchmarks.trio.pooled import crossed
+from benchmarks.trio.rereading import Opening, Rereader
 from benchmarks.trio.shipped import models_of
-from benchmarks.trio.task import Opening, Thoughts, loss
+from benchmarks.trio.task import Thoughts, loss
 from benchmarks.trio.times import TURNS, turns
+from recmas import Agent
 from recmas.agents.targets import target_tokens
 from recmas.answering.answers import Answer, Answers
 from recmas.config.system_json import Decoding
@@ -32,6 +35,7 @@ from recmas.training.pairs import speak, utterances
 from tests.runtime.tiny import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "benchmarks/results/trio.json"
 NAMES = ("4-0", "4-1", "4-0-task")
 
 
@@ -113,12 +117,34 @@ def test_the_outer_stage_has_the_loss_of_an_audit(linked):
         if turn.visit.final:
             assert (turn.prompt.mask == 0).any()
             wanted = sum(gold_nll(solver, turn.prompt, [f" {row['answer']}" for row in rows]))
+            turn.message = [""] * len(rows)
         else:
             said = speak(reader, utterances(system, "reader", rows, 1, max_tokens=3))
             turn.message = Latents(run_link(system.inner_links["reader"], said.hidden).view(3, 3, -1))
     thoughts = Thoughts(system, rows, 3, linked / "links/large-small/pairs")
     tokens = sum(len(ids) - 1 for ids in target_tokens(solver, [f" {row['answer']}" for row in rows]))
     assert loss(system, thoughts, opening, rows).item() * tokens == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_agent_that_remembers_answers_as_one_that_reads_all(linked):
+    folder, found, fed = linked / "links/large-small/4-0", [], []
+    for kind in (Agent, Rereader):
+        system = load_links(load_agents(linked, "large", "small", kind), folder)
+        if kind is Rereader:
+            system.agents["reader"].decoder.register_forward_pre_hook(count_columns(fed), with_kwargs=True)
+        found.append([measure(system, 7, 1, steps, 3, ["text"]) for steps in (1, 3)])
+    for plain, remembered in zip(*([*one[0], *one[1]] for one in found), strict=True):
+        assert plain["correct"] == remembered["correct"]
+        assert plain["nll"] == pytest.approx(remembered["nll"], abs=2e-3)
+    assert sum(columns > 1 for columns in fed) == 2 + 2 * 2  # what all begin with, and the rest: to think, and per text
+    assert fed.count(1) > 20
+
+
+def count_columns(fed):
+    def hook(module, arguments, keywords):
+        fed.append(keywords["inputs_embeds"].shape[1])
+
+    return hook
 
 
 @pytest.fixture(scope="module")
@@ -190,63 +216,57 @@ def test_the_interval_over_seeds_and_questions_holds_what_it_says():
     assert missed <= 32  # 20 are expected; more than 32 has a chance below one in 200
 
 
-def test_page(models, tmp_path, capsys):
-    arms = [("text", 0, 32, 7), ("trained", 8, 0, 4), ("shuffled", 8, 0, 0)]
-    audits = [
-        {
-            "arm": arm,
-            "steps": steps,
-            "tokens": tokens,
-            "hops": 1,
-            "correct": [n < right for n in range(8)],
-            "nll": [8.0 - right] * 8,
-        }
-        for arm, steps, tokens, right in arms
-    ]
-    times = [
-        {
-            "way": way,
-            "batch": 1,
-            "questions": 4,
-            "tokens": 9.0,
-            "seconds": t,
-            "range": [t, t],
-            "reader seconds": t,
-            "reader range": [t, t],
-        }
-        for way, t in (("text, 32 tokens", 2.0), ("latents, m = 8", 0.5))
-    ]
-    links = {"held out": {"known": {"inner cosine": 0.5}}}
+def audited(arm, steps, tokens, right, links="9-0", count=8, seed=2):
+    correct, nll = [n < right for n in range(count)], [8.0 - right] * count
+    asked = {"arm": arm, "steps": steps, "tokens": tokens, "hops": 1, "links": links, "seed": seed}
+    return {**asked, "correct": correct, "nll": nll}
+
+
+def timed(way, seconds):
+    span = [seconds, seconds]
+    measured = {"seconds": seconds, "range": span, "reader seconds": seconds, "reader range": span}
+    return {"way": way, "batch": 1, "questions": 4, "tokens": 9.0, **measured}
+
+
+def test_page(tmp_path, capsys):
+    audits = [audited("text", 0, 8, 7), audited("trained", 8, 0, 4), audited("shuffled", 8, 0, 0)]
+    audits += [audited("trained", 8, 0, 8, links="9-0", seed=1), audited("text", 0, 8, 7, links="9-1")]
+    audits += [audited("trained", 1, 0, right, links=f"9-{seed}-task") for seed, right in enumerate((4, 6))]
+    times = [timed("text, 32 tokens", 2.0), timed("latents, m = 8", 0.5)]
+    times += [timed("text, 1 token", 0.4), timed("latents, m = 1", 0.4)]
+    links = [{"links": f"9-{seed}", "held out": {"known": {"inner cosine": 0.25 + seed / 2}}} for seed in (0, 1)]
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"a-b": {"links": links, "audit": audits, "time": times}}))
-    assert main([str(models), str(path), "page", "a", "b"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "| known | 0.50 |" in lines
-    text, latents, shuffled = (line for line in lines if "| 8 |" in line)
-    assert text.startswith("| text, 32 tokens | 8 | 0.88 [")
-    assert text.endswith("| 1.00 | 0.75 | 1.00 |  |  |")
-    assert latents.startswith("| latents, m = 8 | 8 | 0.50 [")
-    assert "| 0.50 | 0.50 | 4.00 | -0.38 [" in latents
-    assert "p = 0.25 | +3.00 [+3.00, +3.00] |" in latents
-    assert "p = 0.016 |" in shuffled
-    assert lines[-1] == "| 1 | latents, m = 8 | 9 | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.25 |"
-    assert main([str(models), str(path), "page", "b", "a"]) == 2
+    assert main(["models", str(path), "page", "a", "b"]) == 0
+    lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert ["9 lists", "2", "known", "0.50"] in lines
+    text, latents, task, shuffled = (line for line in lines if line[3:4] == ["8"])
+    assert text[:4] == ["text, 8 tokens", "", "1", "8"]
+    assert text[4].startswith("0.88 [")
+    assert text[5:8] == ["1.00", "0.75", "1.00"]
+    assert latents[:4] == ["latents, m = 8", "9 lists", "1", "8"]
+    assert latents[4].startswith("0.50 [")
+    assert latents[8].startswith("-0.38 [")
+    assert latents[8].endswith(", p = 0.25")
+    assert latents[-1] == "+3.00 [+3.00, +3.00]"
+    assert shuffled[8].endswith("p = 0.016")
+    assert task[:4] == ["latents, m = 1", "9 lists, then the task", "2", "8"]
+    assert task[5:8] == ["0.62", "0.62", "3.00"]
+    mean, low, high = crossed([[float(n < right) - (n < 7) for n in range(8)] for right in (4, 6)], 2.2414)
+    assert task[8] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert ["latents, m = 1", "9 lists, then the task", "0.50, 0.75", "4.00, 2.00"] in lines
+    assert lines[-3][-5:] == ["0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.25", "0.10", "0.06"]
+    assert main(["models", str(path), "page", "b", "a"]) == 2
     assert "nothing of b-a" in capsys.readouterr().err
 
 
-def test_the_evidence_shows_what_the_record_holds(capsys):
-    assert main(["models", str(ROOT / "benchmarks/results/trio.json"), "page", "qwen", "smollm2"]) == 0
-    printed = [cells(line) for line in capsys.readouterr().out.splitlines()]
-    printed = {line[0]: line[:1] + line[2:] for line in printed if len(line) == 8}  # without the number of questions
-    text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").replace("−", "-")
-    shown = {line[0]: line for line in map(cells, text.splitlines()) if len(line) == 7 and line[0] in printed}
-    assert len(shown) == 2 + 13
-    for name, line in shown.items():
-        assert line == printed[name]
-
-
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+@pytest.mark.parametrize("pair", [pair for pair in json.loads(RECORD.read_text()) if pair != "made"])
+def test_the_evidence_shows_what_the_record_holds(pair, capsys):
+    assert main(["models", str(RECORD), "page", *pair.split("-")]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    shown = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").replace("−", "-").splitlines()
+    assert printed
+    assert [line for line in printed if line not in shown] == []
 
 
 def short(words, seed, count):
@@ -267,7 +287,7 @@ def test_times_are_medians_of_turns():
     ticks = itertools.accumulate(itertools.cycle([0.0, 2.0]))
     found = list(turns(SimpleNamespace(answer=answer, settings=settings), 4, 2, 3, clock=lambda: next(ticks)))
     assert len(asked) == 4 * len(TURNS)
-    assert [options.get("latent_steps") for options in asked[:4]] == [None, None, 8, 32]
+    assert [options.get("latent_steps") for options in asked[: len(TURNS)]] == [None, None, None, 32, 8, 1]
     assert {one["seconds"] for one in found} == {0.5}
     assert {one["tokens"] for one in found} == {5.0}
 
