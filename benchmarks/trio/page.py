@@ -68,8 +68,8 @@ def _links(links: Sequence[dict[str, Any]]) -> Iterator[str]:
     for kind in dict.fromkeys(kind_of(one["links"]) for one in judged):
         found = [one["held out"] for one in judged if kind_of(one["links"]) == kind]
         for texts in found[0]:
-            means = (statistics.fmean(one[texts][name] for one in found) for name in names)
-            yield f"| {kind} | {len(found)} | {texts} | {' | '.join(f'{mean:.2f}' for mean in means)} |"
+            values = (statistics.fmean(one[texts][name] for one in found) for name in names)
+            yield f"| {kind} | {len(found)} | {texts} | {' | '.join(f'{value:.2f}' for value in values)} |"
 
 
 def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
@@ -86,9 +86,9 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
         }
         right, nll = row.values("correct"), row.values("nll")
         share, low, high = _interval(right)
-        halves = [_mean([one[place :: len(HALVES)] for one in right]) for place in range(len(HALVES))]
+        halves = [mean([one[place :: len(HALVES)] for one in right]) for place in range(len(HALVES))]
         cells = [row.message, row.links, str(len(right)), str(row.questions), f"{share:.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [f"{half:.2f}" for half in halves] + [f"{_mean(nll):.2f}"]
+        cells += [f"{half:.2f}" for half in halves] + [f"{mean(nll):.2f}"]
         for tokens, kind in ((8, "correct"), (32, "correct"), (8, "nll")):
             text = texts[tokens]
             cells.append("" if text is None or text.message == row.message else difference(text, row, kind))
@@ -97,18 +97,23 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
 
 def difference(first: Row, second: Row, kind: str) -> str:
     """Second minus first, question by question, with its 97.5 % interval, and McNemar's p of single runs."""
+    value, low, high, p = gap(first, second, kind)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if p is None else f", p = {p:.2g}")
+
+
+def gap(first: Row, second: Row, kind: str) -> tuple[float, float, float, float | None]:
+    """That difference, its bounds, and p where there is one. A single run is compared with every seed of the other."""
     before, after = first.values(kind), second.values(kind)
     if len(before) == len(after) == 1:
         if kind == "nll":
             found = paired_means(before[0], after[0], 0)
-            return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-        found = paired_shares([bool(one) for one in before[0]], [bool(one) for one in after[0]])
-        return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p = {found.p:.2g}"
-    before = before if len(before) == len(after) else before * len(after)
-    mean, low, high = crossed(
-        [[b - a for a, b in zip(*one, strict=True)] for one in zip(before, after, strict=True)], Z_BOTH
-    )
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        else:
+            found = paired_shares([bool(one) for one in before[0]], [bool(one) for one in after[0]])
+        return found.value, found.low, found.high, found.p
+    if len(before) == 1:
+        before = before * len(after)
+    pairs = zip(before, after, strict=True)
+    return *crossed([[b - a for a, b in zip(*one, strict=True)] for one in pairs], Z_BOTH), None
 
 
 def _seeds(rows: Sequence[Row]) -> Iterator[str]:
@@ -127,12 +132,13 @@ def _seeds(rows: Sequence[Row]) -> Iterator[str]:
 def _interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """An accuracy and its 95 % interval: Wilson's of one run, over seeds and questions of several."""
     if len(right) == 1:
-        return (_mean(right), *wilson(sum(right[0]), len(right[0])))
-    mean, low, high = crossed(right)
-    return mean, max(0.0, low), min(1.0, high)
+        return (mean(right), *wilson(sum(right[0]), len(right[0])))
+    value, low, high = crossed(right)
+    return value, max(0.0, low), min(1.0, high)
 
 
-def _mean(values: Sequence[Sequence[float]]) -> float:
+def mean(values: Sequence[Sequence[float]]) -> float:
+    """Over seeds and questions."""
     return statistics.fmean(map(statistics.fmean, values))
 
 

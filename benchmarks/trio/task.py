@@ -29,7 +29,7 @@ from recmas.training.pair_cache import PairCache, Place, Shelf
 from recmas.training.pairs import Utterance, utterances
 from recmas.training.teacher import force, named_parameters, only_trainable
 
-TRAINED, WATCHED = 256, 48
+TRAINED, WATCHED = 128, 24
 """Questions of the known half: to train on, and to choose the best step by."""
 BATCH = 8
 
