@@ -57,31 +57,46 @@ class Rereader(Agent):
 
     def hidden(self, prompt: Prompt, targets: Tensor, target_mask: Tensor, begun: DynamicCache | None = None) -> Tensor:
         """As `Agent.hidden`; what all rows begin with is read once for all of them."""
-        if begun is None and prompt.prefix is not None and not missing_padding(self.decoder, prompt.mask):
-            opening = Opening(self, prompt.prefix)
+        if begun is None and not torch.is_grad_enabled() and not missing_padding(self.decoder, prompt.mask):
+            opening = Opening.of_rows(self, prompt)
             if opening.length:
-                prompt, begun = opening.of(prompt), opening.cache(len(prompt.mask))
+                prompt, begun = opening.first(prompt), opening.cache(len(prompt.mask))
         return super().hidden(prompt, targets, target_mask, begun)
 
 
 class Opening:
-    """The tokens that all prompts of an agent begin with, the examples of the task, read once for all batches.
+    """What all prompts of an agent begin with, the examples of the task, read once for all of them.
 
     Args:
         agent: whose past is keys and values.
-        ids: token ids of prompts, each up to its first slot.
+        embeds: input embeddings ``[length, d]``.
     """
 
-    def __init__(self, agent: Agent, ids: Sequence[Sequence[int]]) -> None:
-        shortest = min(map(len, ids)) - 1  # at least one column is left to read
-        self.length = next((at for at in range(shortest) if len({one[at] for one in ids}) > 1), shortest)
+    def __init__(self, agent: Agent, embeds: Tensor) -> None:
+        self.length = len(embeds)
         self._cache = DynamicCache(config=agent.decoder.config)
-        opening = torch.tensor([list(ids[0][: self.length])], device=agent.device)
-        with torch.no_grad():
-            mask = torch.ones_like(opening)
-            DecoderCall(agent.decoder)(agent.embed(opening), mask, positions_of(mask), self._cache)
+        if self.length:
+            with torch.no_grad():
+                mask = torch.ones(1, self.length, dtype=torch.long, device=embeds.device)
+                DecoderCall(agent.decoder)(embeds[None], mask, positions_of(mask), self._cache)
 
-    def of(self, prompt: Prompt) -> Prompt:
+    @classmethod
+    def of_ids(cls, agent: Agent, ids: Sequence[Sequence[int]]) -> Opening:
+        """Of prompts whose token ids up to their first slots, or to their ends, these are."""
+        shortest = min(map(len, ids)) - 1  # at least one column of each is left
+        length = next((at for at in range(shortest) if len({one[at] for one in ids}) > 1), shortest)
+        return cls(agent, agent.embed(torch.tensor([list(ids[0][:length])], device=agent.device))[0])
+
+    @classmethod
+    def of_rows(cls, agent: Agent, prompt: Prompt) -> Opening:
+        """Of one batch of prompts; of a single one, nothing."""
+        pads = (prompt.mask == 0).sum(dim=1).tolist()
+        shortest = prompt.mask.shape[1] - max(pads) - 1 if len(pads) > 1 else 0
+        rows = torch.stack([row[pad : pad + shortest] for row, pad in zip(prompt.embeds, pads, strict=True)])
+        other = (rows != rows[:1]).any(dim=2).any(dim=0).nonzero()
+        return cls(agent, rows[0, : int(other[0]) if len(other) else shortest])
+
+    def first(self, prompt: Prompt) -> Prompt:
         """The prompts with their padding behind the common beginning, which then fills the same columns of each."""
         mask, embeds = prompt.mask.clone(), prompt.embeds.clone()
         for row, pad in enumerate((prompt.mask == 0).sum(dim=1).tolist()):

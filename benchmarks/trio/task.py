@@ -51,7 +51,7 @@ def train_task(
     watched = questions("validation", VALIDATION, WATCHED, ["known"])
     thoughts = Thoughts(system, [*rows, *watched], latent_steps, cache)
     *_, final = system.pattern.visits(1)
-    opening = Opening(system.agents["solver"], system.prefix_ids(final, [*rows, *watched]))
+    opening = Opening.of_ids(system.agents["solver"], system.prefix_ids(final, [*rows, *watched]))
     config = OuterConfig(
         steps=steps, batch_size=BATCH, learning_rate=rate, rounds=1, seed=seed, validate_every=max(1, steps // 3)
     )
@@ -122,7 +122,7 @@ def loss(system: RecursiveMAS, thoughts: Thoughts, opening: Opening, rows: Seque
             turn.message = thoughts.of(rows)
             continue
         tokens = [ids[:-1] for ids in target_tokens(solver, target_texts(rows, "solver", 1))]
-        speech = force(solver, opening.of(turn.prompt), tokens, begun=opening.cache(len(rows)))
+        speech = force(solver, opening.first(turn.prompt), tokens, begun=opening.cache(len(rows)))
         said = speech.mask.bool()
         return answer_loss(solver, speech.hidden[said], speech.ids[said]) / sum(map(len, tokens))
     raise AssertionError("the last visit of a pattern is final")

@@ -111,7 +111,7 @@ def test_the_outer_stage_has_the_loss_of_an_audit(linked):
     rows = questions("train", 5, 3, ["known"])
     reader, solver = system.agents["reader"], system.agents["solver"]
     *_, final = system.pattern.visits(1)
-    opening = Opening(solver, system.prefix_ids(final, rows))
+    opening = Opening.of_ids(solver, system.prefix_ids(final, rows))
     assert opening.length > 100
     for turn in system.walk(rows, 1):
         if turn.visit.final:
@@ -137,7 +137,6 @@ def test_an_agent_that_remembers_answers_as_one_that_reads_all(linked):
         assert plain["correct"] == remembered["correct"]
         assert plain["nll"] == pytest.approx(remembered["nll"], abs=2e-3)
     assert sum(columns > 1 for columns in fed) == 2 + 2 * 2  # what all begin with, and the rest: to think, and per text
-    assert fed.count(1) > 20
 
 
 def count_columns(fed):
