@@ -79,7 +79,7 @@ def half_the_time(record: dict[str, Any]) -> Finding | None:
     for batch in dict.fromkeys(batch for batch, _ in turns):
         latent, text = (turns[batch, way] for way in ("latents, m = 8", "text, 32 tokens"))
         ratio = latent["reader seconds"] / text["reader seconds"]
-        words.append(f"{ratio:.2f} with {min(batch, latent['questions'])} at once")
+        words.append(f"{ratio:.2f} with {batch} at once")
         hold.append(ratio <= 0.5)
     return (
         Finding(f"of the reader's text turn, reading included: {', '.join(words)}", verdict_of(hold)) if hold else None

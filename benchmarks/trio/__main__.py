@@ -6,7 +6,7 @@ on where an earlier call stopped. Links are named by their word lists and seed, 
     links   general links READER -> SOLVER of --lists and --seed, into MODELS/links/READER-SOLVER/LISTS-SEED
     task    a short outer stage from the links --links, into LISTS-SEED-task beside them
     audit   those links at --latents and --tokens, with --arms beside the trained and the shuffled one
-    time    text and latent turns by turns; run it on a quiet machine
+    time    text and latent turns by turns, --at-once questions in a batch; run it on a quiet machine
     page    no models: print the record's tables as Markdown
     ship    the links --links in bfloat16, with their record, into --out
 """
@@ -34,6 +34,8 @@ from benchmarks.trio.times import turns
 from recmas import Agent
 
 TASK = "-task"
+TIMED = 4
+"""Questions whose turns are timed."""
 
 
 def load_agents(models: Path, reader: str, solver: str, kind: type[Agent] = Agent) -> dict[str, Agent]:
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         save_links(system, home / (options.links + TASK))
         note(options, pair, "links", [{"links": options.links + TASK, **found}])
     elif options.step == "time":
-        note(options, pair, "time", [one for batch in (1, 8) for one in turns(system, 4, batch, options.rounds)])
+        note(options, pair, "time", list(turns(system, TIMED, options.at_once, options.rounds)))
     else:
         drawn = VALIDATION if options.validation else TEST
         kinds = f"m={options.latents}, text={options.tokens}, {options.arms}; {options.hops} hops"
@@ -89,12 +91,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def note(options: argparse.Namespace, pair: str, kind: str, found: Sequence[dict[str, Any]], more: Any = None) -> None:
-    """Add entries to the pair's part of the record; links of a name, and times, replace those that are there."""
+    """Add entries to the pair's part of the record; links of a name, and times of a batch, replace those of before."""
     commit = record.commit()
 
     def made(mine: dict[str, Any]) -> None:
-        names = {one["links"] for one in found} if kind == "links" else set()
-        kept = [] if kind == "time" else [one for one in mine[kind] if one["links"] not in names]
+        same = {"links": "links", "time": "batch"}.get(kind)
+        kept = [one for one in mine[kind] if not (same and one[same] in {new[same] for new in found})]
         mine.update(more or {}, **{kind: [*kept, *({**one, "commit": commit} for one in found)]})
 
     record.change(options.record, pair, made)
@@ -121,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hops", type=int, default=1)
     parser.add_argument("--validation", action="store_true", help="ask the questions that settings are chosen on")
     parser.add_argument("--out", type=Path, default=Path("examples/trio"), help="folder of shipped links")
+    parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")
     parser.add_argument("--rounds", type=int, default=3, help="turns that are timed")
     options = parser.parse_args(arguments)
     try:

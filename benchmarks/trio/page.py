@@ -178,6 +178,5 @@ def _times(times: Sequence[dict[str, Any]]) -> Iterator[str]:
             base = same["text, 1 token" if one["way"].startswith("text") else "latents, m = 1"]
             rest, whole_text = one["reader seconds"] - base, same["text, 32 tokens"] - same["text, 1 token"]
             alone = [f"{rest:.2f}", f"{rest / whole_text:.2f}"]
-        at_once = min(one["batch"], one["questions"])
-        cells = [str(at_once), one["way"], f"{one['tokens']:.0f}", whole, turn, ratio, *alone]
+        cells = [str(one["batch"]), one["way"], f"{one['tokens']:.0f}", whole, turn, ratio, *alone]
         yield f"| {' | '.join(cells)} |"

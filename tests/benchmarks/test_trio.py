@@ -100,9 +100,9 @@ def test_audits_are_added_once_and_times_replaced(linked, monkeypatch, capsys):
     assert len(audits) == 11
     ways = {name: TURNS[name] | {"tokens": 2} for name in ("text, 32 tokens", "latents, m = 8")}
     monkeypatch.setattr("benchmarks.trio.times.TURNS", ways)
-    for _ in range(2):
-        assert call(linked, "time", "--links", "4-0", "--rounds", "1") == 0
-    assert [(one["way"], one["batch"]) for one in recorded(linked)["time"]] == [(w, b) for b in (1, 8) for w in ways]
+    for at_once in ("4", "1", "4"):
+        assert call(linked, "time", "--links", "4-0", "--rounds", "1", "--at-once", at_once) == 0
+    assert [(one["way"], one["batch"]) for one in recorded(linked)["time"]] == [(w, b) for b in (1, 4) for w in ways]
 
 
 def test_the_outer_stage_has_the_loss_of_an_audit(linked):
