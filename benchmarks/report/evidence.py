@@ -152,7 +152,7 @@ _LINKS = (
     ("qwen", "smollm2", "1600 lists"),
     ("qwen", "smollm2", "1600 lists, then the task"),
     ("smollm2", "qwen", "800 lists"),
-    ("qwen", "gemma", "800 lists"),
+    ("gemma", "qwen", "400 lists"),
 )
 
 

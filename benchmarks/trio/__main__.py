@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.record}: nothing of {pair}")
         print(tables(pair, mine))
         return
-    kind = Rereader if options.step in ("audit", "task") else Agent
+    kind = Agent if options.step == "time" else Rereader
     agents = load_agents(options.models, options.reader, options.solver, kind)
     if options.step == "links":
         name = f"{options.lists}-{options.seed}"
