@@ -12,7 +12,7 @@ from benchmarks.report.tables import number
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.page import difference, gap, mean, pooled
 from benchmarks.trio.record import part
-from recmas.evaluation.paired import paired_shares
+from recmas.evaluation.paired import paired_means, paired_shares
 
 
 def relay(record: dict[str, Any]) -> Finding:
@@ -52,15 +52,17 @@ def carried(pair: str, kind: str) -> Callable[[dict[str, Any]], Finding | None]:
 
 
 def content(pair: str) -> Callable[[dict[str, Any]], Finding | None]:
-    """Whether latents of the right question answer more than those of another one, with every links of the pair."""
+    """Whether latents of the right question do better than those of another one, by the rule of an audit."""
 
     def judge(record: dict[str, Any]) -> Finding | None:
         arms = {(one["cell"], one["arm"]): one for one in part(record, pair)["audit"] if one["seed"] == TEST}
         hold, falls = [], []
         for (cell, arm), one in arms.items():
             if arm == "trained":
-                found = paired_shares(arms[cell, "shuffled"]["correct"], one["correct"])
-                hold.append(found.shown and found.value > 0)
+                other = arms[cell, "shuffled"]
+                found = paired_shares(other["correct"], one["correct"])
+                cost = paired_means(other["nll"], one["nll"], 0)
+                hold.append((found.shown and found.value > 0) or (cost.shown and cost.value < 0))
                 falls.append(found.value)
         if not hold:
             return None

@@ -66,7 +66,8 @@ def held_out(system: RecursiveMAS, words: Sequence[str]) -> dict[str, dict[str, 
 def judged(system: RecursiveMAS, rows: list[dict[str, object]]) -> dict[str, float]:
     """Cosines of both links' outputs with their targets, and how often the nearest embedding is the very token.
 
-    The outer link is asked for words that are one token of the solver's vocabulary.
+    The outer link is asked for words that are one token of the solver's vocabulary. "reader's head" is how often the
+    reader itself finds the token in the states that its link reads: what a link could reach.
     """
     reader, solver = (system.agents[role] for role in EDGE)
     pairs = speak(reader, utterances(system, "reader", rows, 1))
@@ -78,7 +79,9 @@ def judged(system: RecursiveMAS, rows: list[dict[str, object]]) -> dict[str, flo
         wanted += [own[found[0]] if len(found) == 1 else -1 for found in padded]
     single = torch.tensor(wanted) >= 0
     sent = run_link(system.outer_links[EDGE], latents[single])
+    said = torch.cat([reader.logits(part).argmax(dim=-1) for part in pairs.hidden.split(64)])
     return {
+        "reader's head": (said == pairs.ids).float().mean().item(),
         "inner cosine": 1 - inner_loss(system, "reader", rows).item(),
         "outer cosine": 1 - warmup_loss(system, EDGE, rows).item(),
         "inner nearest": (nearest(reader, latents) == pairs.ids).float().mean().item(),

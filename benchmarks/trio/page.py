@@ -27,6 +27,11 @@ class Row(NamedTuple):
         """By seed and question: ``correct`` or ``nll``."""
         return [[float(value) for value in one[kind]] for one in self.audits]
 
+    def half(self, place: int) -> Row:
+        """The same of one half of names and values, which questions are of by turns."""
+        parts = [{kind: one[kind][place :: len(HALVES)] for kind in ("correct", "nll")} for one in self.audits]
+        return Row(self.message, self.links, parts)
+
     @property
     def questions(self) -> int:
         return len(self.audits[0]["correct"])
@@ -36,7 +41,13 @@ def tables(pair: str, record: dict[str, Any]) -> str:
     """All of one pair of models."""
     audits = [one for one in record["audit"] if one["seed"] == TEST]
     rows = sorted(pooled(audits), key=_order)
-    parts = [f"### {pair.replace('-', ' → ')}", *_links(record["links"]), *_accuracies(rows), *_seeds(rows)]
+    parts = [
+        f"### {pair.replace('-', ' → ')}",
+        *_links(record["links"]),
+        *_accuracies(rows),
+        *_halves(rows),
+        *_seeds(rows),
+    ]
     return "\n".join([*parts, *_times(record["time"])])
 
 
@@ -63,13 +74,14 @@ def _links(links: Sequence[dict[str, Any]]) -> Iterator[str]:
     judged = [one for one in links if "held out" in one]
     if not judged:
         return
-    names = list(next(iter(judged[0]["held out"].values())))
+    names = list(dict.fromkeys(name for one in judged for texts in one["held out"].values() for name in texts))
     yield f"\n| links | seeds | held-out texts | {' | '.join(names)} |\n|{'---|' * (len(names) + 3)}"
     for kind in dict.fromkeys(kind_of(one["links"]) for one in judged):
         found = [one["held out"] for one in judged if kind_of(one["links"]) == kind]
         for texts in found[0]:
-            values = (statistics.fmean(one[texts][name] for one in found) for name in names)
-            yield f"| {kind} | {len(found)} | {texts} | {' | '.join(f'{value:.2f}' for value in values)} |"
+            values = ([one[texts][name] for one in found if name in one[texts]] for name in names)
+            cells = [f"{statistics.fmean(of_name):.2f}" if of_name else "" for of_name in values]
+            yield f"| {kind} | {len(found)} | {texts} | {' | '.join(cells)} |"
 
 
 def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
@@ -93,6 +105,23 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
             text = texts[tokens]
             cells.append("" if text is None or text.message == row.message else difference(text, row, kind))
         yield f"| {' | '.join(cells)} |"
+
+
+def _halves(rows: Sequence[Row]) -> Iterator[str]:
+    """Latents beside shuffled ones, and beside texts of 8 tokens on each half of names and values."""
+    found = []
+    for row in rows:
+        same = [one for one in rows if _same(one, row)]
+        text = next((one for one in same if one.message.startswith("text, 8 ")), None)
+        shuffled = f"shuffled{row.message.removeprefix('latents')}"
+        other = next((one for one in same if one.message == shuffled and one.links == row.links), None)
+        if row.message.startswith("latents") and text is not None and other is not None:
+            parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
+            cells = [row.message, row.links, str(row.questions), difference(other, row, "correct"), *parts]
+            found.append(f"| {' | '.join(cells)} |")
+    if found:
+        heads = ["message", "links", "questions", "Δ accuracy to shuffled", *(f"{half}: to text, 8" for half in HALVES)]
+        yield "\n".join([f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}", *found])
 
 
 def difference(first: Row, second: Row, kind: str) -> str:

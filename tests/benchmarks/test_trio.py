@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.trio.__main__ import load_agents, main
 from benchmarks.trio.cells import measure
+from benchmarks.trio.demo import EXAMPLE
 from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
@@ -32,6 +33,7 @@ from recmas.evaluation.audits import gold_nll
 from recmas.evaluation.intervals import student
 from recmas.lab.notes import questions
 from recmas.training.pairs import speak, utterances
+from recmas_kernels import FusedRecursiveLink
 from tests.runtime.tiny import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +196,16 @@ def test_the_demo_names_what_is_missing_or_other(linked, shipped, tmp_path, caps
     assert "from 32 to 32 features, the models need 40 to 40" in capsys.readouterr().err
 
 
+def test_what_is_shipped_is_small_and_of_the_models_of_the_record():
+    measured = json.loads(RECORD.read_text())["qwen-smollm2"]
+    kept = json.loads((EXAMPLE / "record.json").read_text())
+    assert {model["folder"]: model["sha256"] for model in kept["models"].values()} == measured["sha256"]
+    assert kept["links"] in measured["links"]
+    assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) <= 12e6
+    widths = {name: FusedRecursiveLink.from_pretrained(EXAMPLE / name).config for name in ("inner", "outer")}
+    assert [(one.in_features, one.out_features) for one in widths.values()] == [(896, 896), (896, 576)]
+
+
 def test_several_seeds_widen_an_interval_by_what_they_differ():
     values = [[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]
     mean, low, high = crossed(values)
@@ -254,6 +266,9 @@ def test_page(tmp_path, capsys):
     mean, low, high = crossed([[float(n < right) - (n < 7) for n in range(8)] for right in (4, 6)], 2.2414)
     assert task[8] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
     assert ["latents, m = 1", "9 lists, then the task", "0.50, 0.75", "4.00, 2.00"] in lines
+    half = next(line for line in lines if line[2:3] == ["8"])
+    assert half[:3] == ["latents, m = 8", "9 lists", "8"]
+    assert [cell.split(" ")[0] for cell in half[3:]] == ["+0.50", "-0.50", "-0.25"]
     assert lines[-3][-5:] == ["0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.25", "0.10", "0.06"]
     assert main(["models", str(path), "page", "b", "a"]) == 2
     assert "nothing of b-a" in capsys.readouterr().err
