@@ -12,7 +12,7 @@ from benchmarks.report.tables import number
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.page import difference, gap, mean, pooled
 from benchmarks.trio.record import part
-from recmas.evaluation.paired import paired_means, paired_shares
+from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
 
 def relay(record: dict[str, Any]) -> Finding:
@@ -42,11 +42,13 @@ def carried(pair: str, kind: str) -> Callable[[dict[str, Any]], Finding | None]:
         if latents is None:
             return None
         text = next(row for row in rows if row.message == "text, 8 tokens" and row.questions == latents.questions)
-        found, (before, after) = gap(text, latents, "correct"), (mean(row.values("correct")) for row in (text, latents))
-        seeds = f", {len(latents.audits)} link seeds" if len(latents.audits) > 1 else ", one link seed"
+        before, after = (mean(row.values("correct")) for row in (text, latents))
+        value, low, high, p = gap(text, latents, "correct")
+        worse = value < 0 and (high < 0 if p is None else p <= ERROR)  # as an audit decides
+        seeds = f"{len(latents.audits)} link seeds" if len(latents.audits) > 1 else "one link seed"
         shares = f"latents {after:.2f} at m = 8, text of 8 tokens {before:.2f}"
-        words = f"{latents.questions} questions{seeds}: {shares}; {difference(text, latents, 'correct')}"
-        return Finding(words, HOLDS if found[1] > -MARGIN else FAILS if found[2] < 0 else UNTOLD)
+        words = f"{latents.questions} questions, {seeds}: {shares}; {difference(text, latents, 'correct')} (97.5 %)"
+        return Finding(words, HOLDS if low > -MARGIN else FAILS if worse else UNTOLD)
 
     return judge
 

@@ -84,6 +84,16 @@ def _links(links: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"| {kind} | {len(found)} | {texts} | {' | '.join(cells)} |"
 
 
+def _outer(links: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What outer stages did to the loss on the questions that they chose their best step by."""
+    found = [one for one in links if "validation" in one]
+    if found:
+        yield "\n| links | steps | questions | validation loss: before, and at each third |\n|---|---|---|---|"
+    for one in found:
+        losses = ", ".join(f"{loss:.2f}" for loss in one["validation"])
+        yield f"| {one['links']} | {one['steps']} | {one['questions']} | {losses} |"
+
+
 def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
     """A line per message; differences are to texts of 8 and of 32 tokens on the same questions."""
     if not rows:

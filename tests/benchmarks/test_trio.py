@@ -246,11 +246,13 @@ def test_page(tmp_path, capsys):
     times = [timed("text, 32 tokens", 2.0), timed("latents, m = 8", 0.5)]
     times += [timed("text, 1 token", 0.4), timed("latents, m = 1", 0.4)]
     links = [{"links": f"9-{seed}", "held out": {"known": {"inner cosine": 0.25 + seed / 2}}} for seed in (0, 1)]
+    links.append({"links": "9-0-task", "steps": 5, "questions": 6, "validation": [2.0, 0.996]})
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"a-b": {"links": links, "audit": audits, "time": times}}))
     assert main(["models", str(path), "page", "a", "b"]) == 0
     lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert ["9 lists", "2", "known", "0.50"] in lines
+    assert ["9-0-task", "5", "6", "2.00, 1.00"] in lines
     text, latents, task, shuffled = (line for line in lines if line[3:4] == ["8"])
     assert text[:4] == ["text, 8 tokens", "", "1", "8"]
     assert text[4].startswith("0.88 [")
