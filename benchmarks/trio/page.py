@@ -47,6 +47,7 @@ def tables(pair: str, record: dict[str, Any]) -> str:
         *_accuracies(rows),
         *_halves(rows),
         *_seeds(rows),
+        *_outer(record["links"]),
     ]
     return "\n".join([*parts, *_times(record["time"])])
 
