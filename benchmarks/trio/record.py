@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,27 @@ def part(record: dict[str, Any], pair: str) -> dict[str, Any]:
 
 
 def change(path: Path, pair: str, made: Callable[[dict[str, Any]], None]) -> None:
-    """Read the file anew, let ``made`` change the pair's part, and write it: another process may have added to it."""
-    record = read(path)
-    mine = part(record, pair)
-    made(mine)
-    text = json.dumps(record | {pair: mine, "made": origin()}, indent=1)
-    lines = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)  # a list of numbers is a line
-    write_atomically(path, lines + "\n")
+    """Read the file anew, let ``made`` change the pair's part, and write it, one process after the other."""
+    with _alone(path.parent):
+        record = read(path)
+        mine = part(record, pair)
+        made(mine)
+        text = json.dumps(record | {pair: mine, "made": origin()}, indent=1)
+        lines = re.sub(
+            r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text
+        )  # a line per list of numbers
+        write_atomically(path, lines + "\n")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process or thread is within, for this folder."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)  # gives the lock back
 
 
 def commit() -> str:

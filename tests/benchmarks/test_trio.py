@@ -8,6 +8,8 @@ import math
 import random
 import shutil
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
 from benchmarks.trio.pooled import crossed
+from benchmarks.trio.record import change
 from benchmarks.trio.rereading import Opening, Rereader
 from benchmarks.trio.shipped import models_of
 from benchmarks.trio.task import Thoughts, loss
@@ -204,6 +207,18 @@ def test_what_is_shipped_is_small_and_of_the_models_of_the_record():
     assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) <= 12e6
     widths = {name: FusedRecursiveLink.from_pretrained(EXAMPLE / name).config for name in ("inner", "outer")}
     assert [(one.in_features, one.out_features) for one in widths.values()] == [(896, 896), (896, 576)]
+
+
+def test_what_several_add_at_once_is_all_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.trio.record.origin", lambda: time.sleep(0.01) or {})
+    path = tmp_path / "record.json"
+
+    def add(number):
+        change(path, "a-b", lambda mine: mine["audit"].append({"number": number}))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(16)))
+    assert sorted(one["number"] for one in json.loads(path.read_text())["a-b"]["audit"]) == list(range(16))
 
 
 def test_several_seeds_widen_an_interval_by_what_they_differ():
