@@ -10,10 +10,10 @@ DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench native sanitize torture gpu clean
+.PHONY: help install demo demo-real test lint format docs bench native sanitize torture gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ install: $(RUNTIME) ## the library and its command line, in .venv
 demo: $(RUNTIME) ## the main job: relay questions answered through latents, with controls, on the shipped system
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
+
+demo-real: $(DEVELOPMENT) ## MODELS=DIR: the links of examples/trio between the released models in DIR, in five minutes
+	$(if $(MODELS),,$(error demo-real: name the folder of the models: make demo-real MODELS=DIR (examples/trio/README.md)))
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python -m benchmarks.trio.demo "$(MODELS)"
 
 # Two processes, each with the threads that its share of the processor has. The slowest tests are named at the end.
 WORKERS ?= 2

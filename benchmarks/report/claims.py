@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.report.tables import Record, duration, number
 
-HOLDS, FAILS = "holds", "**does not hold**"
+HOLDS, FAILS, UNTOLD = "holds", "**does not hold**", "**cannot be told**"
 FILES = {"inner": "inner_training"}
 """Of suites whose file of cells has another name."""
 

@@ -79,6 +79,7 @@ def _evidence(results: Path) -> Iterator[str]:
         path = results / statement.record
         if not path.exists():
             continue
-        found = statement.judge(json.loads(path.read_text(encoding="utf-8")))
+        if (found := statement.judge(json.loads(path.read_text(encoding="utf-8")))) is None:
+            continue
         yield f"**{statement.text}** ({statement.source}) {statement.where}"
         yield table(["measured", "verdict", "record"], [[found.measured, found.verdict, statement.record]])

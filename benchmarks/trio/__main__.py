@@ -1,21 +1,21 @@
 """``python -m benchmarks.trio MODELS RECORD STEP READER SOLVER``: real models on the notes task.
 
 MODELS is a folder with a model folder per name, such as MODELS/qwen. Each step adds to the JSON file RECORD, and goes
-on where an earlier call stopped:
+on where an earlier call stopped. Links are named by their word lists and seed, such as 1600-0:
 
-    links   general links READER -> SOLVER, into MODELS/links/READER-SOLVER
-    audit   the cells of `benchmarks.trio.cells`, as many as --seconds allow
-    time    text and latent turns by turns; run it on a quiet machine
+    links   general links READER -> SOLVER of --lists and --seed, into MODELS/links/READER-SOLVER/LISTS-SEED
+    task    a short outer stage from the links --links, into LISTS-SEED-task beside them
+    audit   those links at --latents and --tokens, with --arms beside the trained and the shuffled one
+    time    text and latent turns by turns, --at-once questions in a batch; run it on a quiet machine
     page    no models: print the record's tables as Markdown
+    ship    the links --links in bfloat16, with their record, into --out
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,62 +23,83 @@ from typing import Any
 import torch
 
 from benchmarks.harness.checkpoints import Checkpoint
-from benchmarks.harness.machine import origin
-from benchmarks.trio.cells import CELLS, measure, turns
+from benchmarks.trio import record
+from benchmarks.trio.cells import TEST, VALIDATION, measure
 from benchmarks.trio.links import load_links, save_links, train_links
 from benchmarks.trio.page import tables
+from benchmarks.trio.rereading import Rereader
+from benchmarks.trio.shipped import ship
+from benchmarks.trio.task import train_task
+from benchmarks.trio.times import turns
 from recmas import Agent
-from recmas.files import write_atomically
+
+TASK = "-task"
+TIMED = 4
+"""Questions whose turns are timed."""
 
 
-def load_agents(models: Path, reader: str, solver: str) -> dict[str, Agent]:
-    """The agents by role; two roles of one model share it."""
+def load_agents(models: Path, reader: str, solver: str, kind: type[Agent] = Agent) -> dict[str, Agent]:
+    """The agents by role, of this kind; two roles of one model share it."""
     for name in (reader, solver):
         if not (models / name / "config.json").is_file():
             raise ValueError(f"{models / name}: no model there")
-    made = {name: Agent.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
+    made = {name: kind.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
     return {"reader": made[reader], "solver": made[solver]}
 
 
 def run(options: argparse.Namespace) -> None:
-    models, pair = options.models, f"{options.reader}-{options.solver}"
-    record: dict[str, Any] = json.loads(options.record.read_text()) if options.record.exists() else {}
+    pair = f"{options.reader}-{options.solver}"
+    home = options.models / "links" / pair
+    mine = record.part(record.read(options.record), pair)
     if options.step == "page":
-        if pair not in record:
+        if not any(mine.values()):
             raise ValueError(f"{options.record}: nothing of {pair}")
-        print(tables(pair, record[pair]))
+        print(tables(pair, mine))
         return
-    mine = record.setdefault(pair, {"links": {}, "audit": [], "time": []})
-    home = models / "links" / pair
-    if options.step != "links" and not (home / "outer").is_dir():
-        raise ValueError(f"{home}: no links there; the step 'links' trains them")
-    started = time.perf_counter()
-
-    def note() -> None:
-        record["made"] = origin()
-        write_atomically(options.record, json.dumps(record, indent=1) + "\n")
-
-    agents = load_agents(models, options.reader, options.solver)
+    kind = Agent if options.step == "time" else Rereader
+    agents = load_agents(options.models, options.reader, options.solver, kind)
     if options.step == "links":
-        system, trained = train_links(agents, options.seed, options.lists, options.steps, home / "pairs")
-        save_links(system, home)
-        names = dict.fromkeys((options.reader, options.solver))
-        mine["links"] = trained | {"sha256": {name: Checkpoint(models / name).sha256 for name in names}}
-        note()
+        name = f"{options.lists}-{options.seed}"
+        system, found = train_links(agents, options.seed, options.lists, options.steps or 400, home / "pairs")
+        save_links(system, home / name)
+        checked = {one: Checkpoint(options.models / one).sha256 for one in (options.reader, options.solver)}
+        note(options, pair, "links", [{"links": name, **found}], {"sha256": checked})
         return
-    system = load_links(agents, home)
-    if options.step == "time":
-        mine["time"] = [one for batch in (1, 8) for one in turns(system, options.questions, batch, options.rounds)]
-        note()
-        return
-    done = {one["cell"] for one in mine["audit"]}
-    for cell in CELLS:
-        name = f"{cell.name}; {options.hops} hops, {options.questions} questions"
-        if name not in done and time.perf_counter() - started < options.seconds:
-            found = measure(system, cell, options.questions, options.hops)
-            mine["audit"] += [{"cell": name, **one} for one in found]
-            note()
-            print(name, {one["arm"]: sum(one["correct"]) / len(one["correct"]) for one in found}, flush=True)
+    system = load_links(agents, home / options.links)
+    if options.step == "ship":
+        (entry,) = (one for one in mine["links"] if one["links"] == options.links)
+        ship(system, options.out, {name: mine["sha256"][name] for name in (options.reader, options.solver)}, entry)
+    elif options.step == "task":
+        seed, latents = int(options.links.split("-")[1]), options.latents
+        found = train_task(system, seed, options.steps or 30, latents, options.rate, home / "pairs")
+        save_links(system, home / (options.links + TASK))
+        note(options, pair, "links", [{"links": options.links + TASK, **found}])
+    elif options.step == "time":
+        note(options, pair, "time", list(turns(system, TIMED, options.at_once, options.rounds)))
+    else:
+        drawn = VALIDATION if options.validation else TEST
+        kinds = f"m={options.latents}, text={options.tokens}, {options.arms}; {options.hops} hops"
+        cell = f"{options.links}: {kinds}, {options.questions} questions of seed {drawn}"
+        if any(one["cell"] == cell for one in mine["audit"]):
+            print(f"{cell}: done before")
+            return
+        arms = [name for name in options.arms.split(",") if name]
+        found = measure(system, options.questions, options.hops, options.latents, options.tokens, arms, drawn)
+        said = {"cell": cell, "links": options.links, "seed": drawn}
+        note(options, pair, "audit", [said | one for one in found])
+        print(cell, {one["arm"]: sum(one["correct"]) / len(one["correct"]) for one in found})
+
+
+def note(options: argparse.Namespace, pair: str, kind: str, found: Sequence[dict[str, Any]], more: Any = None) -> None:
+    """Add entries to the pair's part of the record; links of a name, and times of a batch, replace those of before."""
+    commit = record.commit()
+
+    def made(mine: dict[str, Any]) -> None:
+        same = {"links": "links", "time": "batch"}.get(kind)
+        kept = [one for one in mine[kind] if not (same and one[same] in {new[same] for new in found})]
+        mine.update(more or {}, **{kind: [*kept, *({**one, "commit": commit} for one in found)]})
+
+    record.change(options.record, pair, made)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,16 +108,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("models", type=Path)
     parser.add_argument("record", type=Path)
-    parser.add_argument("step", choices=("links", "audit", "time", "page"))
+    parser.add_argument("step", choices=("links", "task", "audit", "time", "page", "ship"))
     parser.add_argument("reader")
     parser.add_argument("solver")
-    parser.add_argument("--seed", type=int, default=0, help="of the links and their texts")
-    parser.add_argument("--lists", type=int, default=200, help="word lists to train on")
-    parser.add_argument("--steps", type=int, default=400, help="of each link")
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the links")
+    parser.add_argument("--lists", type=int, default=1600, help="word lists to train on")
+    parser.add_argument("--steps", type=int, help="of each link (default: 400), or of the outer stage (default: 30)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the outer stage")
+    parser.add_argument("--links", default="1600-0", help="name of links that are there")
+    parser.add_argument("--latents", type=int, default=8, help="latent steps")
+    parser.add_argument("--tokens", type=int, default=32, help="of a text message")
+    parser.add_argument("--arms", default="", help="such as text,identity,random,noise,zeros")
+    parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--hops", type=int, default=1)
+    parser.add_argument("--validation", action="store_true", help="ask the questions that settings are chosen on")
+    parser.add_argument("--out", type=Path, default=Path("examples/trio"), help="folder of shipped links")
+    parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")
     parser.add_argument("--rounds", type=int, default=3, help="turns that are timed")
-    parser.add_argument("--seconds", type=float, default=600, help="no audit begins later than this")
     options = parser.parse_args(arguments)
     try:
         run(options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from recmas.training.warmup import warmup_loss
 from recmas_kernels import FusedRecursiveLink
 
 EDGE = ("reader", "solver")
+TRAINED, WATCHED, HELD_OUT = 0, 1, 2
+"""Seeds of the texts: to train on, the same for all links; to choose the best step by; to judge links by."""
 HELD = 16
 """Rows that links are judged by."""
 
@@ -32,32 +34,40 @@ def train_links(
 
     Args:
         agents: by role.
-        seed: of links, texts and their order.
-        lists: word lists to train on; half as many messages beside them.
+        seed: of the links as they are drawn, and of the order of the texts; the texts are the same for every seed.
+        lists: word lists to train on; a fourth as many messages beside them.
         steps: of each link.
         cache: folder of the reader's pairs.
     """
     system = notes_system(agents, seed)
     words = common_words(list(agents.values()), held_back())
-    rows = [*copies(words, seed, lists), *texts(seed, lists // 2)]
-    held = copies(words, seed + 1, HELD)
+    rows = [*copies(words, TRAINED, lists), *texts(TRAINED, lists // 4)]
     started = time.perf_counter()
     shared: dict[str, Any] = {"steps": steps, "learning_rate": 5e-4, "link_init": "ridge", "seed": seed}
-    given: dict[str, Any] = {"validation": held, "cache": cache, "progress": False}
+    given: dict[str, Any] = {"validation": copies(words, WATCHED, HELD), "cache": cache, "progress": False}
     train_inner(system, rows, InnerConfig(**shared), **given)
     train_warmup(system, rows, WarmupConfig(**shared), **given)
-    record = {"seed": seed, "lists": lists, "messages": lists // 2, "steps": steps, "words": len(words)}
-    record["seconds"] = time.perf_counter() - started
-    kinds = {"word lists": held, "known": texts(seed + 1, HELD), "unknown": texts(seed + 1, HELD, "unknown")}
-    record["held out"] = {kind: judged(system, rows) for kind, rows in kinds.items()}
-    return system, record
+    record = {"stage": "general", "seed": seed, "lists": lists, "messages": lists // 4, "steps": steps}
+    record |= {"words": len(words), "seconds": time.perf_counter() - started}
+    return system, record | {"held out": held_out(system, words)}
+
+
+def held_out(system: RecursiveMAS, words: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What `judged` says of texts that no link was trained on, by kind of text."""
+    kinds = {
+        "word lists": copies(words, HELD_OUT, HELD),
+        "messages, known": texts(HELD_OUT, HELD),
+        "messages, unknown": texts(HELD_OUT, HELD, "unknown"),
+    }
+    return {kind: judged(system, rows) for kind, rows in kinds.items()}
 
 
 @torch.no_grad()
 def judged(system: RecursiveMAS, rows: list[dict[str, object]]) -> dict[str, float]:
     """Cosines of both links' outputs with their targets, and how often the nearest embedding is the very token.
 
-    The outer link is asked for words that are one token of the solver's vocabulary.
+    The outer link is asked for words that are one token of the solver's vocabulary. "reader's head" is how often the
+    reader itself finds the token in the states that its link reads: what a link could reach.
     """
     reader, solver = (system.agents[role] for role in EDGE)
     pairs = speak(reader, utterances(system, "reader", rows, 1))
@@ -69,7 +79,9 @@ def judged(system: RecursiveMAS, rows: list[dict[str, object]]) -> dict[str, flo
         wanted += [own[found[0]] if len(found) == 1 else -1 for found in padded]
     single = torch.tensor(wanted) >= 0
     sent = run_link(system.outer_links[EDGE], latents[single])
+    said = torch.cat([reader.logits(part).argmax(dim=-1) for part in pairs.hidden.split(64)])
     return {
+        "reader's head": (said == pairs.ids).float().mean().item(),
         "inner cosine": 1 - inner_loss(system, "reader", rows).item(),
         "outer cosine": 1 - warmup_loss(system, EDGE, rows).item(),
         "inner nearest": (nearest(reader, latents) == pairs.ids).float().mean().item(),
@@ -90,8 +102,20 @@ def save_links(system: RecursiveMAS, folder: Path) -> None:
 
 
 def load_links(agents: Mapping[str, Agent], folder: Path) -> RecursiveMAS:
-    """The notes system with the links of `save_links`."""
+    """The notes system with the links of `save_links`, in float32 however they are stored.
+
+    Raises:
+        ValueError: there are no links in this folder, or they are of other widths than the agents.
+    """
+    if not (folder / "outer").is_dir():
+        raise ValueError(f"{folder}: no links there")
     system = notes_system(agents)
-    system.inner_links["reader"] = FusedRecursiveLink.from_pretrained(folder / "inner")
-    system.outer_links[EDGE] = FusedRecursiveLink.from_pretrained(folder / "outer")
+    reader, solver = (system.agents[role].hidden_size for role in EDGE)
+    made = {name: FusedRecursiveLink.from_pretrained(folder / name).float() for name in ("inner", "outer")}
+    for name, widths in (("inner", (reader, reader)), ("outer", (reader, solver))):
+        config = made[name].config
+        if (config.in_features, config.out_features) != widths:
+            found = f"{config.in_features} to {config.out_features}"
+            raise ValueError(f"{folder / name}: from {found} features, the models need {widths[0]} to {widths[1]}")
+    system.inner_links["reader"], system.outer_links[EDGE] = made["inner"], made["outer"]
     return system

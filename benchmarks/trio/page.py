@@ -1,78 +1,222 @@
-"""The tables of a record, as Markdown: accuracies by half with intervals, paired with texts, links, and times."""
+"""The tables of a pair of models, as Markdown: links, accuracies beside texts, seed by seed, and times."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.trio.cells import TEST
+from benchmarks.trio.pooled import crossed
 from recmas.evaluation import wilson
 from recmas.evaluation.paired import paired_means, paired_shares
 from recmas.lab.notes import HALVES
 
+Z_BOTH = 2.2414027276049464
+"""Two-sided 97.5 % of the normal distribution: of differences, whose two endpoints then hold together with 95 %."""
+
+
+class Row(NamedTuple):
+    """A line of the accuracies: what was sent, through links of which seeds, and the audits of each seed."""
+
+    message: str
+    links: str
+    audits: list[dict[str, Any]]
+
+    def values(self, kind: str) -> list[list[float]]:
+        """By seed and question: ``correct`` or ``nll``."""
+        return [[float(value) for value in one[kind]] for one in self.audits]
+
+    def half(self, place: int) -> Row:
+        """The same of one half of names and values, which questions are of by turns."""
+        parts = [{kind: one[kind][place :: len(HALVES)] for kind in ("correct", "nll")} for one in self.audits]
+        return Row(self.message, self.links, parts)
+
+    @property
+    def questions(self) -> int:
+        return len(self.audits[0]["correct"])
+
 
 def tables(pair: str, record: dict[str, Any]) -> str:
     """All of one pair of models."""
-    parts = [f"### {pair.replace('-', ' → ')}", *_links(record["links"]), *_audits(record["audit"])]
+    audits = [one for one in record["audit"] if one["seed"] == TEST]
+    rows = sorted(pooled(audits), key=_order)
+    parts = [
+        f"### {pair.replace('-', ' → ')}",
+        *_links(record["links"]),
+        *_accuracies(rows),
+        *_halves(rows),
+        *_seeds(rows),
+        *_outer(record["links"]),
+    ]
     return "\n".join([*parts, *_times(record["time"])])
 
 
-def _links(links: dict[str, Any]) -> Iterator[str]:
-    if not links:
-        return
-    names = list(next(iter(links["held out"].values())))
-    yield f"\n| held-out texts | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
-    for kind, found in links["held out"].items():
-        yield f"| {kind} | {' | '.join(f'{found[name]:.2f}' for name in names)} |"
+def pooled(audits: Sequence[dict[str, Any]]) -> list[Row]:
+    """Audits of the same message, questions and kind of links together, whatever the links' seeds."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for one in audits:
+        kind = "" if one["arm"] == "text" else kind_of(one["links"])
+        key = (one["arm"], one["steps"], one["tokens"], one["hops"], len(one["correct"]), kind)
+        groups.setdefault(key, {}).setdefault(one["links"] if kind else "", one)
+    return [
+        Row(_name(*key[:4]), key[5], [members[links] for links in sorted(members)]) for key, members in groups.items()
+    ]
 
 
-def _audits(audits: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line per arm; differences are to the text of 32 tokens on the same questions."""
-    if not audits:
+def kind_of(links: str) -> str:
+    """What links of all seeds have in common, such as "1600 lists", of a name such as 1600-3 or 1600-3-task."""
+    lists, _, *task = links.split("-")
+    return f"{lists} lists" + (", then the task" if task else "")
+
+
+def _links(links: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How near links come to their targets on texts that they were not trained on: means over the seeds."""
+    judged = [one for one in links if "held out" in one]
+    if not judged:
         return
-    rows = {(one["arm"], one["steps"], one["tokens"], one["hops"]): one for one in audits}
-    heads = ["message", "questions", "accuracy", *HALVES, "NLL", "Δ accuracy to text, 32", "Δ NLL to text, 32"]
+    names = list(dict.fromkeys(name for one in judged for texts in one["held out"].values() for name in texts))
+    yield f"\n| links | seeds | held-out texts | {' | '.join(names)} |\n|{'---|' * (len(names) + 3)}"
+    for kind in dict.fromkeys(kind_of(one["links"]) for one in judged):
+        found = [one["held out"] for one in judged if kind_of(one["links"]) == kind]
+        for texts in found[0]:
+            values = ([one[texts][name] for one in found if name in one[texts]] for name in names)
+            cells = [f"{statistics.fmean(of_name):.2f}" if of_name else "" for of_name in values]
+            yield f"| {kind} | {len(found)} | {texts} | {' | '.join(cells)} |"
+
+
+def _outer(links: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What outer stages did to the loss on the questions that they chose their best step by."""
+    found = [one for one in links if "validation" in one]
+    if found:
+        yield "\n| links | steps | questions | validation loss: before, and at each third |\n|---|---|---|---|"
+    for one in found:
+        losses = ", ".join(f"{loss:.2f}" for loss in one["validation"])
+        yield f"| {one['links']} | {one['steps']} | {one['questions']} | {losses} |"
+
+
+def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
+    """A line per message; differences are to texts of 8 and of 32 tokens on the same questions."""
+    if not rows:
+        return
+    heads = ["message", "links", "seeds", "questions", "accuracy", *HALVES, "NLL"]
+    heads += ["Δ accuracy to text, 8", "Δ accuracy to text, 32", "Δ NLL to text, 8"]
     yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
-    for (arm, steps, tokens, hops), one in sorted(rows.items(), key=lambda item: (item[0][3], _order(item[1]))):
-        right, nll = one["correct"], one["nll"]
-        low, high = wilson(sum(right), len(right))
-        halves = [_share(right[place :: len(HALVES)]) for place in range(len(HALVES))]
-        text = rows.get(("text", 0, 32, hops))
-        compared = ["", ""]
-        if text is not None and text is not one and len(text["correct"]) == len(right):
-            decision, cost = paired_shares(text["correct"], right), paired_means(text["nll"], nll, 0)
-            compared = [
-                f"{decision.value:+.2f} [{decision.low:+.2f}, {decision.high:+.2f}], p = {decision.p:.2g}",
-                f"{cost.value:+.2f} [{cost.low:+.2f}, {cost.high:+.2f}]",
-            ]
-        share = f"{_share(right)} [{low:.2f}, {high:.2f}]"
-        cells = [_name(arm, steps, tokens), str(len(right)), share, *halves, f"{sum(nll) / len(nll):.2f}", *compared]
+    for row in rows:
+        texts = {
+            tokens: next((one for one in rows if one.message.startswith(f"text, {tokens} ") and _same(one, row)), None)
+            for tokens in (8, 32)
+        }
+        right, nll = row.values("correct"), row.values("nll")
+        share, low, high = _interval(right)
+        halves = [mean([one[place :: len(HALVES)] for one in right]) for place in range(len(HALVES))]
+        cells = [row.message, row.links, str(len(right)), str(row.questions), f"{share:.2f} [{low:.2f}, {high:.2f}]"]
+        cells += [f"{half:.2f}" for half in halves] + [f"{mean(nll):.2f}"]
+        for tokens, kind in ((8, "correct"), (32, "correct"), (8, "nll")):
+            text = texts[tokens]
+            cells.append("" if text is None or text.message == row.message else difference(text, row, kind))
         yield f"| {' | '.join(cells)} |"
 
 
-def _order(one: dict[str, Any]) -> tuple[int, str, int, int]:
+def _halves(rows: Sequence[Row]) -> Iterator[str]:
+    """Latents beside shuffled ones, and beside texts of 8 tokens on each half of names and values."""
+    found = []
+    for row in rows:
+        same = [one for one in rows if _same(one, row)]
+        text = next((one for one in same if one.message.startswith("text, 8 ")), None)
+        shuffled = f"shuffled{row.message.removeprefix('latents')}"
+        other = next((one for one in same if one.message == shuffled and one.links == row.links), None)
+        if row.message.startswith("latents") and text is not None and other is not None:
+            parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
+            cells = [row.message, row.links, str(row.questions), difference(other, row, "correct"), *parts]
+            found.append(f"| {' | '.join(cells)} |")
+    if found:
+        heads = ["message", "links", "questions", "Δ accuracy to shuffled", *(f"{half}: to text, 8" for half in HALVES)]
+        yield "\n".join([f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}", *found])
+
+
+def difference(first: Row, second: Row, kind: str) -> str:
+    """Second minus first, question by question, with its 97.5 % interval, and McNemar's p of single runs."""
+    value, low, high, p = gap(first, second, kind)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if p is None else f", p = {p:.2g}")
+
+
+def gap(first: Row, second: Row, kind: str) -> tuple[float, float, float, float | None]:
+    """That difference, its bounds, and p where there is one. A single run is compared with every seed of the other."""
+    before, after = first.values(kind), second.values(kind)
+    if len(before) == len(after) == 1:
+        if kind == "nll":
+            found = paired_means(before[0], after[0], 0)
+        else:
+            found = paired_shares([bool(one) for one in before[0]], [bool(one) for one in after[0]])
+        return found.value, found.low, found.high, found.p
+    if len(before) == 1:
+        before = before * len(after)
+    pairs = zip(before, after, strict=True)
+    return *crossed([[b - a for a, b in zip(*one, strict=True)] for one in pairs], Z_BOTH), None
+
+
+def _seeds(rows: Sequence[Row]) -> Iterator[str]:
+    """Seed by seed, for those lines that have several."""
+    several = [row for row in rows if len(row.audits) > 1]
+    if not several:
+        return
+    yield "\n| message | links | accuracy by seed | NLL by seed |\n|---|---|---|---|"
+    for row in several:
+        shares, costs = (
+            ", ".join(f"{statistics.fmean(one):.2f}" for one in row.values(kind)) for kind in ("correct", "nll")
+        )
+        yield f"| {row.message} | {row.links} | {shares} | {costs} |"
+
+
+def _interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """An accuracy and its 95 % interval: Wilson's of one run, over seeds and questions of several."""
+    if len(right) == 1:
+        return (mean(right), *wilson(sum(right[0]), len(right[0])))
+    value, low, high = crossed(right)
+    return value, max(0.0, low), min(1.0, high)
+
+
+def mean(values: Sequence[Sequence[float]]) -> float:
+    """Over seeds and questions."""
+    return statistics.fmean(map(statistics.fmean, values))
+
+
+def _same(one: Row, other: Row) -> bool:
+    return one.questions == other.questions and one.audits[0]["hops"] == other.audits[0]["hops"]
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    first = row.audits[0]
     kinds = ("text", "trained")
-    return kinds.index(one["arm"]) if one["arm"] in kinds else 2, one["arm"], one["tokens"], one["steps"]
+    place = kinds.index(first["arm"]) if first["arm"] in kinds else 2
+    what = first["arm"], first["tokens"], first["steps"]
+    return first["hops"], -row.questions, place, len(row.links), row.links, *what
 
 
-def _name(arm: str, steps: int, tokens: int) -> str:
+def _name(arm: str, steps: int, tokens: int, hops: int) -> str:
+    more = "" if hops == 1 else f", {hops} hops"
     if arm == "text":
-        return f"text, {tokens} tokens"
-    return f"latents, m = {steps}" if arm == "trained" else arm if not steps else f"{arm}, m = {steps}"
-
-
-def _share(right: Sequence[bool]) -> str:
-    return f"{sum(right) / len(right):.2f}"
+        return f"text, {tokens} tokens{more}"
+    return (f"latents, m = {steps}" if arm == "trained" else arm if not steps else f"{arm}, m = {steps}") + more
 
 
 def _times(times: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Turns, and what is left of them without their first position: the message behind the reading of the notes."""
     if not times:
         return
-    yield "\n| questions at once | message | tokens written | seconds per question | reader's turn | of text's turn |"
-    yield f"|{'---|' * 6}"
+    heads = ["questions at once", "message", "tokens written", "seconds per question", "reader's turn"]
+    heads += ["of text's turn", "without its first position", "of text's"]
+    yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     for one in times:
-        text = next(t for t in times if t["batch"] == one["batch"] and t["way"] == "text, 32 tokens")
+        same = {other["way"]: other["reader seconds"] for other in times if other["batch"] == one["batch"]}
         whole = f"{one['seconds']:.2f} [{one['range'][0]:.2f}, {one['range'][1]:.2f}]"
         turn = f"{one['reader seconds']:.2f} [{one['reader range'][0]:.2f}, {one['reader range'][1]:.2f}]"
-        ratio = f"{one['reader seconds'] / text['reader seconds']:.2f}"
-        at_once = min(one["batch"], one["questions"])
-        yield f"| {at_once} | {one['way']} | {one['tokens']:.0f} | {whole} | {turn} | {ratio} |"
+        ratio = f"{one['reader seconds'] / same['text, 32 tokens']:.2f}"
+        alone = ["", ""]
+        if "text, 1 token" in same:
+            base = same["text, 1 token" if one["way"].startswith("text") else "latents, m = 1"]
+            rest, whole_text = one["reader seconds"] - base, same["text, 32 tokens"] - same["text, 1 token"]
+            alone = [f"{rest:.2f}", f"{rest / whole_text:.2f}"]
+        cells = [str(one["batch"]), one["way"], f"{one['tokens']:.0f}", whole, turn, ratio, *alone]
+        yield f"| {' | '.join(cells)} |"

@@ -15,8 +15,8 @@ from benchmarks.harness.record import noise_of
 from benchmarks.harness.scaling import whole
 from benchmarks.harness.timing import Quantiles, Ratio
 from benchmarks.report.__main__ import ROOT
-from benchmarks.report.claims import CLAIMS, FAILS, HOLDS
-from benchmarks.report.evidence import notes, relay
+from benchmarks.report.claims import CLAIMS, FAILS, HOLDS, UNTOLD, Finding
+from benchmarks.report.evidence import carried, content, half_the_time, relay
 from benchmarks.report.results_page import html_page, results_page
 from benchmarks.report.stored import RESULTS, load
 from benchmarks.suites.cpu.test_bench_complexity import NAMES, terms_of
@@ -110,12 +110,54 @@ def test_audits_decide_by_their_verdict_and_their_answers():
     audit = {"questions": {"count": 2}, "arms": arms, "verdict": "content matters"}
     assert relay(audit).verdict == HOLDS
     assert relay({**audit, "verdict": "content cannot be told with 2 questions"}).verdict == FAILS
-    rows = [{"arm": "text", "tokens": 32, "steps": 0, "hops": 1, "correct": [True, False]}]
-    for correct, verdict in (([True, True], HOLDS), ([True, False], HOLDS), ([False, False], FAILS)):
-        assert (
-            notes([*rows, {"arm": "trained", "tokens": 0, "steps": 8, "hops": 1, "correct": correct}]).verdict
-            == verdict
-        )
+
+
+def audited(arm: str, correct: list[bool], links: str = "9-0", **more: Any) -> dict[str, Any]:
+    asked = {"cell": links, "links": links, "seed": 2, "hops": 1, "steps": 0, "tokens": 0}
+    return {"arm": arm, "correct": correct, "nll": [1.0] * len(correct), **asked, **more}
+
+
+def test_latents_carry_what_text_carries_if_they_answer_as_much():
+    text, judge = [True, False] * 8, carried("a-b", "9 lists")
+    assert judge({}) is None
+
+    def verdict(*seeds: list[bool]) -> str:
+        audits = [audited("text", text, tokens=8), audited("text", [False] * 16, tokens=8, seed=1)]
+        audits += [audited("trained", one, f"9-{seed}", steps=8) for seed, one in enumerate(seeds)]
+        found = judge({"a-b": {"audit": audits}})
+        assert found is not None
+        return found.verdict
+
+    assert verdict(text, text) == HOLDS
+    assert verdict([True] * 16, [True] * 16) == HOLDS
+    assert verdict([False] * 16, [False] * 16) == FAILS
+    assert verdict([False] * 16) == FAILS
+    assert verdict([True, True, *text[2:]], [False, False, *text[2:]]) == UNTOLD
+
+
+def test_content_matters_in_those_audits_that_show_it():
+    right = [audited("trained", [True] * 8), audited("shuffled", [False] * 8)]
+    judge = content("a-b")
+    assert judge({"a-b": {"audit": []}}) is None
+    assert judge({"a-b": {"audit": right}}) == Finding(
+        "accuracy over that with latents of another question: +1.00 to +1.00 in 1 audits", HOLDS
+    )
+    same = [audited("trained", [True] * 8, "9-1"), audited("shuffled", [True] * 8, "9-1")]
+    found = judge({"a-b": {"audit": [*right, *same]}})
+    assert found is not None
+    assert "1 of 2" in found.verdict
+
+
+def test_half_the_time_is_of_the_whole_turn():
+    def timed(way: str, seconds: float, batch: int) -> dict[str, Any]:
+        return {"way": way, "batch": batch, "reader seconds": seconds}
+
+    times = [timed(way, t, b) for b in (1, 4) for way, t in (("text, 32 tokens", 2.0), ("latents, m = 8", 0.5 + b / 4))]
+    found = half_the_time({"qwen-smollm2": {"time": times}})
+    assert found is not None
+    assert found.measured.endswith("0.38 with 1 at once, 0.75 with 4 at once")
+    assert "1 of 2" in found.verdict
+    assert half_the_time({}) is None
 
 
 @pytest.mark.parametrize("command", sorted({claim.command for claim in CLAIMS}))
@@ -125,8 +167,8 @@ def test_the_command_of_a_claim_exists(command: str):
 
 def test_no_record_is_left_out():
     for folder in FOLDERS:
-        for suite, content in load(folder).items():
-            assert any(claim.judge(content["records"]) for claim in CLAIMS if claim.suite == suite), suite
+        for suite, stored in load(folder).items():
+            assert any(claim.judge(stored["records"]) for claim in CLAIMS if claim.suite == suite), suite
     times = {"step_times.json"}  # they explain times of the suite "frozen", and claim nothing
     page = results_page(RESULTS)
     assert all(path.name in page for path in RESULTS.glob("*.json") if path.name not in times)

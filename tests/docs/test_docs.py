@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/relay/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "benchmarks/README.md",
+            "examples/relay/README.md",
+            "examples/trio/README.md",
+        )
+    ),
 ]
 SKIPPED_FOLDERS = {".git", ".venv", "build", "dist", "__pycache__"}
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n$")

@@ -87,6 +87,10 @@ class CommandLineParser(ArgumentParser):
         raise KeyError(key)
 
 
+class WrongValue(ArgumentTypeError, ValueError):
+    """Told in its own words: argparse keeps the first kind's, and whoever reads a configuration file the second's."""
+
+
 class Kind:
     """An option type: a function from what was written (or stood in YAML) to a value, and how help calls it."""
 
@@ -120,9 +124,9 @@ def _read_rounds(value: Any) -> int | str:
     try:
         rounds = whole(value)
     except ValueError:
-        raise ArgumentTypeError(f"must be an integer or auto, got {value!r}") from None
+        raise WrongValue(f"must be an integer or auto, got {value!r}") from None
     if rounds < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {rounds}")
+        raise WrongValue(f"must be at least 1, got {rounds}")
     return rounds
 
 

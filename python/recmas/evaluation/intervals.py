@@ -1,4 +1,4 @@
-"""How sure a share is: Wilson's interval and the unbiased pass@k."""
+"""How sure a number is: Wilson's interval of a share, Student's quantiles, and the unbiased pass@k."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def wilson(successes: float, questions: int, z: float = Z95) -> tuple[float, flo
     centre = (share + z2 / (2 * questions)) / (1 + z2 / questions)
     half = z / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never excludes the share
+
+
+def student(z: float, freedom: float) -> float:
+    """What `z` is of the normal distribution, of Student's t; its expansion in 1 / freedom, to 0.01 from 5 on."""
+    f = 4 * freedom
+    terms = (
+        (z**3 + z) / f,
+        (5 * z**5 + 16 * z**3 + 3 * z) / (6 * f**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (6 * f**3),
+    )
+    return z + sum(terms)
 
 
 def pass_at(k: int, samples: int, correct: int) -> float:

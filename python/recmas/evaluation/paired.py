@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recmas.evaluation.intervals import wilson
+from recmas.evaluation.intervals import student, wilson
 
 ERROR = 0.025
 """Of one endpoint: how often its interval misses, and the largest p that counts as a difference."""
@@ -101,7 +101,7 @@ def paired_means(first: Sequence[float], second: Sequence[float], seed: int) -> 
     ]
     means = torch.cat(drawn).sort().values
     count = len(differences)
-    outside = int(_NORMAL.cdf(-_student(count - 1) * math.sqrt(count / (count - 1))) * len(means))
+    outside = int(_NORMAL.cdf(-student(_Z, count - 1) * math.sqrt(count / (count - 1))) * len(means))
     return Difference(differences.mean().item(), means[outside].item(), means[-1 - outside].item())
 
 
@@ -126,15 +126,4 @@ def detectable_share(questions: int, changed: int) -> float:
 
 def detectable_mean(differences: Sequence[float]) -> float:
     """The smallest true mean that so many differences show with a chance of 80 %, at the spread of these."""
-    return (_student(len(differences) - 1) + _Z_POWER) * statistics.stdev(differences) / math.sqrt(len(differences))
-
-
-def _student(freedom: int) -> float:
-    """What `_Z` is of the normal distribution, of Student's t; its expansion in 1 / freedom, to 0.01 from 5 on."""
-    z, f = _Z, 4 * freedom
-    terms = (
-        (z**3 + z) / f,
-        (5 * z**5 + 16 * z**3 + 3 * z) / (6 * f**2),
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (6 * f**3),
-    )
-    return z + sum(terms)
+    return (student(_Z, len(differences) - 1) + _Z_POWER) * statistics.stdev(differences) / math.sqrt(len(differences))

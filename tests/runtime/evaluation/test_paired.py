@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
+from recmas.evaluation.intervals import student
 from recmas.evaluation.paired import (
     ERROR,
     Difference,
-    _student,
     detectable_mean,
     detectable_share,
     mcnemar,
@@ -104,7 +104,7 @@ def test_the_interval_of_means_is_as_wide_as_students():
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(6, 2.9687), (14, 2.5096), (49, 2.3124), (511, 2.2482)])
 def test_students_quantiles(freedom, quantile):
-    assert _student(freedom) == pytest.approx(quantile, abs=0.005)
+    assert student(statistics.NormalDist().inv_cdf(1 - ERROR / 2), freedom) == pytest.approx(quantile, abs=0.005)
 
 
 @pytest.mark.parametrize(("questions", "changed"), [(60, 0), (200, 40), (400, 300)])
