@@ -14,6 +14,7 @@ from recmas.agents.model import PromptTooLongError
 from recmas.answering.answers import Answers, Handoff
 from recmas.answering.plan import Plan
 from recmas.config.pattern import Visit
+from recmas.devices.failure import named
 from recmas.engine.messages import Latents, Message
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse, Reading
@@ -46,14 +47,15 @@ class Batch:
         self.started = time.perf_counter()
         try:
             for turn in self.system.walk(self.rows, self.plan.rounds):
-                try:
-                    if turn.visit.final:
-                        yield from self.write_answers(turn, in_pieces)
-                    else:
-                        self.send(turn)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
-                self.account(turn)
+                with named(f"agent {turn.visit.role!r}", turn.prompt.embeds.device):
+                    try:
+                        if turn.visit.final:
+                            yield from self.write_answers(turn, in_pieces)
+                        else:
+                            self.send(turn)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
+                    self.account(turn)
         except PromptTooLongError as error:
             raise ValueError(f"row {self.numbers[error.row]}: {error}") from error
 
