@@ -4,7 +4,8 @@ Each step has its seconds and leaves its log, and its outcome stands in DIR/reco
 that whatever ends the run leaves what is known. A step that takes too long is interrupted, as by Ctrl-C, so that pytest
 still says what failed; what it did not reach is named. Where a result is wrong (build, tests, repeated calls), the run
 ends: nothing that follows would mean anything, and a second run fits into the time. Tests that were interrupted before
-one of them failed end nothing. Nothing is fetched or installed.
+one of them failed end nothing. Nothing is fetched or installed. DIR/all.tar.gz holds the record, logs and results so
+far, for machines that give few files back.
 
 Exit code: 0 if every step passed, 1 if one failed or was not reached, 2 if nothing can run here.
 """
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pathlib import Path
 
 from benchmarks.harness.gpu import preflight
 
+ARCHIVE = "all.tar.gz"
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 10  # seconds between an interrupt and a kill
 # Else every test of the CUDA kernels would be skipped, and what is timed would be another backend's.
@@ -90,8 +93,9 @@ PLAN = (
             f"{_SANITIZED} racecheck $PYTHON {_SHAPES} --backends cuda",
         ),
     ),
-    Step("profile", 25, (f"$NCU --target-processes all --kernel-name '{KERNELS}' --launch-count 8 $PYTHON {_SHAPES}",)),
+    Step("profile", 20, (f"$NCU --target-processes all --kernel-name '{KERNELS}' --launch-count 8 $PYTHON {_SHAPES}",)),
     Step("candidates", 35, (_bench("candidates", 35),)),
+    Step("tables", 5, ("$PYTHON -m benchmarks.report.gpu_tables $OUT/*.json >> $OUT/record.md",)),
 )
 
 
@@ -147,10 +151,11 @@ def run(
     names: dict[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the plan; DIR/record.md grows by a line for each step."""
+    """Run the plan; DIR/record.md grows by a line for each step, and DIR/all.tar.gz by what it left."""
     folder.mkdir(parents=True, exist_ok=True)
     record, failed = folder / "record.md", False
-    for old in (record, *(folder / f"{step.name}{end}" for step in plan for end in (".log", ".json"))):
+    files = [record, *(folder / f"{step.name}{end}" for step in plan for end in (".log", ".json"))]
+    for old in (*files, folder / ARCHIVE):
         old.unlink(missing_ok=True)
     given = environment(folder) if names is None else names
 
@@ -159,6 +164,7 @@ def run(
             out.write(line + "\n")
             out.flush()
             os.fsync(out.fileno())
+        _pack(folder, files)
         say(line)
 
     note(f"# What ran, of {sum(step.seconds for step in plan)} s\n")
@@ -187,11 +193,16 @@ def run(
             rest = ", ".join(later.name for later in plan[place + 1 :])
             note(f"\nThe run ends here: what follows would mean nothing. Not reached: {rest or 'nothing'}.")
             break
-    for step in plan:
-        if (results := folder / f"{step.name}.json").exists():
-            table = [given["PYTHON"], "-m", "benchmarks.report.gpu_tables", str(results)]
-            note(subprocess.run(table, cwd=ROOT, env=given, capture_output=True, text=True).stdout)
     return 1 if failed else 0
+
+
+def _pack(folder: Path, files: Sequence[Path]) -> None:
+    """Replace the archive by one of the files that are there; whatever ends the run leaves the old one or the new."""
+    part = folder / f"{ARCHIVE}.part"
+    with tarfile.open(part, "w:gz") as archive:
+        for file in filter(Path.exists, files):
+            archive.add(file, file.name)
+    part.replace(folder / ARCHIVE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report.gpu_tables RUN.json``: a GPU run as Markdown, the forecast's rows first."""
+"""``python -m benchmarks.report.gpu_tables RUN.json...``: GPU runs as Markdown, the forecast's rows first."""
 
 from __future__ import annotations
 
@@ -134,17 +134,17 @@ def cells_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report.gpu_tables", description=__doc__)
-    parser.add_argument("run", type=Path, help="file that --records wrote")
-    options = parser.parse_args(arguments)
-    try:
-        run = json.loads(options.run.read_text(encoding="utf-8"))
-        records = [entry["extra_info"]["record"] for entry in run["benchmarks"]]
-        text = summary(run["recmas"] | {"records": records})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {options.run} is no GPU run: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    print(text, end="")
-    return 0
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="file that --records wrote")
+    status = 0
+    for path in parser.parse_args(arguments).runs:
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            records = [entry["extra_info"]["record"] for entry in run["benchmarks"]]
+            print(summary(run["recmas"] | {"records": records}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"error: {path} is no GPU run: {type(error).__name__}: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def explain(link: Any, x: torch.Tensor) -> str:
 
     def variants(call: Call, module: ModuleType) -> list[str]:
         lines = getattr(module, "variants", None)  # only a backend with several ways to serve a link has them
-        return lines(call, config.residual, config.norm, x.device) if lines is not None else []
+        return lines(call, config.residual, x.device) if lines is not None else []
 
     return "\n".join(explain_call(call, partial(variants, call)) for call in calls)
 

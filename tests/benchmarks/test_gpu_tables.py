@@ -159,3 +159,5 @@ def test_a_file_that_is_no_run_gives_one_line(tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path} is no GPU run")
     assert error.count("\n") == 1
+    assert gpu_tables.main([str(path), str(whole_run(tmp_path / "whole.json"))]) == 2
+    assert "# Fake H100" in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -15,6 +17,7 @@ from benchmarks.gpu import cells, repeat, run
 from benchmarks.gpu.run import PLAN, Step
 from benchmarks.harness.gpu import cuda, preflight, small_shapes
 from benchmarks.peers.link_gpu import LAUNCHES
+from tests.benchmarks.test_gpu_tables import whole_run
 
 NAMES = {"PYTHON": sys.executable, "OUT": "", "SANITIZER": "", "NCU": "", "PATH": "/usr/bin:/bin"}
 
@@ -147,7 +150,28 @@ def test_results_of_an_earlier_run_do_not_stay(tmp_path):
     for name in ("two.log", "few.json", "mine.txt"):
         (tmp_path / "out" / name).write_text("old")
     ran(tmp_path, Step("one", 5, ("false",), decides=True), Step("two", 5, ("echo",)), Step("few", 5, ("echo",)))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.md", "one.log", "mine.txt"}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"record.md", "one.log", "all.tar.gz", "mine.txt"}
+
+
+def test_one_archive_holds_what_there_is_after_each_step(tmp_path):
+    packed = "tar xzOf $OUT/all.tar.gz"
+    _, record, logs = ran(tmp_path, Step("one", 5, ("echo 1 | tee $OUT/one.json",)), Step("two", 5, (packed,)))
+    assert logs["two"] == record.partition("- two")[0] + "1\n" * 2
+    with tarfile.open(tmp_path / "out" / "all.tar.gz") as archive:
+        assert archive.getnames() == ["record.md", "one.log", "one.json", "two.log"]
+        assert archive.extractfile("record.md").read().decode() == record
+
+
+def test_the_last_step_adds_the_tables_of_all_results_to_the_record(tmp_path):
+    assert PLAN[-1].name == "tables"
+    place = tmp_path / "out"
+    results = Step("few", 5, tuple(f"cp {whole_run(tmp_path / name)} $OUT/" for name in ("few.json", "many.json")))
+    names = {**run.environment(place), "PYTHON": sys.executable}
+    assert run.run(place, [results, Step("many", 5, ()), replace(PLAN[-1], seconds=60)], names, str) == 0
+    record = (place / "record.md").read_text()
+    assert record.count("\n# Fake H100\n") == 2
+    assert record.count("1 of 15 rows of the forecast measured, 1 hit.") == 2
 
 
 ABSENT = ("jsonargparse", "ray", "fastapi", "uvicorn", "datasets", "math_verify")

@@ -21,6 +21,10 @@ from recmas.engine import step_graph
 from tests.runtime.fake_devices import KIND, FakeDevices, _Placed, leaves
 
 DEVICES = 2
+LOST = """CUDA error: unspecified launch failure
+Search for `cudaErrorLaunchFailure' in its documentation for more information.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
 
 
 class FakeStream:
@@ -52,6 +56,7 @@ class FakeGraph:
     def replay(self) -> None:
         FakeGraphs.here.replays += 1
         for func, args, kwargs, found in self.operations:
+            FakeGraphs.here.reach(args, found)
             again = FakeDevices.__torch_dispatch__(FakeGraphs.here, func, (), args, kwargs)
             for kept, new in zip(leaves([found]), leaves([again]), strict=True):
                 if isinstance(kept, _Placed) and kept is not new:
@@ -102,6 +107,7 @@ class FakeGraphs(FakeDevices):
         released: pools that were given up.
         generators: the random generator of each device.
         modes: of all captures.
+        lost: a device that has disappeared: whatever is asked of it fails, as CUDA's errors outlast the call.
         replays: so far.
         waited: how often the host waited for a device.
     """
@@ -117,6 +123,7 @@ class FakeGraphs(FakeDevices):
         self.pools: set[tuple[int, Any]] = set()
         self.released: list[Any] = []
         self.modes: set[str] = set()
+        self.lost: torch.device | None = None
         self.capture: _Capture | None = None
         self.replays, self.waited, self._handles, self._debug = 0, 0, 0, 0
         fakes = {
@@ -148,7 +155,13 @@ class FakeGraphs(FakeDevices):
         super().__enter__()
         return self
 
+    def reach(self, *used: Any) -> None:
+        """Fail if the device of one of these tensors has disappeared."""
+        if self.lost is not None and any(isinstance(t, _Placed) and t.device == self.lost for t in leaves(used)):
+            raise torch.AcceleratorError(LOST)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reach(args, kwargs or {})
         if (capture := self.capture) is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}

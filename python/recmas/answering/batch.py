@@ -15,6 +15,7 @@ from recmas.answering.answers import Answers, Handoff
 from recmas.answering.plan import Plan
 from recmas.answering.settling import Settling
 from recmas.config.pattern import Visit
+from recmas.devices.failure import named
 from recmas.engine.messages import Latents, Message, Prompt, select
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse, Reading
@@ -51,15 +52,18 @@ class Batch:
         try:
             for turn in self.system.walk(self.rows, self.plan.rounds):
                 rows = len(self.going)
-                try:
-                    if turn.visit.final:
-                        yield from self.write_answers(turn.visit, turn.prompt, self.prefix_reuse, self.going, in_pieces)
-                        turn.message = [self.answers[place].text for place in self.going]
-                    else:
-                        yield from self.send(turn, in_pieces)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
-                self.account(turn, rows)
+                with named(f"agent {turn.visit.role!r}", turn.prompt.embeds.device):
+                    try:
+                        if turn.visit.final:
+                            yield from self.write_answers(
+                                turn.visit, turn.prompt, self.prefix_reuse, self.going, in_pieces
+                            )
+                            turn.message = [self.answers[place].text for place in self.going]
+                        else:
+                            yield from self.send(turn, in_pieces)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
+                    self.account(turn, rows)
         except PromptTooLongError as error:
             raise ValueError(f"row {self.numbers[self.going[error.row]]}: {error}") from error
 

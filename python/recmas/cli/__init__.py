@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from recmas.cli.parser import CommandLineParser, one_line
+from recmas.cli.parser import CommandLineParser, one_line, visible
 
 COMMANDS = {
     "init": "make a system of given models, with fresh links",
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traced = "--traceback" in words
         if traced:
             traceback.print_exc()
-        if _is_expected(error):
-            print(f"recmas: error: {one_line(error)}", file=sys.stderr)
+        if (told := _told(error)) is not None:
+            print(f"recmas: error: {told}", file=sys.stderr)
             return 2
         kind = type(error).__name__
         advice = "" if traced else "; recmas --traceback COMMAND shows where it arose"
@@ -112,14 +112,17 @@ def _run(words: list[str]) -> int:
     return int(result)
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the input or the machine is to blame; everything else is a mistake in recmas."""
+def _told(error: Exception) -> str | None:
+    """One line, where the input or the machine is to blame; None where it is a mistake in recmas."""
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
-        return True
+        return one_line(error)
     if not isinstance(error, RuntimeError):
-        return False
+        return None
     from torch import OutOfMemoryError
 
+    from recmas.devices.failure import failure
     from recmas_kernels import BackendUnavailableError
 
-    return isinstance(error, BackendUnavailableError | OutOfMemoryError)
+    if isinstance(error, BackendUnavailableError | OutOfMemoryError):
+        return one_line(error)
+    return visible(failure(error)) or None

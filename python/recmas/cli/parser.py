@@ -202,17 +202,18 @@ def one_line(error: BaseException) -> str:
     A message may quote a file that nobody vouches for: what a terminal would obey is written as an escape.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return _visible(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    return _visible(re.sub(r"\s*\n\s*", " ", str(error).strip())) or type(error).__name__
+        return visible(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return visible(re.sub(r"\s*\n\s*", " ", str(error).strip())) or type(error).__name__
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """A text in which what is not printable is written as an escape."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _readable(message: str) -> str:
     """jsonargparse's message without its inner names and line breaks."""
-    line = _visible(re.sub(r"\s*\n\s*", " ", message.strip()))
+    line = visible(re.sub(r"\s*\n\s*", " ", message.strip()))
     line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
     for kind, least in (("PositiveInt", 1), ("NonNegativeInt", 0)):
         line = re.sub(rf"Not of type {kind}: (\S+) does not conform to .*", rf"must be at least {least}, got \1", line)

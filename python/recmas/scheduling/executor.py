@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from recmas.devices.failure import named
 from recmas.prompts.rows import Fields
 from recmas.scheduling.admission import Admission, Room
 from recmas.scheduling.gather import Place, gather
@@ -110,10 +111,11 @@ class LocalExecutor:
             for role in system.pattern.roles
         }
         self._admissions = {role: Admission.of(system.member(role)) for role in system.pattern.roles}
+        self._devices = system.devices
         one = system.offloader is not None  # a single agent at a time is on a device
         threads: dict[object, _Thread] = {}
         self._threads = {
-            role: threads.setdefault(None if one else device, _Thread()) for role, device in system.devices.items()
+            role: threads.setdefault(None if one else device, _Thread()) for role, device in self._devices.items()
         }
 
     @property
@@ -136,18 +138,20 @@ class LocalExecutor:
         self._scope.close()
 
     def _run(self, task: Task, report: Report) -> None:
-        worker = self._workers[task.work.role]
+        role = task.work.role
+        worker = self._workers[role]
         try:
-            messages = {sender: _gathered(pieces) for sender, pieces in task.messages.items()}
-            if task.work.latent_steps is not None:
-                ended = Ended(task, *worker.think(task, messages))
-            elif not task.work.final:
-                ended = Ended(task, *worker.text(task, messages))
-            else:
-                account = Account()
-                for grown in worker.write(task, messages, account):
-                    report(Wrote(task, grown))
-                ended = Ended(task, None, account)
+            with named(f"agent {role!r}", self._devices[role]):
+                messages = {sender: _gathered(pieces) for sender, pieces in task.messages.items()}
+                if task.work.latent_steps is not None:
+                    ended = Ended(task, *worker.think(task, messages))
+                elif not task.work.final:
+                    ended = Ended(task, *worker.text(task, messages))
+                else:
+                    account = Account()
+                    for grown in worker.write(task, messages, account):
+                        report(Wrote(task, grown))
+                    ended = Ended(task, None, account)
         except Exception as error:  # of whatever kind: it is the rows' answer
             report(Failed(task, error))
         else:

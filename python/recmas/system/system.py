@@ -15,6 +15,7 @@ from recmas.agents.agent import Agent
 from recmas.config.outline import Outline
 from recmas.config.pattern import LinkKey, Pattern, Visit
 from recmas.config.system_json import AgentSpec, Defaults
+from recmas.devices.failure import named
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
 from recmas.engine.messages import Message, Prompt, select
@@ -174,8 +175,9 @@ class System:
         while ready := walk.ready():
             visit = ready[0]
             sent = walk.begin(visit)
-            self.load_weights(visit.role)
-            turn = Turn(visit, self.prompt(visit, rows, sent))
+            with named(f"agent {visit.role!r}", self.devices[visit.role]):
+                self.load_weights(visit.role)
+                turn = Turn(visit, self.prompt(visit, rows, sent))
             yield turn
             if turn.message is None:
                 raise RuntimeError(f"the turn of {visit.role!r} in round {visit.round} ended without a message")

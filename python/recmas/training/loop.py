@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from recmas.devices.failure import named
 from recmas.files import write_atomically
 from recmas.files.locks import one_writer
 from recmas.files.reading import inside, open_regular
@@ -125,6 +126,7 @@ def train(
             parameters. Nothing has been written then.
         FloatingPointError: loss or gradient is not finite; names step, batches and the last checkpoint. The parameters
             keep their last good values.
+        DeviceError: a device failed; what was logged and checkpointed before stays.
     """
     folder = None if output is None else Path(output)
     together = processes()
@@ -134,6 +136,7 @@ def train(
             raise ValueError(f"{key}: a trained parameter must require grad")
     optimizer = _optimizer(parameters, config)
     with ExitStack() as stack:
+        stack.enter_context(named("training links", *(parameter.device for parameter in parameters.values())))
         pending, records = Pending(), []
         if folder is not None:
             if together.writes:

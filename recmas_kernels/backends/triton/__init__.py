@@ -82,12 +82,9 @@ def declines(call: Call) -> str | None:
     return None
 
 
-_PLANNED = {"link_fwd": "infer", "link_fwd_train": "train", "link_bwd": "backward"}
-
-
-def variants(call: Call, residual: str, norm: bool, device: torch.device) -> list[str]:
+def variants(call: Call, residual: str, device: torch.device) -> list[str]:
     """How a link's ``call`` that is not declined would be served on the device, a line for each variant."""
     from recmas_kernels.backends.triton import plan
 
     sizes = (call.tokens, call.in_features, call.hidden_features, call.out_features)
-    return plan.describe(plan.Link(_PLANNED[call.op], device, call.dtype, *sizes, residual, norm))
+    return plan.describe(plan.Link(device, call.dtype, *sizes, residual))

@@ -23,12 +23,11 @@ def _rows(arguments: LinkArguments, width: int) -> Tensor:
     return torch.empty(arguments.x.shape[0], width, dtype=arguments.dtype, device=arguments.x.device)
 
 
-def _question(op: str, arguments: LinkArguments) -> plan.Link:
-    """What the choice of a variant for ``op`` depends on."""
+def _variant(arguments: LinkArguments) -> str:
+    """Which kernels serve the call."""
     tokens, in_features = arguments.x.shape
     sizes = (tokens, in_features, arguments.w1.shape[0], arguments.w2.shape[0])
-    norm = arguments.norm_in_weight is not None or arguments.norm_out_weight is not None
-    return plan.Link(op, arguments.x.device, arguments.dtype, *sizes, arguments.residual, norm)
+    return plan.variant(plan.Link(arguments.x.device, arguments.dtype, *sizes, arguments.residual))
 
 
 def _narrow(arguments: LinkArguments) -> LinkArguments:
@@ -64,7 +63,7 @@ def _forward(arguments: LinkArguments, *, keep: bool) -> _Forward:
             x.new_zeros(4, 0, dtype=torch.float32),
         )
 
-    variant = plan.variant(_question("train" if keep else "infer", arguments))
+    variant = _variant(arguments)
     if variant == plan.SMALL:
         return _forward_small(arguments, keep=keep)
     return _forward_stages(arguments, PRODUCTS[variant], keep=keep)
@@ -164,8 +163,7 @@ def link_bwd(
         found = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs)
     else:
         with launching("link_bwd", x):
-            variant = plan.variant(_question("backward", arguments))
-            found = _backward(arguments, (dy, pre, z, stats), needs, variant)
+            found = _backward(arguments, (dy, pre, z, stats), needs, _variant(arguments))
     return tuple(
         grad.to(tensor.dtype) if need and grad is not None and tensor is not None else x.new_empty(0)
         for grad, tensor, need in zip(found, inputs, needs, strict=True)

@@ -38,9 +38,8 @@ class SmallConfig(NamedTuple):
 
 
 class Link(NamedTuple):
-    """What the choice of kernels for a link depends on. Sizes count elements; ``norm`` says whether any norm runs."""
+    """What the choice of kernels for a link depends on. Sizes count elements."""
 
-    op: str
     device: torch.device
     dtype: torch.dtype
     tokens: int
@@ -48,7 +47,6 @@ class Link(NamedTuple):
     hidden_features: int
     out_features: int
     residual: str
-    norm: bool
 
 
 def refusal(name: str, link: Link) -> str | None:

@@ -209,7 +209,7 @@ def test_candidates_by_tensor_descriptors(compiled, monkeypatch, config):
 
 def test_default_variant_at_sizes_that_divide_nothing(compiled, monkeypatch):
     sizes = (47, 1543, 203, 1543, "identity")
-    default = plan.candidates(plan.Link("train", torch.device("meta"), torch.bfloat16, *sizes, True))[0]
+    default = plan.candidates(plan.Link(torch.device("meta"), torch.bfloat16, *sizes))[0]
     call_link(monkeypatch, default, *sizes, norm=True)
     check(compiled, PASSES | GELU, vectors=False)
 

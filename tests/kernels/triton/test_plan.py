@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recmas_kernels import explain, use_backend
 from recmas_kernels.backends import choice
@@ -19,14 +21,14 @@ triton = pytest.importorskip("triton")
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from recmas_kernels.backends.triton import plan  # noqa: E402
+from recmas_kernels.backends.triton import library, plan  # noqa: E402
 from recmas_kernels.backends.triton.device import launching  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
 def link(hidden=2048, width=2048, residual="identity", dtype=torch.bfloat16, tokens=4096):
-    return plan.Link("train", CPU, dtype, tokens, width, hidden, width, residual, True)
+    return plan.Link(CPU, dtype, tokens, width, hidden, width, residual)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,19 @@ def test_an_outer_link_joins_its_operands_where_that_moves_fewer_bytes():
     sizes = 2048, 3072, 1536
     assert [plan.joins(tokens, *sizes) for tokens in (64, 15360, 15361, 65536)] == [False, False, True, True]
     assert not plan.joins(2**20, 2048, 3072, 1024)
+
+
+@pytest.mark.parametrize(("hip", "calls"), [(None, 1), ("7.0", 0)])
+def test_a_product_of_halves_into_float32_is_left_to_cuda(monkeypatch, hip, calls):
+    """ROCm's products have no other dtype for their result; there, operands are cast."""
+    product = mock.Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():
+        left, right = (torch.empty(5, width, dtype=torch.bfloat16, device="cuda") for width in (3, 4))
+        found = library.weight_gradient(left, right, torch.float32)
+    assert (found.shape, found.dtype) == ((3, 4), torch.float32)
+    assert [call.kwargs for call in product.call_args_list] == [{"out_dtype": torch.float32}] * calls
 
 
 def test_a_device_with_little_shared_memory_gets_the_library(monkeypatch):

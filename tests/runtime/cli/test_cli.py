@@ -10,11 +10,13 @@ import sys
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
 from recmas import SEQUENTIAL, AnswerOptions, RecursiveMAS
 from recmas.cli import main
 from recmas.cli.init import read_pattern
 from recmas.config.system_json import read_spec
+from recmas.devices.failure import DeviceError
 from recmas.system import folder
 from recmas.training import alignment
 from tests.runtime.commands import recmas
@@ -275,6 +277,17 @@ def test_mistakes_of_our_own_are_called_so(made, monkeypatch, capsys, error):
     assert err.count("\n") == 1
     assert main(["--traceback", *RUN]) == 1
     assert capsys.readouterr().err.startswith("Traceback (most recent call last)")
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, DeviceError])
+def test_a_device_that_fails_is_no_mistake_of_our_own(made, monkeypatch, capsys, error):
+    def fail(*arguments, **options):
+        raise error("CUDA error: unspecified launch failure\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(RecursiveMAS, "answer", fail)
+    assert main(RUN) == 2
+    assert capsys.readouterr().err == "recmas: error: CUDA error: unspecified launch failure\n"
 
 
 def help_without_torch(folder, *arguments):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -326,6 +327,17 @@ def test_a_mistake_here_is_told_to_whoever_waits(system: RecursiveMAS) -> None:
         assert isinstance(dispatcher.broken, TypeError)
         dispatcher.add(row_of(system, 1, "fox", second))
         assert isinstance(second.end(), TypeError)
+    finally:
+        dispatcher.close()
+
+
+def test_a_device_that_fails_is_named_with_its_agent(system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = mock.Mock(side_effect=torch.AcceleratorError("CUDA error: unknown error\nadvice"))
+    monkeypatch.setattr(system.agents["critic"], "think", lost)
+    dispatcher = Dispatcher(LocalExecutor(system))
+    try:
+        (waiting,) = send(dispatcher, system, ["fox"])
+        assert str(waiting.end()) == "agent 'critic' on cpu: CUDA error: unknown error"
     finally:
         dispatcher.close()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from recmas.devices.failure import DeviceError
 from recmas.prompts.jsonl import read_rows
 from recmas.training.checkpoint import checkpoints, load
 from recmas.training.data import DataSource, pick, target_texts
@@ -182,6 +183,17 @@ def test_a_folder_is_never_overwritten_or_mixed(tmp_path):
     (tmp_path / LOG).write_text(log.partition("\n")[2])
     with pytest.raises(ValueError, match=r"log\.jsonl: lacks steps that checkpoint-00000012"):
         run(SmallConfig(), output=tmp_path, resume=True)
+
+
+def test_a_device_that_fails_is_named_and_the_steps_before_stay(tmp_path):
+    def lost(record):
+        if record.step == 6:
+            raise torch.AcceleratorError("CUDA error: unknown error\nadvice")
+
+    with pytest.raises(DeviceError, match="^training links on cpu: CUDA error: unknown error$"):
+        run(SmallConfig(), output=tmp_path, on_step=lost)
+    assert (tmp_path / LOG).read_text().count("\n") == 6
+    assert load(tmp_path).step == 5
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_parameters_are_touched():

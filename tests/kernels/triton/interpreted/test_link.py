@@ -5,6 +5,9 @@ In float32 and float16: the interpreter's bfloat16 products are not to be truste
 
 from __future__ import annotations
 
+from itertools import pairwise
+from unittest import mock
+
 import pytest
 import torch
 
@@ -67,11 +70,26 @@ def test_outer_links_with_joined_operands_and_with_two_products(use, monkeypatch
 def test_gradients_share_no_memory(use):
     """Biases of one sum get it each, whatever is done to the other in place."""
     use(plan.LIBRARY)
-    link = make_link(CONFIGS["outer"])
-    grads = run(link, make_rows(5, link.config.in_features), make_rows(5, link.config.out_features, seed=2)).grads
-    places = [grad.untyped_storage().data_ptr() for name, grad in grads.items() if "proj" in name]
-    assert len(set(places)) == len(places)
-    assert torch.equal(grads["proj2.bias"], grads["residual_proj.bias"])
+    for kind in ("outer", "outer-equation-4"):
+        link = make_link(CONFIGS[kind])
+        grads = run(link, make_rows(5, link.config.in_features), make_rows(5, link.config.out_features, seed=2)).grads
+        places = sorted((grad.data_ptr(), grad.data_ptr() + grad.nbytes) for grad in grads.values())
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(places)), kind
+        assert torch.equal(grads["proj2.bias"], grads["residual_proj.bias"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inference_keeps_no_statistics(use, monkeypatch, variant):
+    """Zeros for them would be a launch and bytes that nobody reads."""
+    use(variant)
+    link = make_link(CONFIGS["inner"])
+    x = make_rows(5, 40)
+    monkeypatch.setattr(torch, "zeros", mock.Mock(wraps=torch.zeros))
+    with torch.no_grad():
+        link(x)
+    assert torch.zeros.call_count == 0
+    link(x)
+    assert torch.zeros.call_count == 1  # in training there is one for all four rows
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime import interpreter
 
 from recmas_kernels import alignment_loss, latent_handoff
+from recmas_kernels.backends.triton import alignment
 from recmas_kernels.testing import check_budget, make_rows, name_of
 
 SLOTS = torch.tensor([1, 2, 6, 9])
@@ -90,6 +94,20 @@ def test_the_gradient_of_a_loss_that_something_follows(monkeypatch, factor, dtyp
         torch.testing.assert_close(grad, (alone.float() * by).to(dtype), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("factor", "stores"), [(1.0, 0), (2.0, 9)])
+def test_a_gradient_that_stays_as_it_is_is_not_written(monkeypatch, factor, stores):
+    """A program per 1024 elements; beside the factor, none reads anything where that is 1."""
+    builder = interpreter.interpreter_builder
+    stored = mock.Mock(wraps=builder.create_masked_store)
+    monkeypatch.setattr(alignment, "SCALED", 1024)
+    monkeypatch.setattr(builder, "create_masked_store", stored)
+    grad = make_rows(9, 1024)
+    expected = grad * factor
+    assert alignment.alignment_bwd(grad, torch.tensor(factor)) is grad
+    assert torch.equal(grad, expected)
+    assert stored.call_count == stores
+
+
 @pytest.mark.parametrize("wrong", [5, -1, 2**40])
 def test_a_token_id_outside_the_table_is_not_read(wrong):
     ids = torch.tensor([0, wrong])
@@ -117,6 +135,18 @@ def test_rows_land_in_their_slots_and_nothing_else_moves(dtype, width):
         assert torch.equal(embeds, before)
         latent_handoff(hidden, torch.nn.Identity(), embeds, slot_rows=SLOTS, inplace=True)
     assert torch.equal(embeds, expected)
+
+
+@pytest.mark.parametrize("slot", [10, -1, 2**40])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_slot_outside_of_the_embeddings_is_refused(slot, inplace):
+    memory = make_rows(30, 8)
+    before = memory.clone()
+    slots = torch.tensor([1, 2, 6, slot])
+    with torch.no_grad(), pytest.raises(ValueError, match="slot_rows"):
+        latent_handoff(make_rows(4, 8), torch.nn.Identity(), memory[10:20], slot_rows=slots, inplace=inplace)
+    assert torch.equal(memory[:10], before[:10])
+    assert torch.equal(memory[20:], before[20:])
 
 
 def test_handoff_gradients():
