@@ -490,6 +490,27 @@ def test_what_was_put_off_is_run_where_a_step_ends_early():
     torch.testing.assert_close(held[1].held, held[0].held, equal_nan=True)
 
 
+@pytest.mark.parametrize("where", ["room", "kernels"])
+@torch.no_grad()
+def test_a_cache_that_has_grown_does_not_grow_once_more_when_its_step_is_interrupted(where: str):
+    class Full(Cache):
+        def make_room(self, indices: Sequence[int], *given: Any) -> Any:
+            rooms = super().make_room(indices[: 2 if where == "room" else None], *given)
+            if where == "room":
+                raise KeyboardInterrupt
+            return rooms
+
+    model, cache = Model(), Full(2, Sizes())
+    with accelerate(model):
+        step(model)
+        with (
+            mock.patch.object(cpu_decoder, "decoder_layers", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            model(inputs_embeds=torch.ones(2, 1, 48), past_key_values=cache)
+    assert cache.lengths == ([6, 6, 5, 5] if where == "room" else [6] * LAYERS)
+
+
 @torch.no_grad()
 def test_rows_that_nobody_waited_for_are_an_error():
     model = Model()
