@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class ModelKernel(OwnForward):
         if self._looks <= 0:
             return None
         known = self._known  # another thread may look meanwhile
-        if known is None or not known.watched.unchanged():
+        if known is None or not known.watched.unchanged() or not _begins_with(self.module, known.layers):
             self.look()
             known = self._known
         return known if known is not None and known.layers else None
@@ -119,6 +120,11 @@ def _watched(model: nn.Module) -> Watched:
         for kind in {type(layer) for layer in layers.children()}:
             classes += [(kind, name, getattr(kind, name)) for name in CALLS]
     return Watched(*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)))
+
+
+def _begins_with(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether a decoder's first layers are these: the same dictionary may have come to another order."""
+    return not layers or [*model._modules["layers"]._modules.values()][: len(layers)] == layers  # type: ignore[union-attr]
 
 
 def _is_one_position(args: tuple[Any, ...], given: dict[str, Any]) -> bool:

@@ -98,10 +98,7 @@ class Together:
         if len(self._calls) < len(self._layers):
             return self._between
         y = self._at_once()
-        if y is None:
-            return self._one_by_one()
-        self._calls = []
-        return y
+        return self._one_by_one() if y is None else y
 
     def _one_by_one(self) -> Any:
         """What the layers that were called return; if one raises, those after it are not run."""
@@ -125,8 +122,12 @@ class Together:
         indices = () if layers is None else tuple(layer.parts.index for layer in layers)
         if layers is None or len(set(indices)) < len(indices):
             return None
+        calls, self._calls = self._calls, []  # whatever is raised: a layer that has grown must not grow once more
         rooms = cache.make_room(indices, x.shape[0], x.dtype)
-        return None if rooms is None else _run(x, self._between, layers, rooms)
+        if rooms is None:
+            self._calls = calls
+            return None
+        return _run(x, self._between, layers, rooms)
 
     def _found(self, x: Tensor, cache: Any) -> list[_Layer] | None:
         """What each layer computes, if the kernels do the same with what it was given."""

@@ -114,6 +114,8 @@ class Watch(Watched):
                     entries += (held[name], key, value)
         for place, name, value in _outside(module):
             entries += (place, name, value)
+            for table in _tables(value):  # an attention that one of them gains comes before the other's
+                sizes += (table, len(table))
         classes = [item for kind, name, value in _functions(module) for item in (kind, name, value)]
         super().__init__(entries, sizes, kinds, classes, stand_ins)
 
@@ -161,9 +163,13 @@ def _outside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     for place, name in found.values():
         value = place[name]
         yield place, name, value
-        for table in (getattr(value, name, None) for name in _TABLES):
-            if isinstance(table, dict):
-                yield from ((table, name, table[name]) for name in chosen if name in table)
+        for table in _tables(value):
+            yield from ((table, name, table[name]) for name in chosen if name in table)
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    """Where transformers finds an attention by its name, if this is such a thing."""
+    return [table for name in _TABLES if isinstance(table := getattr(value, name, None), dict)]
 
 
 def _names(function: Any, seen: set[Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -232,6 +232,7 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "layers replaced": lambda model: setattr(model, "layers", nn.ModuleList([*model.layers][:3])),
     "layer left out": lambda model: model.layers.__delitem__(1),
     "order": lambda model: setattr(model, "layers", nn.ModuleList([model.layers[i] for i in (1, 0, 2, 3)])),
+    "order of a dictionary": lambda model: model.layers._modules.update({"0": model.layers._modules.pop("0")}),
     "forward of a layer": lambda model: setattr(model.layers[1], "forward", lambda x, **given: 3 * x),
     "part of a layer": lambda model: setattr(model.layers[1].self_attn, "scaling", 0.5),
     "class": lambda model: setattr(model, "__class__", Doubled),
@@ -310,7 +311,8 @@ def test_an_order_that_nobody_saw_is_an_error_and_no_result():
         step(model)
         kernel = model.__dict__["forward"]
         kernel._known.layers = [*kernel._known.layers, Layer()]  # as if the last one were never reached
-        with pytest.raises(RuntimeError, match="another order"):
+        unseen = mock.patch.object(decoder_model, "_begins_with", return_value=True)
+        with unseen, pytest.raises(RuntimeError, match="another order"):
             step(model)
 
 
@@ -488,6 +490,27 @@ def test_what_was_put_off_is_run_where_a_step_ends_early():
             held.append(cache)
     assert held[0].lengths == held[1].lengths == [6, 6, 5, 5]
     torch.testing.assert_close(held[1].held, held[0].held, equal_nan=True)
+
+
+@pytest.mark.parametrize("where", ["room", "kernels"])
+@torch.no_grad()
+def test_a_cache_that_has_grown_does_not_grow_once_more_when_its_step_is_interrupted(where: str):
+    class Full(Cache):
+        def make_room(self, indices: Sequence[int], *given: Any) -> Any:
+            rooms = super().make_room(indices[: 2 if where == "room" else None], *given)
+            if where == "room":
+                raise KeyboardInterrupt
+            return rooms
+
+    model, cache = Model(), Full(2, Sizes())
+    with accelerate(model):
+        step(model)
+        with (
+            mock.patch.object(cpu_decoder, "decoder_layers", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            model(inputs_embeds=torch.ones(2, 1, 48), past_key_values=cache)
+    assert cache.lengths == ([6, 6, 5, 5] if where == "room" else [6] * LAYERS)
 
 
 @torch.no_grad()

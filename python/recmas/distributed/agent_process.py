@@ -72,6 +72,7 @@ class AgentProcess:
             prefix_reuse=loading.prefix_reuse,
             held=loading.held,
         )
+        gc.collect()  # what loading left in circles would stay, too
         gc.freeze()  # modules and weights stay: to look through them for garbage would take longer than ten visits
         return Described(
             member_digest(member, pattern),

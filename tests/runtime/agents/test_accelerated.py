@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.agents.fingerprint import model_digest
@@ -67,6 +70,25 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     assert torch.equal(agent.think(prompt, 5, tiny_link(agent)).states, states)
     assert agent.decode(prompt, 4) == tokens
     assert not calls
+
+
+@torch.no_grad()
+def test_an_attention_that_comes_before_another_of_its_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch):
+    """As ``ALL_ATTENTION_FUNCTIONS[name] = function`` puts it."""
+    plain, packed = tiny_agent("llama"), accelerated("llama")
+    prompt, link = prompts(plain, (9, 4, 1))[0], tiny_link(plain)
+    before = packed.think(prompt, 3, link).states
+    name = packed.decoder.config._attn_implementation
+    real = ALL_ATTENTION_FUNCTIONS[name]
+
+    def doubled(*given: Any, **more: Any) -> tuple[torch.Tensor, Any]:
+        found, weights = real(*given, **more)
+        return 2 * found, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, doubled)
+    states, others = (agent.think(prompt, 3, link).states for agent in (plain, packed))
+    assert not torch.allclose(before, states)
+    torch.testing.assert_close(others, states, rtol=0, atol=256 * EPS * states.abs().max().item())
 
 
 def test_files_and_digests_are_the_same(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,14 @@ from recmas import DISTILLATION, SEQUENTIAL, AnswerOptions, Pattern, RecursiveMA
 from recmas.agents.sampling import Sampler
 from recmas.answering.manner import Manner
 from recmas.config.system_json import read_spec
+from recmas.distributed import agent_process
 from recmas.distributed.agent_process import AgentProcess
 from recmas.distributed.order import Described, Loading, Order
 from recmas.distributed.sealed import RefusedError, Stamp
 from recmas.scheduling.row import Row
 from recmas.scheduling.task import Part, Task, Work
 from recmas.system.fingerprint import member_digest
+from recmas.system.loading import load_member
 from recmas.tools import SHIPPED, Toolbox
 from tests.runtime.distributed.conftest import saved
 from tests.runtime.scheduling.rows import Waiting
@@ -163,3 +167,30 @@ def test_the_last_agent_calls_tools_as_in_one_process(
     assert [done.grown[place].text for place in range(2)] == [answer.text for answer in expected]
     assert done.account.tool_calls == [answer.tool_calls for answer in expected]
     assert [len(calls) for calls in done.account.tool_calls] == [1, 1]
+
+
+def test_garbage_of_loading_does_not_stay_with_what_is_loaded(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once frozen, no collection would find it."""
+
+    class Circle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left = []
+
+    def load(*given: Any, **more: Any) -> Any:
+        left.append(weakref.ref(Circle()))
+        return load_member(*given, **more)
+
+    folder = tmp_path / "system"
+    pair.local.save_pretrained(folder)
+    monkeypatch.setattr(agent_process, "load_member", load)
+    gc.disable()  # or one that comes by chance finds it first
+    try:
+        AgentProcess(1).load(Loading(folder=str(folder)), read_spec(folder), "learner", "cpu", KEY)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [circle() for circle in left] == [None]
