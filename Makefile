@@ -23,9 +23,8 @@ $(RUNTIME): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
 	@touch $@
 
-# Imports compile what they read; compiling every file of every package takes half a minute more.
 $(DEVELOPMENT): $(BUILD_INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install --no-compile $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
 	@touch $(RUNTIME) $@
 
 install: $(RUNTIME) ## the library and its command line, in .venv
