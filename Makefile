@@ -33,7 +33,7 @@ demo: $(RUNTIME) ## the main job: relay questions answered through latents, with
 	$(BIN)/python -m recmas_kernels.info
 	$(BIN)/recmas lab demo examples/relay
 
-demo-real: $(DEVELOPMENT) ## MODELS=DIR: the links of examples/trio between the released models in DIR, in five minutes
+demo-real: $(DEVELOPMENT) ## MODELS=DIR: the links of examples/trio between the released models in DIR, in some minutes
 	$(if $(MODELS),,$(error demo-real: name the folder of the models: make demo-real MODELS=DIR (examples/trio/README.md)))
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python -m benchmarks.trio.demo "$(MODELS)"
 

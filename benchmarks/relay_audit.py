@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 
+from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
 from recmas import RecursiveMAS
 from recmas.evaluation import Outcome, audit
@@ -79,17 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="only print, from what RECORD holds")
     parser.add_argument("--questions", type=int, default=512)
     options = parser.parse_args(arguments)
-    try:
-        if not options.page:
-            head = measure(options.questions)
-            arms = ",\n".join(json.dumps(one, separators=(",", ":")) for one in head.pop("arms"))
-            lines = json.dumps(head, indent=1)[:-2] + ',\n "arms": [\n' + arms + "\n]}\n"
-            write_atomically(options.record, lines)
-        print("\n".join(page(json.loads(options.record.read_text(encoding="utf-8")))))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.page:
+        head = measure(options.questions)
+        arms = ",\n".join(json.dumps(one, separators=(",", ":")) for one in head.pop("arms"))
+        lines = json.dumps(head, indent=1)[:-2] + ',\n "arms": [\n' + arms + "\n]}\n"
+        write_atomically(options.record, lines)
+    print("\n".join(page(json.loads(options.record.read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

@@ -114,8 +114,10 @@ class Watch(Watched):
                     entries += (held[name], key, value)
         for place, name, value in _outside(module):
             entries += (place, name, value)
-            for table in _tables(value):  # an attention that one of them gains comes before the other's
+            for table in _tables(value):  # whole: a name that one of them gains comes before the other's
                 sizes += (table, len(table))
+                for key, attention in table.items():
+                    entries += (table, key, attention)
         classes = [item for kind, name, value in _functions(module) for item in (kind, name, value)]
         super().__init__(entries, sizes, kinds, classes, stand_ins)
 
@@ -154,17 +156,12 @@ def _outside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
         if not kind.__module__.startswith(_LEFT_OUT):
             for place, name in _names(inspect.unwrap(function), set()):
                 found[id(place), name] = place, name
-    chosen = set()
     for config in [value for part in module.modules() for value in part.__dict__.values()]:
         held = getattr(config, "__dict__", {})
         if _IMPLEMENTATION in held:
-            chosen.add(held[_IMPLEMENTATION])
             yield held, _IMPLEMENTATION, held[_IMPLEMENTATION]
     for place, name in found.values():
-        value = place[name]
-        yield place, name, value
-        for table in _tables(value):
-            yield from ((table, name, table[name]) for name in chosen if name in table)
+        yield place, name, place[name]
 
 
 def _tables(value: Any) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import transformers
 
+from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
 from benchmarks.relay import auto, depth, gradients, steps, table2
 from recmas.files import write_atomically
@@ -72,12 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of depth: share of the training steps, for a trial")
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        run(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.checkpoints import Checkpoint
+from benchmarks.harness.command import exit_code
 from benchmarks.trio import record
 from benchmarks.trio.cells import TEST, VALIDATION, measure
 from benchmarks.trio.links import load_links, save_links, train_links
@@ -126,12 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")
     parser.add_argument("--rounds", type=int, default=3, help="turns that are timed")
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.command import exit_code
 from benchmarks.trio.__main__ import load_agents
 from benchmarks.trio.cells import BATCH, METRIC
 from benchmarks.trio.links import load_links
@@ -94,12 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8, help="of a text message")
     parser.add_argument("--any-weights", action="store_true", help="take models of other weights than the links' own")
     options = parser.parse_args(arguments)
-    try:
-        demo(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: demo(options))
 
 
 if __name__ == "__main__":

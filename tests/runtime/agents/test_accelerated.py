@@ -72,9 +72,14 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     assert not calls
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["one more", "in another's place"])
 @torch.no_grad()
-def test_an_attention_that_comes_before_another_of_its_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch):
-    """As ``ALL_ATTENTION_FUNCTIONS[name] = function`` puts it."""
+def test_an_attention_that_comes_before_another_of_its_name_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, other: bool
+):
+    """As ``ALL_ATTENTION_FUNCTIONS[name] = function`` puts it, where a table grows or only changes one of its names."""
+    if other:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "other", lambda *given, **more: None)
     plain, packed = tiny_agent("llama"), accelerated("llama")
     prompt, link = prompts(plain, (9, 4, 1))[0], tiny_link(plain)
     before = packed.think(prompt, 3, link).states
@@ -86,6 +91,8 @@ def test_an_attention_that_comes_before_another_of_its_name_is_the_one_that_runs
         return 2 * found, weights
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, doubled)
+    if other:
+        monkeypatch.delitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "other")
     states, others = (agent.think(prompt, 3, link).states for agent in (plain, packed))
     assert not torch.allclose(before, states)
     torch.testing.assert_close(others, states, rtol=0, atol=256 * EPS * states.abs().max().item())
