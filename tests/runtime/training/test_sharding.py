@@ -42,7 +42,9 @@ def test_gradients_are_those_of_whole_agents_and_each_process_holds_its_share():
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == ["process 0", "process 1"]
+    total, *held = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert len(held) == 2  # both came to their end
+    assert total <= sum(held) <= 1.2 * total
 
 
 def test_two_processes_of_sharded_agents_make_the_links_of_one(tmp_path):
