@@ -43,7 +43,7 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
     return model
 
 
-def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> Agent:
+def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0, accelerate: bool = False) -> Agent:
     """A frozen float32 Llama with random weights that never ends a text.
 
     Args:
@@ -51,6 +51,7 @@ def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> 
         features: width d; a multiple of 64. The feed-forward part is 8/3 as wide, rounded up to 64.
         vocabulary: |V|.
         seed: of the weights.
+        accelerate: run it from packed weights, as the runtime does with agents that it loads.
     """
     heads = features // HEAD_FEATURES
     config = LlamaConfig(
@@ -68,7 +69,7 @@ def random_agent(layers: int, features: int, vocabulary: int, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return Agent(model, word_tokenizer(vocabulary), name="random")
+    return Agent(model, word_tokenizer(vocabulary), name="random", accelerate=accelerate)
 
 
 def random_prompt(agent: Agent, batch: int, length: int) -> Prompt:
@@ -131,17 +132,19 @@ class Setting:
         draw = random.Random(seed)
         return " ".join(f"w{draw.randrange(10, self.vocabulary)}" for _ in range(count))
 
-    def system(self) -> RecursiveMAS:
+    def system(self, accelerate: bool = False) -> RecursiveMAS:
+        """The system; ``accelerate`` as for `random_agent`."""
         agents = {
-            role: random_agent(self.layers, self.features, self.vocabulary, seed) for seed, role in enumerate(PROMPTS)
+            role: random_agent(self.layers, self.features, self.vocabulary, seed, accelerate)
+            for seed, role in enumerate(PROMPTS)
         }
         return RecursiveMAS.create(
             agents, SEQUENTIAL, prompts=PROMPTS, rounds=self.rounds, latent_steps=self.steps, seed=0
         )
 
-    def training(self) -> tuple[RecursiveMAS, list[dict[str, Any]]]:
+    def training(self, accelerate: bool = False) -> tuple[RecursiveMAS, list[dict[str, Any]]]:
         """The system, ``w1`` ending its texts, and a row per question with a text of ``new_tokens`` for each agent."""
-        system = self.system()
+        system = self.system(accelerate)
         for agent in system.agents.values():
             agent.tokenizer.eos_token = "w1"
         rows = [

@@ -32,11 +32,14 @@ IGNORED = -100
 def recomputing(system: RecursiveMAS, enabled: bool) -> Iterator[None]:
     """Within, if enabled, the models keep each layer's input alone and run the layer again in the backward.
 
-    The reference does so. Transformers asks for training mode, which changes nothing else in models without dropout.
+    The reference does so. Transformers asks for training mode, which changes nothing else in models without dropout,
+    and from now on has embeddings require gradients, for adapters in layers. Here latents carry these, so that they
+    need not; left on, that would also have whoever uses the model later differentiate what depends on no link.
     """
     models = [agent.model for agent in system.agents.values() if enabled]
     for model in models:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
         model.train()
     try:
         yield

@@ -1,4 +1,8 @@
-"""One outer training step through three rounds of three agents against the reference algorithm's: time and memory."""
+"""One outer training step through three rounds of three agents against the reference algorithm's: time and memory.
+
+"fused" are agents as the runtime loads them on a CPU: their layers run from packed weights. The reference runs
+transformers' layers as they are, and so does "fused, plain agents", which shows what the algorithm alone gains.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from recmas.training.outer import outer_losses
 from recmas.training.teacher import only_trainable
 from recmas_kernels.testing import eager_twin, relative_error
 
+FUSED_PLAIN = "fused, plain agents"
 FUSED_KEEPING = "fused, keeping activations"
 FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; "fused" takes the micro-batches of a training run
 REFERENCE_KEEPING = "reference algorithm, keeping activations"
@@ -34,24 +39,30 @@ def cases(full: bool) -> list[Setting]:
 
 
 class Step:
-    """The same step, ours and the reference's; each leaves its gradients in links of its own."""
+    """The same step, ours and the reference's; each leaves its gradients in links of its own.
+
+    Ours is of `plain` agents, or of `system`, whose agents are equal and run from packed weights.
+    """
 
     def __init__(self, case: Setting) -> None:
         self.case = case
-        self.system, self.rows = case.training()
+        self.system, self.rows = case.training(accelerate=True)
+        self.plain, _ = case.training()
+        self.plain.outer_links.update(self.system.outer_links)
         self.links = {"->".join(edge): link for edge, link in self.system.outer_links.items()}
         self.twins = {name: eager_twin(link, torch.float32) for name, link in self.links.items()}
         self.inner = {role: eager_twin(link, torch.float32) for role, link in self.system.inner_links.items()}
         for link in self.inner.values():
             link.requires_grad_(False)
 
-    def run_ours(self, recompute: bool, micro_batch: int | None = None) -> None:
+    def run_ours(self, recompute: bool, micro_batch: int | None = None, plain: bool = False) -> None:
+        system = self.plain if plain else self.system
         for link in self.links.values():
             link.zero_grad()
         trained = {f"{name}.{key}": p for name, link in self.links.items() for key, p in link.named_parameters()}
-        with only_trainable(self.system, trained):
+        with only_trainable(system, trained):
             for part in outer_losses(
-                self.system,
+                system,
                 self.rows,
                 self.case.rounds,
                 latent_steps=self.case.steps,
@@ -64,9 +75,9 @@ class Step:
     def run_reference(self, recompute: bool) -> None:
         for link in self.twins.values():
             link.zero_grad()
-        with recomputing(self.system, enabled=recompute):
+        with recomputing(self.plain, enabled=recompute):
             links = {**self.twins, **self.inner}
-            reference_step(self.system, links, PROMPTS, self.rows, self.case.rounds, self.case.steps)
+            reference_step(self.plain, links, PROMPTS, self.rows, self.case.rounds, self.case.steps)
 
     def error(self) -> float:
         """Largest error of a gradient against the reference's, relative to the largest entry of its link's."""
@@ -110,13 +121,14 @@ def test_training(case: Setting, bench: Bench) -> None:
     step = Step(case)
     variants = {
         FUSED: partial(step.run_ours, recompute=True),
+        FUSED_PLAIN: partial(step.run_ours, recompute=True, plain=True),
         FUSED_KEEPING: partial(step.run_ours, recompute=False),
         FUSED_BY_ROW: partial(step.run_ours, recompute=True, micro_batch=1),
         REFERENCE: partial(step.run_reference, recompute=True),
         REFERENCE_KEEPING: partial(step.run_reference, recompute=False),
     }
     if case.batch > SEVERAL:
-        variants = {name: variants[name] for name in (FUSED, REFERENCE)}
+        variants = {name: variants[name] for name in (FUSED, FUSED_PLAIN, REFERENCE)}
     variants[REFERENCE]()
     errors = {}
     for name in [name for name in reversed(variants) if name.startswith(FUSED)]:
