@@ -66,7 +66,8 @@ def _add_stage(stage: str, command: CommandLineParser) -> None:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, show what would be trained, how long and beside how much memory; write nothing",
+        help="check everything, show what would be trained, how long (two steps of each run are measured) and beside "
+        "how much memory; write nothing",
     )
     if stage != "all":
         only = (
@@ -167,8 +168,11 @@ def execute(options: Namespace) -> int:
         train: Any = getattr(training, f"train_{stage}")
         if chosen.dry_run:
             train(mas, rows, config, output=logs, resume=chosen.resume, on_start=lambda: True, **only)
+            if chosen.shard_agents:
+                shard_agents(mas)
+            planned = _planned(stage, config, only, rows, mas)
             if together.writes:
-                _show(_planned(stage, config, only, rows, mas), chosen.json)
+                _show(planned, chosen.json)
             return 0
         try:
             result: Any = train(mas, rows, config, output=logs, resume=chosen.resume, on_start=start, **only)
@@ -252,11 +256,11 @@ def _planned(
     from recmas.training.plan import Part, plan
 
     keys = only.get("roles" if stage == "inner" else "edges")
-    texts = len(only.get("texts", rows))
+    texts, cached = only.get("texts", rows), only["cache"].dtype if "cache" in only else None
     return plan(
         system,
         [
-            Part(name, settings, len(rows) if name == "outer" else texts, keys)
+            Part(name, settings, rows if name == "outer" else texts, keys, cached)
             for name, settings in _parts(stage, config, system)
         ],
     )

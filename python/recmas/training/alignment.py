@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
 from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
-from recmas.training.loop import OnStart, OnStep, TrainingResult, begins, check_run, train
+from recmas.training.loop import OnStart, OnStep, Run, TrainingResult, begins, check_run, train_in_turn
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
+from recmas.training.processes import processes
 from recmas.training.progress import Meter, Shown
 from recmas.training.sharding import is_sharded
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
@@ -80,7 +82,8 @@ def train_apart(
 ) -> dict[Key, TrainingResult]:
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
-    Everything is checked, the cache too, before the first run begins.
+    Links that read the same agent's pairs share one pass over these: step by step, each in its turn. Everything is
+    checked, the cache too, before the first run begins.
     """
     source = DataSource(rows, config.batch_size, config.seed)
     schedule, measured = _schedule(source, config), _measured(validation, config)
@@ -107,35 +110,50 @@ def train_apart(
     for folder in folders.values():
         if folder is not None:  # so that a run that ends while its pairs are made can be resumed
             folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Batches] = {}
-    made_others: dict[str, Batches] = {}
+    made: dict[str, list[Batches]] = {}
     results: dict[Key, TrainingResult] = {}
-    for key, parameters in trained.items():
-        role, folder = senders[key], folders[key]
-        with only_trainable(system, parameters):
-            if role not in made:
-                made[role], made_others[role] = planned.pop(role)()
-            batches = made[role]
-            if folder is None or not checkpoint.checkpoints(folder):
-                pairs = (batches(index) for index in range(schedule.count))
-                _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
-            weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
-            loss, meter = partial(_loss, system, key, stage, weights), Meter()
-            results[key] = train(
-                parameters,
-                partial(_step_loss, loss, batches, meter),
-                config,
-                name=names[key],
-                output=folder,
-                resume=resume,
-                progress=progress,
-                trackers=trackers,
-                meter=meter,
-                on_step=on_step,
-                validate=partial(_mean_loss, loss, made_others[role], measured.count) if measured.count else None,
-                validated_by_all=is_sharded(system),
-            )
-    return results
+    for keys in _passes(senders, trackers):
+        with only_trainable(system, {name: p for key in keys for name, p in trained[key].items()}):
+            role = senders[keys[0]]
+            if role in planned:
+                made[role] = planned.pop(role)()
+            batches, others_of = made[role]
+            if len(keys) > 1:  # of a step: what the first link's step has read is there for the others'
+                batches = functools.lru_cache(len(processes().share(config.accumulation)))(batches)
+            runs = {}
+            for key in keys:
+                folder = folders[key]
+                if folder is None or not checkpoint.checkpoints(folder):
+                    pairs = (batches(index) for index in range(schedule.count))
+                    _initialise(links[key], config, (stage.examples(system, key, some) for some in pairs))
+                weights = {"cosine_weight": config.cosine_weight, "mse_weight": config.mse_weight}
+                loss, meter = partial(_loss, system, key, stage, weights), Meter()
+                runs[key] = Run(
+                    trained[key],
+                    partial(_step_loss, loss, batches, meter),
+                    config,
+                    name=names[key],
+                    output=folder,
+                    resume=resume,
+                    progress=progress,
+                    trackers=trackers,
+                    meter=meter,
+                    on_step=on_step,
+                    validate=partial(_mean_loss, loss, others_of, measured.count) if measured.count else None,
+                    validated_by_all=is_sharded(system),
+                )
+            results |= train_in_turn(runs)
+    return {key: results[key] for key in links}
+
+
+def _passes(senders: Mapping[Key, str], trackers: Sequence[str]) -> list[list[Key]]:
+    """Links that are trained in one pass over the data: those that read the same agent's pairs.
+
+    With trackers each by itself, since some of these know one run at a time.
+    """
+    if trackers:
+        return [[key] for key in senders]
+    return [[key for key in senders if senders[key] == role] for role in dict.fromkeys(senders.values())]
 
 
 def _loss(system: System, key: Any, stage: Stage[Any], weights: Mapping[str, float], pairs: Pairs) -> torch.Tensor:

@@ -15,10 +15,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ LOG = "log.jsonl"
 class StepRecord:
     """One line of the log; ``step`` counts finished steps, so the first is 1.
 
+    ``seconds`` has the run itself taken since it began or was resumed, without those of other runs in between;
     ``grad_norms`` are those of the links, where several are trained, and ``round_norms`` of each link by round, where
     they were asked for; ``validation`` is the loss on the validation rows after the step, where it was measured;
     ``tokens`` were read in the step, by all processes.
@@ -83,28 +85,15 @@ class TrainingResult:
 Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
 OnStart = Callable[[], "bool | None"]
 OnStep = Callable[[StepRecord], "bool | None"]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def train(
-    parameters: Mapping[str, nn.Parameter],
-    loss: Loss,
-    config: LoopConfig,
-    *,
-    name: str,
-    output: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: Shown = True,
-    trackers: Sequence[str] = (),
-    meter: Meter | None = None,
-    on_step: OnStep | None = None,
-    validate: Callable[[], float] | None = None,
-    validated_by_all: bool = False,
-    round_norms: RoundNorms | None = None,
-) -> TrainingResult:
-    """Train ``parameters`` in place.
+@dataclass(frozen=True)
+class Run:
+    """One training.
 
-    Args:
-        parameters: fp32 (or fp64) masters by name; the names are the keys of the checkpoint.
+    Attributes:
+        parameters: fp32 (or fp64) masters by name, trained in place; the names are the keys of the checkpoint.
         loss: ``loss(batch index, step)``, a scalar, or parts that add up to it, each made when it is asked for; the
             batch index counts from 0 over all steps and accumulations.
         config: settings of the loop and of the stage; they are stored and compared on resume.
@@ -119,47 +108,102 @@ def train(
         validated_by_all: all processes call ``validate``, which needs them all; else the one that writes does.
         round_norms: called after a step's backward; makes gradients of some parameters, and returns what goes into the
             log.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    loss: Loss
+    config: LoopConfig
+    _: KW_ONLY
+    name: str
+    output: str | os.PathLike[str] | None = None
+    resume: bool = False
+    progress: Shown = True
+    trackers: Sequence[str] = ()
+    meter: Meter = field(default_factory=Meter)
+    on_step: OnStep | None = None
+    validate: Callable[[], float] | None = None
+    validated_by_all: bool = False
+    round_norms: RoundNorms | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.output is None else Path(self.output)
+
+
+def train(parameters: Mapping[str, nn.Parameter], loss: Loss, config: LoopConfig, **options: Any) -> TrainingResult:
+    """One `Run`, whose other attributes are ``options``; raises what `train_in_turn` raises."""
+    return train_in_turn({"": Run(parameters, loss, config, **options)})[""]
+
+
+def train_in_turn(runs: Mapping[Key, Run]) -> dict[Key, TrainingResult]:
+    """Runs that know nothing of each other, step by step: the one that has done the fewest steps goes next.
+
+    Each gives the bits that it gives alone. So several of them can share what a step's batches are made of.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
             a logged step) although ``resume`` is off, or a checkpoint that is damaged or of other settings or
             parameters. Nothing has been written then.
-        FloatingPointError: loss or gradient is not finite; names step, batches and the last checkpoint. The parameters
-            keep their last good values.
+        FloatingPointError: loss or gradient is not finite; names the run, step, batches and the last checkpoint. The
+            parameters keep their last good values.
         DeviceError: a device failed; what was logged and checkpointed before stays.
     """
-    folder = None if output is None else Path(output)
-    together = processes()
-    check_run(parameters, config, folder, resume, validated=validate is not None, trackers=trackers)
-    for key, parameter in parameters.items():
-        if not parameter.requires_grad:
-            raise ValueError(f"{key}: a trained parameter must require grad")
+    for run in runs.values():
+        check_run(
+            run.parameters,
+            run.config,
+            run.folder,
+            run.resume,
+            validated=run.validate is not None,
+            trackers=run.trackers,
+        )
+        for key, parameter in run.parameters.items():
+            if not parameter.requires_grad:
+                raise ValueError(f"{key}: a trained parameter must require grad")
+    results: dict[Key, TrainingResult] = {}
+    with ExitStack() as stack:
+        kept = any(run.folder is not None for run in runs.values())
+        pending = stack.enter_context(held_back()) if kept else Pending()
+        going = {key: stack.enter_context(closing(_steps(run, pending))) for key, run in runs.items()}
+        done = dict.fromkeys(runs, -1)
+        while going:
+            least = min(going, key=done.__getitem__)
+            try:
+                done[least] = next(going[least])
+            except StopIteration as end:
+                results[least] = end.value
+                del going[least]
+    return {key: results[key] for key in runs}
+
+
+def _steps(run: Run, pending: Pending) -> Generator[int, None, TrainingResult]:
+    """A run's steps, one each time it is asked; yields how many are done, first those that it goes on from."""
+    parameters, config, folder, together = run.parameters, run.config, run.folder, processes()
     optimizer = _optimizer(parameters, config)
     with ExitStack() as stack:
         stack.enter_context(named("training links", *(parameter.device for parameter in parameters.values())))
-        pending, records = Pending(), []
+        records = []
         if folder is not None:
             if together.writes:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(one_writer(folder))
-            pending = stack.enter_context(held_back())
-            records = _open(folder, parameters, optimizer, config, resume, together)
+            records = _open(folder, parameters, optimizer, config, run.resume, together)
         found = {record.step: record.validation for record in records if record.validation is not None}
-        measures = together.writes or validated_by_all
-        validation = Validation(validate, parameters, config, folder, found, measures)
-        shown = progress if together.writes else False
-        bar = Bar(config.steps, len(records), name, shown, (p.device for p in parameters.values()))
-        names = trackers if together.writes else ()
-        track = stack.enter_context(tracking(names, name, folder and folder.parent, settings_of(config)))
+        measures = together.writes or run.validated_by_all
+        validation = Validation(run.validate, parameters, config, folder, found, measures)
+        shown = run.progress if together.writes else False
+        bar = Bar(config.steps, len(records), run.name, shown, (p.device for p in parameters.values()))
+        names = run.trackers if together.writes else ()
+        track = stack.enter_context(tracking(names, run.name, folder and folder.parent, settings_of(config)))
         stack.callback(_forget_gradients, parameters)
         stack.callback(bar.close)
-        began = time.perf_counter()
+        spent = 0.0
         for step in range(len(records), config.steps):
+            yield step
             if validation.exhausted:
                 break
-            value, norm, norms, by_round, tokens, stop = _step(
-                parameters, optimizer, loss, config, step, folder, together, round_norms, meter or Meter(), pending
-            )
+            began = time.perf_counter() - spent
+            value, norm, norms, by_round, tokens, stop = _step(run, optimizer, step, together, pending)
             seconds = time.perf_counter() - began
             measured = validation.after(step + 1)
             rate = config.rate(step)
@@ -169,9 +213,9 @@ def train(
             if folder is not None and together.writes:
                 with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(_line(records[-1]))
-            wanted = (on_step is not None and bool(on_step(records[-1]))) or pending.number is not None
+            wanted = (run.on_step is not None and bool(run.on_step(records[-1]))) or pending.number is not None
             # Where no message of its own is sent, a signal goes with the next step's gradients.
-            if together.count == 1 or on_step is not None or measured is not None or step + 1 == config.steps:
+            if together.count == 1 or run.on_step is not None or measured is not None or step + 1 == config.steps:
                 stop = stop or together.sums([float(wanted)]) != [0.0]
             due = config.checkpoint_every > 0 and (step + 1) % config.checkpoint_every == 0
             if folder is not None and (stop or due or validation.exhausted or step + 1 == config.steps):
@@ -180,29 +224,22 @@ def train(
                 together.wait()
             if stop:
                 return TrainingResult(len(records), records)
+            spent = time.perf_counter() - began
         validation.restore()
     return TrainingResult(len(records), records)
 
 
 def _step(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    config: LoopConfig,
-    step: int,
-    folder: Path | None,
-    together: Processes,
-    round_norms: RoundNorms | None,
-    meter: Meter,
-    pending: Pending,
+    run: Run, optimizer: torch.optim.Optimizer, step: int, together: Processes, pending: Pending
 ) -> tuple[float, float, dict[str, float], dict[str, list[float]], int, bool]:
     """One optimiser step; the mean loss, the gradient's norm before clipping (of all, by link if several, and by round
     if asked for), tokens, and whether a process had got a signal when the gradients were summed."""
+    parameters, config = run.parameters, run.config
     optimizer.zero_grad(set_to_none=True)
     own = 0.0
     for part in together.share(config.accumulation):
         with autocast(parameters, config):
-            made = loss(step * config.accumulation + part, step)
+            made = run.loss(step * config.accumulation + part, step)
         pieces = iter([made] if isinstance(made, torch.Tensor) else made)
         while True:
             with autocast(parameters, config):
@@ -213,19 +250,20 @@ def _step(
             value.backward()
             own += value.item()
             del piece, value  # their graph may hold what it computes activations from again, such as prefixes
-    numbers = [own, float(meter.take()), float(pending.number is not None)]
+    numbers = [own, float(run.meter.take()), float(pending.number is not None)]
     total, tokens, signals = together.sum_gradients(parameters.values(), numbers)
-    by_round = {} if round_norms is None else round_norms()
+    by_round = {} if run.round_norms is None else run.round_norms()
     norms = _norms(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        first, stored = step * config.accumulation, [] if folder is None else checkpoint.checkpoints(folder)
+        first, stored = step * config.accumulation, [] if run.folder is None else checkpoint.checkpoints(run.folder)
         batches = (
             f"batch {first}" if config.accumulation == 1 else f"batches {first} to {first + config.accumulation - 1}"
         )
         good = f"the last good checkpoint is {stored[0]}" if stored else "there is no checkpoint before it"
         raise FloatingPointError(
-            f"step {step + 1}, {batches}: loss {total}, gradient norm {norm}; lower the learning rate; {good}"
+            f"{run.name}, step {step + 1}, {batches}: loss {total}, gradient norm {norm}; lower the learning rate; "
+            f"{good}"
         )
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from recmas.config.system_json import edge_name
+from recmas.prompts.rows import Fields
 from recmas.sizing.report import size
 from recmas.system.system import System
 from recmas.training.config import ALWAYS_TOLD, LoopConfig, OuterConfig, changed_settings, settings_of
 from recmas.training.outer import trained_edges
+from recmas.training.trial import step_seconds
 
 
 class Part(NamedTuple):
-    """A stage ("inner", "warmup", "outer"), its settings, the rows it has, and the roles or edges; None takes all."""
+    """A stage ("inner", "warmup", "outer"), its settings, its rows, the roles or edges (None takes all), and its cache.
+
+    ``cached`` is as for `step_seconds`.
+    """
 
     stage: str
     config: LoopConfig
-    rows: int
+    rows: Sequence[Fields]
     keys: Sequence[Any] | None = None
+    cached: str | None = None
 
 
 def plan(system: System, parts: Sequence[Part]) -> dict[str, Any]:
-    """Each run of the step loop, and the bytes that are held beside activations: of weights, gradients and moments."""
-    runs = [_run(name, trained, part) for part in parts for name, trained in _trained(system, part)]
+    """Each run of the step loop, and the bytes that are held beside activations: of weights, gradients and moments.
+
+    A step of each run is taken to tell its seconds, so that links are no more what they were.
+    """
+    runs: list[dict[str, Any]] = []
+    held: list[int] = []
+    for part in parts:
+        trained = _trained(system, part)
+        seconds = step_seconds(system, part.rows, part.config, part.keys, part.cached)
+        runs += [_run(key, trained[key], part, seconds[key]) for key in trained]
+        at_once: dict[Any, int] = defaultdict(int)  # links that read the same agent's pairs are trained in turn
+        for key, parameters in trained.items():
+            at_once[key[0] if isinstance(key, tuple) else key] += _copies(part.config) * _bytes(parameters)
+        held += at_once.values()
     links = [*system.inner_links.values(), *system.outer_links.values()]
     models = {id(agent.model): agent.model for agent in system.agents.values()}
     return {
-        "runs": [{key: value for key, value in run.items() if key != "held"} for run in runs],
+        "runs": runs,
         "memory": {
             "models": _bytes(p for model in models.values() for p in model.parameters()),
             "links": _bytes(p for link in links for p in link.parameters()),
-            "gradients_and_moments": max(run["held"] for run in runs),  # of one run after the other
+            "gradients_and_moments": max(held),
         },
     }
 
@@ -43,12 +62,14 @@ def table(planned: dict[str, Any]) -> str:
     width = max(len(run["run"]) for run in planned["runs"])
     lines = [
         f"{run['run']:<{width}}  {run['parameters']:>13,} parameters  {run['steps']:>6,} steps of "
-        f"{run['rows_per_step']} of {run['rows']:,} rows, {run['epochs']:g} epochs, rate {run['learning_rate']:g}"
+        f"{run['rows_per_step']} of {run['rows']:,} rows, {run['epochs']:g} epochs, rate {run['learning_rate']:g}, "
+        f"{run['seconds_per_step']:.2g} s per step"
         + "".join(f", {name} {_told(value)}" for name, value in run["settings"].items())
         for run in planned["runs"]
     ]
     held = ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in planned["memory"].items())
-    return "\n".join([*lines, f"memory beside activations: {held}"])
+    measured = "seconds per step are measured here, those of the second of two steps"
+    return "\n".join([*lines, f"memory beside activations: {held}", measured])
 
 
 def _told(value: Any) -> str:
@@ -57,34 +78,38 @@ def _told(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _run(name: str, trained: list[Tensor], part: Part) -> dict[str, Any]:
-    config, gradients, changed = part.config, 1, changed_settings(settings_of(part.config))
-    if isinstance(config, OuterConfig) and config.round_norms:
-        gradients += config.most_rounds  # each round's own, and their sum
+def _run(key: Any, trained: list[Tensor], part: Part, seconds: float) -> dict[str, Any]:
+    config, changed = part.config, changed_settings(settings_of(part.config))
     return {
-        "run": name,
+        "run": "outer links" if part.stage == "outer" else f"{part.stage} {_name(key)}",
         "parameters": sum(p.numel() for p in trained),
-        "held": (gradients + 2) * _bytes(trained),
         "steps": config.steps,
-        "rows": part.rows,
+        "seconds_per_step": seconds,
+        "rows": len(part.rows),
         "rows_per_step": (taken := config.accumulation * config.batch_size),
-        "epochs": round(config.steps * taken / part.rows, 2),
+        "epochs": round(config.steps * taken / len(part.rows), 2),
         "learning_rate": config.learning_rate,
         "settings": {name: value for name, value in changed.items() if name not in ALWAYS_TOLD},
     }
 
 
-def _trained(system: System, part: Part) -> list[tuple[str, list[Tensor]]]:
-    """The names of a part's runs, and what they train."""
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) else edge_name(key)
+
+
+def _copies(config: LoopConfig) -> int:
+    """Of the trained parameters: two moments, gradients, and one of each round's where these are told apart."""
+    return 3 + (config.most_rounds if isinstance(config, OuterConfig) and config.round_norms else 0)
+
+
+def _trained(system: System, part: Part) -> dict[Any, list[Tensor]]:
+    """What a part's runs train, by role or edge; of the outer stage, by "outer"."""
     if isinstance(part.config, OuterConfig):
         edges = trained_edges(system, part.config, part.keys)
         trained: list[Tensor] = [p for edge in edges for p in system.outer_links[edge].parameters()]
-        return [("outer links", trained + [system.edge_scores[edge] for edge in edges if edge in system.edge_scores])]
+        return {"outer": trained + [system.edge_scores[edge] for edge in edges if edge in system.edge_scores]}
     links: Any = system.inner_links if part.stage == "inner" else system.outer_links
-    return [
-        (f"{part.stage} {key if isinstance(key, str) else edge_name(key)}", list(links[key].parameters()))
-        for key in (links if part.keys is None else part.keys)
-    ]
+    return {key: list(links[key].parameters()) for key in (links if part.keys is None else part.keys)}
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

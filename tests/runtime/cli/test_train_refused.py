@@ -206,12 +206,14 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(trained, monkey
     counts |= {f"warmup {edge_name(edge)}": link for edge, link in mas.outer_links.items()}
     for run in told["runs"]:
         assert (run["steps"], run["rows_per_step"], run["epochs"]) == (2, 2, round(4 / run["rows"], 2))
+        assert 0 < run["seconds_per_step"] < 60
         if run["run"] in counts:
             assert run["parameters"] == sum(p.numel() for p in counts[run["run"]].parameters())
     assert told["memory"]["models"] == sum(p.nbytes for p in mas.agents["solver"].model.parameters())
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.count("parameters") == runs
+    assert out.count("parameters") == out.count(" s per step") == runs
+    assert "seconds per step are measured here" in out
     assert "memory beside activations: models " in out
     check_refused(trained, monkeypatch, capsys, [*words, "--data", "no target.jsonl"])
     assert contents(trained) == before

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
-from recmas.training import WarmupConfig, train_warmup, warmup_loss
+from recmas.config.pattern import MIXTURE
+from recmas.training import WarmupConfig, alignment, train_warmup, warmup_loss
+from recmas.training.checkpoint import load
 from recmas.training.counterparts import aligned_tokens, overlaps
 from tests.runtime.training.by_hand import (
     ROUNDING,
@@ -19,6 +23,7 @@ from tests.runtime.training.by_hand import (
     tokenizer,
     weights,
 )
+from tests.runtime.training.test_patterns import PATTERNS
 
 
 def test_overlaps_follow_characters():
@@ -82,3 +87,32 @@ def test_warmup_learns_and_touches_the_chosen_edge_only():
     assert changed(before, weights(system)) == {"critic->solver"}
     result = results["critic", "solver"]
     assert result.loss < 0.5 * result.records[0].loss
+
+
+def test_links_of_one_sender_share_a_pass_and_are_those_trained_one_by_one(monkeypatch, tmp_path):
+    config = WarmupConfig(steps=3, batch_size=1, accumulation=2, learning_rate=1e-2, rounds=(1, 2), checkpoint_every=0)
+    said = [dict(row, targets={role: ["1 red", f"blue {n}"] for role in MIXTURE.roles}) for n, row in enumerate(ROWS)]
+    read, speak = [], alignment.speak
+    monkeypatch.setattr(alignment, "speak", lambda agent, said: read.append(agent.name) or speak(agent, said))
+    apart, shared = (build(*PATTERNS["mixture"]) for _ in range(2))
+    edges = [edge for edge in apart.outer_links if edge[0] == "summarizer"]
+    for edge in edges:
+        train_warmup(apart, said, config, edges=[edge], progress=False)
+    assert read == ["summarizer"] * 3 * 2 * len(edges)
+    read.clear()
+
+    records = []
+
+    def asks_to_end(record):
+        records.append(record)
+        if len(records) == len(edges) + 1:  # after the second step of the first link
+            signal.raise_signal(signal.SIGINT)
+
+    options = {"edges": edges, "output": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        train_warmup(shared, said, config, on_step=asks_to_end, **options)
+    assert {load(tmp_path / f"warmup-summarizer-{target}").step for _, target in edges} == {2}
+    assert read == ["summarizer"] * 2 * 2
+    train_warmup(shared, said, config, resume=True, **options)
+    assert read == ["summarizer"] * 3 * 2
+    assert not changed(weights(apart), weights(shared))
