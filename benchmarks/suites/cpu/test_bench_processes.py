@@ -2,12 +2,14 @@
 
 What is timed are a run's steps, with their lines in the log; what comes before them (reading the rows, opening the
 cache) is the same however many steps a run has. A step has two batches, one for each of the two processes; the larger
-they are, the less its one message costs.
+they are, the less its one message costs. Two processes that train a batch per step each, apart from each other and
+without any message, show what the machine itself gives to two; nothing beyond that is in reach of those that train
+together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from recmas_kernels import LinkConfig
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 ALONE = "one process"
+APART = "two processes apart"
 BATCHES = 2  # of a step
 ROUNDS = 5
 WARM_UP = 2  # runs that are not timed: the first ones of two processes took a tenth longer
@@ -66,14 +69,17 @@ def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
     with (
         together(1, case.setting, config, tmp_path / "one") as one,
         together(2, case.setting, config, tmp_path / "two") as two,
+        together(2, case.setting, replace(config, accumulation=1), tmp_path / "apart", joined=False) as apart,
     ):
         for _ in range(WARM_UP):
             assert one.train() == two.train(), "two processes make another link than one"
-        for group in (one, two):
+            apart.train()
+        groups = {FUSED: two, ALONE: one, APART: apart}
+        for group in groups.values():
             group.seconds.clear()
 
         def of_steps(samples: Samples) -> Samples:
-            return {name: group.seconds[-len(samples[name]) :] for name, group in ((FUSED, two), (ALONE, one))}
+            return {name: group.seconds[-len(samples[name]) :] for name, group in groups.items()}
 
         bench.run(
             Labels(
@@ -84,7 +90,7 @@ def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:
                 "forward+backward",
                 case.pairs,
             ),
-            {FUSED: two.train, ALONE: one.train},
+            {name: group.train for name, group in groups.items()},
             link_training(link, case.pairs, 4) * (BATCHES * case.steps),
             {FUSED: 0.0},
             None if case.must is None else Goal(case.must, peer=ALONE),

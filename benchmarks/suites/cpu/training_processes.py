@@ -44,7 +44,7 @@ class Together:
             member.stdin.write("\n")
             member.stdin.flush()
         answers = [self._answer(member) for member in self._members]
-        self.seconds.append(max(answer["seconds"] for answer in answers))
+        self.seconds.append(max(answer["seconds"] for answer in answers))  # of those that train apart, too
         (link,) = {answer["link"] for answer in answers}
         return str(link)
 
@@ -58,22 +58,26 @@ class Together:
 
 
 @contextmanager
-def together(count: int, case: Setting, config: InnerConfig, folder: Path) -> Iterator[Together]:
-    """Start so many processes, which keep their pairs and runs in ``folder``; they end with the block."""
+def together(count: int, case: Setting, config: InnerConfig, folder: Path, joined: bool = True) -> Iterator[Together]:
+    """Start so many processes, which keep their pairs and runs in ``folder``; they end with the block.
+
+    Those that are not ``joined`` train the same link each by itself, and exchange nothing.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "benchmarks.suites.cpu.training_processes"]
-    command += [json.dumps(asdict(case)), json.dumps(asdict(config)), str(folder)]
+    command += [json.dumps(asdict(case)), json.dumps(asdict(config))]
     shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     members = []
     try:
         for index in range(count):
-            place = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
+            rank = index if joined else 0
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count if joined else 1)}
             members.append(
                 subprocess.Popen(
-                    command,
+                    [*command, str(folder if joined else folder / str(index))],
                     cwd=ROOT,
                     env=os.environ | shared | place,
                     stdin=subprocess.PIPE,
