@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from recmas.config.system_json import PlacementSpec, SystemSpec
 from recmas.distributed.agent_process import AgentProcess
-from recmas.distributed.cluster import reserve
+from recmas.distributed.cluster import Reserved
 from recmas.distributed.order import Described, Loading, Order
 from recmas.distributed.replica import CONTROL, Job, Replica, Sent
 from recmas.distributed.sealed import RefusedError, Stamp
@@ -60,17 +60,18 @@ class RayExecutor:
         self._replicas: dict[str, list[Replica]] = {}
         self._turns = Turns(self._replicas, ahead)
         placements = {role: agent.placement for role, agent in spec.agents.items()}
-        self._reserved = reserve(placements)
+        self._reserved = Reserved(placements)
         key = secrets.token_bytes(32)
         try:
+            self._reserved.take()
             for role, placement in placements.items():
                 self._replicas[role] = []
                 for number in range(placement.replicas):
                     launch = partial(launch_process, placement, self._strategy(role, number), loading.backend)
                     device = "cuda" if placement.gpus else "cpu"
-                    self._replicas[role].append(
-                        Replica(role, launch, (loading, spec, role, device, key), pace, self._refuse)
-                    )
+                    replica = Replica(role, launch, (loading, spec, role, device, key), pace, self._refuse)
+                    self._replicas[role].append(replica)
+                    replica.load()  # once it is known here: a signal may end it at any moment
             self.described = {role: self._loaded(role) for role in spec.pattern.roles}
             check_widths(
                 {role: one.width for role, one in self.described.items()},

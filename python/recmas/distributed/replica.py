@@ -111,7 +111,6 @@ class Replica:
         self._process: Any = None
         self._begun: Future[Described] = Future()
         self._thread = threading.Thread(target=self._work, name=f"recmas {role}", daemon=True)
-        self._thread.start()
 
     @property
     def jobs(self) -> int:
@@ -122,6 +121,10 @@ class Replica:
         """Rows of the job that it works on; None without one."""
         with self._changed:
             return self._told[0].job.rows if self._told else None
+
+    def load(self) -> None:
+        """Start the process and load the agent there, beside whatever else happens here."""
+        self._thread.start()
 
     def begin(self) -> Described:
         """Wait until the agent is loaded.
@@ -144,7 +147,8 @@ class Replica:
         self._end()
         with self._changed:
             self._changed.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         try:
