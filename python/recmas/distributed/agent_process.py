@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -83,7 +85,9 @@ class AgentProcess:
             member.agent.context_length,
             member.agent.tokenizer,
             member.agent.vocabulary,
-            torch.get_num_threads(),
+            platform.node(),
+            _cores(),
+            torch.get_num_threads() if device == "cpu" else 0,
         )
 
     def run(self, order: Order, *sealed: bytes) -> tuple[Done, bytes]:
@@ -135,6 +139,11 @@ class AgentProcess:
             sender: gather([message for stamp, message in sent if stamp.sender == sender], places)
             for sender, places in order.reads.items()
         }
+
+
+def _cores() -> int:
+    """Of this machine, those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _add(whole: dict[int, Grown], step: dict[int, Grown]) -> None:

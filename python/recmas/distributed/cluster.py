@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from recmas.config.system_json import PlacementSpec
 
 PATIENCE = 30.0
 """Seconds that a cluster has to reserve what agents ask for, once it has that much at all."""
+LOOK = 1
+"""Seconds between two looks at whether it has; Ray knows whole ones alone."""
 
 
 @contextlib.contextmanager
@@ -71,49 +74,53 @@ def _keep(address: str | None, begun: Future[None], over: threading.Event) -> No
     ray.shutdown(wait_for_processes=True)
 
 
-@dataclass(frozen=True)
 class Reserved:
-    """Places for the processes of agents.
+    """Places for the processes of agents: all that these ask for, or nothing.
+
+    Args:
+        placements: of the agents, by role.
 
     Attributes:
-        group: Ray's placement group; None where nobody asks for anything.
+        group: Ray's placement group, once it is taken; None where nobody asks for anything.
         bundles: of that group, by role, one per replica; empty for a role that asks for nothing.
     """
 
-    group: Any
-    bundles: Mapping[str, range]
+    def __init__(self, placements: Mapping[str, PlacementSpec]) -> None:
+        self._placements = placements
+        self._wanted: list[dict[str, float]] = []
+        self._name = f"recmas {secrets.token_hex(8)}"
+        self.group: Any = None
+        self.bundles: dict[str, range] = {}
+        for role, placement in placements.items():
+            begin = len(self._wanted)
+            self._wanted += [placement.asked] * placement.replicas if placement.asked else []
+            self.bundles[role] = range(begin, len(self._wanted))
+
+    def take(self) -> None:
+        """Reserve the places; what an error or a signal leaves of that, `free` gives back.
+
+        Raises:
+            ValueError: the cluster does not have that much, or not free.
+        """
+        from ray.util import placement_group
+
+        if not self._wanted:
+            return
+        _check(self._placements)
+        self.group = placement_group(self._wanted, strategy="PACK", name=self._name)
+        end = time.monotonic() + PATIENCE
+        while not self.group.wait(LOOK):  # signals are heeded between two calls
+            if time.monotonic() >= end:
+                wanted = _words(_total(self._placements))
+                raise ValueError(f"placement: the cluster has not had {wanted} free in {PATIENCE:.0f} s")
 
     def free(self) -> None:
-        """Give the places back."""
-        if self.group is not None:
-            from ray.util import remove_placement_group
+        """Give the places back. They are found by their name: a signal may have come before they had any other."""
+        if self._wanted:
+            from ray.util import get_placement_group, remove_placement_group
 
-            remove_placement_group(self.group)
-
-
-def reserve(placements: Mapping[str, PlacementSpec]) -> Reserved:
-    """Reserve what the agents ask for, all of it or nothing.
-
-    Raises:
-        ValueError: the cluster does not have that much, or not free.
-    """
-    from ray.util import placement_group
-
-    wanted: list[dict[str, float]] = []
-    bundles = {}
-    for role, placement in placements.items():
-        begin = len(wanted)
-        wanted += [placement.asked] * placement.replicas if placement.asked else []
-        bundles[role] = range(begin, len(wanted))
-    if not wanted:
-        return Reserved(None, bundles)
-    _check(placements)
-    group = placement_group(wanted, strategy="PACK")
-    reserved = Reserved(group, bundles)
-    if not group.wait(PATIENCE):
-        reserved.free()
-        raise ValueError(f"placement: the cluster has not had {_words(_total(placements))} free in {PATIENCE:.0f} s")
-    return reserved
+            with contextlib.suppress(ValueError):  # nothing has been reserved
+                remove_placement_group(get_placement_group(self._name))
 
 
 def _check(placements: Mapping[str, PlacementSpec]) -> None:

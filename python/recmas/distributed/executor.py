@@ -16,10 +16,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from recmas.config.system_json import PlacementSpec, SystemSpec
 from recmas.distributed.agent_process import AgentProcess
-from recmas.distributed.cluster import reserve
+from recmas.distributed.cluster import Reserved
 from recmas.distributed.order import Described, Loading, Order
 from recmas.distributed.replica import CONTROL, Job, Replica, Sent
 from recmas.distributed.sealed import RefusedError, Stamp
+from recmas.distributed.turns import Turns
 from recmas.prompts.rows import Fields
 from recmas.scheduling.admission import Admission, Room
 from recmas.scheduling.executor import Lane, Report
@@ -57,18 +58,20 @@ class RayExecutor:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._replicas: dict[str, list[Replica]] = {}
+        self._turns = Turns(self._replicas, ahead)
         placements = {role: agent.placement for role, agent in spec.agents.items()}
-        self._reserved = reserve(placements)
+        self._reserved = Reserved(placements)
         key = secrets.token_bytes(32)
         try:
+            self._reserved.take()
             for role, placement in placements.items():
                 self._replicas[role] = []
                 for number in range(placement.replicas):
                     launch = partial(launch_process, placement, self._strategy(role, number), loading.backend)
                     device = "cuda" if placement.gpus else "cpu"
-                    self._replicas[role].append(
-                        Replica(role, launch, (loading, spec, role, device, key), pace, self._refuse)
-                    )
+                    replica = Replica(role, launch, (loading, spec, role, device, key), pace, self._refuse)
+                    self._replicas[role].append(replica)
+                    replica.load()  # once it is known here: a signal may end it at any moment
             self.described = {role: self._loaded(role) for role in spec.pattern.roles}
             check_widths(
                 {role: one.width for role, one in self.described.items()},
@@ -120,12 +123,13 @@ class RayExecutor:
         link = self.described[role].link if work.latent_steps is not None else ""
         number = next(self._numbers)  # those of tasks begin anew with every dispatcher
         order = Order(Task(number, work, task.parts, {}), Stamp(self.digest, link, role, number), stamps, reads)
-        self._choose(task).give(Job(task, order, tuple(messages), report))
+        self._turns.add(Job(task, order, tuple(messages), report))
 
     def rooms(self, rounds: int, row: Fields, index: int = 0) -> Mapping[str, Room]:
         return {role: admission.room(rounds, row, index) for role, admission in self._admissions.items()}
 
     def close(self) -> None:
+        self._turns.close()
         for replica in self._all:
             replica.close()
         self._reserved.free()
@@ -133,12 +137,6 @@ class RayExecutor:
     @property
     def _all(self) -> list[Replica]:
         return [replica for replicas in self._replicas.values() for replica in replicas]
-
-    def _choose(self, task: Task) -> Replica:
-        """Of the replicas that work and have the fewest jobs, one that has had these rows."""
-        replicas = self._replicas[task.work.role]
-        rows = tuple(part.number for part in task.parts)
-        return min(replicas, key=lambda one: (one.broken is not None, not one.open, one.jobs, rows not in one.rows))
 
     def _strategy(self, role: str, number: int) -> Any:
         bundles = self._reserved.bundles[role]

@@ -52,7 +52,9 @@ class Described(NamedTuple):
         outer: what the outer links to it map, by key.
         context: positions of its context, where known.
         tokenizer, vocabulary: of its prompts.
-        threads: that it computes with.
+        machine: that it is on, by name.
+        cores: of that machine that it may use.
+        threads: that it computes with; 0 where a device does.
     """
 
     digest: str
@@ -63,6 +65,8 @@ class Described(NamedTuple):
     context: int | None
     tokenizer: Any
     vocabulary: int
+    machine: str
+    cores: int
     threads: int
 
 

@@ -52,6 +52,11 @@ class Job(NamedTuple):
     messages: tuple[Any, ...]
     report: Report
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Numbers of its rows."""
+        return tuple(part.number for part in self.task.parts)
+
 
 class Told(NamedTuple):
     """A job, and Ray's references to what the process makes of it: a stream, or a report and a message.
@@ -79,6 +84,7 @@ class Replica:
     Attributes:
         jobs: that it was given and that have not ended.
         open: it works, neither starting nor broken.
+        described: its agent, loaded for the last time; there once it has been open.
         rows: of its latest jobs: it may hold their prefixes.
         broken: why it is not started any more.
         restarts: how often it was.
@@ -98,17 +104,27 @@ class Replica:
         self.open, self.restarts, self.lost = False, 0, 0
         self.rows: deque[tuple[int, ...]] = deque(maxlen=loading[0].held)
         self.broken: Exception | None = None
+        self.described: Described
         self._told: deque[Told] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._process: Any = None
         self._begun: Future[Described] = Future()
         self._thread = threading.Thread(target=self._work, name=f"recmas {role}", daemon=True)
-        self._thread.start()
 
     @property
     def jobs(self) -> int:
         return len(self._told)
+
+    @property
+    def at_work(self) -> tuple[int, ...] | None:
+        """Rows of the job that it works on; None without one."""
+        with self._changed:
+            return self._told[0].job.rows if self._told else None
+
+    def load(self) -> None:
+        """Start the process and load the agent there, beside whatever else happens here."""
+        self._thread.start()
 
     def begin(self) -> Described:
         """Wait until the agent is loaded.
@@ -120,7 +136,7 @@ class Replica:
 
     def give(self, job: Job) -> None:
         """Do a job; one after the other."""
-        self.rows.append(tuple(part.number for part in job.task.parts))
+        self.rows.append(job.rows)
         with self._changed:
             self._told.append(self._tell(job) if self.open else Told(job, None))
             self._changed.notify()
@@ -131,13 +147,15 @@ class Replica:
         self._end()
         with self._changed:
             self._changed.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         try:
             self._start()
-            self._begun.set_result(self._ready())
+            self.described = self._ready()
             self._open()
+            self._begun.set_result(self.described)
         except Exception as error:  # of whatever kind: it is told to whoever waits in `begin`
             self._begun.set_exception(error)
         while (told := self._next()) is not None:
@@ -262,8 +280,10 @@ class Replica:
     def _start_again(self) -> None:
         try:
             self._replace()
-            if self._ready().digest != self.begin().digest:
+            described = self._ready()
+            if described.digest != self.described.digest:
                 raise ValueError(f"agent {self.role!r}: its files have changed since it was first loaded")
+            self.described = described
             self._open()
         except Exception as error:
             self.broken = error

@@ -33,11 +33,22 @@ class Pool:
     def __init__(self) -> None:
         self.free: list[Any] = []
         self.dead: list[Any] = []
+        self.taken = 0
+        self._all: list[Any] = []
         self._lock = threading.Lock()
+
+    @property
+    def lent(self) -> int:
+        """Processes that have not come back."""
+        return len(self._all) - len(self.free) - len(self.dead)
 
     def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
         with self._lock:
-            return self.free.pop() if self.free else start(*arguments)
+            self.taken += 1
+            if self.free:
+                return self.free.pop()
+            self._all.append(start(*arguments))
+            return self._all[-1]
 
     def give_back(self, process: Any) -> None:
         with self._lock:

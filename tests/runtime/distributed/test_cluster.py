@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ import pytest
 from recmas import DISTILLATION
 from recmas.config.system_json import PlacementSpec
 from recmas.distributed.order import Loading
-from tests.runtime.distributed.conftest import saved
+from tests.runtime.distributed.conftest import Pool, saved
 from tests.runtime.lean import write_lean
 from tests.torture.amounts import FULL, SEED
 
@@ -113,6 +114,108 @@ def test_the_key_is_in_no_file_command_line_or_environment(tmp_path: Path, monke
         assert not [name for name, value in os.environb.items() for form in forms if form in value]
 
 
+class Arrived(BaseException):
+    """A signal, as the command line raises it."""
+
+
+@contextlib.contextmanager
+def a_signal(seconds: float) -> Iterator[None]:
+    """Within, a signal arrives after so many seconds."""
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        raise Arrived
+
+    before = signal.signal(signal.SIGALRM, arrive)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def groups() -> set[str]:
+    """Names of the placement groups that the cluster still knows as more than removed."""
+    from ray.util import placement_group_table
+
+    return {one["name"] for one in placement_group_table().values() if one["state"] != "REMOVED"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_signal_while_places_are_reserved_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are waited for, and when they have just been reserved and nobody here knows the group yet."""
+    import ray.util
+
+    from recmas.distributed.cluster import Reserved
+
+    all_cores = int(ray.cluster_resources()["CPU"])
+    first = Reserved({"a": PlacementSpec(cpus=all_cores)})
+    second = Reserved({"a": PlacementSpec(cpus=1)})
+    try:
+        first.take()
+        begun = time.monotonic()
+        with pytest.raises(Arrived), a_signal(0.3):
+            second.take()
+        assert time.monotonic() - begun < 10  # not as long as places are waited for
+        assert len(groups()) == 2
+        second.free()
+        assert len(groups()) == 1
+    finally:
+        first.free()
+    assert groups() == set()
+    make = ray.util.placement_group
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        make(*given, **more)
+        raise Arrived
+
+    monkeypatch.setattr(ray.util, "placement_group", interrupted)
+    with pytest.raises(Arrived):
+        second.take()
+    assert len(groups()) == 1
+    second.free()
+    assert groups() == set()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_places_that_do_not_become_free_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from recmas.distributed import cluster
+
+    wanted = {"a": PlacementSpec(cpus=int(ray.cluster_resources()["CPU"]))}
+    first, second = cluster.Reserved(wanted), cluster.Reserved(wanted)
+    try:
+        first.take()
+        monkeypatch.setattr(cluster, "PATIENCE", 0.0)
+        with pytest.raises(ValueError, match=r"placement: the cluster has not had \d+ CPU free in 0 s"):
+            second.take()
+    finally:
+        second.free()
+        first.free()
+    assert groups() == set()
+
+
+def test_a_signal_while_agents_load_leaves_no_process(tmp_path: Path, pooled: Pool) -> None:
+    from recmas.config.system_json import read_spec
+    from recmas.distributed.executor import RayExecutor
+
+    saved(tmp_path / "system", DISTILLATION)
+    loading, before = Loading(folder=str(tmp_path / "system")), threading.active_count()
+    taken = pooled.taken
+
+    def load_again_and_again() -> None:
+        while True:
+            RayExecutor(read_spec(tmp_path / "system"), loading).close()
+
+    with pytest.raises(Arrived), a_signal(0.1):
+        load_again_and_again()
+    assert pooled.taken > taken
+    assert pooled.lent == 0
+    assert threading.active_count() == before
+    assert groups() == set()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_that_no_machine_has_room_for_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from recmas.config.system_json import read_spec
@@ -125,6 +228,7 @@ def test_a_process_that_no_machine_has_room_for_is_an_error(tmp_path: Path, monk
     loading = (Loading(folder=str(tmp_path / "system")), read_spec(tmp_path / "system"), "expert", "cpu", b"k" * 32)
     one = replica.Replica("expert", lambda: launch_process(far, "DEFAULT", None), loading, None, print)
     try:
+        one.load()
         with pytest.raises(ValueError, match="agent 'expert': no machine of the cluster has had room for its process"):
             one.begin()
     finally:
@@ -147,6 +251,7 @@ def test_a_tokenizer_that_cannot_be_read_here_is_not_blamed_on_memory(monkeypatc
     process = SimpleNamespace(__ray_ready__=MagicMock(), load=MagicMock())
     one = replica.Replica("expert", lambda: process, loading, None, print)
     try:
+        one.load()
         with pytest.raises(ValueError, match=r"agent 'expert': .* read by this process: No module named .*tokenizer"):
             one.begin()
     finally:

@@ -1,0 +1,82 @@
+"""`Turns`: which processes are given jobs when their machine has fewer cores than they would take all together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from recmas.scheduling.executor import Ended, Failed, Report, Wrote
+
+if TYPE_CHECKING:
+    from recmas.distributed.replica import Job, Replica
+
+
+class Turns:
+    """Gives jobs to replicas: on every machine as many as it has cores for, what is furthest on its walk first.
+
+    Processes that are more than the cores would share them evenly, so the agent that all others wait for would be as
+    slow as they. Rows by themselves, with nothing else at work or waiting, have the cores to share among the agents of
+    their stage: the last of these ends sooner.
+
+    Args:
+        replicas: by role, all of them.
+        ahead: jobs that wait at a process while it works.
+    """
+
+    def __init__(self, replicas: Mapping[str, Sequence[Replica]], ahead: int) -> None:
+        self._replicas, self._ahead = replicas, ahead
+        self._waiting: list[Job] = []
+        self._lock = threading.Lock()
+
+    def add(self, job: Job) -> None:
+        """Give a job to a replica, as soon as it is its turn."""
+        with self._lock:
+            self._waiting.append(job._replace(report=partial(self._tell, job.report)))
+        self._give()
+
+    def close(self) -> None:
+        """What waits is not given to anybody any more."""
+        with self._lock:
+            self._waiting.clear()
+
+    def _tell(self, report: Report, what: Wrote | Ended | Failed) -> None:
+        """Pass on what became of a job; at its end another one gets its cores first of all."""
+        if not isinstance(what, Wrote):
+            self._give()
+        report(what)
+
+    def _give(self) -> None:
+        with self._lock:
+            for job in sorted(self._waiting, key=_urgency):
+                replica = self._choose(job)
+                if replica.broken is None and replica.jobs > self._ahead:
+                    continue
+                if not self._has_cores(replica, job):
+                    break
+                self._waiting.remove(job)
+                replica.give(job)
+
+    def _choose(self, job: Job) -> Replica:
+        """Of the replicas that work and have the fewest jobs, one that has had these rows."""
+        replicas = self._replicas[job.task.work.role]
+        return min(replicas, key=lambda one: (one.broken is not None, not one.open, one.jobs, job.rows not in one.rows))
+
+    def _has_cores(self, replica: Replica, job: Job) -> bool:
+        """Whether its machine has cores for the job, if the job needs any now."""
+        if not replica.open:
+            return True
+        here, everybody = replica.described, [one for replicas in self._replicas.values() for one in replicas]
+        open_here = [one for one in everybody if one.open and one.described.machine == here.machine]
+        taken = {one: rows for one in open_here if (rows := one.at_work) is not None}
+        if taken.keys() <= {replica} or {*taken.values(), *(one.rows for one in self._waiting)} == {job.rows}:
+            return True
+        more = 0 if replica in taken else here.threads  # it goes on with its next job on the same cores
+        return sum(one.described.threads for one in taken) + more <= here.cores
+
+
+def _urgency(job: Job) -> tuple[int, int, int]:
+    """Sorts jobs: those whose rows are furthest on their walk, then those that came first."""
+    visit = job.task.parts[0].visit
+    return -visit.round, -visit.stage, job.order.task.number
