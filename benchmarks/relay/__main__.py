@@ -8,6 +8,7 @@ Each step writes the JSON file RECORD, from which ``python -m benchmarks.report`
                --link-seed, which adds to RECORD
     ablations  links of 1, 2 and 3 layers, with and without a residual (Table 4); a link seed per call, too, or some
                of its kinds of links with --links
+    loop       the solver looped by itself in 1, 2 and 3 passes, beside the system (LoopLM of Table 3)
     auto       accuracy and cost where each question ends its rounds by itself (--settle of recmas run); a quiet machine
     gradients  gains of a round's Jacobian through the frozen agents, by kind of link (Theorem 4.1)
 """
@@ -25,10 +26,13 @@ import transformers
 
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
-from benchmarks.relay import ablations, auto, depth, gradients, stages, steps, table2
+from benchmarks.relay import ablations, auto, depth, gradients, loop, stages, steps, table2
 from recmas.files import write_atomically
 
-DEFAULTS = {"table2": 512, "steps": 256, "depth": 256, "ablations": 256, "auto": 256, "gradients": 32}
+DEFAULTS = {
+    **{"table2": 512, "steps": 256, "depth": 256, "ablations": 256},
+    **{"loop": 512, "auto": 256, "gradients": 32},
+}
 """Questions of each step."""
 SEEDED = ("depth", "ablations")
 """Steps that train links, of one seed per call."""
@@ -46,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     made: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "table2": lambda: table2.measure(count, options.turns),
         "steps": lambda: steps.measure(count),
+        "loop": lambda: loop.measure(count),
         "auto": lambda: auto.measure(count, options.turns, options.split),
         "gradients": lambda: gradients.measure(count),
         "depth": lambda: depth.measure(count, options.link_seed, options.scale),
