@@ -11,7 +11,8 @@ from benchmarks.report import relay as lab
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD, Finding, verdict_of
 from benchmarks.report.tables import number
 from benchmarks.trio.cells import TEST
-from benchmarks.trio.page import difference, gap, mean, pooled
+from benchmarks.trio.links import NOTES
+from benchmarks.trio.page import difference, gap, mean, pooled, task_of
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -29,20 +30,25 @@ MARGIN = 0.05
 """Of accuracy: latents that are less than this below text carry what it carries."""
 
 
-def carried(pair: str, kind: str) -> Callable[[dict[str, Any]], Finding | None]:
+def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[[dict[str, Any]], Finding | None]:
     """Whether latents answer as many questions as texts of equally many tokens, 8 of each.
 
     Args:
         pair: of models.
         kind: of links, as `benchmarks.trio.page.kind_of` names it.
+        hops: of the questions.
+        task: of the questions.
     """
 
     def judge(record: dict[str, Any]) -> Finding | None:
-        rows = pooled([one for one in part(record, pair)["audit"] if one["seed"] == TEST and one["hops"] == 1])
-        latents = next((row for row in rows if row.message == "latents, m = 8" and row.links == kind), None)
+        audits = [one for one in part(record, pair)["audit"] if one["seed"] == TEST and one["hops"] == hops]
+        rows = pooled([one for one in audits if task_of(one) == task])
+        latents = next((row for row in rows if row.message.startswith("latents, m = 8") and row.links == kind), None)
         if latents is None:
             return None
-        text = next(row for row in rows if row.message == "text, 8 tokens" and row.questions == latents.questions)
+        text = next(
+            row for row in rows if row.message.startswith("text, 8 tokens") and row.questions == latents.questions
+        )
         before, after = (mean(row.values("correct")) for row in (text, latents))
         value, low, high, p = gap(text, latents, "correct")
         worse = value < 0 and (high < 0 if p is None else p <= ERROR)  # as an audit decides

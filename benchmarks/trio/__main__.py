@@ -27,13 +27,14 @@ from benchmarks.harness.checkpoints import Checkpoint
 from benchmarks.harness.command import exit_code
 from benchmarks.trio import record
 from benchmarks.trio.cells import TEST, VALIDATION, measure
-from benchmarks.trio.links import load_links, save_links, train_links
+from benchmarks.trio.links import NOTES, load_links, save_links, train_links
 from benchmarks.trio.page import tables
 from benchmarks.trio.rereading import Rereader
 from benchmarks.trio.shipped import ship
 from benchmarks.trio.task import train_task
 from benchmarks.trio.times import turns
 from recmas import Agent
+from recmas.lab.gym import TASKS
 
 TASK = "-task"
 TIMED = 4
@@ -88,13 +89,14 @@ def audited(options: argparse.Namespace, pair: str, agents: dict[str, Agent], li
     """Ask through the links of this name what the record has no answers to yet."""
     drawn = VALIDATION if options.validation else TEST
     kinds = f"m={options.latents}, text={options.tokens}, {options.arms}; {options.hops} hops"
+    kinds += "" if options.task == NOTES else f" of {options.task}"
     cell = f"{links}: {kinds}, {options.questions} questions of seed {drawn}"
     if any(one["cell"] == cell for one in record.part(record.read(options.record), pair)["audit"]):
         print(f"{cell}: done before")
         return
-    system = load_links(agents, options.models / "links" / pair / links)
-    arms = [name for name in options.arms.split(",") if name]
-    found = measure(system, options.questions, options.hops, options.latents, options.tokens, arms, drawn)
+    system = load_links(agents, options.models / "links" / pair / links, options.task)
+    arms, count = [name for name in options.arms.split(",") if name], options.questions
+    found = measure(system, count, options.hops, options.latents, options.tokens, arms, drawn, options.task)
     said = {"cell": cell, "links": links, "seed": drawn}
     note(options, pair, "audit", [said | one for one in found])
     print(cell, {one["arm"]: sum(one["correct"]) / len(one["correct"]) for one in found}, flush=True)
@@ -131,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", default="", help="such as text,identity,random,noise,zeros")
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--hops", type=int, default=1)
+    parser.add_argument(
+        "--task", choices=(NOTES, *TASKS), default=NOTES, help="of an audit; others need the [gym] extra"
+    )
     parser.add_argument("--validation", action="store_true", help="ask the questions that settings are chosen on")
     parser.add_argument("--out", type=Path, default=Path("examples/trio"), help="folder of shipped links")
     parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")

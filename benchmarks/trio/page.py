@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.trio.cells import TEST
+from benchmarks.trio.links import NOTES
 from benchmarks.trio.pooled import crossed
 from recmas.evaluation import wilson
 from recmas.evaluation.paired import paired_means, paired_shares
@@ -57,11 +58,17 @@ def pooled(audits: Sequence[dict[str, Any]]) -> list[Row]:
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for one in audits:
         kind = "" if one["arm"] == "text" else kind_of(one["links"])
-        key = (one["arm"], one["steps"], one["tokens"], one["hops"], len(one["correct"]), kind)
+        asked = (one["hops"], task_of(one))
+        key = (one["arm"], one["steps"], one["tokens"], *asked, len(one["correct"]), kind)
         groups.setdefault(key, {}).setdefault(one["links"] if kind else "", one)
     return [
-        Row(_name(*key[:4]), key[5], [members[links] for links in sorted(members)]) for key, members in groups.items()
+        Row(_name(*key[:5]), key[6], [members[links] for links in sorted(members)]) for key, members in groups.items()
     ]
+
+
+def task_of(audit: dict[str, Any]) -> str:
+    """Whose questions an audit asks; older records know the notes task alone."""
+    return str(audit.get("task", NOTES))
 
 
 def kind_of(links: str) -> str:
@@ -109,9 +116,12 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
         }
         right, nll = row.values("correct"), row.values("nll")
         share, low, high = _interval(right)
-        halves = [mean([one[place :: len(HALVES)] for one in right]) for place in range(len(HALVES))]
+        halves = [""] * len(HALVES)
+        if task_of(row.audits[0]) == NOTES:
+            parts = [[one[place :: len(HALVES)] for one in right] for place in range(len(HALVES))]
+            halves = [f"{mean(half):.2f}" for half in parts]
         cells = [row.message, row.links, str(len(right)), str(row.questions), f"{share:.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [f"{half:.2f}" for half in halves] + [f"{mean(nll):.2f}"]
+        cells += [*halves, f"{mean(nll):.2f}"]
         for tokens, kind in ((8, "correct"), (32, "correct"), (8, "nll")):
             text = texts[tokens]
             cells.append("" if text is None or text.message == row.message else difference(text, row, kind))
@@ -127,7 +137,9 @@ def _halves(rows: Sequence[Row]) -> Iterator[str]:
         shuffled = f"shuffled{row.message.removeprefix('latents')}"
         other = next((one for one in same if one.message == shuffled and one.links == row.links), None)
         if row.message.startswith("latents") and text is not None and other is not None:
-            parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
+            parts = [""] * len(HALVES)
+            if task_of(row.audits[0]) == NOTES:
+                parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
             cells = [row.message, row.links, str(row.questions), difference(other, row, "correct"), *parts]
             found.append(f"| {' | '.join(cells)} |")
     if found:
@@ -183,7 +195,8 @@ def mean(values: Sequence[Sequence[float]]) -> float:
 
 
 def _same(one: Row, other: Row) -> bool:
-    return one.questions == other.questions and one.audits[0]["hops"] == other.audits[0]["hops"]
+    asked = [(row.questions, row.audits[0]["hops"], task_of(row.audits[0])) for row in (one, other)]
+    return asked[0] == asked[1]
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -191,11 +204,20 @@ def _order(row: Row) -> tuple[Any, ...]:
     kinds = ("text", "trained")
     place = kinds.index(first["arm"]) if first["arm"] in kinds else 2
     what = first["arm"], first["tokens"], first["steps"]
-    return first["hops"], -row.questions, place, len(row.links), row.links, *what
+    return (
+        task_of(first) != NOTES,
+        task_of(first),
+        first["hops"],
+        -row.questions,
+        place,
+        len(row.links),
+        row.links,
+        *what,
+    )
 
 
-def _name(arm: str, steps: int, tokens: int, hops: int) -> str:
-    more = "" if hops == 1 else f", {hops} hops"
+def _name(arm: str, steps: int, tokens: int, hops: int, task: str) -> str:
+    more = ("" if hops == 1 else f", {hops} hops") + ("" if task == NOTES else f", {task}")
     if arm == "text":
         return f"text, {tokens} tokens{more}"
     return (f"latents, m = {steps}" if arm == "trained" else arm if not steps else f"{arm}, m = {steps}") + more
