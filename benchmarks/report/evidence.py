@@ -10,9 +10,10 @@ from typing import Any
 from benchmarks.report import relay as lab
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD, Finding, verdict_of
 from benchmarks.report.tables import number
+from benchmarks.trio import frontier
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.page import difference, gap, mean, pooled, task_of
+from benchmarks.trio.page import difference, gap, mean, pooled, task_of, tested
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -97,6 +98,24 @@ def half_the_time(record: dict[str, Any]) -> Finding | None:
     )
 
 
+def on_the_frontier(record: dict[str, Any]) -> Finding | None:
+    """Whether no text takes less time than latents do and is shown to answer more, for each number of latents."""
+    mine = part(record, "qwen-smollm2")
+    found = frontier.ways(tested(mine), mine["time"])
+    words = []
+    for at_once in dict.fromkeys(way.at_once for way in found):
+        each = [
+            f"{w.message} {mean(w.row.values('correct')):.2f} in {w.seconds:.2f} s"
+            for w in found
+            if w.at_once == at_once
+        ]
+        words.append(f"{at_once} at once: {', '.join(each)}")
+    if not found:
+        return None
+    hold = [frontier.beaten(way, found) is None for way in found if way.latent]
+    return Finding(f"{found[0].row.questions} questions, {'; '.join(words)}", verdict_of(hold))
+
+
 SMALL = 0.3
 """The largest entropy, in nats, that counts as small: all output is nearly one token's."""
 WITHIN = 0.1
@@ -165,6 +184,12 @@ _LINKS = (
     ("smollm2", "qwen", "800 lists"),
     ("gemma", "qwen", "400 lists"),
 )
+_OTHER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("two hops, of which the solver knows one", {"hops": 2}),
+    ("whose statement it is, of 4 to 6 (needle_haystack of reasoning-gym)", {"task": "needle_haystack"}),
+    ("how two people are related (family_relationships of reasoning-gym)", {"task": "family_relationships"}),
+)
+"""Questions that the first of these links are asked, too, zero-shot."""
 
 
 def _trio(text: str, source: str, judge: Callable[[Any], Finding | None]) -> Statement:
@@ -182,11 +207,24 @@ _TRIO = (
     ),
     *(
         _trio(
+            f"Latents of {_NAMES['qwen']} tell {_NAMES['smollm2']} what texts of equal length tell; {what}.",
+            "Table 2, accuracy",
+            carried("qwen-smollm2", "1600 lists", **asked),
+        )
+        for what, asked in _OTHER
+    ),
+    *(
+        _trio(
             f"What latents from {_NAMES[sender]} say to {_NAMES[receiver]} matters, not that there are some.",
             "Table 2, accuracy",
             content(f"{sender}-{receiver}"),
         )
         for sender, receiver in dict.fromkeys(pair[:2] for pair in _LINKS)
+    ),
+    _trio(
+        "No text is both faster than latents and more accurate (1, 8 and 32 steps, one and four questions at once).",
+        "Table 2",
+        on_the_frontier,
     ),
     _trio("A latent turn of 8 steps takes at most half of a text turn of 32 tokens.", "Table 2, time", half_the_time),
 )

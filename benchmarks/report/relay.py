@@ -150,17 +150,21 @@ Seeds = list[list[float]]
 
 
 def released_is_best(record: dict[str, Any]) -> Finding:
-    """Whether links of two layers with a residual answer more than each other kind, after each training."""
+    """Whether links of two layers with a residual answer more than the paper's other kinds, after each training."""
     words, hold = [], []
     for trained, kinds in _ablated(record).items():
-        best = kinds[_RELEASED]
-        words.append(f"{trained}: {_means(kinds)}; {_RELEASED} minus")
-        for name, other in kinds.items():
-            if name != _RELEASED:
-                gain = _crossed(other, best)
-                words[-1] += f" {name}: {_difference(gain)}{',' if name != [*kinds][-1] else ''}"
-                hold.append(gain.low > 0)
+        gains = {name: _crossed(kinds[name], kinds[_RELEASED]) for name in kinds if KINDS[name].layers < 3}
+        del gains[_RELEASED]
+        words.append(f"{trained}: {_means(kinds)}; {_RELEASED} minus {_gains_over(gains)}")
+        hold += [gain.low > 0 for gain in gains.values()]
     return Finding(f"{_seeds(record)}. {'. '.join(words)}", verdict_of(hold))
+
+
+def third_layer_helps(record: dict[str, Any]) -> Finding:
+    """Whether links of three layers with a residual answer more than those of two, after each training."""
+    gains = {trained: _crossed(kinds[_RELEASED], kinds[_DEEPER]) for trained, kinds in _ablated(record).items()}
+    words = f"{_DEEPER} minus {_RELEASED}, {_gains_over(gains)}"
+    return Finding(words, verdict_of([gain.low > 0 for gain in gains.values()]))
 
 
 def residual_helps(record: dict[str, Any]) -> Finding:
@@ -168,12 +172,12 @@ def residual_helps(record: dict[str, Any]) -> Finding:
     words, hold = [], []
     for trained, kinds in _ablated(record).items():
         gains = {name: _crossed(kinds[name], kinds[f"{_WITH}{name}"]) for name in kinds if f"{_WITH}{name}" in kinds}
-        words.append(f"{trained}: " + ", ".join(f"{name} {_difference(gain)}" for name, gain in gains.items()))
+        words.append(f"{trained}: {_gains_over(gains)}")
         hold += [gain.low > 0 for gain in gains.values()]
     return Finding(f"with minus without, {'; '.join(words)}", verdict_of(hold))
 
 
-_WITH, _RELEASED = "residual + ", "residual + 2 layers"
+_WITH, _RELEASED, _DEEPER = "residual + ", "residual + 2 layers", "residual + 3 layers"
 
 
 def _ablated(record: dict[str, Any]) -> dict[str, dict[str, Seeds]]:
@@ -186,6 +190,10 @@ def _ablated(record: dict[str, Any]) -> dict[str, dict[str, Seeds]]:
 
 def _means(kinds: dict[str, Seeds]) -> str:
     return ", ".join(f"{name} {statistics.fmean(map(statistics.fmean, right)):.3f}" for name, right in kinds.items())
+
+
+def _gains_over(gains: dict[str, Difference]) -> str:
+    return ", ".join(f"{name} {_difference(gain)}" for name, gain in gains.items())
 
 
 def _seeds(record: dict[str, Any]) -> str:

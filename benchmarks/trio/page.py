@@ -40,8 +40,7 @@ class Row(NamedTuple):
 
 def tables(pair: str, record: dict[str, Any]) -> str:
     """All of one pair of models."""
-    audits = [one for one in record["audit"] if one["seed"] == TEST]
-    rows = sorted(pooled(audits), key=_order)
+    rows = tested(record)
     parts = [
         f"### {pair.replace('-', ' → ')}",
         *_links(record["links"]),
@@ -51,6 +50,11 @@ def tables(pair: str, record: dict[str, Any]) -> str:
         *_outer(record["links"]),
     ]
     return "\n".join([*parts, *_times(record["time"])])
+
+
+def tested(record: dict[str, Any]) -> list[Row]:
+    """The lines of the accuracies: of the test's questions, in their order."""
+    return sorted(pooled([one for one in record["audit"] if one["seed"] == TEST]), key=_order)
 
 
 def pooled(audits: Sequence[dict[str, Any]]) -> list[Row]:
@@ -115,7 +119,7 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
             for tokens in (8, 32)
         }
         right, nll = row.values("correct"), row.values("nll")
-        share, low, high = _interval(right)
+        share, low, high = interval(right)
         halves = [""] * len(HALVES)
         if task_of(row.audits[0]) == NOTES:
             parts = [[one[place :: len(HALVES)] for one in right] for place in range(len(HALVES))]
@@ -181,7 +185,7 @@ def _seeds(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.message} | {row.links} | {shares} | {costs} |"
 
 
-def _interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+def interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """An accuracy and its 95 % interval: Wilson's of one run, over seeds and questions of several."""
     if len(right) == 1:
         return (mean(right), *wilson(sum(right[0]), len(right[0])))

@@ -237,24 +237,26 @@ def test_verdicts_on_depth_steps_and_gradients():
 
 
 def test_verdicts_on_kinds_of_links():
-    def record(one: list[int], two: list[int]) -> dict[str, Any]:
+    def record(one: list[int], two: list[int], three: list[int]) -> dict[str, Any]:
         right = {"1 layer": one, "residual + 1 layer": [60, 62, 61], "2 layers": one, "residual + 2 layers": two}
         cells = [
             {"link_seed": seed, "links": name, "trained": "t", "correct": share(count)}
-            for name, counts in right.items()
+            for name, counts in {**right, "residual + 3 layers": three}.items()
             for seed, count in enumerate(counts)
         ]
         return {"cells": cells, "rounds": 3}
 
-    best = record([40, 42, 41], [90, 91, 92])
+    best = record([40, 42, 41], [90, 91, 92], [90, 91, 91])
     assert judges.released_is_best(best).verdict == HOLDS
     assert judges.residual_helps(best).verdict == HOLDS
-    assert "t: 1 layer 0.410, residual + 1 layer 0.610, 2 layers 0.410, residual + 2 layers 0.910" in (
+    assert judges.third_layer_helps(best).verdict == FAILS
+    assert "t: 1 layer 0.410, residual + 1 layer 0.610, 2 layers 0.410, residual + 2 layers 0.910, residual + 3" in (
         judges.released_is_best(best).measured
     )
-    worst = record([90, 92, 91], [10, 11, 12])
+    worst = record([90, 92, 91], [10, 11, 12], [90, 91, 92])
     assert judges.released_is_best(worst).verdict == judges.residual_helps(worst).verdict == FAILS
-    assert "1 of 3" in judges.released_is_best(record([90, 92, 91], [80, 81, 82])).verdict
+    assert judges.third_layer_helps(worst).verdict == HOLDS
+    assert "1 of 3" in judges.released_is_best(record([90, 92, 91], [80, 81, 82], [90, 90, 90])).verdict
 
 
 def test_the_page_shows_what_the_record_of_settling_holds():
