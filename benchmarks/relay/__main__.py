@@ -6,6 +6,9 @@ Each step writes the JSON file RECORD, from which ``python -m benchmarks.report`
     steps      accuracy and seconds over latent steps, 0 to 112 (Table 9)
     depth      links trained in 1, 2 and 3 rounds, each asked in 1, 2 and 3 (Figure 1); a link seed per call with
                --link-seed, which adds to RECORD
+    ablations  links of 1, 2 and 3 layers, with and without a residual (Table 4); a link seed per call, too, or some
+               of its kinds of links with --links
+    loop       the solver looped by itself in 1, 2 and 3 passes, beside the system (LoopLM of Table 3)
     auto       accuracy and cost where each question ends its rounds by itself (--settle of recmas run); a quiet machine
     gradients  gains of a round's Jacobian through the frozen agents, by kind of link (Theorem 4.1)
 """
@@ -23,11 +26,16 @@ import transformers
 
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
-from benchmarks.relay import auto, depth, gradients, steps, table2
+from benchmarks.relay import ablations, auto, depth, gradients, loop, stages, steps, table2
 from recmas.files import write_atomically
 
-DEFAULTS = {"table2": 512, "steps": 256, "depth": 256, "auto": 256, "gradients": 32}
+DEFAULTS = {
+    **{"table2": 512, "steps": 256, "depth": 256, "ablations": 256},
+    **{"loop": 512, "auto": 256, "gradients": 32},
+}
 """Questions of each step."""
+SEEDED = ("depth", "ablations")
+"""Steps that train links, of one seed per call."""
 
 
 def write(path: Path, head: dict[str, Any], cells: Sequence[dict[str, Any]]) -> None:
@@ -42,22 +50,30 @@ def run(options: argparse.Namespace) -> None:
     made: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "table2": lambda: table2.measure(count, options.turns),
         "steps": lambda: steps.measure(count),
+        "loop": lambda: loop.measure(count),
         "auto": lambda: auto.measure(count, options.turns, options.split),
         "gradients": lambda: gradients.measure(count),
         "depth": lambda: depth.measure(count, options.link_seed, options.scale),
+        "ablations": lambda: ablations.measure(count, options.link_seed, options.scale, options.links),
     }
 
     def earlier() -> list[dict[str, Any]]:
-        """Cells of other link seeds."""
-        if options.step != "depth" or not options.record.exists():
+        """Cells of the record."""
+        if options.step not in SEEDED or not options.record.exists():
             return []
         record = json.loads(options.record.read_text(encoding="utf-8"))
-        depth.check_same(record, count, options.scale)
-        return [cell for cell in record["cells"] if cell["link_seed"] != options.link_seed]
+        stages.check_same(record, count, options.scale)
+        return list(record["cells"])
 
     earlier()  # a record of other settings is refused before anything is trained
     head, cells = made[options.step]()
-    write(options.record, head, [*earlier(), *cells])
+    new = {_of(cell) for cell in cells}
+    write(options.record, head, [*(cell for cell in earlier() if _of(cell) not in new), *cells])
+
+
+def _of(cell: dict[str, Any]) -> tuple[int | None, str | None]:
+    """Cells of one seed and kind of links are made anew together."""
+    return cell.get("link_seed"), cell.get("links")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,8 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help=f"default: {DEFAULTS}")
     parser.add_argument("--turns", type=int, default=5, help="of table2 and auto: how often each way is timed")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of auto")
-    parser.add_argument("--link-seed", type=int, default=1, help="of depth")
-    parser.add_argument("--scale", type=float, default=1.0, help="of depth: share of the training steps, for a trial")
+    parser.add_argument("--link-seed", type=int, default=1, help="of depth and ablations")
+    parser.add_argument("--scale", type=float, default=1.0, help="of these: share of the training steps, for a trial")
+    parser.add_argument(
+        "--links",
+        type=lambda text: text.split(","),
+        default=[*ablations.KINDS],
+        help=f"of ablations: kinds, with commas between them; default: {','.join(ablations.KINDS)}",
+    )
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
     return exit_code(lambda: run(options))

@@ -10,8 +10,10 @@ from typing import Any
 from benchmarks.report import relay as lab
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD, Finding, verdict_of
 from benchmarks.report.tables import number
+from benchmarks.trio import frontier
 from benchmarks.trio.cells import TEST
-from benchmarks.trio.page import difference, gap, mean, pooled
+from benchmarks.trio.links import NOTES
+from benchmarks.trio.page import difference, gap, mean, pooled, task_of, tested
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -29,20 +31,25 @@ MARGIN = 0.05
 """Of accuracy: latents that are less than this below text carry what it carries."""
 
 
-def carried(pair: str, kind: str) -> Callable[[dict[str, Any]], Finding | None]:
+def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[[dict[str, Any]], Finding | None]:
     """Whether latents answer as many questions as texts of equally many tokens, 8 of each.
 
     Args:
         pair: of models.
         kind: of links, as `benchmarks.trio.page.kind_of` names it.
+        hops: of the questions.
+        task: of the questions.
     """
 
     def judge(record: dict[str, Any]) -> Finding | None:
-        rows = pooled([one for one in part(record, pair)["audit"] if one["seed"] == TEST and one["hops"] == 1])
-        latents = next((row for row in rows if row.message == "latents, m = 8" and row.links == kind), None)
+        audits = [one for one in part(record, pair)["audit"] if one["seed"] == TEST and one["hops"] == hops]
+        rows = pooled([one for one in audits if task_of(one) == task])
+        latents = next((row for row in rows if row.message.startswith("latents, m = 8") and row.links == kind), None)
         if latents is None:
             return None
-        text = next(row for row in rows if row.message == "text, 8 tokens" and row.questions == latents.questions)
+        text = next(
+            row for row in rows if row.message.startswith("text, 8 tokens") and row.questions == latents.questions
+        )
         before, after = (mean(row.values("correct")) for row in (text, latents))
         value, low, high, p = gap(text, latents, "correct")
         worse = value < 0 and (high < 0 if p is None else p <= ERROR)  # as an audit decides
@@ -89,6 +96,24 @@ def half_the_time(record: dict[str, Any]) -> Finding | None:
     return (
         Finding(f"of the reader's text turn, reading included: {', '.join(words)}", verdict_of(hold)) if hold else None
     )
+
+
+def on_the_frontier(record: dict[str, Any]) -> Finding | None:
+    """Whether no text takes less time than latents do and is shown to answer more, for each number of latents."""
+    mine = part(record, "qwen-smollm2")
+    found = frontier.ways(tested(mine), mine["time"])
+    words = []
+    for at_once in dict.fromkeys(way.at_once for way in found):
+        each = [
+            f"{w.message} {mean(w.row.values('correct')):.2f} in {w.seconds:.2f} s"
+            for w in found
+            if w.at_once == at_once
+        ]
+        words.append(f"{at_once} at once: {', '.join(each)}")
+    if not found:
+        return None
+    hold = [frontier.beaten(way, found) is None for way in found if way.latent]
+    return Finding(f"{found[0].row.questions} questions, {'; '.join(words)}", verdict_of(hold))
 
 
 SMALL = 0.3
@@ -159,6 +184,12 @@ _LINKS = (
     ("smollm2", "qwen", "800 lists"),
     ("gemma", "qwen", "400 lists"),
 )
+_OTHER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("two hops, of which the solver knows one", {"hops": 2}),
+    ("whose statement it is, of 4 to 6 (needle_haystack of reasoning-gym)", {"task": "needle_haystack"}),
+    ("how two people are related (family_relationships of reasoning-gym)", {"task": "family_relationships"}),
+)
+"""Questions that the first of these links are asked, too, zero-shot."""
 
 
 def _trio(text: str, source: str, judge: Callable[[Any], Finding | None]) -> Statement:
@@ -176,11 +207,24 @@ _TRIO = (
     ),
     *(
         _trio(
+            f"Latents of {_NAMES['qwen']} tell {_NAMES['smollm2']} what texts of equal length tell; {what}.",
+            "Table 2, accuracy",
+            carried("qwen-smollm2", "1600 lists", **asked),
+        )
+        for what, asked in _OTHER
+    ),
+    *(
+        _trio(
             f"What latents from {_NAMES[sender]} say to {_NAMES[receiver]} matters, not that there are some.",
             "Table 2, accuracy",
             content(f"{sender}-{receiver}"),
         )
         for sender, receiver in dict.fromkeys(pair[:2] for pair in _LINKS)
+    ),
+    _trio(
+        "No text is both faster than latents and more accurate (1, 8 and 32 steps, one and four questions at once).",
+        "Table 2",
+        on_the_frontier,
     ),
     _trio("A latent turn of 8 steps takes at most half of a text turn of 32 tokens.", "Table 2, time", half_the_time),
 )

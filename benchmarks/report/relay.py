@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.harness.timing import Ratio
+from benchmarks.relay.ablations import KINDS
 from benchmarks.report.claims import FAILS, HOLDS, Finding, verdict_of
 from benchmarks.report.tables import duration, number
+from benchmarks.trio.pooled import crossed
 from recmas.answering.options import SETTLED
 from recmas.evaluation.intervals import wilson
 from recmas.evaluation.paired import Difference, paired_shares
@@ -98,6 +100,17 @@ def settles(record: dict[str, Any]) -> Finding:
     return Finding(f"{'; '.join(words)}; {gain}", verdict_of([not lost, ratio.low > 1]))
 
 
+def beats_the_loop(record: dict[str, Any]) -> Finding:
+    """Whether the system answers more than its answering agent does looped, in as many rounds as passes."""
+    cells, words, hold = _by(record, "system", "rounds"), [], []
+    for rounds in (1, 2, 3):
+        system, looped = (cells[name, rounds] for name in ("system", "looped"))
+        gain = paired_shares(_right(looped), _right(system))
+        words.append(f"r = {rounds}: {_share(system)}, looped {_share(looped)}, {_difference(gain)}")
+        hold.append(gain.shown and gain.value > 0)
+    return Finding(f"{'; '.join(words)} (97.5% each)", verdict_of(hold))
+
+
 def grows_with_steps(record: dict[str, Any]) -> Finding:
     """Whether 16 latent steps answer more than none, and 80 more than 16."""
     cells = {cell["steps"]: cell for cell in record["cells"]}
@@ -130,6 +143,67 @@ def _over_seeds(many: Sequence[float], few: Sequence[float]) -> Difference:
     mean = statistics.mean(differences)
     reach = STUDENT[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
     return Difference(mean, mean - reach, mean + reach)
+
+
+Seeds = list[list[float]]
+"""Whether each question was right, by link seed."""
+
+
+def released_is_best(record: dict[str, Any]) -> Finding:
+    """Whether links of two layers with a residual answer more than the paper's other kinds, after each training."""
+    words, hold = [], []
+    for trained, kinds in _ablated(record).items():
+        gains = {name: _crossed(kinds[name], kinds[_RELEASED]) for name in kinds if KINDS[name].layers < 3}
+        del gains[_RELEASED]
+        words.append(f"{trained}: {_means(kinds)}; {_RELEASED} minus {_gains_over(gains)}")
+        hold += [gain.low > 0 for gain in gains.values()]
+    return Finding(f"{_seeds(record)}. {'. '.join(words)}", verdict_of(hold))
+
+
+def third_layer_helps(record: dict[str, Any]) -> Finding:
+    """Whether links of three layers with a residual answer more than those of two, after each training."""
+    gains = {trained: _crossed(kinds[_RELEASED], kinds[_DEEPER]) for trained, kinds in _ablated(record).items()}
+    words = f"{_DEEPER} minus {_RELEASED}, {_gains_over(gains)}"
+    return Finding(words, verdict_of([gain.low > 0 for gain in gains.values()]))
+
+
+def residual_helps(record: dict[str, Any]) -> Finding:
+    """Whether links with a residual answer more than those of as many layers without, after each training."""
+    words, hold = [], []
+    for trained, kinds in _ablated(record).items():
+        gains = {name: _crossed(kinds[name], kinds[f"{_WITH}{name}"]) for name in kinds if f"{_WITH}{name}" in kinds}
+        words.append(f"{trained}: {_gains_over(gains)}")
+        hold += [gain.low > 0 for gain in gains.values()]
+    return Finding(f"with minus without, {'; '.join(words)}", verdict_of(hold))
+
+
+_WITH, _RELEASED, _DEEPER = "residual + ", "residual + 2 layers", "residual + 3 layers"
+
+
+def _ablated(record: dict[str, Any]) -> dict[str, dict[str, Seeds]]:
+    """What was right, by training, kind of links and link seed."""
+    found: dict[str, dict[str, Seeds]] = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["link_seed"]):
+        found.setdefault(cell["trained"], {}).setdefault(cell["links"], []).append([float(one) for one in _right(cell)])
+    return {trained: {name: kinds[name] for name in KINDS if name in kinds} for trained, kinds in found.items()}
+
+
+def _means(kinds: dict[str, Seeds]) -> str:
+    return ", ".join(f"{name} {statistics.fmean(map(statistics.fmean, right)):.3f}" for name, right in kinds.items())
+
+
+def _gains_over(gains: dict[str, Difference]) -> str:
+    return ", ".join(f"{name} {_difference(gain)}" for name, gain in gains.items())
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    return f"means of {len({cell['link_seed'] for cell in record['cells']})} link seeds in {record['rounds']} rounds"
+
+
+def _crossed(few: Seeds, many: Seeds) -> Difference:
+    """The mean difference of the same seeds and questions, with its 95 % interval over both."""
+    pairs = zip(few, many, strict=True)
+    return Difference(*crossed([[b - a for a, b in zip(*one, strict=True)] for one in pairs]))
 
 
 KEPT = 2
@@ -184,6 +258,12 @@ CLAIMS: tuple[tuple[str, str, str, Judge], ...] = (
         "Figure 1",
         "depth",
         deep_is_best,
+    ),
+    (
+        "Agents that exchange latents answer more than one of them that is looped (it has its own sheet alone).",
+        "Table 3, LoopLM",
+        "loop",
+        beats_the_loop,
     ),
     ("Accuracy grows with the number of latent steps up to about 80.", "Table 9", "steps", grows_with_steps),
     (

@@ -5,7 +5,8 @@ on where an earlier call stopped. Links are named by their word lists and seed, 
 
     links   general links READER -> SOLVER of --lists and --seed, into MODELS/links/READER-SOLVER/LISTS-SEED
     task    a short outer stage from the links --links, into LISTS-SEED-task beside them
-    audit   those links at --latents and --tokens, with --arms beside the trained and the shuffled one
+    audit   those links at --latents and --tokens, with --arms beside the trained and the shuffled one; --links may be
+            several names with commas between them, which cost less than one by one: the notes are read once
     time    text and latent turns by turns, --at-once questions in a batch; run it on a quiet machine
     page    no models: print the record's tables as Markdown
     ship    the links --links in bfloat16, with their record, into --out
@@ -24,15 +25,16 @@ import torch
 
 from benchmarks.harness.checkpoints import Checkpoint
 from benchmarks.harness.command import exit_code
-from benchmarks.trio import record
+from benchmarks.trio import frontier, record
 from benchmarks.trio.cells import TEST, VALIDATION, measure
-from benchmarks.trio.links import load_links, save_links, train_links
-from benchmarks.trio.page import tables
+from benchmarks.trio.links import NOTES, load_links, save_links, train_links
+from benchmarks.trio.page import tables, tested
 from benchmarks.trio.rereading import Rereader
 from benchmarks.trio.shipped import ship
 from benchmarks.trio.task import train_task
 from benchmarks.trio.times import turns
 from recmas import Agent
+from recmas.lab.gym import TASKS
 
 TASK = "-task"
 TIMED = 4
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.step == "page":
         if not any(mine.values()):
             raise ValueError(f"{options.record}: nothing of {pair}")
-        print(tables(pair, mine))
+        print("\n".join([tables(pair, mine), *frontier.table(tested(mine), mine["time"])]))
         return
     kind = Agent if options.step == "time" else Rereader
     agents = load_agents(options.models, options.reader, options.solver, kind)
@@ -66,6 +68,10 @@ def run(options: argparse.Namespace) -> None:
         checked = {one: Checkpoint(options.models / one).sha256 for one in (options.reader, options.solver)}
         note(options, pair, "links", [{"links": name, **found}], {"sha256": checked})
         return
+    if options.step == "audit":
+        for links in options.links.split(","):
+            audited(options, pair, agents, links)
+        return
     system = load_links(agents, home / options.links)
     if options.step == "ship":
         (entry,) = (one for one in mine["links"] if one["links"] == options.links)
@@ -75,20 +81,25 @@ def run(options: argparse.Namespace) -> None:
         found = train_task(system, seed, options.steps or 30, latents, options.rate, home / "pairs")
         save_links(system, home / (options.links + TASK))
         note(options, pair, "links", [{"links": options.links + TASK, **found}])
-    elif options.step == "time":
-        note(options, pair, "time", list(turns(system, TIMED, options.at_once, options.rounds)))
     else:
-        drawn = VALIDATION if options.validation else TEST
-        kinds = f"m={options.latents}, text={options.tokens}, {options.arms}; {options.hops} hops"
-        cell = f"{options.links}: {kinds}, {options.questions} questions of seed {drawn}"
-        if any(one["cell"] == cell for one in mine["audit"]):
-            print(f"{cell}: done before")
-            return
-        arms = [name for name in options.arms.split(",") if name]
-        found = measure(system, options.questions, options.hops, options.latents, options.tokens, arms, drawn)
-        said = {"cell": cell, "links": options.links, "seed": drawn}
-        note(options, pair, "audit", [said | one for one in found])
-        print(cell, {one["arm"]: sum(one["correct"]) / len(one["correct"]) for one in found})
+        note(options, pair, "time", list(turns(system, TIMED, options.at_once, options.rounds)))
+
+
+def audited(options: argparse.Namespace, pair: str, agents: dict[str, Agent], links: str) -> None:
+    """Ask through the links of this name what the record has no answers to yet."""
+    drawn = VALIDATION if options.validation else TEST
+    kinds = f"m={options.latents}, text={options.tokens}, {options.arms}; {options.hops} hops"
+    kinds += "" if options.task == NOTES else f" of {options.task}"
+    cell = f"{links}: {kinds}, {options.questions} questions of seed {drawn}"
+    if any(one["cell"] == cell for one in record.part(record.read(options.record), pair)["audit"]):
+        print(f"{cell}: done before")
+        return
+    system = load_links(agents, options.models / "links" / pair / links, options.task)
+    arms, count = [name for name in options.arms.split(",") if name], options.questions
+    found = measure(system, count, options.hops, options.latents, options.tokens, arms, drawn, options.task)
+    said = {"cell": cell, "links": links, "seed": drawn}
+    note(options, pair, "audit", [said | one for one in found])
+    print(cell, {one["arm"]: sum(one["correct"]) / len(one["correct"]) for one in found}, flush=True)
 
 
 def note(options: argparse.Namespace, pair: str, kind: str, found: Sequence[dict[str, Any]], more: Any = None) -> None:
@@ -116,12 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lists", type=int, default=1600, help="word lists to train on")
     parser.add_argument("--steps", type=int, help="of each link (default: 400), or of the outer stage (default: 30)")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the outer stage")
-    parser.add_argument("--links", default="1600-0", help="name of links that are there")
+    parser.add_argument("--links", default="1600-0", help="name of links that are there, or names of an audit's")
     parser.add_argument("--latents", type=int, default=8, help="latent steps")
     parser.add_argument("--tokens", type=int, default=32, help="of a text message")
     parser.add_argument("--arms", default="", help="such as text,identity,random,noise,zeros")
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--hops", type=int, default=1)
+    parser.add_argument(
+        "--task", choices=(NOTES, *TASKS), default=NOTES, help="of an audit; others need the [gym] extra"
+    )
     parser.add_argument("--validation", action="store_true", help="ask the questions that settings are chosen on")
     parser.add_argument("--out", type=Path, default=Path("examples/trio"), help="folder of shipped links")
     parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")

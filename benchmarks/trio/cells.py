@@ -1,12 +1,14 @@
-"""An audit of the notes task at some number of latent steps and some length of text."""
+"""An audit of a task at some number of latent steps and some length of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.trio.links import NOTES
 from recmas import RecursiveMAS
 from recmas.evaluation import audit
+from recmas.lab import gym
 from recmas.lab.notes import questions
 
 METRIC, BATCH = "begins", 24
@@ -15,21 +17,32 @@ VALIDATION, TEST = 1, 2
 
 
 def measure(
-    system: RecursiveMAS, count: int, hops: int, steps: int, tokens: int, arms: Sequence[str], seed: int = TEST
+    system: RecursiveMAS,
+    count: int,
+    hops: int,
+    steps: int,
+    tokens: int,
+    arms: Sequence[str],
+    seed: int = TEST,
+    task: str = NOTES,
 ) -> list[dict[str, Any]]:
     """A record per arm: what was right and what the gold answer cost, question by question.
 
     Args:
-        system: the notes system.
-        count: questions, of both halves by turns.
+        system: the task's.
+        count: questions, of the notes task of both halves by turns.
         hops: of each question.
         steps: m.
         tokens: of a text message.
         arms: beside the trained and the shuffled one.
         seed: of the questions.
+        task: whose questions these are, `NOTES` or one of `recmas.lab.gym`.
     """
     system.settings["reader"].decoding.max_new_tokens = tokens
-    rows = questions("test", seed, count, hops=hops)
+    if task == NOTES:
+        rows = questions("test", seed, count, hops=hops)
+    else:
+        rows = gym.questions(task, "test", seed, count)
     options: dict[str, Any] = {"metric": METRIC, "latent_steps": steps, "batch_size": BATCH, "progress": False}
     found = audit(system, rows, arms=arms, **options)
     return [
@@ -38,6 +51,7 @@ def measure(
             "steps": 0 if one.arm in ("text", "no latents") else steps,
             "tokens": tokens if one.arm == "text" else 0,
             "hops": hops,
+            "task": task,
             "correct": [outcome.correct for outcome in one.outcomes],
             "nll": [round(outcome.nll, 4) for outcome in one.outcomes],
         }

@@ -11,6 +11,7 @@ import torch
 
 from recmas import Agent, RecursiveMAS
 from recmas.engine.messages import run_link
+from recmas.lab import gym
 from recmas.lab.copies import common_words, copies
 from recmas.lab.notes import held_back, notes_system, texts
 from recmas.training import InnerConfig, WarmupConfig, train_inner, train_warmup
@@ -20,6 +21,8 @@ from recmas.training.pairs import speak, utterances
 from recmas.training.warmup import warmup_loss
 from recmas_kernels import FusedRecursiveLink
 
+NOTES = "notes"
+"""The task that links are trained beside; others are those of `recmas.lab.gym`."""
 EDGE = ("reader", "solver")
 TRAINED, WATCHED, HELD_OUT = 0, 1, 2
 """Seeds of the texts: to train on, the same for all links; to choose the best step by; to judge links by."""
@@ -101,15 +104,15 @@ def save_links(system: RecursiveMAS, folder: Path) -> None:
     system.outer_links[EDGE].save_pretrained(folder / "outer")
 
 
-def load_links(agents: Mapping[str, Agent], folder: Path) -> RecursiveMAS:
-    """The notes system with the links of `save_links`, in float32 however they are stored.
+def load_links(agents: Mapping[str, Agent], folder: Path, task: str = NOTES) -> RecursiveMAS:
+    """The system of a task with the links of `save_links`, in float32 however they are stored.
 
     Raises:
         ValueError: there are no links in this folder, or they are of other widths than the agents.
     """
     if not (folder / "outer").is_dir():
         raise ValueError(f"{folder}: no links there")
-    system = notes_system(agents)
+    system = notes_system(agents, prompts=None if task == NOTES else gym.prompts(task))
     reader, solver = (system.agents[role].hidden_size for role in EDGE)
     made = {name: FusedRecursiveLink.from_pretrained(folder / name).float() for name in ("inner", "outer")}
     for name, widths in (("inner", (reader, reader)), ("outer", (reader, solver))):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.trio.cells import TEST
+from benchmarks.trio.links import NOTES
 from benchmarks.trio.pooled import crossed
 from recmas.evaluation import wilson
 from recmas.evaluation.paired import paired_means, paired_shares
@@ -39,8 +40,7 @@ class Row(NamedTuple):
 
 def tables(pair: str, record: dict[str, Any]) -> str:
     """All of one pair of models."""
-    audits = [one for one in record["audit"] if one["seed"] == TEST]
-    rows = sorted(pooled(audits), key=_order)
+    rows = tested(record)
     parts = [
         f"### {pair.replace('-', ' → ')}",
         *_links(record["links"]),
@@ -52,16 +52,27 @@ def tables(pair: str, record: dict[str, Any]) -> str:
     return "\n".join([*parts, *_times(record["time"])])
 
 
+def tested(record: dict[str, Any]) -> list[Row]:
+    """The lines of the accuracies: of the test's questions, in their order."""
+    return sorted(pooled([one for one in record["audit"] if one["seed"] == TEST]), key=_order)
+
+
 def pooled(audits: Sequence[dict[str, Any]]) -> list[Row]:
     """Audits of the same message, questions and kind of links together, whatever the links' seeds."""
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for one in audits:
         kind = "" if one["arm"] == "text" else kind_of(one["links"])
-        key = (one["arm"], one["steps"], one["tokens"], one["hops"], len(one["correct"]), kind)
+        asked = (one["hops"], task_of(one))
+        key = (one["arm"], one["steps"], one["tokens"], *asked, len(one["correct"]), kind)
         groups.setdefault(key, {}).setdefault(one["links"] if kind else "", one)
     return [
-        Row(_name(*key[:4]), key[5], [members[links] for links in sorted(members)]) for key, members in groups.items()
+        Row(_name(*key[:5]), key[6], [members[links] for links in sorted(members)]) for key, members in groups.items()
     ]
+
+
+def task_of(audit: dict[str, Any]) -> str:
+    """Whose questions an audit asks; older records know the notes task alone."""
+    return str(audit.get("task", NOTES))
 
 
 def kind_of(links: str) -> str:
@@ -108,10 +119,13 @@ def _accuracies(rows: Sequence[Row]) -> Iterator[str]:
             for tokens in (8, 32)
         }
         right, nll = row.values("correct"), row.values("nll")
-        share, low, high = _interval(right)
-        halves = [mean([one[place :: len(HALVES)] for one in right]) for place in range(len(HALVES))]
+        share, low, high = interval(right)
+        halves = [""] * len(HALVES)
+        if task_of(row.audits[0]) == NOTES:
+            parts = [[one[place :: len(HALVES)] for one in right] for place in range(len(HALVES))]
+            halves = [f"{mean(half):.2f}" for half in parts]
         cells = [row.message, row.links, str(len(right)), str(row.questions), f"{share:.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [f"{half:.2f}" for half in halves] + [f"{mean(nll):.2f}"]
+        cells += [*halves, f"{mean(nll):.2f}"]
         for tokens, kind in ((8, "correct"), (32, "correct"), (8, "nll")):
             text = texts[tokens]
             cells.append("" if text is None or text.message == row.message else difference(text, row, kind))
@@ -127,7 +141,9 @@ def _halves(rows: Sequence[Row]) -> Iterator[str]:
         shuffled = f"shuffled{row.message.removeprefix('latents')}"
         other = next((one for one in same if one.message == shuffled and one.links == row.links), None)
         if row.message.startswith("latents") and text is not None and other is not None:
-            parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
+            parts = [""] * len(HALVES)
+            if task_of(row.audits[0]) == NOTES:
+                parts = [difference(text.half(place), row.half(place), "correct") for place in range(len(HALVES))]
             cells = [row.message, row.links, str(row.questions), difference(other, row, "correct"), *parts]
             found.append(f"| {' | '.join(cells)} |")
     if found:
@@ -169,7 +185,7 @@ def _seeds(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.message} | {row.links} | {shares} | {costs} |"
 
 
-def _interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+def interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """An accuracy and its 95 % interval: Wilson's of one run, over seeds and questions of several."""
     if len(right) == 1:
         return (mean(right), *wilson(sum(right[0]), len(right[0])))
@@ -183,7 +199,8 @@ def mean(values: Sequence[Sequence[float]]) -> float:
 
 
 def _same(one: Row, other: Row) -> bool:
-    return one.questions == other.questions and one.audits[0]["hops"] == other.audits[0]["hops"]
+    asked = [(row.questions, row.audits[0]["hops"], task_of(row.audits[0])) for row in (one, other)]
+    return asked[0] == asked[1]
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -191,11 +208,20 @@ def _order(row: Row) -> tuple[Any, ...]:
     kinds = ("text", "trained")
     place = kinds.index(first["arm"]) if first["arm"] in kinds else 2
     what = first["arm"], first["tokens"], first["steps"]
-    return first["hops"], -row.questions, place, len(row.links), row.links, *what
+    return (
+        task_of(first) != NOTES,
+        task_of(first),
+        first["hops"],
+        -row.questions,
+        place,
+        len(row.links),
+        row.links,
+        *what,
+    )
 
 
-def _name(arm: str, steps: int, tokens: int, hops: int) -> str:
-    more = "" if hops == 1 else f", {hops} hops"
+def _name(arm: str, steps: int, tokens: int, hops: int, task: str) -> str:
+    more = ("" if hops == 1 else f", {hops} hops") + ("" if task == NOTES else f", {task}")
     if arm == "text":
         return f"text, {tokens} tokens{more}"
     return (f"latents, m = {steps}" if arm == "trained" else arm if not steps else f"{arm}, m = {steps}") + more

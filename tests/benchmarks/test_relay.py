@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.relay import auto, gradients, steps
-from benchmarks.relay.__main__ import main
+from benchmarks.relay import ablations, auto, gradients, loop, steps
+from benchmarks.relay.__main__ import SEEDED, main
 from benchmarks.relay.asked import relay
 from benchmarks.report import relay as judges
 from benchmarks.report.__main__ import ROOT
@@ -41,6 +42,19 @@ def test_table_2_keeps_every_answer_and_every_turn(tmp_path: Path):
         assert judge(record).verdict
 
 
+def test_a_looped_agent_is_asked_beside_the_system(tmp_path: Path):
+    record = made(tmp_path / "record.json", "loop", "--questions", "24")
+    assert [(cell["system"], cell["rounds"]) for cell in record["cells"]] == [
+        (name, rounds) for name in ("system", "looped") for rounds in (1, 2, 3)
+    ]
+    assert judges.beats_the_loop(record).verdict.startswith(("**in part**", HOLDS))
+    assert sum(record["cells"][2]["correct"]) >= 22 > sum(record["cells"][5]["correct"])
+    one = loop.looped(relay())
+    answers = one.answer(questions("test", 1, (1,), 2), rounds=3)
+    assert [answer.latent_steps for answer in answers] == [{"solver": 6}] * 2
+    assert one.template("solver", 1).fields == ("solver_sheet", "question")
+
+
 def test_latent_steps_settling_and_gradients_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(steps, "STEPS", (0, 16, 80))
     record = made(tmp_path / "steps.json", "steps", "--questions", "4")
@@ -68,6 +82,48 @@ def test_link_seeds_gather_in_one_record_and_never_mix(tmp_path: Path, capsys: p
     assert main(["depth", str(path), "--questions", "5", "--scale", "0.001", "--link-seed", "3"]) == 2
     assert "other questions or training steps" in capsys.readouterr().err
     assert json.loads(path.read_text()) == twice
+
+
+def test_kinds_of_links_gather_in_one_record_and_are_made_anew_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, small = tmp_path / "ablations.json", ("ablations", "--questions", "4", "--scale", "0.001")
+    made(path, *small, "--links", "1 layer,residual + 3 layers")
+    record = made(path, *small, "--links", "residual + 3 layers")
+    first, third = ablations.TRAINED * 2, [cell["links"] for cell in record["cells"]]
+    assert third == ["1 layer"] * 2 + ["residual + 3 layers"] * 2
+    assert tuple(cell["trained"] for cell in record["cells"]) == first
+    assert [len(cell["correct"]) for cell in record["cells"]] == [4] * 4
+    assert main([small[0], str(path), *small[1:], "--links", "4 layers"]) == 2
+    assert capsys.readouterr().err.startswith("error: links: '4 layers' is none of 1 layer, residual + 1 layer, ")
+
+
+@pytest.mark.parametrize("name", ablations.KINDS)
+def test_a_kind_of_links_computes_what_it_is_called(name: str):
+    """By its own parameters, in plain torch; only links of two layers have kernels."""
+    kind, shipped = ablations.KINDS[name], relay()
+    system = ablations.linked(shipped.agents, kind, 3)
+    for link in (system.inner_links["critic"], system.outer_links["critic", "solver"]):
+        x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1))
+        parts = dict(link.named_parameters())
+        assert (
+            sum(len(part.shape) == 2 and not key.startswith("residual") for key, part in parts.items()) == kind.layers
+        )
+        outer = link.config.kind == "outer"
+        assert ("residual_proj.weight" in parts) is (kind.residual and outer)
+        first, last = ("ln_source", "ln_target") if outer else ("pre_ln", "post_ln")
+        z = F.layer_norm(x, (160,), parts[f"{first}.weight"], parts[f"{first}.bias"])
+        for key in ("proj1", "proj1.0", "proj1.2", "proj2"):
+            if f"{key}.weight" in parts:
+                z = F.gelu(z) if key not in ("proj1", "proj1.0") else z
+                z = F.linear(z, parts[f"{key}.weight"], parts[f"{key}.bias"])
+        if kind.residual:
+            z = z + (F.linear(x, parts["residual_proj.weight"], parts["residual_proj.bias"]) if outer else x)
+        scale = parts[f"{last}.weight"]
+        assert scale.unique().tolist() == pytest.approx(
+            [shipped.agents["solver" if outer else "critic"].embedding_rms()]
+        )
+        torch.testing.assert_close(link(x), F.layer_norm(z, scale.shape, scale, parts[f"{last}.bias"]))
 
 
 def test_too_few_questions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -180,6 +236,29 @@ def test_verdicts_on_depth_steps_and_gradients():
     assert judges.agents_lose_gradients_in_text(gains(0.2, 0.1)).verdict == FAILS
 
 
+def test_verdicts_on_kinds_of_links():
+    def record(one: list[int], two: list[int], three: list[int]) -> dict[str, Any]:
+        right = {"1 layer": one, "residual + 1 layer": [60, 62, 61], "2 layers": one, "residual + 2 layers": two}
+        cells = [
+            {"link_seed": seed, "links": name, "trained": "t", "correct": share(count)}
+            for name, counts in {**right, "residual + 3 layers": three}.items()
+            for seed, count in enumerate(counts)
+        ]
+        return {"cells": cells, "rounds": 3}
+
+    best = record([40, 42, 41], [90, 91, 92], [90, 91, 91])
+    assert judges.released_is_best(best).verdict == HOLDS
+    assert judges.residual_helps(best).verdict == HOLDS
+    assert judges.third_layer_helps(best).verdict == FAILS
+    assert "t: 1 layer 0.410, residual + 1 layer 0.610, 2 layers 0.410, residual + 2 layers 0.910, residual + 3" in (
+        judges.released_is_best(best).measured
+    )
+    worst = record([90, 92, 91], [10, 11, 12], [90, 91, 92])
+    assert judges.released_is_best(worst).verdict == judges.residual_helps(worst).verdict == FAILS
+    assert judges.third_layer_helps(worst).verdict == HOLDS
+    assert "1 of 3" in judges.released_is_best(record([90, 92, 91], [80, 81, 82], [90, 90, 90])).verdict
+
+
 def test_the_page_shows_what_the_record_of_settling_holds():
     shown = (ROOT / "docs/how-to/ask.md").read_text(encoding="utf-8").splitlines()
     lines = list(auto.page(json.loads((RESULTS / "relay_auto.json").read_text())))
@@ -205,7 +284,7 @@ def test_a_verdict_on_settling():
 @pytest.mark.parametrize("step", sorted({step for _, _, step, _ in judges.CLAIMS}))
 def test_the_committed_records_are_whole(step: str):
     record = json.loads((RESULTS / f"relay_{step}.json").read_text())
-    if step == "depth":
+    if step in SEEDED:
         assert len({cell["link_seed"] for cell in record["cells"]}) >= 5
     if step != "gradients":
         assert {len(cell["correct"]) for cell in record["cells"]} == {record["questions"]["count"]}

@@ -135,6 +135,18 @@ def test_latents_carry_what_text_carries_if_they_answer_as_much():
     assert verdict([True, True, *text[2:]], [False, False, *text[2:]]) == UNTOLD
 
 
+def test_latents_are_compared_with_texts_of_their_own_questions():
+    text = audited("text", [True, False] * 8, tokens=8)
+    audits = [text, {**text, "correct": [True] * 16, "task": "gym"}, audited("trained", [True] * 16, steps=8)]
+    audits.append(audited("trained", [False] * 16, steps=8, task="gym"))
+    record = {"a-b": {"audit": audits}}
+    for asked, verdict in (({}, HOLDS), ({"task": "gym"}, FAILS)):
+        found = carried("a-b", "9 lists", **asked)(record)
+        assert found is not None
+        assert found.verdict == verdict
+    assert carried("a-b", "9 lists", hops=2)(record) is None
+
+
 def test_content_matters_in_those_audits_that_show_it():
     right = [audited("trained", [True] * 8), audited("shuffled", [False] * 8)]
     judge = content("a-b")

@@ -15,12 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.report.evidence import on_the_frontier
+from benchmarks.trio import frontier
 from benchmarks.trio.__main__ import load_agents, main
 from benchmarks.trio.cells import measure
 from benchmarks.trio.demo import EXAMPLE
 from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
+from benchmarks.trio.page import tested
 from benchmarks.trio.pooled import crossed
 from benchmarks.trio.record import change
 from benchmarks.trio.rereading import Opening, Rereader
@@ -94,7 +97,7 @@ def test_audits_are_added_once_and_times_replaced(linked, monkeypatch, capsys):
     assert call(linked, "audit", "--links", "4-7") == 2
     assert f"{linked}/links/large-small/4-7: no links there" in capsys.readouterr().err
     cell = ("--questions", "7", "--latents", "1", "--tokens", "3", "--arms", "text")
-    for links in (*NAMES, "4-0"):  # the last one is done
+    for links in ("4-0", ",".join(NAMES)):  # the first of these is done
         assert call(linked, "audit", "--links", links, *cell) == 0
     assert call(linked, "audit", "--links", "4-0", "--questions", "7", "--validation") == 0
     audits = recorded(linked)["audit"]
@@ -259,7 +262,7 @@ def test_page(tmp_path, capsys):
     audits += [audited("trained", 8, 0, 8, links="9-0", seed=1), audited("text", 0, 8, 7, links="9-1")]
     audits += [audited("trained", 1, 0, right, links=f"9-{seed}-task") for seed, right in enumerate((4, 6))]
     times = [timed("text, 32 tokens", 2.0), timed("latents, m = 8", 0.5)]
-    times += [timed("text, 1 token", 0.4), timed("latents, m = 1", 0.4)]
+    times += [timed("text, 1 token", 0.4), timed("latents, m = 1", 0.4), timed("text, 8 tokens", 0.45)]
     links = [{"links": f"9-{seed}", "held out": {"known": {"inner cosine": 0.25 + seed / 2}}} for seed in (0, 1)]
     links.append({"links": "9-0-task", "steps": 5, "questions": 6, "validation": [2.0, 0.996]})
     path = tmp_path / "record.json"
@@ -286,7 +289,12 @@ def test_page(tmp_path, capsys):
     half = next(line for line in lines if line[2:3] == ["8"])
     assert half[:3] == ["latents, m = 8", "9 lists", "8"]
     assert [cell.split(" ")[0] for cell in half[3:]] == ["+0.50", "-0.50", "-0.25"]
-    assert lines[-3][-5:] == ["0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.25", "0.10", "0.06"]
+    turn = next(line for line in lines if line[:2] == ["1", "latents, m = 8"] and len(line) == 8)
+    assert turn[-5:] == ["0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.25", "0.10", "0.06"]
+    assert lines[-2][:6] == ["1", "text, 8 tokens", "0.45", "", "", "8"]
+    assert lines[-1][:6] == ["1", "latents, m = 8", "0.50", "9 lists", "1", "8"]
+    assert lines[-1][6].startswith("0.50 [")
+    assert lines[-1][7] == "none"  # eight questions do not show that the faster text answers more
     assert main(["models", str(path), "page", "b", "a"]) == 2
     assert "nothing of b-a" in capsys.readouterr().err
 
@@ -298,6 +306,29 @@ def test_the_evidence_shows_what_the_record_holds(pair, capsys):
     shown = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").replace("−", "-").splitlines()
     assert printed
     assert [line for line in printed if line not in shown] == []
+
+
+def test_questions_of_other_tasks_and_hops_have_lines_of_their_own():
+    first = audited("trained", 8, 0, 4)
+    rows = tested({"audit": [first, {**first, "task": "gym"}, {**first, "hops": 2}, {**first, "task": "notes"}]})
+    assert [row.message for row in rows] == ["latents, m = 8", "latents, m = 8, 2 hops", "latents, m = 8, gym"]
+
+
+def test_a_faster_text_that_is_shown_to_answer_more_beats_latents():
+    audits = [audited("text", 0, 8, 31, count=32), audited("trained", 8, 0, 12, count=32)]
+    audits += [audited("trained", 1, 0, 12, count=32), audited("text", 0, 1, 14, count=32)]
+    audits += [audited("trained", 8, 0, 8, links="9-0-task", count=32), audited("trained", 1, 0, 8, count=8)]
+    times = [timed("text, 8 tokens", 0.6), timed("text, 1 token", 0.2), timed("latents, m = 8", 0.7)]
+    times += [timed("latents, m = 1", 0.3), timed("latents, m = 32", 0.9), {**timed("text, 8 tokens", 0.1), "batch": 4}]
+    found = frontier.ways(tested({"audit": audits}), times)
+    named = {way.message: frontier.beaten(way, found) for way in found if way.latent}
+    assert [way.message for way in found[:4]] == ["text, 1 token", "latents, m = 1", "text, 8 tokens", "latents, m = 8"]
+    assert named["latents, m = 1"] is None
+    assert named["latents, m = 8"] == found[2]
+    record = {"qwen-smollm2": {"audit": audits, "time": times}}
+    assert on_the_frontier(record).verdict == "**in part**: 1 of 2"
+    assert "1 at once: text, 1 token 0.44 in 0.20 s, latents, m = 1 0.38 in 0.30 s" in on_the_frontier(record).measured
+    assert on_the_frontier({}) is None
 
 
 def short(words, seed, count):

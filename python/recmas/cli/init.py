@@ -25,7 +25,8 @@ def add_options(parser: CommandLineParser) -> None:
         "--pattern",
         type=str,
         default="sequential",
-        help=f"{', '.join(NAMED)}; {' or '.join(PRESETS)}, which exchange texts and have no links; or stages such as "
+        help=f"{', '.join(NAMED)}; {' or '.join(_named(links=False))}, which exchange texts and have no links; "
+        f"{' or '.join(_named(links=True))}, one agent that reads its own latents; or stages such as "
         "'reader,coder>writer': ',' within a stage, '>' between stages",
     )
     parser.add_argument(
@@ -86,7 +87,7 @@ def execute(options: Namespace) -> int:
     mas = RecursiveMAS.create(
         models,
         pattern,
-        links=preset is None,
+        links=preset is None or preset.links,
         link_scale=options.link_scale,
         prompts=None if preset is None else preset.prompts,
         rounds=options.rounds or (3 if preset is None else preset.rounds),
@@ -105,13 +106,18 @@ def execute(options: Namespace) -> int:
         made = f"{len(links)} untrained links of {parameters:,} parameters in all" if links else "no links"
         print(f"{folder}: {len(mas.agents)} agents, {made}")
         flags = "".join(f" {flag}" for flag in needed_flags(folder, mas.spec()))
-        if preset is None:
+        if links:
             print(f"edit the prompts in system.json, then train the links: recmas train inner | warmup | outer{flags}")
         else:
             print(f"its agents exchange texts: recmas run | eval {folder} --mode text{flags}")
         if flags:
             print(f"its models are not in the folder, so every command that loads it needs{flags}")
     return 0
+
+
+def _named(links: bool) -> list[str]:
+    """Presets with links, or without."""
+    return [name for name, preset in PRESETS.items() if preset.links is links]
 
 
 def read_pattern(name: str, combine: str, exchange: str) -> Pattern:

@@ -1,6 +1,6 @@
-"""``recmas lab build|questions|eval|demo|notes``: the relay lab, three small agents that can only answer together.
+"""``recmas lab build|questions|eval|demo|notes|gym``: the relay lab, three small agents that can only answer together.
 
-``notes`` writes questions of another task, in natural language, for models that can read.
+``notes`` and ``gym`` write questions of other tasks, in natural language, for models that can read.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ TASKS = {
     "eval": "measure a relay system on fresh questions: hops 1-3 x rounds 1-3, latents, text and controls",
     "demo": "a short eval, then the links' time, fused against eager",
     "notes": "write questions of the notes task: private notes and natural language, for language models",
+    "gym": "write questions of reasoning-gym, dealt out to a reader and a solver as those of the notes task",
 }
 
 
 def add_options(parser: CommandLineParser) -> None:
-    own = {"build": _build_options, "questions": _questions_options, "notes": _notes_options}
+    own = {"build": _build_options, "questions": _questions_options, "notes": _notes_options, "gym": _gym_options}
     parser.add_commands("task", TASKS, lambda task, command: own.get(task, _measure_options)(command))
 
 
 def execute(options: Namespace) -> int:
-    run = {"build": _build, "questions": _questions, "eval": _eval, "demo": _demo, "notes": _notes}[options.task]
-    run(options[options.task])
+    run = {"build": _build, "questions": _questions, "eval": _eval, "demo": _demo, "notes": _notes, "gym": _gym}
+    run[options.task](options[options.task])
     return 0
 
 
@@ -64,6 +65,15 @@ def _notes_options(parser: CommandLineParser) -> None:
     parser.add_argument(
         "--halves", type=NAMES, default=["known", "unknown"], help="of names and values, in turn; links train on known"
     )
+
+
+def _gym_options(parser: CommandLineParser) -> None:
+    parser.add_argument("output", type=str, help="JSONL file to write")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--name", type=str, default="needle_haystack", help="of the data set, there")
+    parser.add_argument("--split", type=str, default="test", help="name that questions are drawn under, such as train")
+    parser.add_argument("--seed", type=int, default=1, help="of the questions")
+    parser.add_argument("--count", type=PositiveInt, default=64, help="number of questions")
 
 
 def _measure_options(parser: CommandLineParser) -> None:
@@ -110,6 +120,14 @@ def _notes(options: Namespace) -> None:
     check_output(options.output)
     rows = questions(options.split, options.seed, options.count, options.halves, options.hops)
     write_lines(options.output, rows)
+    print(f"{options.count} questions in {options.output}")
+
+
+def _gym(options: Namespace) -> None:
+    from recmas.lab.gym import questions
+
+    check_output(options.output)
+    write_lines(options.output, questions(options.name, options.split, options.seed, options.count))
     print(f"{options.count} questions in {options.output}")
 
 

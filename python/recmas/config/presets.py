@@ -1,6 +1,7 @@
-"""Presets: patterns with prompts of their own for text, to compare a recursive system with. No torch here.
+"""Presets: patterns with prompts of their own, to compare a recursive system with. No torch here.
 
-Both are published ways of letting language models work together in words. The prompts are this project's.
+Two are published ways of letting language models work together in words, the third is one model that is looped. The
+prompts are this project's.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ class Preset:
         pattern: who reads whom.
         rounds: the default of its systems.
         prompts: by role.
+        links: whether its agents exchange latents; else they exchange texts, and have none.
     """
 
     pattern: Pattern
     rounds: int
     prompts: Mapping[str, PromptSpec] = field(repr=False)
+    links: bool = False
 
 
 _PROPOSERS = ("proposer1", "proposer2", "proposer3")
@@ -86,4 +89,21 @@ TEXTGRAD = Preset(
 """Textual gradients (Yuksekgonul et al., arXiv 2406.07496): the answer is the variable, an evaluator's criticism its
 gradient, and an optimizer applies it. The first round writes the answer, each further one is a step."""
 
-PRESETS = {"moa": MOA, "textgrad": TEXTGRAD}
+_THINK = "Work the question out step by step, then give the answer."
+_AGAIN = (
+    "These are your own thoughts about it so far. Go over them once more: correct what is wrong, add what is missing, "
+    "then give the answer."
+)
+
+LOOPLM = Preset(
+    Pattern((("thinker",),)),
+    rounds=3,
+    prompts={
+        "thinker": PromptSpec(f"{_QUESTION}{_THINK}", f"{_QUESTION}Thoughts: {{{{from:thinker}}}}\n\n{_AGAIN}"),
+    },
+    links=True,
+)
+"""A looped language model (LoopLM, a baseline of arXiv 2604.25917): one model that goes over the question again and
+again, each time reading its own latents of the time before, through links that are trained as any others."""
+
+PRESETS = {"moa": MOA, "textgrad": TEXTGRAD, "looplm": LOOPLM}

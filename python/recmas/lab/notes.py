@@ -181,9 +181,12 @@ def texts(seed: int, count: int, which: str = "known") -> list[dict[str, object]
     return rows
 
 
-def notes_system(agents: Mapping[str, Agent], seed: int = 0, latent_steps: int = 8) -> RecursiveMAS:
-    """A reader and a solver with the task's prompts, and fresh links drawn from `seed`."""
-    system = RecursiveMAS.create(agents, PATTERN, prompts=PROMPTS, rounds=1, latent_steps=latent_steps, seed=seed)
+def notes_system(
+    agents: Mapping[str, Agent], seed: int = 0, latent_steps: int = 8, prompts: Mapping[str, PromptSpec] | None = None
+) -> RecursiveMAS:
+    """A reader and a solver with fresh links drawn from `seed`, and the prompts of the task unless others are given."""
+    prompts = prompts or PROMPTS
+    system = RecursiveMAS.create(agents, PATTERN, prompts=prompts, rounds=1, latent_steps=latent_steps, seed=seed)
     for role, setting in system.settings.items():
         setting.chat, setting.decoding = False, replace(DECODING[role])
     return RecursiveMAS(  # a system renders prompts by the settings that it was made with

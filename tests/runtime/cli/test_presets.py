@@ -1,4 +1,4 @@
-"""`recmas init --pattern moa|textgrad`: systems that exchange texts, end to end on a tiny model."""
+"""`recmas init --pattern moa|textgrad|looplm`: systems that exchange texts, and a looped model, on a tiny one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from recmas import RecursiveMAS
 from recmas.agents.agent import Agent
@@ -14,6 +15,7 @@ from recmas.cli.init import models_by_role
 from recmas.config.pattern import Pattern
 from recmas.config.presets import PRESETS
 from recmas.config.system_json import read_spec
+from recmas.engine.messages import Latents
 from recmas.prompts.template import Template
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 
@@ -51,6 +53,23 @@ def test_a_preset_answers_in_texts_and_has_no_links(name, rounds, visits, home, 
     assert main(evaluated) == 0
     assert main(["run", "system", "--question", "fox?"]) == 2  # latents need links
     assert "needs outer links that the system lacks" in capsys.readouterr().err
+
+
+def test_a_looped_model_reads_its_own_latents(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "system", "--pattern", "looplm", "--models", f"*={home / 'one'}", "--latent-steps", "2"]) == 0
+    assert "2 untrained links" in (said := capsys.readouterr().out)
+    assert "recmas train inner" in said
+    mas = RecursiveMAS.from_pretrained("system")
+    assert list(mas.outer_links) == [("thinker", "thinker")]
+    answers = mas.answer(ROWS, max_new_tokens=3)
+    assert [answer.latent_steps for answer in answers] == [{"thinker": 4}] * 2  # of three rounds the last one writes
+    other = RecursiveMAS.create(
+        {"thinker": mas.agents["thinker"]}, mas.pattern, prompts=PRESETS["looplm"].prompts, seed=9
+    )
+    _, again = mas.pattern.visits(2)
+    heard = [one.prompt(again, ROWS, {"thinker": Latents(torch.ones(2, 2, 32))}).embeds for one in (mas, other)]
+    assert (heard[0] != heard[1]).any(dim=2).sum(dim=1).tolist() == [2, 2]  # the slot holds what the link makes of them
 
 
 def test_every_agent_reads_what_its_prompt_names(home):
