@@ -57,7 +57,7 @@ class Bench:
 
         Args:
             labels: what is measured.
-            variants: by name; `names.PRODUCTS` among them is a ceiling, not a peer.
+            variants: by name; `names.PRODUCTS` and `names.READS` among them are ceilings, no peers.
             work: of one call.
             errors: of each variant against float64, as the correctness gate found them.
             goal: the claim; None for none.

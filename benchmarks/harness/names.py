@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FUSED = "fused"  # what is under test
 PRODUCTS = "products"  # the library's bare matrix products: an upper limit, no peer
+READS = "reads"  # a bare read of as many bytes: an upper limit, no peer
 EAGER_FLOAT32 = "eager, float32"  # beside cells of another dtype: the same link in float32
 ZENTORCH = "zentorch"
 COMPILE_FROZEN = "compile-frozen"

@@ -17,7 +17,7 @@ from benchmarks.harness.floors import Work, floor
 from benchmarks.harness.footprint import Footprint
 from benchmarks.harness.goals import Goal
 from benchmarks.harness.machine import Limits
-from benchmarks.harness.names import AGAIN, FUSED, PRODUCTS
+from benchmarks.harness.names import AGAIN, FUSED, PRODUCTS, READS
 from benchmarks.harness.time_bound import Unmeasured
 from benchmarks.harness.timing import Quantiles, Ratio
 
@@ -74,7 +74,7 @@ def make_record(
     stream = limits.memory_stream if cache == "cold" else limits.stream(work.bytes_min)
     least = floor(work, limits.product(labels.dtype), stream)
     times = {name: Quantiles.of(values) for name, values in samples.items()}
-    ceiling = times.get(PRODUCTS)
+    ceilings = {"gemm_ceiling_pct": times.get(PRODUCTS), "read_ceiling_pct": times.get(READS)}
     implementations = {}
     for name, time in times.items():
         entry: dict[str, Any] = {
@@ -83,7 +83,7 @@ def make_record(
             "gflops": work.flops / time.p50 / 1e9,
             "gbps": work.bytes_min / time.p50 / 1e9,
             "err": errors.get(name),
-            "gemm_ceiling_pct": None if ceiling is None else 100 * ceiling.p50 / time.p50,
+            **{key: None if top is None else 100 * top.p50 / time.p50 for key, top in ceilings.items()},
         }
         if (footprint := footprints.get(name)) is not None:
             entry |= {"launches": footprint.launches, "peak_mem_mb": footprint.peak_bytes / 1e6}
@@ -91,7 +91,7 @@ def make_record(
     ratios = {
         name: Ratio.of(samples[name], samples[FUSED][: len(samples[name])])
         for name in samples
-        if name not in (FUSED, PRODUCTS) and not name.endswith(AGAIN)
+        if name not in (FUSED, PRODUCTS, READS) and not name.endswith(AGAIN)
     }
     noise = noise_of(samples)
     left_out = {name: _unmeasured(peer, times[FUSED].p50) for name, peer in (unmeasured or {}).items()}

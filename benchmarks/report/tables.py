@@ -86,9 +86,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def full_table(records: Sequence[Record]) -> str:
     """All columns of a suite's records, one row each."""
     peers = peers_of(records)
+    read = any(record["impls"][FUSED].get("read_ceiling_pct") for record in records)
+    ceilings = ("gemm_ceiling_pct", "read_ceiling_pct") if read else ("gemm_ceiling_pct",)
     header = [
         *("op", "shape", "dtype", "pass", "tokens", "cache", "time µs p20 / p50 / p80 (n)"),
-        *("floor µs, bound", "% of floor", "% of library products", "GFLOP/s", "GB/s"),
+        *("floor µs, bound", "% of floor", "% of library products", *(["% of bare reads"] if read else [])),
+        *("GFLOP/s", "GB/s"),
         *("operators", "peak MB", "error", *(f"vs {peer}" for peer in peers), "noise", "goal"),
     ]
     rows = []
@@ -100,7 +103,7 @@ def full_table(records: Sequence[Record]) -> str:
                 *(str(record[key]) for key in ("op", "shape", "dtype", "pass", "tokens", "cache")),
                 f"{number(time['p20'])} / {number(time['p50'])} / {number(time['p80'])} ({time['n']})",
                 f"{number(record['floor_us'])}, {record['bound']}",
-                *(number(fused[key]) for key in ("sol_pct", "gemm_ceiling_pct", "gflops", "gbps")),
+                *(number(fused.get(key)) for key in ("sol_pct", *ceilings, "gflops", "gbps")),
                 *(number(fused.get(key)) for key in ("launches", "peak_mem_mb")),
                 "–" if fused["err"] is None else f"{fused['err']:.1e}",
                 *(ratio_text(record, peer) for peer in peers),

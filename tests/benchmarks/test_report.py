@@ -39,6 +39,7 @@ def link_record(tokens: int = 8, fused: float = 1e-3, goal: Goal | None = Goal(2
         "fused": [fused] * 30,
         "eager": [3e-3] * 30,
         "products": [0.5e-3] * 30,
+        "reads": [0.25e-3] * 30,
         "eager (again)": [3.03e-3] * 30,
     }
     labels = Labels("link", "inner", "2048x2048x2048", torch.float32, "forward", tokens)
@@ -69,6 +70,7 @@ def test_record_holds_every_column() -> None:
     assert fused["t_us"] == {"p20": 1000.0, "p50": 1000.0, "p80": 1000.0, "n": 30}
     assert fused["sol_pct"] == pytest.approx(100 * record["floor_us"] / 1000)
     assert fused["gemm_ceiling_pct"] == pytest.approx(50)
+    assert fused["read_ceiling_pct"] == pytest.approx(25)
     assert fused["gflops"] == pytest.approx(record["flops"] / 1e-3 / 1e9)
     assert fused["err"] == 1e-7
     assert len(fused["samples_us"]) == 30
