@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 FUSED = "fused"  # what is under test
+FUSED_PLAIN = "fused, plain agents"  # beside agents as the runtime loads them on a CPU, from packed weights
 PRODUCTS = "products"  # the library's bare matrix products: an upper limit, no peer
 READS = "reads"  # a bare read of as many bytes: an upper limit, no peer
 EAGER_FLOAT32 = "eager, float32"  # beside cells of another dtype: the same link in float32

@@ -1,4 +1,7 @@
-"""A whole sequential run of three agents against the reference algorithm's, which never caches and reloads models."""
+"""A whole sequential run of three agents against the reference algorithm's, which never caches and reloads models.
+
+"fused" are agents as the runtime loads them on a CPU, from packed weights; the reference runs transformers' layers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.goals import Goal
 from benchmarks.harness.models import PROMPTS, Setting, body_parameters
-from benchmarks.harness.names import FUSED, REFERENCE
+from benchmarks.harness.names import FUSED, FUSED_PLAIN, REFERENCE
 from benchmarks.harness.record import Labels, Samples
 from benchmarks.peers.reference_run import ReferenceRun, reference_run
 from recmas import RecursiveMAS
@@ -34,19 +37,21 @@ class Pair:
     """One system, run our way and the reference way; keeps what the last run of each gave."""
 
     def __init__(self, case: Setting, folder: Path) -> None:
-        self.case, self.folder, self.system = case, folder, case.system()
-        self.system.save_pretrained(folder)
+        self.case, self.folder = case, folder
+        self.systems = {name: case.system(accelerate=name != FUSED_PLAIN) for name in (FUSED, FUSED_PLAIN)}
+        self.systems[NO_REUSE] = self.systems[FUSED]
+        self.systems[FUSED_PLAIN].save_pretrained(folder)
         self.answers: dict[str, Answers] = {}
         self.reference = ReferenceRun()
 
     def run_ours(self, name: str) -> None:
         rows = [{"question": question} for question in self.case.questions]
-        self.answers[name] = self.system.answer(
+        self.answers[name] = self.systems[name].answer(
             rows,
             max_new_tokens=self.case.new_tokens,
             batch_size=self.case.batch,
             trace=True,
-            prefix_reuse=name == FUSED,
+            prefix_reuse=name != NO_REUSE,
         )
 
     def run_reference(self) -> None:
@@ -102,7 +107,7 @@ def least_work(case: Setting, system: RecursiveMAS) -> floors.Work:
 def test_system(case: Setting, bench: Bench, tmp_path: Path) -> None:
     small = Pair(SMALL, tmp_path / "small")
     small.run_reference()
-    for name in (FUSED, NO_REUSE):
+    for name in (FUSED, FUSED_PLAIN, NO_REUSE):
         small.run_ours(name)
     small.errors()
 
@@ -118,10 +123,11 @@ def test_system(case: Setting, bench: Bench, tmp_path: Path) -> None:
         Labels("system", "answer", case.shape, torch.float32, "forward", case.prompt),
         {
             FUSED: partial(pair.run_ours, FUSED),
+            FUSED_PLAIN: partial(pair.run_ours, FUSED_PLAIN),
             NO_REUSE: partial(pair.run_ours, NO_REUSE),
             RELOADING: pair.run_reference,
         },
-        least_work(case, pair.system),
+        least_work(case, pair.systems[FUSED]),
         errors,
         Goal(6.0, 15.0, peer=REFERENCE),
         rounds=ROUNDS,

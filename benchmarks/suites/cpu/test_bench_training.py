@@ -14,7 +14,7 @@ from benchmarks.harness import floors
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.goals import Goal
 from benchmarks.harness.models import PROMPTS, Setting, body_parameters
-from benchmarks.harness.names import FUSED, REFERENCE
+from benchmarks.harness.names import FUSED, FUSED_PLAIN, REFERENCE
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_training import recomputing, reference_step
@@ -22,7 +22,6 @@ from recmas.training.outer import outer_losses
 from recmas.training.teacher import only_trainable
 from recmas_kernels.testing import eager_twin, relative_error
 
-FUSED_PLAIN = "fused, plain agents"
 FUSED_KEEPING = "fused, keeping activations"
 FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; "fused" takes the micro-batches of a training run
 REFERENCE_KEEPING = "reference algorithm, keeping activations"
