@@ -13,7 +13,7 @@ from benchmarks.report.tables import number
 from benchmarks.trio import frontier
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.page import difference, gap, mean, pooled, task_of, tested
+from benchmarks.trio.page import difference, gap, mean, pooled, rows_of, task_of
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -116,7 +116,7 @@ def half_the_time(record: dict[str, Any]) -> Finding | None:
 def on_the_frontier(record: dict[str, Any]) -> Finding | None:
     """Whether no text takes less time than latents do and is shown to answer more, for each number of latents."""
     mine = part(record, "qwen-smollm2")
-    found = frontier.ways(tested(mine), mine["time"])
+    found = frontier.ways(rows_of(mine), mine["time"])
     words = []
     for at_once in dict.fromkeys(way.at_once for way in found):
         each = [
