@@ -13,7 +13,7 @@ from benchmarks.report.tables import number
 from benchmarks.trio import frontier
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.page import difference, gap, mean, pooled, task_of, tested
+from benchmarks.trio.page import difference, gap, mean, pooled, rows_of, task_of
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -42,8 +42,7 @@ def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[
     """
 
     def judge(record: dict[str, Any]) -> Finding | None:
-        audits = [one for one in part(record, pair)["audit"] if one["seed"] == TEST and one["hops"] == hops]
-        rows = pooled([one for one in audits if task_of(one) == task])
+        rows = pooled(_asked(record, pair, hops, task))
         latents = next((row for row in rows if row.message.startswith("latents, m = 8") and row.links == kind), None)
         if latents is None:
             return None
@@ -61,25 +60,41 @@ def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[
     return judge
 
 
-def content(pair: str) -> Callable[[dict[str, Any]], Finding | None]:
-    """Whether latents of the right question do better than those of another one, by the rule of an audit."""
+def _asked(record: dict[str, Any], pair: str, hops: int, task: str) -> list[dict[str, Any]]:
+    """Audits of the test's questions of one kind."""
+    kinds = (TEST, hops, task)
+    return [one for one in part(record, pair)["audit"] if (one["seed"], one["hops"], task_of(one)) == kinds]
+
+
+def content(pair: str, hops: int = 1, task: str = NOTES) -> Callable[[dict[str, Any]], Finding | None]:
+    """Whether latents of the right question do better than those of another one, by the rule of an audit.
+
+    Args:
+        pair: of models.
+        hops: of the questions.
+        task: of the questions.
+    """
 
     def judge(record: dict[str, Any]) -> Finding | None:
-        arms = {(one["cell"], one["arm"]): one for one in part(record, pair)["audit"] if one["seed"] == TEST}
-        hold, falls = [], []
+        arms = {(one["cell"], one["arm"]): one for one in _asked(record, pair, hops, task)}
+        hold, shares, costs, small = [], [], [], []
         for (cell, arm), one in arms.items():
             if arm == "trained":
                 other = arms[cell, "shuffled"]
-                found = paired_shares(other["correct"], one["correct"])
+                share = paired_shares(other["correct"], one["correct"])
                 cost = paired_means(other["nll"], one["nll"], 0)
-                hold.append((found.shown and found.value > 0) or (cost.shown and cost.value < 0))
-                falls.append(found.value)
+                hold.append((share.shown and share.value > 0) or (cost.shown and cost.value < 0))
+                small.append(share.within(MARGIN))
+                shares.append(share.value)
+                costs.append(cost.value)
         if not hold:
             return None
-        span = f"{min(falls):+.2f} to {max(falls):+.2f}"
-        return Finding(
-            f"accuracy over that with latents of another question: {span} in {len(hold)} audits", verdict_of(hold)
+        spans = (f"{min(found):+.2f} to {max(found):+.2f}" for found in (shares, costs))
+        words = (
+            "accuracy minus that with latents of another question: {}, NLL of the gold answer: {} nats, in {} audits"
         )
+        verdict = verdict_of(hold) if any(hold) or all(small) else UNTOLD
+        return Finding(words.format(*spans, len(hold)), verdict)
 
     return judge
 
@@ -101,7 +116,7 @@ def half_the_time(record: dict[str, Any]) -> Finding | None:
 def on_the_frontier(record: dict[str, Any]) -> Finding | None:
     """Whether no text takes less time than latents do and is shown to answer more, for each number of latents."""
     mine = part(record, "qwen-smollm2")
-    found = frontier.ways(tested(mine), mine["time"])
+    found = frontier.ways(rows_of(mine), mine["time"])
     words = []
     for at_once in dict.fromkeys(way.at_once for way in found):
         each = [
@@ -186,7 +201,7 @@ _LINKS = (
 )
 _OTHER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("two hops, of which the solver knows one", {"hops": 2}),
-    ("whose statement it is, of 4 to 6 (needle_haystack of reasoning-gym)", {"task": "needle_haystack"}),
+    ("whose statement it is (needle_haystack of reasoning-gym)", {"task": "needle_haystack"}),
     ("how two people are related (family_relationships of reasoning-gym)", {"task": "family_relationships"}),
 )
 """Questions that the first of these links are asked, too, zero-shot."""
@@ -220,6 +235,14 @@ _TRIO = (
             content(f"{sender}-{receiver}"),
         )
         for sender, receiver in dict.fromkeys(pair[:2] for pair in _LINKS)
+    ),
+    *(
+        _trio(
+            f"What latents from {_NAMES['qwen']} say to {_NAMES['smollm2']} matters, not that there are some; {what}.",
+            "Table 2, accuracy",
+            content("qwen-smollm2", **asked),
+        )
+        for what, asked in _OTHER
     ),
     _trio(
         "No text is both faster than latents and more accurate (1, 8 and 32 steps, one and four questions at once).",

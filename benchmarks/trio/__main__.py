@@ -28,7 +28,7 @@ from benchmarks.harness.command import exit_code
 from benchmarks.trio import frontier, record
 from benchmarks.trio.cells import TEST, VALIDATION, measure
 from benchmarks.trio.links import NOTES, load_links, save_links, train_links
-from benchmarks.trio.page import tables, tested
+from benchmarks.trio.page import rows_of, tables
 from benchmarks.trio.rereading import Rereader
 from benchmarks.trio.shipped import ship
 from benchmarks.trio.task import train_task
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.step == "page":
         if not any(mine.values()):
             raise ValueError(f"{options.record}: nothing of {pair}")
-        print("\n".join([tables(pair, mine), *frontier.table(tested(mine), mine["time"])]))
+        print("\n".join([tables(pair, mine), *frontier.table(rows_of(mine), mine["time"])]))
         return
     kind = Agent if options.step == "time" else Rereader
     agents = load_agents(options.models, options.reader, options.solver, kind)

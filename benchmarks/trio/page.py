@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 def tables(pair: str, record: dict[str, Any]) -> str:
     """All of one pair of models."""
-    rows = tested(record)
+    rows = rows_of(record)
     parts = [
         f"### {pair.replace('-', ' → ')}",
         *_links(record["links"]),
@@ -52,7 +52,7 @@ def tables(pair: str, record: dict[str, Any]) -> str:
     return "\n".join([*parts, *_times(record["time"])])
 
 
-def tested(record: dict[str, Any]) -> list[Row]:
+def rows_of(record: dict[str, Any]) -> list[Row]:
     """The lines of the accuracies: of the test's questions, in their order."""
     return sorted(pooled([one for one in record["audit"] if one["seed"] == TEST]), key=_order)
 

@@ -15,7 +15,7 @@ from benchmarks.relay.__main__ import SEEDED, main
 from benchmarks.relay.asked import relay
 from benchmarks.report import relay as judges
 from benchmarks.report.__main__ import ROOT
-from benchmarks.report.claims import FAILS, HOLDS
+from benchmarks.report.claims import FAILS, HOLDS, UNTOLD
 from benchmarks.report.stored import RESULTS
 from recmas.lab.world import questions
 
@@ -249,7 +249,8 @@ def test_verdicts_on_kinds_of_links():
     best = record([40, 42, 41], [90, 91, 92], [90, 91, 91])
     assert judges.released_is_best(best).verdict == HOLDS
     assert judges.residual_helps(best).verdict == HOLDS
-    assert judges.third_layer_helps(best).verdict == FAILS
+    assert judges.third_layer_helps(best).verdict == UNTOLD
+    assert judges.third_layer_helps(record([40] * 3, [90, 91, 92], [50, 51, 52])).verdict == FAILS
     assert "t: 1 layer 0.410, residual + 1 layer 0.610, 2 layers 0.410, residual + 2 layers 0.910, residual + 3" in (
         judges.released_is_best(best).measured
     )

@@ -152,9 +152,17 @@ def test_content_matters_in_those_audits_that_show_it():
     judge = content("a-b")
     assert judge({"a-b": {"audit": []}}) is None
     assert judge({"a-b": {"audit": right}}) == Finding(
-        "accuracy over that with latents of another question: +1.00 to +1.00 in 1 audits", HOLDS
+        "accuracy minus that with latents of another question: +1.00 to +1.00, NLL of the gold answer: +0.00 to +0.00 "
+        "nats, in 1 audits",
+        HOLDS,
     )
     same = [audited("trained", [True] * 8, "9-1"), audited("shuffled", [True] * 8, "9-1")]
+    few = judge({"a-b": {"audit": same}})
+    assert few is not None
+    assert few.verdict == UNTOLD  # eight questions do not show that there is nothing
+    many = judge({"a-b": {"audit": [{**one, "correct": [True] * 400, "nll": [1.0] * 400} for one in same]}})
+    assert many is not None
+    assert many.verdict == FAILS
     found = judge({"a-b": {"audit": [*right, *same]}})
     assert found is not None
     assert "1 of 2" in found.verdict

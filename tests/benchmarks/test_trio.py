@@ -23,7 +23,7 @@ from benchmarks.trio.demo import EXAMPLE
 from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
-from benchmarks.trio.page import tested
+from benchmarks.trio.page import rows_of
 from benchmarks.trio.pooled import crossed
 from benchmarks.trio.record import change
 from benchmarks.trio.rereading import Opening, Rereader
@@ -310,7 +310,7 @@ def test_the_evidence_shows_what_the_record_holds(pair, capsys):
 
 def test_questions_of_other_tasks_and_hops_have_lines_of_their_own():
     first = audited("trained", 8, 0, 4)
-    rows = tested({"audit": [first, {**first, "task": "gym"}, {**first, "hops": 2}, {**first, "task": "notes"}]})
+    rows = rows_of({"audit": [first, {**first, "task": "gym"}, {**first, "hops": 2}, {**first, "task": "notes"}]})
     assert [row.message for row in rows] == ["latents, m = 8", "latents, m = 8, 2 hops", "latents, m = 8, gym"]
 
 
@@ -320,7 +320,7 @@ def test_a_faster_text_that_is_shown_to_answer_more_beats_latents():
     audits += [audited("trained", 8, 0, 8, links="9-0-task", count=32), audited("trained", 1, 0, 8, count=8)]
     times = [timed("text, 8 tokens", 0.6), timed("text, 1 token", 0.2), timed("latents, m = 8", 0.7)]
     times += [timed("latents, m = 1", 0.3), timed("latents, m = 32", 0.9), {**timed("text, 8 tokens", 0.1), "batch": 4}]
-    found = frontier.ways(tested({"audit": audits}), times)
+    found = frontier.ways(rows_of({"audit": audits}), times)
     named = {way.message: frontier.beaten(way, found) for way in found if way.latent}
     assert [way.message for way in found[:4]] == ["text, 1 token", "latents, m = 1", "text, 8 tokens", "latents, m = 8"]
     assert named["latents, m = 1"] is None
