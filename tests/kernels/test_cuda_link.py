@@ -5,8 +5,10 @@ Its arithmetic and indexing are tested without a device by ``csrc/tests/test_cud
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +149,13 @@ def test_a_driver_that_is_too_old_is_a_reason_before_any_call(monkeypatch, drive
 def native():
     """The compiled module; tests that need it are counted as skipped where it was not built."""
     return pytest.importorskip("recmas_kernels._cuda", reason="recmas_kernels._cuda is not built", exc_type=ImportError)
+
+
+def test_a_module_that_was_built_loads_without_a_device():
+    folder = Path(cuda.__file__).parents[1]
+    if not (folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+        pytest.skip("recmas_kernels._cuda is not built")
+    importlib.import_module("recmas_kernels._cuda")
 
 
 def test_the_module_agrees_on_the_most_tokens(native):
