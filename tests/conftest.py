@@ -6,6 +6,8 @@ import gc
 
 import pytest
 
+import tests.unsynced  # noqa: F401
+
 # What takes ten seconds and more begins first, or one worker would wait for the other's at the end.
 LONG = (
     "tests/install/",

@@ -24,6 +24,7 @@ _LONGEST = 120  # seconds of processor time, and four times as many of the clock
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "tests.unsynced",
         "recmas.cli.run",
         "recmas.cli.eval",
         "recmas.cli.train",

@@ -25,10 +25,6 @@ HOSTILE = {
         "512 MiB of memory|ended with status",
     ),
     "a long range": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError|Range too big"),
-    "for ever": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "takes more than 2 seconds of processor time",
-    ),
     "a large power": ("{{ 9 ** (9 ** 9) }}", "takes more than 2 seconds of processor time"),
 }
 
@@ -44,7 +40,8 @@ def test_a_hostile_template_is_one_line_and_the_next_one_works(name):
 
 
 def test_an_agent_s_prompt_names_the_agent():
-    tokenizer = tiny_tokenizer(HOSTILE["for ever"][0])
+    for_ever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = tiny_tokenizer(for_ever)
     renderer = PromptRenderer(tokenizer, True, name="agent 'x'", apply=ChatTemplate(tokenizer))
     with pytest.raises(ValueError, match="^agent 'x': the chat template takes more than 2 seconds") as raised:
         renderer.segments(Template("fox"), {})

@@ -328,7 +328,7 @@ escaped()
     Escape(
         "many files",
         """
-for number in range(20_000):
+for number in range(10_000):
     open(str(number), "w").close()
 escaped()
 """,

@@ -53,7 +53,7 @@ def tried(program: str, host: Host, sandbox: str, seconds: float = 20.0) -> str:
 def test_it_is_stopped(
     escape: Escape, host: Host, sandbox: str, record_property: Callable[[str, object], None]
 ) -> None:
-    told = tried(escape.program, host, sandbox, seconds=2.0 if escape.name == "run for ever" else 20.0)
+    told = tried(escape.program, host, sandbox, seconds=1.0 if escape.name == "run for ever" else 20.0)
     assert "ESCAPED" not in told
     who, words = escape.stops[sandbox]
     assert words in told, f"not stopped by {who}: {told}"

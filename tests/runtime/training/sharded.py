@@ -1,4 +1,4 @@
-"""What each process of a sharded run checks: `test_sharding` starts it by torchrun, in two processes of one thread."""
+"""What each process of a sharded run checks: `test_sharding` starts it in two processes of one thread."""
 
 from __future__ import annotations
 
@@ -44,6 +44,3 @@ def main() -> None:
     if index == 0:
         print(f"of {total} entries the processes held", *held_by)
 
-
-if __name__ == "__main__":
-    main()

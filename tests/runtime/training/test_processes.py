@@ -23,32 +23,18 @@ from recmas.training import AllConfig, train_all
 from recmas.training.processes import Processes
 from tests.runtime.commands import recmas
 from tests.runtime.lean import lean_rows, lean_system, write_lean
+from tests.runtime.training.joined import joined
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = {"steps": 4, "batch_size": 2, "accumulation": 2, "checkpoint_every": 1}
 
 
-def launched(folder: Path, *words: str, count: int = 2) -> subprocess.Popen:
-    """``recmas WORDS`` in so many processes of one thread each."""
+def launched(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``recmas WORDS`` in two processes of one thread each, by torch's own launcher."""
     places = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    return subprocess.Popen(
-        [*command, "-m", "recmas", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def workers(run: subprocess.Popen) -> list[int]:
-    """Processes of a run, in the order of their numbers."""
-    found = {}
-    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
-        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found.update({int(entry[5:]): int(child) for entry in entries if entry.startswith(b"RANK=")})
-    return [found[index] for index in sorted(found)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "recmas"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    return subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def options(**settings: object) -> list[str]:
@@ -79,27 +65,26 @@ def alone(tmp_path_factory):
 def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
     write_lean(tmp_path)
     done = launched(tmp_path, "train", "all", "system", "--data", "rows.jsonl", "--output", "out", *options(**SETTINGS))
-    out, err = done.communicate(timeout=200)
-    assert done.returncode == 0, err
-    assert out.count("trained system in out") == 1  # one of them writes
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained system in out") == 1  # one of them writes
     assert links(tmp_path / "out") == links(alone / "out")
 
 
 def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it(tmp_path):
     write_lean(tmp_path)
-    settings = SETTINGS | {"steps": 200}
+    settings = SETTINGS | {"steps": 100}
     words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
     words += [*options(**settings)]
-    run = launched(tmp_path, *words)
-    while not list((tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.01)
-    os.kill(workers(run)[1], signal.SIGKILL)
-    _, err = run.communicate(timeout=200)
-    assert run.returncode != 0
-    told = [line for line in err.splitlines() if line.startswith("recmas: ")]
-    assert len(told) == 1, err
-    assert "another process of this run has ended" in told[0] or "ended by SIGTERM" in told[0]
+    with joined(tmp_path, *words) as (first, second):
+        while not list((tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")):
+            assert first.running, first.wait().err
+            time.sleep(0.01)
+        second.kill()
+        ended = first.wait()
+        assert second.wait().status == -signal.SIGKILL
+    assert ended.status == 2
+    assert ended.err.count("recmas: ") == 1, ended.err
+    assert "recmas: error: another process of this run has ended" in ended.err
 
     resumed = recmas(tmp_path, *words, "--resume")
     assert resumed.status == 0, resumed.err
@@ -115,14 +100,15 @@ def test_a_signal_ends_all_processes_with_one_checkpoint_and_status_0(tmp_path):
     write_lean(tmp_path)
     settings = SETTINGS | {"steps": 3000, "checkpoint_every": 0}
     words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
-    run = launched(tmp_path, *words, *options(**settings))
-    while not [log for log in (tmp_path / "out").glob("training/*/log.jsonl") if log.read_text().count("\n") > 3]:
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.01)
-    for child in workers(run):
-        os.kill(child, signal.SIGTERM)
-    _, err = run.communicate(timeout=200)
-    assert run.returncode == 0, err
+    with joined(tmp_path, *words, *options(**settings)) as run:
+        while not [log for log in (tmp_path / "out").glob("training/*/log.jsonl") if log.read_text().count("\n") > 3]:
+            assert run[0].running, run[0].wait().err
+            time.sleep(0.01)
+        for process in run:
+            process.kill(signal.SIGTERM)
+        for process in run:
+            ended = process.wait()
+            assert ended.status == 0, ended.err
     (stored,) = (tmp_path / "out").glob("training/*/checkpoint-*-*.safetensors")
     steps = (stored.parent / "log.jsonl").read_text().count("\n")
     assert 3 < steps < settings["steps"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +13,9 @@ from recmas.training.loop import read_log
 from recmas.training.processes import Processes
 from tests.runtime.lean import contents, lean_rows, lean_system, write_lean
 from tests.runtime.tiny import tiny_agent
-from tests.runtime.training.test_processes import SETTINGS, launched, options
+from tests.runtime.training.joined import joined
+from tests.runtime.training.test_processes import SETTINGS, options
 
-ROOT = Path(__file__).parents[3]
 EQUAL = 1e-4  # of the largest entry: batches are read whole, not split by length, and sums have another order
 
 
@@ -30,19 +26,11 @@ def two(monkeypatch):
     monkeypatch.setattr(sharding, "processes", lambda: Processes(joined))
 
 
-def test_gradients_are_those_of_whole_agents_and_each_process_holds_its_share():
-    places = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
-    done = subprocess.run(
-        [*command, "tests.runtime.training.sharded"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    total, *held = (int(word) for word in done.stdout.split() if word.isdigit())
+def test_gradients_are_those_of_whole_agents_and_each_process_holds_its_share(tmp_path):
+    with joined(tmp_path, module="tests.runtime.training.sharded") as run:
+        first, second = (process.wait() for process in run)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    total, *held = (int(word) for word in first.out.split() if word.isdigit())
     assert len(held) == 2  # both came to their end
     assert total <= sum(held) <= 1.2 * total
 
@@ -51,10 +39,10 @@ def test_two_processes_of_sharded_agents_make_the_links_of_one(tmp_path):
     folder = write_lean(tmp_path)
     before = contents(folder / "system")
     words = ["train", "all", "system", "--data", "rows.jsonl", "--validation", "rows.jsonl", "--output", "out"]
-    done = launched(folder, *words, "--shard-agents", *options(**SETTINGS, validate_every=2))
-    out, err = done.communicate(timeout=200)
-    assert done.returncode == 0, err
-    assert out.count("trained system in out") == 1
+    with joined(folder, *words, "--shard-agents", *options(**SETTINGS, validate_every=2)) as run:
+        first, second = (process.wait() for process in run)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert (first.out + second.out).count("trained system in out") == 1
     assert contents(folder / "system") == before
     mas = RecursiveMAS.from_pretrained(folder / "system", accelerate=False)
     config = AllConfig(**SETTINGS, validate_every=2)
