@@ -129,7 +129,7 @@ class AgentProcess:
 
     def drop(self, number: int, places: set[int]) -> None:
         """Nobody waits any more for the texts of these rows of a task; called beside `stream`, or before it."""
-        if number > self._over:  # tasks come in the order of their numbers
+        if number != self._over:  # else it has ended meanwhile
             self._dropped.setdefault(number, set()).update(places)
 
     def _opened(self, order: Order, sealed: tuple[bytes, ...]) -> dict[str, Message]:

@@ -48,13 +48,17 @@ class Turns:
         report(what)
 
     def _give(self) -> None:
+        short: set[str] = set()  # machines with a job that waits for cores: no other one takes these meanwhile
         with self._lock:
             for job in sorted(self._waiting, key=_urgency):
                 replica = self._choose(job)
                 if replica.broken is None and replica.jobs > self._ahead:
                     continue
-                if not self._has_cores(replica, job):
-                    break
+                if _computes(replica):
+                    machine = replica.described.machine
+                    if machine in short or not self._has_cores(replica, job):
+                        short.add(machine)
+                        continue
                 self._waiting.remove(job)
                 replica.give(job)
 
@@ -64,19 +68,22 @@ class Turns:
         return min(replicas, key=lambda one: (one.broken is not None, not one.open, one.jobs, job.rows not in one.rows))
 
     def _has_cores(self, replica: Replica, job: Job) -> bool:
-        """Whether its machine has cores for the job, if the job needs any now."""
-        if not replica.open:
-            return True
+        """Whether the machine of a replica has cores for the job."""
         here, everybody = replica.described, [one for replicas in self._replicas.values() for one in replicas]
-        open_here = [one for one in everybody if one.open and one.described.machine == here.machine]
-        taken = {one: rows for one in open_here if (rows := one.at_work) is not None}
+        beside = [one for one in everybody if _computes(one) and one.described.machine == here.machine]
+        taken = {one: rows for one in beside if (rows := one.at_work) is not None}
         if taken.keys() <= {replica} or {*taken.values(), *(one.rows for one in self._waiting)} == {job.rows}:
             return True
         more = 0 if replica in taken else here.threads  # it goes on with its next job on the same cores
         return sum(one.described.threads for one in taken) + more <= here.cores
 
 
+def _computes(replica: Replica) -> bool:
+    """Whether its jobs take cores now: it works, and on the processor."""
+    return replica.open and replica.described.threads > 0
+
+
 def _urgency(job: Job) -> tuple[int, int, int]:
-    """Sorts jobs: those whose rows are furthest on their walk, then those that came first."""
-    visit = job.task.parts[0].visit
-    return -visit.round, -visit.stage, job.order.task.number
+    """Sorts jobs: the one that has the row which is furthest on its walk, then those that came first."""
+    round, stage = max((part.visit.round, part.visit.stage) for part in job.task.parts)
+    return -round, -stage, job.order.task.number

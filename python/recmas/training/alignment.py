@@ -118,8 +118,9 @@ def train_apart(
             if role in planned:
                 made[role] = planned.pop(role)()
             batches, others_of = made[role]
-            if len(keys) > 1:  # of a step: what the first link's step has read is there for the others'
-                batches = functools.lru_cache(len(processes().share(config.accumulation)))(batches)
+            of_steps = batches
+            if len(keys) > 1:  # what the first link's step has read is there for the others', at the run's precision
+                of_steps = functools.lru_cache(len(processes().share(config.accumulation)))(batches)
             runs = {}
             for key in keys:
                 folder = folders[key]
@@ -130,7 +131,7 @@ def train_apart(
                 loss, meter = partial(_loss, system, key, stage, weights), Meter()
                 runs[key] = Run(
                     trained[key],
-                    partial(_step_loss, loss, batches, meter),
+                    partial(_step_loss, loss, of_steps, meter),
                     config,
                     name=names[key],
                     output=folder,

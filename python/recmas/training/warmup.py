@@ -93,7 +93,10 @@ def train_warmup(
     on_step: OnStep | None = None,
     on_start: OnStart | None = None,
 ) -> dict[LinkKey, TrainingResult]:
-    """Warm up outer links in place, one edge after the other; everything else, inner links too, stays frozen.
+    """Warm up outer links in place, each in a run of its own; everything else, inner links too, stays frozen.
+
+    Edges out of one agent are trained in turn, step by step, in one pass over its pairs: a run that fails ends those
+    beside it, too, at their last checkpoints. With trackers it is one edge after the other.
 
     Args:
         system: whose agents and links these are; inner links trained before.

@@ -140,6 +140,9 @@ def test_texts_that_nobody_waits_for_are_not_written(pair: Pair) -> None:
     assert rest[-1].account.written[1] < 6
     process.drop(5, {0})  # it is over
     assert not process._dropped
+    earlier = again._replace(task=Task(4, again.task.work, again.task.parts, {}))  # what is furthest goes first
+    process.drop(4, {0, 1})
+    assert sum(len(step.grown) for step in process.stream(earlier, 0.0, message)) <= 2
 
 
 def test_the_last_agent_calls_tools_as_in_one_process(

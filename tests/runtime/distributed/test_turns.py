@@ -58,10 +58,11 @@ class Machine:
         self.turns = Turns(replicas, ahead)
         self._numbers = 0
 
-    def add(self, role: str, row: int, visit: Visit | None = None) -> None:
+    def add(self, role: str, row: int, *visits: Visit) -> None:
+        """A job of one row, or of one for each visit."""
         self._numbers += 1
-        visit = visit or VISITS[role]
-        task = Task(self._numbers, Work(role, "latent"), [Part(row, visit, {})], {})
+        parts = [Part(row + place, visit, {}) for place, visit in enumerate(visits or [VISITS[role]])]
+        task = Task(self._numbers, Work(role, "latent"), parts, {})
         order: Any = SimpleNamespace(task=task)
         self.turns.add(Job(task, order, (), self.told.append))
 
@@ -152,7 +153,8 @@ def test_later_rounds_go_first() -> None:
         machine.add(SUMMARIZER, row)
     machine.add(MATH, 7)
     machine.add(CODE, 3)
-    machine.add(SCIENCE, 4, next(visit for visit in MIXTURE.visits(2) if (visit.role, visit.round) == (SCIENCE, 2)))
+    later = next(visit for visit in MIXTURE.visits(2) if (visit.role, visit.round) == (SCIENCE, 2))
+    machine.add(SCIENCE, 4, VISITS[SCIENCE], later)  # the row that came first is not the one that is furthest
     assert machine.since() == ["summarizer 7", "math 7"]
     machine.processes[MATH].end()
     assert machine.since() == ["science 4"]
@@ -167,6 +169,25 @@ def test_other_machines_and_processes_that_start_take_no_cores_here() -> None:
     machine.add(CODE, 2)
     machine.add(SCIENCE, 3)
     assert machine.since() == ["summarizer 0", "math 1", "code 2", "science 3"]
+
+
+def test_who_waits_for_cores_holds_up_nobody_on_other_machines() -> None:
+    machine = Machine()
+    machine.processes[SCIENCE].described.machine = "there"
+    machine.add(SUMMARIZER, 0)
+    machine.add(MATH, 1)
+    machine.add(CODE, 2)  # both cores are taken
+    machine.add(SCIENCE, 3)
+    assert machine.since() == ["summarizer 0", "math 1", "science 3"]
+
+
+def test_agents_on_devices_neither_wait_for_cores_nor_take_any() -> None:
+    machine = Machine(science=0, summarizer=8)
+    machine.add(SCIENCE, 0)
+    machine.add(SUMMARIZER, 1)  # more threads than cores
+    machine.add(MATH, 2)
+    machine.add(SCIENCE, 3)
+    assert machine.since() == ["science 0", "summarizer 1", "science 3"]
 
 
 def test_what_waits_when_all_is_closed_is_not_given() -> None:
