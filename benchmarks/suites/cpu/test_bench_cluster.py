@@ -27,6 +27,7 @@ from benchmarks.harness.models import random_agent
 from benchmarks.harness.names import FUSED
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
+from benchmarks.harness.timing import Call
 from recmas import MIXTURE, RecursiveMAS
 from recmas.config.system_json import PlacementSpec
 
@@ -112,6 +113,9 @@ def test_cluster(case: Case, bench: Bench, tmp_path: Path) -> None:
             return [answer.text for answer in local.answer(rows, batch_size=case.micro_batch)]
 
         assert ask(several) == ask(1) == ask_here()
+        variants: dict[str, Call] = {FUSED: lambda: ask(several), ONE_BY_ONE: lambda: ask(1)}
+        if case.op == "relay":
+            variants[LOCAL] = ask_here
         bench.run(
             Labels("cluster", case.op, case.shape, torch.float32, "answer", case.questions),
             {FUSED: lambda: ask(several), ONE_BY_ONE: lambda: ask(1)}
