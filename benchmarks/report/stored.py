@@ -20,6 +20,7 @@ ORDER = (
     "rollout",
     "system",
     "cluster",
+    "serving",
     "training",
     "inner",
     "processes",

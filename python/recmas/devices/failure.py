@@ -13,6 +13,10 @@ _OF_A_PROGRAM = re.compile("assert|illegal|misaligned|invalid|captur", re.IGNORE
 """In what a driver says of a wrong call or kernel, which no other device would run better."""
 
 
+_OF_A_CONTEXT = re.compile("assert|illegal|misaligned", re.IGNORECASE)
+"""A kernel's faults after which a driver refuses this process every further call."""
+
+
 class DeviceError(RuntimeError):
     """A device failed; one line that says which and how."""
 
@@ -22,6 +26,13 @@ def failure(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0]  # torch goes on with advice for whoever debugs kernels
     of_a_device = isinstance(error, RuntimeError) and _OF_A_DEVICE.search(line) and not _OF_A_PROGRAM.search(line)
     return line if of_a_device or isinstance(error, DeviceError) else ""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether this process cannot use the device any more, by what an error says."""
+    line = str(error).partition("\n")[0]
+    faulty = isinstance(error, RuntimeError) and _OF_A_DEVICE.search(line) and _OF_A_CONTEXT.search(line)
+    return bool(faulty or failure(error))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -131,6 +132,10 @@ class AgentProcess:
         """Nobody waits any more for the texts of these rows of a task; called beside `stream`, or before it."""
         if number != self._over:  # else it has ended meanwhile
             self._dropped.setdefault(number, set()).update(places)
+
+    def watch(self) -> None:
+        """Work on for ever: whoever called this hears of it when the process has ended."""
+        threading.Event().wait()
 
     def _opened(self, order: Order, sealed: tuple[bytes, ...]) -> dict[str, Message]:
         messages = [unseal(one, stamp, self._key) for one, stamp in zip(sealed, order.stamps, strict=True)]

@@ -18,7 +18,7 @@ from recmas.config.system_json import PlacementSpec, SystemSpec
 from recmas.distributed.agent_process import AgentProcess
 from recmas.distributed.cluster import Reserved
 from recmas.distributed.order import Described, Loading, Order
-from recmas.distributed.replica import CONTROL, Job, Replica, Sent
+from recmas.distributed.replica import CONTROL, WATCH, Job, Replica, Sent
 from recmas.distributed.sealed import RefusedError, Stamp
 from recmas.distributed.turns import Turns
 from recmas.prompts.rows import Fields
@@ -110,6 +110,17 @@ class RayExecutor:
             "batches repeated": self.repeated,
         }
 
+    @property
+    def ready(self) -> bool:
+        return all(any(one.open for one in replicas) for replicas in self._replicas.values())
+
+    @property
+    def broken(self) -> Exception | None:
+        for replicas in self._replicas.values():
+            if all(one.broken is not None for one in replicas):
+                return replicas[0].broken
+        return None
+
     def start(self, task: Task, report: Report) -> None:
         stamps: list[Stamp] = []
         messages: list[Any] = []
@@ -167,7 +178,7 @@ def launch_process(placement: PlacementSpec, strategy: Any, backend: str | None)
     if backend is not None or "RECMAS_BACKEND" in os.environ:
         variables["RECMAS_BACKEND"] = backend or os.environ["RECMAS_BACKEND"]
     asked = placement.asked
-    process: Any = ray.remote(concurrency_groups={CONTROL: 1})(AgentProcess)
+    process: Any = ray.remote(concurrency_groups={CONTROL: 1, WATCH: 1})(AgentProcess)
     return process.options(
         num_cpus=asked.pop("CPU", 0),
         num_gpus=asked.pop("GPU", 0),

@@ -29,10 +29,14 @@ STARTS = 3
 """Processes that may end, one after the other, before one of them has loaded its agent."""
 CONTROL = "control"
 """Calls of this group run beside the work of a process."""
+WATCH = "watch"
+"""So does the one call of this group, which ends with the process."""
 AHEAD = 8
 """Pieces of a text that a process may be ahead of who reads them."""
 LOOK = 0.1
 """Seconds between two looks at what else has happened while a process works."""
+IDLE = 1.0
+"""Seconds between two looks at whether a process that has nothing to do is still there."""
 RETURN = 300.0
 """Seconds that a process may wait for a machine: for the one that was lost, or for another with as much."""
 
@@ -66,6 +70,10 @@ class Told(NamedTuple):
 
     job: Job
     made: Any
+
+
+class Vanished(NamedTuple):
+    """A process has ended while it had nothing to do."""
 
 
 class Replica:
@@ -117,10 +125,10 @@ class Replica:
         return len(self._told)
 
     @property
-    def at_work(self) -> tuple[int, ...] | None:
-        """Rows of the job that it works on; None without one."""
+    def at_work(self) -> Job | None:
+        """The job that it works on; None without one."""
         with self._changed:
-            return self._told[0].job.rows if self._told else None
+            return self._told[0].job if self._told else None
 
     def load(self) -> None:
         """Start the process and load the agent there, beside whatever else happens here."""
@@ -159,6 +167,9 @@ class Replica:
         except Exception as error:  # of whatever kind: it is told to whoever waits in `begin`
             self._begun.set_exception(error)
         while (told := self._next()) is not None:
+            if isinstance(told, Vanished):
+                self._start_again()
+                continue
             broken = self.broken
             last = self._done(told) if broken is None else Failed(told.job.task, broken, lost=True)
             if self._closing:
@@ -174,10 +185,13 @@ class Replica:
                 self._start_again()
         self._end()
 
-    def _next(self) -> Told | None:
-        """The first job that has not ended, when there is one; None at the end."""
+    def _next(self) -> Told | Vanished | None:
+        """The first job that has not ended, when there is one; or that the process is gone; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._told or self._closing)
+            while not self._changed.wait_for(lambda: self._told or self._closing, IDLE):
+                if self.open and ray.wait([self._watched], timeout=0)[0]:
+                    self.open = False
+                    return Vanished()
             return None if self._closing else self._told[0]
 
     def _lost(self) -> list[tuple[Job, Failed]]:
@@ -270,6 +284,7 @@ class Replica:
         if self._closing:  # since the one before was ended
             self._end()
         self._placed = self._process.__ray_ready__.remote()
+        self._watched = self._process.watch.options(concurrency_group=WATCH).remote()
         self._loaded = self._process.load.remote(*self._loading)
 
     def _replace(self) -> None:

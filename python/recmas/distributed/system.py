@@ -187,6 +187,14 @@ class _Borrowed:
     def faults(self) -> Mapping[str, int]:
         return self._executor.faults
 
+    @property
+    def ready(self) -> bool:
+        return self._executor.ready
+
+    @property
+    def broken(self) -> Exception | None:
+        return self._executor.broken
+
     def close(self) -> None:
         """Leave it open."""
 

@@ -17,8 +17,9 @@ class Turns:
     """Gives jobs to replicas: on every machine as many as it has cores for, what is furthest on its walk first.
 
     Processes that are more than the cores would share them evenly, so the agent that all others wait for would be as
-    slow as they. Rows by themselves, with nothing else at work or waiting, have the cores to share among the agents of
-    their stage: the last of these ends sooner.
+    slow as they. A job waits for those that are as far as itself or further, not for others, which will soon be done.
+    Rows by themselves, with nothing else at work or waiting, have the cores to share among the agents of their stage:
+    the last of these ends sooner.
 
     Args:
         replicas: by role, all of them.
@@ -71,11 +72,16 @@ class Turns:
         """Whether the machine of a replica has cores for the job."""
         here, everybody = replica.described, [one for replicas in self._replicas.values() for one in replicas]
         beside = [one for one in everybody if _computes(one) and one.described.machine == here.machine]
-        taken = {one: rows for one in beside if (rows := one.at_work) is not None}
-        if taken.keys() <= {replica} or {*taken.values(), *(one.rows for one in self._waiting)} == {job.rows}:
+        busy = {one: at_work for one in beside if (at_work := one.at_work) is not None}
+        if {one.rows for one in (*busy.values(), *self._waiting)} == {job.rows}:
             return True
-        more = 0 if replica in taken else here.threads  # it goes on with its next job on the same cores
-        return sum(one.described.threads for one in taken) + more <= here.cores
+        before = {one for one, at_work in busy.items() if _place(at_work) >= _place(job)} | {replica}
+        return len(before) == 1 or sum(one.described.threads for one in before) <= here.cores
+
+
+def _place(job: Job) -> tuple[int, int]:
+    """How far the one of its rows that is furthest is on its walk."""
+    return max((part.visit.round, part.visit.stage) for part in job.task.parts)
 
 
 def _computes(replica: Replica) -> bool:
@@ -84,6 +90,6 @@ def _computes(replica: Replica) -> bool:
 
 
 def _urgency(job: Job) -> tuple[int, int, int]:
-    """Sorts jobs: the one that has the row which is furthest on its walk, then those that came first."""
-    round, stage = max((part.visit.round, part.visit.stage) for part in job.task.parts)
+    """Sorts jobs: those that are furthest, then those that came first."""
+    round, stage = _place(job)
     return -round, -stage, job.order.task.number

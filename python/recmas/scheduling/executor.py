@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from recmas.devices.failure import named
+from recmas.devices.failure import is_final, named
 from recmas.prompts.rows import Fields
 from recmas.scheduling.admission import Admission, Room
 from recmas.scheduling.gather import Place, gather
@@ -73,6 +73,14 @@ class Executor(Protocol):
     def faults(self) -> Mapping[str, int]:
         """How often what went wrong, by its name in words; empty where nothing of the kind can."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether every agent is there to do what it is asked."""
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why an agent will do nothing any more; None while all are there, or are coming back."""
+
     def start(self, task: Task, report: Report) -> None:
         """Begin a task."""
 
@@ -111,6 +119,7 @@ class LocalExecutor:
             for role in system.pattern.roles
         }
         self._admissions = {role: Admission.of(system.member(role)) for role in system.pattern.roles}
+        self.broken: Exception | None = None
         self._devices = system.devices
         one = system.offloader is not None  # a single agent at a time is on a device
         threads: dict[object, _Thread] = {}
@@ -125,6 +134,10 @@ class LocalExecutor:
     @property
     def faults(self) -> Mapping[str, int]:
         return {}
+
+    @property
+    def ready(self) -> bool:
+        return self.broken is None
 
     def start(self, task: Task, report: Report) -> None:
         self._threads[task.work.role].run(lambda: self._run(task, report))
@@ -153,6 +166,8 @@ class LocalExecutor:
                         report(Wrote(task, grown))
                     ended = Ended(task, None, account)
         except Exception as error:  # of whatever kind: it is the rows' answer
+            if is_final(error):
+                self.broken = error
             report(Failed(task, error))
         else:
             report(ended)

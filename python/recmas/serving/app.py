@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from recmas.serving.delivery import Stream, whole
-from recmas.serving.errors import ApiError, Draining
+from recmas.serving.errors import ApiError
 from recmas.serving.keys import ApiKeys
 from recmas.serving.protocol import ChatRequest, Reply, read_request
 from recmas.serving.service import Service
@@ -31,7 +31,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     415: {"description": "the request is not application/json"},
     429: {"description": "as many requests as this server takes are under way; Retry-After says when to come again"},
     500: {"description": "an agent failed"},
-    503: {"description": "the server is being shut down"},
+    503: {"description": "the server is being shut down, or an agent is gone for good"},
     504: {"description": "there was no answer in time"},
 }
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -84,9 +84,9 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         """The process runs."""
         return {"status": "alive"}
 
-    @app.get("/ready", responses={503: {"description": "not ready, or being shut down"}})
+    @app.get("/ready", responses={503: {"description": "an agent is gone, or the server is being shut down"}})
     async def ready() -> JSONResponse:
-        """Requests are taken."""
+        """Requests are taken, and every agent is there to answer them."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
     @app.get("/metrics")
@@ -105,8 +105,7 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         """Answer the last message of a chat."""
         try:
             check_key(request)
-            if not service.ready:
-                raise Draining
+            service.check()
             asked_for = read_request(await _body(request, service.settings.max_body))
             asked = await service.ask(asked_for)
         except ApiError:

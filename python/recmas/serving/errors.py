@@ -47,6 +47,13 @@ class Draining(ApiError):
         super().__init__(503, "the server is being shut down", "draining", headers={"Retry-After": "30"})
 
 
+class Broken(ApiError):
+    """An agent is gone for good."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "an agent of this server is gone; the server's log says why", "agent_gone")
+
+
 def of_refusal(error: ValueError) -> ApiError:
     """What is wrong with a request, by whoever checked it as the one row of a run."""
     return ApiError(400, re.sub("^row 0[:,] ", "", " ".join(str(error).split())), "invalid_value")

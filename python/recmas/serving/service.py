@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import secrets
 import time
@@ -18,10 +19,12 @@ from recmas.prompts.template import Template
 from recmas.scheduling.admission import check_room
 from recmas.scheduling.dispatcher import Dispatcher
 from recmas.scheduling.row import Row, VisitDone
-from recmas.serving.errors import ApiError, Draining, of_failure, of_refusal
+from recmas.serving.errors import ApiError, Broken, Draining, of_failure, of_refusal
 from recmas.serving.metrics import Metrics
 from recmas.serving.protocol import ChatRequest
 from recmas.serving.settings import ServeSettings
+
+_LOG = logging.getLogger(__name__)
 
 NEAREST = 3
 """Tokens shown for each latent where a trace is asked for."""
@@ -97,7 +100,7 @@ class Service:
         self.name, self.outline, self.settings, self.metrics = name, outline, settings, metrics
         self.created = int(time.time())
         self.draining = False
-        self._given_up = False
+        self._given_up = self._told = False
         texts = [text for one in outline.settings.values() for text in (one.prompt.first, one.prompt.later) if text]
         self._fields = sorted({name for text in texts for name in Template(text).fields} - {"question"})
         self._asked: set[Asked] = set()
@@ -110,7 +113,27 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self._dispatcher.broken is None
+        """Whether requests would be answered now."""
+        return not self.draining and self.broken is None and self._dispatcher.executor.ready
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why no request will be answered any more; None while that is not so."""
+        return self._dispatcher.broken or self._dispatcher.executor.broken
+
+    def check(self) -> None:
+        """Raise why requests are not taken.
+
+        Raises:
+            ApiError: the server is being shut down, or an agent is gone for good.
+        """
+        if self.draining:
+            raise Draining
+        if self.broken is not None:
+            if not self._told:
+                _LOG.error("no request is answered any more", exc_info=self.broken)
+                self._told = True
+            raise Broken
 
     async def ask(self, request: ChatRequest) -> Asked:
         """Take a request in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from recmas.sandbox import Finished, Limits, choose, run
 
@@ -42,6 +43,15 @@ class PythonTool:
                 raise ValueError(f"{limit}: {value} is not positive")
         self.limits = Limits(seconds, memory, file_size)
         self.sandbox = choose(sandbox)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a tool that was sent to another process, perhaps on another machine.
+
+        Raises:
+            ValueError: its sandbox does not work there.
+        """
+        self.__dict__.update(state)
+        choose(self.sandbox)
 
     def run(self, text: str) -> str:
         """Output, then ``[stderr]`` with errors, and ``[stopped]`` or ``[exit_code]`` where it did not end well."""

@@ -235,27 +235,47 @@ def test_a_process_that_no_machine_has_room_for_is_an_error(tmp_path: Path, monk
         one.close()
 
 
-def test_a_tokenizer_that_cannot_be_read_here_is_not_blamed_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its class is in a module that only the agent's process has made."""
+@pytest.mark.parametrize(
+    ("failure", "said", "starts"),
+    [
+        # A tokenizer's class is in a module that only the agent's process has made.
+        ("unread", r"agent 'expert': .* read by this process: No module named .*tokenizer", 1),
+        ("memory", r"agent 'expert': its process ended before it had loaded; is there enough memory\?", 1),
+        ("killed", r"agent 'expert': its process ended before it had loaded; is there enough memory\?", 3),
+    ],
+)
+def test_an_agent_that_cannot_be_loaded_is_one_line(
+    failure: str, said: str, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    from ray.exceptions import RaySystemError
+    from ray.exceptions import OutOfMemoryError, RaySystemError, RayTaskError
 
     from recmas.distributed import replica
 
-    def unread(ref: Any) -> None:
-        raise RaySystemError(ModuleNotFoundError("No module named 'transformers_modules'"))
+    errors = {
+        "unread": RaySystemError(ModuleNotFoundError("No module named 'transformers_modules'")),
+        "memory": RayTaskError("load", "", MemoryError()),
+        "killed": OutOfMemoryError("this machine's memory is almost full"),
+    }
 
-    fake = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=unread, kill=lambda process: None)
+    def fail(ref: Any) -> None:
+        raise errors[failure]
+
+    ended = list[Any]()
+    fake = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=fail, kill=ended.append)
     monkeypatch.setattr(replica, "ray", fake)
     loading: Any = (Loading(folder="x"), None, "expert", "cpu", b"")
-    process = SimpleNamespace(__ray_ready__=MagicMock(), load=MagicMock())
-    one = replica.Replica("expert", lambda: process, loading, None, print)
+    process = SimpleNamespace(__ray_ready__=MagicMock(), load=MagicMock(), watch=MagicMock())
+    launched = list[Any]()
+    one = replica.Replica("expert", lambda: launched.append(process) or process, loading, None, print)
     try:
         one.load()
-        with pytest.raises(ValueError, match=r"agent 'expert': .* read by this process: No module named .*tokenizer"):
+        with pytest.raises(ValueError, match=said) as refused:
             one.begin()
+        assert "\n" not in str(refused.value)
     finally:
         one.close()
+    assert len(launched) == starts <= len(ended)
 
 
 @pytest.mark.skipif(not FULL, reason="starts nine clusters: make torture")

@@ -24,7 +24,7 @@ from recmas.scheduling.dispatcher import Dispatcher
 from recmas.scheduling.executor import Failed
 from recmas.scheduling.row import Row
 from recmas.system.fingerprint import link_digest
-from tests.runtime.distributed.conftest import saved
+from tests.runtime.distributed.conftest import Pool, saved
 from tests.torture.amounts import FULL, SEED
 
 KILLS, KILLED, TAMPERED = (20, 500, 500) if FULL else (2, 60, 12)
@@ -60,8 +60,9 @@ class Counted:
             self.times[number] += 1
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Loading], record_property: Any) -> None:
+def test_killed_processes_lose_and_double_nothing(
+    system: tuple[RecursiveMAS, Loading], pooled: Pool, record_property: Any
+) -> None:
     import ray
 
     from recmas.distributed.replica import Replica
@@ -85,12 +86,12 @@ def test_killed_processes_lose_and_double_nothing(system: tuple[RecursiveMAS, Lo
                 if victim.jobs and loaded(victim):
                     time.sleep(chance.random() * 0.05)
                     begun = victim._loaded
-                    ray.kill(victim._process)
+                    pooled.kill(victim._process)
                     kills[0] += 1
                     while victim._loaded is begun and not over.wait(0.01):
                         pass
                     if kills[0] % 5 == 1 and not loaded(victim):
-                        ray.kill(victim._process)
+                        pooled.kill(victim._process)
                         kills[0] += 1
                         kills[1] += 1
                 over.wait(0.01)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recmas import SEQUENTIAL, RecursiveMAS
+from recmas import DISTILLATION, SEQUENTIAL, RecursiveMAS
 from recmas.answering.answers import Answer, Answers
 from recmas.cli import main
 from recmas.config.system_json import PlacementSpec
 from recmas.distributed.order import Loading
+from recmas.tools import Toolbox
+from recmas.tools.python import PythonTool
 from tests.runtime.distributed.conftest import saved
 from tests.runtime.scheduling.rows import PATTERNS, QUESTIONS
 
@@ -95,6 +98,59 @@ def test_the_command_line_answers_and_measures_alike(
     assert by_ray == by_one
 
 
+def script(process: Any, words: list[int]) -> None:
+    """In this process every text consists of these tokens from now on; runs there, as part of an agent's process."""
+    import torch
+
+    from recmas.agents.sampling import Sampler
+
+    left, Sampler.honest = iter(words), Sampler.choose  # type: ignore[attr-defined]
+    Sampler.choose = lambda self, logits, uniform: torch.full((len(logits),), next(left))  # type: ignore[method-assign]
+
+
+def unscript(process: Any) -> None:
+    """The end of `script`."""
+    from recmas.agents.sampling import Sampler
+
+    Sampler.choose = Sampler.honest  # type: ignore[attr-defined, method-assign]
+
+
+@pytest.mark.usefixtures("pooled")
+def test_tools_run_with_the_last_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its process, not in that which asks; what it reads of them is what it reads in one process."""
+    import ray
+    from ray import cloudpickle
+
+    from recmas.distributed.system import RaySystem
+
+    local = saved(tmp_path / "system", DISTILLATION)
+    toolbox = Toolbox([PythonTool()])
+    words = local.agents["learner"].literal("<python>print(6 * 7)</python>")
+    words = [*words, words[0]]
+    options: dict[str, Any] = {"rounds": 1, "tools": toolbox, "max_new_tokens": len(words)}
+    script(None, words)
+    try:
+        expected = local.answer(["fox", "plan"], **options)
+    finally:
+        unscript(None)
+    assert [call.result for call in expected[0].tool_calls] == ["42"]
+
+    def run(self: Any, text: str) -> str:
+        raise AssertionError("a program ran here")
+
+    monkeypatch.setattr(PythonTool, "run", run)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with RaySystem(Loading(folder=str(tmp_path / "system"), toolbox=toolbox)) as cluster:
+        [learner] = cluster.executor._replicas["learner"]
+        try:
+            ray.get(learner._process.__ray_call__.remote(script, words))
+            found = cluster.answer(["fox", "plan"], **options)
+        finally:
+            ray.get(learner._process.__ray_call__.remote(unscript))
+            cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert [vars(answer) for answer in found] == [vars(answer) for answer in expected]
+
+
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("placement", "message"),
@@ -109,6 +165,8 @@ def test_a_placement_that_no_cluster_satisfies(
 ) -> None:
     saved(tmp_path / "system", SEQUENTIAL, placement)
     refused(capsys, message, "run", str(tmp_path / "system"), "--question", "fox", "--engine", "ray")
+    pytest.importorskip("fastapi", reason="fastapi is not installed")
+    refused(capsys, message, "serve", str(tmp_path / "system"), "--port", "0", "--engine", "ray")
 
 
 @pytest.mark.usefixtures("pooled")
@@ -128,6 +186,7 @@ def test_what_the_engine_cannot_do_is_one_line(
 
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, *words: str) -> None:
+    capsys.readouterr()  # what was said before
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""

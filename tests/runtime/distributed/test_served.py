@@ -22,6 +22,8 @@ from tests.runtime.scheduling.rows import Waiting, row_of
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
 
+import openai
+
 from tests.runtime.serving.served import Served, served
 
 
@@ -93,7 +95,52 @@ def test_a_text_that_nobody_waits_for_is_not_written(system: RecursiveMAS, tmp_p
         dispatcher.close()
 
 
-def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server: Served, pooled: Pool) -> None:
+def test_a_server_is_not_ready_while_an_agent_is_gone(
+    system: RecursiveMAS, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process ends while nobody asks; it comes back at first, and later does not."""
+    import ray
+
+    from recmas.distributed import replica
+
+    monkeypatch.setattr(replica, "IDLE", 0.02)
+    [learner] = server.service._dispatcher.executor._replicas["learner"]  # type: ignore[attr-defined]
+    expected, back, launch = ask(server, "fox"), threading.Event(), learner._launch
+
+    def wait_for(status: int) -> None:
+        while server.get("/ready") != status:
+            time.sleep(0.01)
+
+    def launch_later() -> Any:
+        assert back.wait(60)
+        return launch()
+
+    def fail() -> Any:
+        raise RuntimeError("there is no room")
+
+    learner._launch = launch_later
+    assert server.get("/ready") == 200
+    learner._watched = ray.put("what ends with the process")
+    wait_for(503)
+    back.set()
+    wait_for(200)
+    assert ask(server, "fox") == expected
+    learner._launch = fail
+    learner._watched = ray.put("what ends with the process")
+    wait_for(503)
+    while server.service.broken is None:
+        time.sleep(0.01)
+    with pytest.raises(openai.InternalServerError, match="an agent of this server is gone") as refused:
+        ask(server, "fox")
+    assert refused.value.status_code == 503
+    assert server.get("/ready") == 503
+
+
+def test_a_killed_process_is_not_noticed_by_clients(
+    system: RecursiveMAS, server: Served, pooled: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recmas.distributed import replica
+
     executor = server.service._dispatcher.executor
     [learner] = executor._replicas["learner"]  # type: ignore[attr-defined]
     questions = [f"dog {number}" for number in range(8)]
@@ -114,3 +161,10 @@ def test_a_killed_process_is_not_noticed_by_clients(system: RecursiveMAS, server
     assert "recmas_agents_restarted_total 1.0" in page
     assert "recmas_handoffs_refused_total 0.0" in page
     assert server.counted("recmas_batches_repeated_total") >= 1
+    # A process is missed, too, that ends while nobody asks.
+    gone = threading.Event()
+    monkeypatch.setattr(replica, "IDLE", 0.02)
+    monkeypatch.setattr(learner, "_start_again", gone.set)
+    pooled.kill(learner._process)
+    assert gone.wait(60)
+    assert server.get("/ready") == 503

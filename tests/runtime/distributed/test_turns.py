@@ -35,8 +35,8 @@ class Process:
         return len(self.given)
 
     @property
-    def at_work(self) -> tuple[int, ...] | None:
-        return self.given[0].rows if self.given else None
+    def at_work(self) -> Job | None:
+        return self.given[0] if self.given else None
 
     def give(self, job: Job) -> None:
         self.given.append(job)
@@ -85,12 +85,13 @@ def test_agents_of_one_stage_share_the_cores_while_nothing_else_waits() -> None:
     assert machine.since() == ["math 1"]
     machine.processes[SCIENCE].end()
     machine.add(SUMMARIZER, 0)
-    assert machine.since() == ["code 1"]  # it was there before the summarizer's
+    assert machine.since() == ["code 1", "summarizer 0"]  # it does not wait for the experts, but they for it
     machine.processes[MATH].end()
-    assert machine.since() == ["summarizer 0"]
+    assert machine.since() == []
     machine.processes[CODE].end()
+    assert machine.since() == ["science 1"]
     machine.processes[SUMMARIZER].end()
-    assert machine.since() == ["science 1", "math 2"]
+    assert machine.since() == ["math 2"]
 
 
 def test_what_is_furthest_goes_first_and_others_wait_for_a_core() -> None:
@@ -125,15 +126,15 @@ def test_a_text_that_grows_gives_no_core_away() -> None:
 
 
 def test_an_agent_with_many_threads_waits_for_all_its_cores_and_is_not_passed() -> None:
-    machine = Machine(summarizer=2)
-    machine.add(MATH, 1)
-    machine.add(SUMMARIZER, 0)
-    machine.add(CODE, 1)  # one core is free, but the summarizer waits for two
-    assert machine.since() == ["math 1"]
+    machine = Machine(code=2)
+    machine.add(MATH, 0)
+    machine.add(CODE, 1)
+    machine.add(SCIENCE, 2)  # one core is free, but code waits for two
+    assert machine.since() == ["math 0"]
     machine.processes[MATH].end()
-    assert machine.since() == ["summarizer 0"]
-    machine.processes[SUMMARIZER].end()
     assert machine.since() == ["code 1"]
+    machine.processes[CODE].end()
+    assert machine.since() == ["science 2"]
 
 
 def test_more_threads_than_cores_is_no_reason_to_wait_for_ever() -> None:
@@ -149,15 +150,20 @@ def test_more_threads_than_cores_is_no_reason_to_wait_for_ever() -> None:
 
 def test_later_rounds_go_first() -> None:
     machine = Machine(ahead=0)
-    for row in (7, 8):
+    again = {visit.role: visit for visit in MIXTURE.visits(2) if visit.round == 2}
+    for row in (5, 6):
         machine.add(SUMMARIZER, row)
-    machine.add(MATH, 7)
+    machine.add(MATH, 1)
     machine.add(CODE, 3)
-    later = next(visit for visit in MIXTURE.visits(2) if (visit.role, visit.round) == (SCIENCE, 2))
-    machine.add(SCIENCE, 4, VISITS[SCIENCE], later)  # the row that came first is not the one that is furthest
-    assert machine.since() == ["summarizer 7", "math 7"]
+    assert machine.since() == ["summarizer 5", "math 1"]
+    machine.add(SCIENCE, 7, VISITS[SCIENCE], again[SCIENCE])  # the row that came first is not the one that is furthest
+    machine.add(MATH, 9, again[MATH])
+    assert machine.since() == ["science 7"]  # ahead of all that are in round 1
     machine.processes[MATH].end()
-    assert machine.since() == ["science 4"]
+    assert machine.since() == ["math 9"]
+    machine.processes[SUMMARIZER].end()
+    machine.processes[SCIENCE].end()
+    assert machine.since() == ["summarizer 6"]
 
 
 def test_other_machines_and_processes_that_start_take_no_cores_here() -> None:

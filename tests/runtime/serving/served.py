@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ class Served:
 
     def client(self, key: str = "no key", **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.at}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **options})
+
+    def get(self, path: str) -> int:
+        """The status of a page."""
+        connection = http.client.HTTPConnection(self.at.removeprefix("http://"), timeout=60)
+        connection.request("GET", path)
+        return connection.getresponse().status
 
     def counted(self, name: str, **labels: str) -> float:
         """A number of /metrics."""

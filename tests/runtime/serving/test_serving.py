@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -18,6 +19,7 @@ from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
 from recmas.prompts.rows import Fields
 from recmas.scheduling.executor import Failed, LocalExecutor, Report
 from recmas.scheduling.task import Task
+from recmas.scheduling.worker import Worker
 from recmas.serving.protocol import ChatRequest
 from recmas.serving.server import address
 from recmas.serving.settings import ServeSettings
@@ -102,20 +104,28 @@ def test_a_chat_goes_before_the_question(server: Served, system: RecursiveMAS) -
     assert found.choices[0].message.content == system.answer([chat])[0].text
 
 
-def test_a_hundred_at_once_each_get_their_own(system: RecursiveMAS) -> None:
-    questions = [f"{QUESTIONS[number % 6]} {number}" for number in range(100)]
-    expected = [answer.text for answer in system.answer(questions, batch_size=1)]
-    with served(system, window=20.0) as server, ThreadPoolExecutor(100) as pool:
-        client = server.client()
+def test_two_hundred_at_once_each_get_their_own(system: RecursiveMAS) -> None:
+    """All are under way before the first is begun; none is lost and none answered twice."""
+    questions = [f"{QUESTIONS[number % 6]} {number}" for number in range(200)]
+    expected = [answer.text for answer in system.answer(questions, batch_size=32)]
+    held = Held(system)
+    with served(system, held) as server:
 
-        def ask(question: str) -> str:
-            return client.chat.completions.create(model="tiny", messages=asked(question)).choices[0].message.content
+        async def ask_all() -> list[str | None]:
+            async with openai.AsyncOpenAI(base_url=f"{server.at}/v1", api_key="none", max_retries=0) as client:
+                answers = [
+                    asyncio.ensure_future(client.chat.completions.create(model="tiny", messages=asked(question)))
+                    for question in questions
+                ]
+                while server.counted("recmas_requests_under_way") < 200:
+                    await asyncio.sleep(0.01)
+                held.go.set()
+                return [answer.choices[0].message.content for answer in await asyncio.gather(*answers)]
 
-        assert list(pool.map(ask, questions)) == expected
-        assert server.counted("recmas_requests_total", outcome="answered") == 100
-        batches = server.counted("recmas_batch_rows_count", role="planner")
-        assert server.counted("recmas_batch_rows_sum", role="planner") == 200
-        assert batches < 50
+        assert asyncio.run(ask_all()) == expected
+        assert server.counted("recmas_requests_total", outcome="answered") == 200
+        assert server.counted("recmas_batch_rows_sum", role="planner") == 400
+        assert server.counted("recmas_batch_rows_count", role="planner") < 40
         assert server.counted("recmas_requests_under_way") == 0
 
 
@@ -256,6 +266,35 @@ def test_what_failed_is_in_the_log_and_not_in_the_answer(
     assert name.startswith("chatcmpl-")
     logged = [record for record in caplog.records if name in record.getMessage()]
     assert [str(record.exc_info[1]) for record in logged if record.exc_info] == ["/a/path of this machine"]
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("CUDA error: unspecified launch failure", 503),
+        ("CUDA error: an illegal memory access was encountered", 503),
+        ("CUDA error: invalid argument", 200),
+        ("the batch is too large", 200),
+    ],
+)
+def test_a_server_whose_device_is_gone_is_not_ready(
+    system: RecursiveMAS, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, said: str, status: int
+) -> None:
+    def fail(self: Worker, *given: object) -> NoReturn:
+        raise RuntimeError(said + "\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(Worker, "think", fail)
+    body = json.dumps({"model": "tiny", "messages": asked("x")}).encode()
+    with served(system) as server:
+        assert server.get("/ready") == 200
+        assert raw(server, body)[0] == 500
+        assert server.get("/ready") == status
+        if status == 503:
+            for _ in range(2):
+                found, answer = raw(server, body)
+                assert (found, answer["error"]["code"]) == (503, "agent_gone")
+            assert [record.getMessage() for record in caplog.records].count("no request is answered any more") == 1
+    assert server.counted("recmas_requests_under_way") == 0
 
 
 def test_a_mistake_of_the_server_is_an_error_like_others(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from functools import partial
@@ -304,3 +305,16 @@ def test_python_leaves_no_folder_behind(tmp_path, monkeypatch, sandbox):
     told = PythonTool(seconds=60, sandbox=sandbox).run("import os; os.getcwd()")
     assert told.startswith("/tmp" if sandbox == "bubblewrap" else str(tmp_path))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_tool_that_was_sent_needs_its_sandbox_where_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = PythonTool()
+    sent = pickle.dumps(tool)
+    assert pickle.loads(sent).sandbox == tool.sandbox
+
+    def choose(sandbox: str) -> str:
+        raise ValueError(f"sandbox: {sandbox} does not work here: another machine")
+
+    monkeypatch.setattr("recmas.tools.python.choose", choose)
+    with pytest.raises(ValueError, match=f"sandbox: {tool.sandbox} does not work here: another machine"):
+        pickle.loads(sent)
