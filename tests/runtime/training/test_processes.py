@@ -87,7 +87,7 @@ def test_two_processes_make_the_links_of_one_to_the_bits(alone, tmp_path):
 
 def test_a_lost_process_ends_the_run_in_one_line_and_one_process_goes_on_with_it(tmp_path):
     write_lean(tmp_path)
-    settings = SETTINGS | {"steps": 200}
+    settings = SETTINGS | {"steps": 80}
     words = ["train", "inner", "system", "--data", "rows.jsonl", "--roles", "planner", "--output", "out"]
     words += [*options(**settings)]
     run = launched(tmp_path, *words)
