@@ -1,10 +1,10 @@
 """Inner training from the cache in two processes of one thread each, against one: rows per second, and the same links.
 
-What is timed are a run's steps, with their lines in the log; what comes before them (reading the rows, opening the
-cache) is the same however many steps a run has. A step has two batches, one for each of the two processes; the larger
-they are, the less its one message costs. Two processes that train a batch per step each, apart from each other and
-without any message, show what the machine itself gives to two; nothing beyond that is in reach of those that train
-together.
+What is timed are a run's steps, with their lines in the log, by the process that writes it; what comes before them
+(reading the rows, opening the cache) is the same however many steps a run has. A step has two batches, one for each of
+the two processes; the larger they are, the less its one message costs. Two processes that train a batch per step each,
+apart from each other and without any message, show what the machine itself gives to two; nothing beyond that is in
+reach of those that train together.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def cases(full: bool) -> list[Case]:
     if not full:
         return [Case(Setting(2, 64, 256, 12, 4, 6, 2, 4), 2, 2)]
     texts = {tokens: Setting(2, 512, 32_000, 60, 32, tokens - 1, 2, 32) for tokens in (32, 256)}
-    return [Case(texts[256], InnerConfig().batch_size, 20, 1.7), Case(texts[256], 16, 20), Case(texts[32], 8, 100)]
+    return [Case(texts[256], 32, 8, 1.7), Case(texts[256], InnerConfig().batch_size, 20), Case(texts[32], 8, 100)]
 
 
 def test_processes(case: Case, bench: Bench, tmp_path: Path) -> None:

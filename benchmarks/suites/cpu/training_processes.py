@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.harness.models import Setting
 from recmas.training import InnerConfig, train_inner
+from recmas.training.processes import processes
 
 ROOT = Path(__file__).parents[3]
 ROLE = "planner"
@@ -44,7 +45,7 @@ class Together:
             member.stdin.write("\n")
             member.stdin.flush()
         answers = [self._answer(member) for member in self._members]
-        self.seconds.append(max(answer["seconds"] for answer in answers))  # of those that train apart, too
+        self.seconds.append(max(answer["seconds"] for answer in answers if answer["writes"]))
         (link,) = {answer["link"] for answer in answers}
         return str(link)
 
@@ -106,7 +107,8 @@ def main(case: Setting, config: InnerConfig, folder: Path) -> None:
         digest = hashlib.sha256()
         for parameter in link.parameters():
             digest.update(parameter.detach().numpy())
-        told = {"seconds": result[ROLE].records[-1].seconds, "link": digest.hexdigest()}
+        # Its log is the run's: the others begin while it makes the log's file ready, and wait for it.
+        told = {"seconds": result[ROLE].records[-1].seconds, "link": digest.hexdigest(), "writes": processes().writes}
         print(json.dumps(told), file=answers, flush=True)
 
 

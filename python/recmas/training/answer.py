@@ -1,4 +1,8 @@
-"""Cross entropy of an answer: the LM head sees the positions that predict it, a few at a time, each of them once."""
+"""Cross entropy of an answer: the LM head sees the positions that predict it, a few at a time, each of them once.
+
+The head is the model's own, whatever it does to its logits, and may run from packed weights. torch's
+``linear_cross_entropy`` reads a plain weight alone, and was no faster where it can be used (docs/how-to/train.md).
+"""
 
 from __future__ import annotations
 
@@ -35,9 +39,11 @@ class _AnswerLoss(torch.autograd.Function):
         gradients: list[torch.Tensor] = []
         for part, expected in _parts(agent, hidden.detach(), ids):
             with torch.enable_grad():
-                loss = _cross_entropy(agent, part.requires_grad_(), expected)
-                gradients += torch.autograd.grad(loss, part)
-            losses.append(loss.detach())
+                logits = agent.logits(part.requires_grad_())
+            slopes, loss = _slopes(logits.detach(), expected)
+            gradients += torch.autograd.grad(logits, part, slopes)
+            losses.append(loss)
+            del logits, slopes  # before the next part makes its own
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
 
@@ -56,5 +62,17 @@ def _parts(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> list[tuple[
 
 
 def _cross_entropy(agent: Agent, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    logits = agent.logits(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="sum")
+    return F.cross_entropy(_exact(agent.logits(hidden)), ids, reduction="sum")
+
+
+def _slopes(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the sum of cross entropies to its logits, and that sum; autograd would hold more such tables."""
+    exact = _exact(logits)
+    loss = F.cross_entropy(exact, ids, reduction="sum")
+    slopes = exact.softmax(dim=-1)
+    slopes[torch.arange(len(ids), device=ids.device), ids] -= 1
+    return slopes.to(logits.dtype), loss
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
