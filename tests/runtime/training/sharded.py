@@ -43,4 +43,3 @@ def main() -> None:
     torch.distributed.all_gather_object(held_by, mine)
     if index == 0:
         print(f"of {total} entries the processes held", *held_by)
-
