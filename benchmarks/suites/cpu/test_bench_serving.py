@@ -61,7 +61,7 @@ class Case:
 
 
 def cases(full: bool) -> list[Case]:
-    return [Case(1, 16), Case(32, 64, 3.0), Case(200, 200)] if full else [Case(4, 8)]
+    return [Case(32, 64, 3.0), Case(1, 16), Case(200, 200)] if full else [Case(4, 8)]
 
 
 @contextlib.contextmanager
