@@ -13,7 +13,7 @@ from benchmarks.report.tables import number
 from benchmarks.trio import frontier
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.page import difference, gap, mean, pooled, rows_of, task_of
+from benchmarks.trio.page import Row, difference, gap, mean, pooled, rows_of, task_of
 from benchmarks.trio.record import part
 from recmas.evaluation.paired import ERROR, paired_means, paired_shares
 
@@ -43,12 +43,10 @@ def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[
 
     def judge(record: dict[str, Any]) -> Finding | None:
         rows = pooled(_asked(record, pair, hops, task))
-        latents = next((row for row in rows if row.message.startswith("latents, m = 8") and row.links == kind), None)
+        latents = next((row for row in rows if _sent(row, "trained", "steps") and row.links == kind), None)
         if latents is None:
             return None
-        text = next(
-            row for row in rows if row.message.startswith("text, 8 tokens") and row.questions == latents.questions
-        )
+        text = next(row for row in rows if _sent(row, "text", "tokens") and row.questions == latents.questions)
         before, after = (mean(row.values("correct")) for row in (text, latents))
         value, low, high, p = gap(text, latents, "correct")
         worse = value < 0 and (high < 0 if p is None else p <= ERROR)  # as an audit decides
@@ -58,6 +56,12 @@ def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[
         return Finding(words, HOLDS if low > -MARGIN else FAILS if worse else UNTOLD)
 
     return judge
+
+
+def _sent(row: Row, arm: str, unit: str) -> bool:
+    """Whether the message is of this arm, and 8 long."""
+    first = row.audits[0]
+    return bool(first["arm"] == arm and first[unit] == 8)
 
 
 def _asked(record: dict[str, Any], pair: str, hops: int, task: str) -> list[dict[str, Any]]:

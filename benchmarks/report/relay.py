@@ -183,10 +183,19 @@ _WITH, _RELEASED, _DEEPER = "residual + ", "residual + 2 layers", "residual + 3 
 
 
 def _ablated(record: dict[str, Any]) -> dict[str, dict[str, Seeds]]:
-    """What was right, by training, kind of links and link seed."""
+    """What was right, by training, kind of links and link seed.
+
+    Raises:
+        ValueError: a kind of links lacks a seed that others have.
+    """
     found: dict[str, dict[str, Seeds]] = {}
+    seeds: dict[str, set[int]] = {}
     for cell in sorted(record["cells"], key=lambda cell: cell["link_seed"]):
         found.setdefault(cell["trained"], {}).setdefault(cell["links"], []).append([float(one) for one in _right(cell)])
+        seeds.setdefault(cell["links"], set()).add(cell["link_seed"])
+    for name, its in seeds.items():
+        if missing := set.union(*seeds.values()) - its:
+            raise ValueError(f"ablations: links of {name!r} lack link seed {min(missing)}, which others have")
     return {trained: {name: kinds[name] for name in KINDS if name in kinds} for trained, kinds in found.items()}
 
 

@@ -258,6 +258,9 @@ def test_verdicts_on_kinds_of_links():
     assert judges.released_is_best(worst).verdict == judges.residual_helps(worst).verdict == FAILS
     assert judges.third_layer_helps(worst).verdict == HOLDS
     assert "1 of 3" in judges.released_is_best(record([90, 92, 91], [80, 81, 82], [90, 90, 90])).verdict
+    best["cells"][0]["link_seed"] = 7  # what would be compared is of other seeds
+    with pytest.raises(ValueError, match="ablations: links of 'residual [+] 1 layer' lack link seed 7"):
+        judges.released_is_best(best)
 
 
 def test_the_page_shows_what_the_record_of_settling_holds():

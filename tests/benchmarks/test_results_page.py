@@ -139,6 +139,7 @@ def test_latents_are_compared_with_texts_of_their_own_questions():
     text = audited("text", [True, False] * 8, tokens=8)
     audits = [text, {**text, "correct": [True] * 16, "task": "gym"}, audited("trained", [True] * 16, steps=8)]
     audits.append(audited("trained", [False] * 16, steps=8, task="gym"))
+    audits[:0] = [audited("trained", [False] * 16, steps=80), audited("trained", [True] * 16, steps=80, task="gym")]
     record = {"a-b": {"audit": audits}}
     for asked, verdict in (({}, HOLDS), ({"task": "gym"}, FAILS)):
         found = carried("a-b", "9 lists", **asked)(record)

@@ -68,7 +68,9 @@ def bar(shown: Shown, **options: Any) -> tqdm[Any]:
     """A tqdm bar that is shown so; off a terminal it is updated seldom, a line each."""
     terminal = sys.stderr.isatty()
     hidden = not shown or (shown is True and not terminal)
-    return tqdm(disable=hidden, mininterval=0.1 if terminal else SECONDS, **options)
+    # Elsewhere no bar stands below another one: codes that move a cursor would go into a log.
+    position = None if terminal else 0
+    return tqdm(disable=hidden, mininterval=0.1 if terminal else SECONDS, position=position, **options)
 
 
 def peak_memory(devices: Iterable[torch.device]) -> int:

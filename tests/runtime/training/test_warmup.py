@@ -118,7 +118,7 @@ def test_links_of_one_sender_share_a_pass_and_are_those_trained_one_by_one(monke
     assert not changed(weights(apart), weights(shared))
 
 
-def test_links_that_share_a_pass_begin_where_those_trained_one_by_one_do():
+def test_links_that_share_a_pass_begin_where_those_trained_one_by_one_do(capsys):
     """To fit a link, texts run outside of autocast; the first step's have to run within, although they are the same."""
     config = WarmupConfig(steps=1, batch_size=2, link_init="ridge", precision="bfloat16")
     said = [dict(row, targets=dict.fromkeys(MIXTURE.roles, "1 red")) for row in ROWS]
@@ -126,5 +126,8 @@ def test_links_that_share_a_pass_begin_where_those_trained_one_by_one_do():
     edges = [edge for edge in apart.outer_links if edge[0] == "summarizer"]
     for edge in edges:
         train_warmup(apart, said, config, edges=[edge], progress=False)
-    train_warmup(shared, said, config, edges=edges, progress=False)
+    train_warmup(shared, said, config, edges=edges, progress="always")
     assert not changed(weights(apart), weights(shared))
+    shown = capsys.readouterr().err
+    assert "warmup-summarizer-math" in shown
+    assert "\x1b" not in shown  # bars of several runs move no cursor in a file
