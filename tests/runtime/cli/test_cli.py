@@ -381,7 +381,7 @@ def test_a_training_that_failed_halfway_goes_on_and_ends_as_if_it_had_not(made, 
     words += ["--batch-size", "2", "--json"]
     assert main([*words, "--output", "whole"]) == 0
     calls, owner = [], alignment if failing == "training" else folder
-    name = "train" if failing == "training" else "write_spec"
+    name = "train_in_turn" if failing == "training" else "write_spec"
     real = getattr(owner, name)
 
     def second_fails(*arguments, **options):
