@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recmas_kernels import LinkConfig, use_backend
+from recmas_kernels import LinkConfig, sources, use_backend
 from recmas_kernels.backends import choice, cuda
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.explain import explain_call
@@ -147,8 +147,11 @@ def test_a_driver_that_is_too_old_is_a_reason_before_any_call(monkeypatch, drive
 
 @pytest.fixture
 def native():
-    """The compiled module; tests that need it are counted as skipped where it was not built."""
-    return pytest.importorskip("recmas_kernels._cuda", reason="recmas_kernels._cuda is not built", exc_type=ImportError)
+    """The compiled module, of these sources; tests that need it are counted as skipped where it was not built."""
+    reason = "recmas_kernels._cuda is not built"
+    module = pytest.importorskip("recmas_kernels._cuda", reason=reason, exc_type=ImportError)
+    assert sources.digest("cuda") in (None, module.sources), "recmas_kernels._cuda was built from other sources"
+    return module
 
 
 def test_a_module_that_was_built_loads_without_a_device():

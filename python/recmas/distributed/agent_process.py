@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,9 @@ from recmas.system.fingerprint import link_digest, member_digest
 from recmas.system.loading import load_member
 from recmas.system.widths import features
 from recmas_kernels import packed
+
+ENDED = 64
+"""Numbers of tasks that are kept when they have ended: what is said of these comes too late."""
 
 
 class AgentProcess:
@@ -55,7 +59,7 @@ class AgentProcess:
         gc.unfreeze()
         self._key = key
         self._dropped: dict[int, set[int]] = {}
-        self._over = -1
+        self._ended: deque[int] = deque(maxlen=ENDED)
         member = load_member(
             Path(loading.folder),
             spec,
@@ -118,19 +122,21 @@ class AgentProcess:
         task = order.task
         task.dropped = self._dropped.setdefault(task.number, set())
         account, grown, told = Account(), dict[int, Grown](), 0.0
-        for step in self._worker.write(task, self._opened(order, sealed), account):
-            _add(grown, step)
-            now = time.monotonic()
-            if now - told >= pace or any(one.took is not None for one in step.values()):
-                yield Done(account, grown)
-                grown, told = {}, now
-        self._over = task.number
-        self._dropped.clear()
+        try:
+            for step in self._worker.write(task, self._opened(order, sealed), account):
+                _add(grown, step)
+                now = time.monotonic()
+                if now - told >= pace or any(one.took is not None for one in step.values()):
+                    yield Done(account, grown)
+                    grown, told = {}, now
+        finally:
+            self._ended.append(task.number)
+            del self._dropped[task.number]  # tasks that wait keep theirs
         yield Done(account, grown)
 
     def drop(self, number: int, places: set[int]) -> None:
         """Nobody waits any more for the texts of these rows of a task; called beside `stream`, or before it."""
-        if number != self._over:  # else it has ended meanwhile
+        if number not in self._ended:
             self._dropped.setdefault(number, set()).update(places)
 
     def watch(self) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from recmas.distributed.replica import Job, Replica
 from recmas.scheduling.executor import Ended, Failed, Report, Wrote
-
-if TYPE_CHECKING:
-    from recmas.distributed.replica import Job, Replica
 
 
 class Turns:

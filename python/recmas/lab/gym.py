@@ -65,7 +65,7 @@ def questions(task: str, split: str, seed: int, count: int) -> list[dict[str, ob
     A row depends on (task, split, seed, its number) and on the release of reasoning-gym alone.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, or more rows than it has.
         ImportError: reasoning-gym is not installed.
     """
     if task not in TASKS:
@@ -77,7 +77,10 @@ def questions(task: str, split: str, seed: int, count: int) -> list[dict[str, ob
     drawn = random.Random(f"gym/{task}/{split}/{seed}").getrandbits(31)
     items = create_dataset(task, size=MOST, seed=drawn, **TASKS[task].settings)
     kept = (item for item in items if TASKS[task].kept(item["answer"]))
-    return [_row(task, item) for item in itertools.islice(kept, count)]
+    rows = [_row(task, item) for item in itertools.islice(kept, count)]
+    if len(rows) < count:
+        raise ValueError(f"count: a seed of {task} has {len(rows)} questions, got {count}")
+    return rows
 
 
 def _row(task: str, item: Mapping[str, Any]) -> dict[str, object]:

@@ -135,14 +135,16 @@ def test_texts_that_nobody_waits_for_are_not_written(pair: Pair) -> None:
     assert first.grown.keys() == {0, 1}  # the step that was under way
     assert next(steps).grown.keys() == {1}
     process.drop(5, {1})
+    process.drop(4, {0, 1})  # of a task that waits
     rest = list(steps)
     assert sum(len(step.grown) for step in rest) <= 1
     assert rest[-1].account.written[1] < 6
     process.drop(5, {0})  # it is over
-    assert not process._dropped
+    assert process._dropped.keys() == {4}
     earlier = again._replace(task=Task(4, again.task.work, again.task.parts, {}))  # what is furthest goes first
-    process.drop(4, {0, 1})
     assert sum(len(step.grown) for step in process.stream(earlier, 0.0, message)) <= 2
+    process.drop(5, {0})
+    assert not process._dropped
 
 
 def test_the_last_agent_calls_tools_as_in_one_process(

@@ -67,6 +67,9 @@ def test_the_command_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     assert written == gym.questions("needle_haystack", "test", 2, 3)
     assert main(["lab", "gym", "other.jsonl", "--name", "sudoku"]) == 2
     assert "task must be one of needle_haystack, family_relationships, got 'sudoku'" in capsys.readouterr().err
+    monkeypatch.setattr(gym, "MOST", 2)
+    assert main(["lab", "gym", "other.jsonl", "--count", "3"]) == 2
+    assert "count: a seed of needle_haystack has 2 questions, got 3" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert main(["lab", "gym", "other.jsonl"]) == 2
     assert "pip install 'recmas-kernels[gym]'" in capsys.readouterr().err
