@@ -37,7 +37,7 @@ from recmas import Agent
 from recmas.lab.gym import TASKS
 
 TASK = "-task"
-TIMED = 4
+TIMED = 12
 """Questions whose turns are timed."""
 
 

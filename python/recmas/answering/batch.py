@@ -16,6 +16,7 @@ from recmas.answering.plan import Plan
 from recmas.answering.settling import Settling
 from recmas.config.pattern import Visit
 from recmas.devices.failure import named
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.engine.messages import Latents, Message, Prompt, select
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse, Reading
@@ -32,12 +33,20 @@ class Batch:
         answers: of these rows, to be filled, in the order of their numbers.
         fields: of all rows.
         numbers: of the rows in this batch.
+        constants: what all batches of the run begin their prompts with; None where there is but one.
     """
 
-    def __init__(self, plan: Plan, answers: Answers, fields: Sequence[Fields], numbers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        answers: Answers,
+        fields: Sequence[Fields],
+        numbers: Sequence[int],
+        constants: ConstantPrefixes | None = None,
+    ) -> None:
         self.plan, self.system, self.numbers = plan, plan.system, numbers
         self.visits = list(plan.system.pattern.visits(plan.rounds))
-        self.prefix_reuse = PrefixReuse(plan.options.prefix_reuse)
+        self.prefix_reuse = PrefixReuse(plan.options.prefix_reuse, constants)
         self.readers: list[PrefixReuse] = []  # that served the turn under way
         self.settling = None if plan.options.settle is None else Settling(plan.options.settle)
         self.going = list(range(len(numbers)))  # places of the rows that have no answer yet
@@ -134,7 +143,8 @@ class Batch:
     ) -> Iterator[tuple[int, str]]:
         """The turn of the agent that answers these rows, with its calls of tools."""
         self.readers.append(reuse)
-        running = self.running(reuse.prefill(visit.role, None))  # nobody reads these rows' prompts afterwards
+        constant = self.system.constant_ids(visit)
+        running = self.running(reuse.prefill(visit.role, None, constant))  # nobody reads these rows' prompts afterwards
         toolbox, answers = self.plan.options.toolbox, [self.answers[place] for place in places]
         numbers = [self.numbers[place] for place in places]
         agent, how = self.system.agents[visit.role], self.plan.decoding[visit.role]
@@ -170,7 +180,7 @@ class Batch:
         upcoming = next((after for after in same if after.role == visit.role), same[0] if same else None)
         ids = None if upcoming is None else partial(self.system.prefix_ids, upcoming, self.rows)
         self.readers.append(self.prefix_reuse)
-        return self.prefix_reuse.prefill(visit.role, ids)
+        return self.prefix_reuse.prefill(visit.role, ids, self.system.constant_ids(visit))
 
     def seed(self, visit: Visit) -> tuple[int, ...]:
         return self.plan.options.seed, visit.round, self.system.pattern.roles.index(visit.role)

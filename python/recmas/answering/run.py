@@ -11,6 +11,7 @@ from recmas.answering.batch import Batch
 from recmas.answering.batching import Batches, batches
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.prompts.rows import Fields, read_row
 
 Question = str | Mapping[str, object] | Sequence[Mapping[str, str]]
@@ -32,13 +33,15 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 
 
 def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
+    constants = ConstantPrefixes()  # nobody writes a weight until the last batch has ended
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:
                 plan.progress(len(numbers) * len(list(plan.system.pattern.visits(plan.rounds))))
             continue
         part = Answers(Answer() for _ in numbers)
-        batch, shown = Batch(plan, part, fields, numbers), False
+        several = len(numbers) < len(fields)
+        batch, shown = Batch(plan, part, fields, numbers, constants if several else None), False
         try:
             for row, piece in batch.run(in_pieces=plan.on_text is not None):
                 assert plan.on_text is not None

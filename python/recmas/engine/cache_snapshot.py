@@ -118,10 +118,11 @@ def unsupported(decoder: PreTrainedModel, cache: DynamicCache) -> str:
 
 def common_columns(rows: Ids, others: Ids, pads: Sequence[int], last: int) -> int:
     """The column, `last` at most, before which every row of left-padded `rows` agrees with its other."""
-    return min(last, *(pad + _agreeing(row, other) for row, other, pad in zip(rows, others, pads, strict=True)))
+    return min(last, *(pad + agreeing(row, other) for row, other, pad in zip(rows, others, pads, strict=True)))
 
 
-def _agreeing(row: Sequence[int], other: Sequence[int]) -> int:
+def agreeing(row: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin alike with."""
     length = min(len(row), len(other))
     if row[:length] == other[:length]:
         return length

@@ -1,7 +1,8 @@
 """Prefix reuse: resume from a cached prefix, run only the tokens that differ.
 
 The tokens before a prompt's first slot are the same in every round, and often partly the same in every row. A model
-runs them once, a `Snapshot` keeps what its KV cache then held, and later prompts continue on copies.
+runs them once, a `Snapshot` keeps what its KV cache then held, and later prompts continue on copies. What a template
+says before its first field is the same in every batch, too (`recmas.engine.constant_prefixes`).
 
 Prompts are left padded, so they all end in the same column. The cut is a column too: the last one before which the
 snapshot knows every row's tokens. A row that could reuse more runs those few again, in place of the padding it would
@@ -24,12 +25,10 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import Ids, Snapshot, common_columns, unsupported
+from recmas.engine.constant_prefixes import LEAST_POSITIONS, ConstantPrefixes
 from recmas.engine.continuation import Continuation, Past
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import Prefill, missing_padding, prefill_all, uncached
-
-SHARED_POSITIONS = 64
-"""Positions that must be saved before a prefix common to all rows is read by itself, which costs a small forward."""
 
 
 @dataclass
@@ -59,43 +58,49 @@ class PrefixReuse:
 
     Args:
         enabled: False reads every prompt in one piece.
+        constants: what earlier batches read of prefixes that all prompts have; None keeps nothing beyond the batch.
         proved: the model need not prove its prefix reuse: this is the proof.
 
     Attributes:
         last: the reading of the latest prompts.
     """
 
-    def __init__(self, enabled: bool = True, *, proved: bool = False) -> None:
-        self._proved = proved
+    def __init__(
+        self, enabled: bool = True, constants: ConstantPrefixes | None = None, *, proved: bool = False
+    ) -> None:
+        self._proved, self._constants = proved, constants
         self._off = "" if enabled else "prefix reuse is off"
         self._held: dict[str, Snapshot] = {}
         self.last = Reading()
 
     def select(self, rows: Sequence[int]) -> PrefixReuse:
         """For some rows of the batch, with what is held of them."""
-        chosen = PrefixReuse(proved=self._proved)
+        chosen = PrefixReuse(constants=self._constants, proved=self._proved)
         chosen._off = self._off
         chosen._held = {role: snapshot.select(rows) for role, snapshot in self._held.items()}
         return chosen
 
-    def prefill(self, role: str, upcoming: Callable[[], Ids] | None) -> Prefill:
+    def prefill(self, role: str, upcoming: Callable[[], Ids] | None, constant: Sequence[int] = ()) -> Prefill:
         """The `Prefill` of one visit.
 
         Args:
             role: whose snapshot it makes.
             upcoming: what will stand before the first slot of the prompts that the same model reads next, as far as
                 that is known; None if it reads no more in this batch. Called for recurrent models only.
+            constant: token ids that prompts of this visit begin with in any batch.
         """
         self.last = Reading()
 
         def prefill(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None) -> tuple[Past, Tensor]:
             if not self._off:
                 try:
-                    return self._prefill(role, upcoming, decoder, prompt, room, context)
+                    return self._prefill(role, upcoming, constant, decoder, prompt, room, context)
                 except torch.OutOfMemoryError:
-                    if not self._held:
+                    if not (self._held or self._constants):
                         raise
                     self._held.clear()
+                    if self._constants is not None:
+                        self._constants.clear()
                     self._off = "memory ran out, so snapshots were dropped"
             positions = int(prompt.mask.sum())
             self.last = Reading(positions, positions, self._unproved(decoder, prompt) or self._off)
@@ -107,6 +112,7 @@ class PrefixReuse:
         self,
         role: str,
         upcoming: Callable[[], Ids] | None,
+        constant: Sequence[int],
         decoder: PreTrainedModel,
         prompt: Prompt,
         room: int,
@@ -118,24 +124,35 @@ class PrefixReuse:
         positions = computed = len(pads) * width - sum(pads)
         reason = "the prompt's tokens are not known" if prefix is None else unsupported(decoder, past.cache)
         reason = self._unproved(decoder, prompt) or reason
-        if not reason and (upcoming is not None or self._held or _shared(past, prefix or [], pads, width - 1)):
-            reason = "" if self._proved else missing(decoder, "prefix reuse")
+        constants = self._constants if len(constant) >= LEAST_POSITIONS else None
+        all_alike = 0 if prefix is None else _common(past, prefix, pads, width - 1)
+        alone = upcoming is None and constants is None and not self._held and not _pays(all_alike, 0, pads)
+        if not (reason or alone or self._proved):
+            reason = missing(decoder, "prefix reuse")
         if reason or prefix is None:
             self.last = Reading(positions, computed, reason)
             return prefill_all(decoder, prompt, room, context)
 
-        mine = [snapshot for snapshot in self._held.values() if snapshot.decoder is decoder]
-        held = [snapshot for snapshot in mine if snapshot.device == prompt.embeds.device]
+        held = [kept for kept in self._held.values() if kept.decoder is decoder and kept.device == prompt.embeds.device]
+        known = list(held)
+        if constants is not None:
+            made, read = constants.of(decoder, constant, prompt)
+            known += [] if made is None else [made]
+            computed += read
         cut, source = 0, None
-        for snapshot in held:
+        for snapshot in known:
             if (found := snapshot.cut(prefix, pads, width - 1)) > cut:
                 cut, source = found, snapshot
-        if source is None and (cut := _shared(past, prefix, pads, width - 1)):
-            longest = pads.index(0)
-            begun = Continuation(decoder, prompt.mask[longest : longest + 1, :cut], 0)
-            begun.feed(prompt.embeds[longest : longest + 1, :cut])
-            source = Snapshot.of(begun, [prefix[longest][:cut]], [0])
-            computed += cut
+        if _pays(all_alike, cut, pads):
+            row = slice(pads.index(0), pads.index(0) + 1)
+            mask = prompt.mask[row, :all_alike]
+            if source is None:
+                begun = Continuation(decoder, mask, 0)
+            else:
+                begun = source.select([row.start]).resume(mask, cut, [0], 0, None)
+            begun.feed(prompt.embeds[row, cut:all_alike])
+            computed += all_alike - cut
+            cut, source = all_alike, Snapshot.of(begun, [prefix[row.start][:all_alike]], [0])
         if source is not None:
             past = source.resume(prompt.mask, cut, pads, room, context)
             computed -= sum(max(cut - pad, 0) for pad in pads)
@@ -166,12 +183,17 @@ class PrefixReuse:
         return slow or missing(decoder, "several positions")
 
 
-def _shared(past: Continuation, prefix: Ids, pads: list[int], last: int) -> int:
-    """The columns to read once for all rows, which begin with the same tokens; 0 where that saves too little."""
+def _common(past: Continuation, prefix: Ids, pads: list[int], last: int) -> int:
+    """How many tokens, `last` at most, all rows begin alike with; 0 where a recurrent state could not be shared."""
     if _recurrent(past) and any(pads):
         return 0
-    cut = common_columns(prefix, [prefix[0]] * len(prefix), [0] * len(prefix), last)
-    return cut if sum(max(cut - pad, 0) for pad in pads) - cut >= SHARED_POSITIONS else 0
+    return common_columns(prefix, [prefix[0]] * len(prefix), [0] * len(prefix), last)
+
+
+def _pays(columns: int, cut: int, pads: list[int]) -> bool:
+    """Whether to read the columns from `cut` to `columns` once for all rows."""
+    more = columns - cut
+    return more > 0 and sum(max(columns - max(cut, pad), 0) for pad in pads) - more >= LEAST_POSITIONS
 
 
 def _recurrent(past: Continuation) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from recmas.agents.detokenizer import Detokenizer
 from recmas.agents.model import PromptTooLongError
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse
@@ -30,7 +31,8 @@ class Worker:
     Args:
         member: the agent, its links and prompts.
         toolbox: what it may call while it writes an answer.
-        prefix_reuse: keep prefixes of a batch for its next visit (`recmas.engine.prefix_reuse`).
+        prefix_reuse: keep prefixes of a batch for its next visit, and those that all batches have, for good
+            (`recmas.engine.prefix_reuse`).
         held: batches whose prefixes are kept; the one unused for longest goes first.
         load_weights: under offload, brings the agent's weights to its device.
         weights_stay: False under offload.
@@ -50,6 +52,7 @@ class Worker:
         self._held = held
         self._load_weights, self._weights_stay = load_weights, weights_stay
         self._prefixes: OrderedDict[tuple[int, ...], PrefixReuse] = OrderedDict()
+        self._constants = ConstantPrefixes()
 
     @torch.no_grad()
     def think(self, task: Task, messages: Mapping[str, Message]) -> tuple[Latents, Account]:
@@ -170,7 +173,7 @@ class Worker:
     def _prefill(self, task: Task) -> Prefill:
         """Reads the prompts; a batch that comes again resumes from the prefixes of its last visit."""
         rows = tuple(part.number for part in task.parts)
-        kept = self._prefixes.pop(rows, None) or PrefixReuse(self._reuse)
+        kept = self._prefixes.pop(rows, None) or PrefixReuse(self._reuse, self._constants)
         rounds = [part.again for part in task.parts if part.again is not None]
         upcoming = None
         if len(rounds) == len(rows):
@@ -178,4 +181,5 @@ class Worker:
             while len(self._prefixes) > self._held:
                 self._prefixes.popitem(last=False)
             upcoming = partial(self.member.prompts.prefix_ids, rounds, [part.fields for part in task.parts])
-        return kept.prefill(self.member.role, upcoming)
+        constant = self.member.prompts.constant_ids(task.parts[0].visit.round)
+        return kept.prefill(self.member.role, upcoming, constant)

@@ -13,6 +13,7 @@ from recmas.agents.agent import Agent
 from recmas.agents.chat_template import ChatTemplate
 from recmas.config.pattern import LinkKey, Visit, link_key
 from recmas.config.system_json import AgentSpec
+from recmas.engine.cache_snapshot import agreeing
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.prompts.renderer import PromptRenderer
 from recmas.prompts.rows import Fields
@@ -40,6 +41,7 @@ class Prompts:
         self._templates = {
             text: Template(text) for text in (setting.prompt.first, setting.prompt.later) if text is not None
         }
+        self._constants: dict[Template, list[int]] = {}
 
     def template(self, round: int) -> Template:
         """The template of `round`."""
@@ -66,6 +68,18 @@ class Prompts:
                     break
                 found[-1] += segment
         return found
+
+    def constant_ids(self, round: int) -> list[int]:
+        """Token ids that all prompts of a round begin with whose rows hold no earlier messages.
+
+        What a row puts into a field may change the token before it; then its prompt has all but that one.
+        """
+        template = self.template(round)
+        if template not in self._constants:
+            rows = [dict.fromkeys(template.fields, text) for text in ("a", "7")]
+            one, other = self.prefix_ids([round] * 2, rows)
+            self._constants[template] = one[: agreeing(one, other)]
+        return self._constants[template]
 
 
 @dataclass(frozen=True)

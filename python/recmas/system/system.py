@@ -218,6 +218,10 @@ class System:
         """Token ids that stand before the first slot of each row's prompt of one visit."""
         return self._prompts[visit.role].prefix_ids([visit.round] * len(rows), rows)
 
+    def constant_ids(self, visit: Visit) -> list[int]:
+        """Token ids that prompts of one visit begin with whatever their rows say (`Prompts.constant_ids`)."""
+        return self._prompts[visit.role].constant_ids(visit.round)
+
     def template(self, role: str, round: int) -> Template:
         """The template that `role` uses in `round`."""
         return self._prompts[role].template(round)

@@ -9,9 +9,10 @@ from recmas import SEQUENTIAL, Pattern, RecursiveMAS
 from recmas.agents.agent import Agent
 from recmas.config.system_json import PromptSpec
 from recmas.engine.cache_snapshot import Snapshot, common_columns
+from recmas.engine.constant_prefixes import LEAST_POSITIONS
 from recmas.engine.continuation import Continuation
 from recmas.engine.messages import Latents, Prompt
-from recmas.engine.prefix_reuse import SHARED_POSITIONS, PrefixReuse
+from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
 from tests.runtime.engine.plain_rollout import check_rollout, relative_error
@@ -136,7 +137,7 @@ def test_what_all_rows_begin_with_is_read_once(agent):
         pads = [max(lengths) - length for length in lengths]
         saved = 0 if recurrent and ragged else sum(70 - pad for pad in pads) - 70
         assert prefixes.last.positions - prefixes.last.computed == saved
-        assert saved >= SHARED_POSITIONS or recurrent
+        assert saved >= LEAST_POSITIONS or recurrent
     few = assemble(agent.embed, [[[*system, 9]]] * 1, {}, {}, pad_id=agent.pad_id, device="cpu")
     agent.think(few, STEPS, link, prefill=prefixes.prefill("a", None))
     assert prefixes.last.positions == prefixes.last.computed == 71

@@ -1,0 +1,48 @@
+"""What all prompts of a template begin with, read once for many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from recmas.engine.cache_snapshot import Snapshot
+from recmas.engine.continuation import Continuation
+from recmas.engine.messages import Prompt
+
+LEAST_POSITIONS = 64
+"""Positions of a prefix that is read by itself: that takes a forward of its own, which fewer do not pay for."""
+
+
+class ConstantPrefixes:
+    """Snapshots of prefixes, for whoever promises that no weight of the models is written meanwhile."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
+    def of(self, decoder: PreTrainedModel, ids: Sequence[int], prompt: Prompt) -> tuple[Snapshot | None, int]:
+        """The snapshot of a prefix, and how many positions were read to make it.
+
+        Args:
+            decoder: whose.
+            ids: the prefix; None is made of fewer than `LEAST_POSITIONS`.
+            prompt: a batch whose longest row begins with the prefix, or else nothing is read: what was kept is all.
+        """
+        key = decoder, prompt.embeds.device, tuple(ids)
+        if len(ids) < LEAST_POSITIONS or key in self._kept:
+            return self._kept.get(key), 0
+        longest, count = int(prompt.mask[:, 0].argmax()), len(ids)
+        if prompt.prefix is None or list(prompt.prefix[longest][:count]) != list(ids):
+            return None, 0
+        begun = Continuation(decoder, prompt.mask[longest : longest + 1, :count], 0)
+        begun.feed(prompt.embeds[longest : longest + 1, :count])
+        self._kept[key] = Snapshot.of(begun, [list(ids)], [0])
+        return self._kept[key], count
