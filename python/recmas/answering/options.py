@@ -34,9 +34,8 @@ class AnswerOptions:
             `on_message` and `tools` may be called twice for a row.
         trace: keep every handoff in `Answer.handoffs`.
         prefix_reuse: resume from a cached prefix and run only the tokens that differ, where a prompt begins as an
-            earlier one of the same batch and agent, or as all prompts of its template do (`recmas.engine.prefix_reuse`);
-            the same answers but for rounding.
-            `Answers.reading` counts what it saved.
+            earlier one of the same batch and agent, or as all of its template do (`recmas.engine.prefix_reuse`); the
+            same answers but for rounding. `Answers.reading` counts what it saved.
         tools: what the last agent may call while it writes its answer (`recmas.tools`); none by default.
 
     Raises:
