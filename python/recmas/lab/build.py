@@ -25,7 +25,7 @@ from recmas.lab.agents import relay_system
 from recmas.lab.grid import grid
 from recmas.lab.links import LinkSettings, train_links
 from recmas.lab.pretrain import PretrainSettings, pretrain
-from recmas.lab.tasks import RELAY, Task, task_named, task_of
+from recmas.lab.tasks import RELAY, Task, task_of
 from recmas.lab.world import ROLES
 from recmas.recursive_mas import RecursiveMAS
 from recmas.system.folder import check_place
@@ -129,7 +129,7 @@ def pretrain_all(
     folder: Path, task: Task, seed: int, jobs: int, settings: PretrainSettings, *, progress: bool
 ) -> dict[str, dict[str, float]]:
     """Pretrain every agent into ``folder/<role>``; what each reached, by role."""
-    work = [(task.name, role, folder, seed, settings, progress) for role in ROLES]
+    work = [(task, role, folder, seed, settings, progress) for role in ROLES]
     if jobs == 1:
         return dict(zip(ROLES, map(_pretrain_into, work), strict=True))
     spawn = multiprocessing.get_context("spawn")
@@ -137,9 +137,9 @@ def pretrain_all(
         return dict(zip(ROLES, pool.map(_pretrain_into, work), strict=True))
 
 
-def _pretrain_into(job: tuple[str, str, Path, int, PretrainSettings, bool]) -> dict[str, float]:
-    name, role, folder, seed, settings, progress = job
-    model, tokenizer, reached = pretrain(task_named(name), role, seed, settings, progress=progress)
+def _pretrain_into(job: tuple[Task, str, Path, int, PretrainSettings, bool]) -> dict[str, float]:
+    task, role, folder, seed, settings, progress = job
+    model, tokenizer, reached = pretrain(task, role, seed, settings, progress=progress)
     model.save_pretrained(folder / role)
     tokenizer.save_pretrained(folder / role)
     return reached

@@ -113,7 +113,7 @@ def _measure(
         mode="text" if method == "text" else "latent",
         rounds=1 if alone else rounds,
         batch_size=BATCH,
-        on_message=_shuffled if method == "shuffled latents" else None,
+        on_message=shuffled if method == "shuffled latents" else None,
     )
     seconds = time.perf_counter() - started
     right = sum(
@@ -132,7 +132,7 @@ def _solver_alone(system: RecursiveMAS, task: Task) -> RecursiveMAS:
     return single_agent(system, "solver", template)
 
 
-def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]:
+def shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]:
     """Every question gets the latents of another one of its batch."""
     if isinstance(message, list):
         return message[1:] + message[:1]
