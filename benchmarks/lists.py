@@ -10,7 +10,6 @@ of docs/evidence.md, and ``python -m benchmarks.report`` draws the verdict.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+import recmas_kernels
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
 from benchmarks.harness.timing import Ratio
@@ -58,7 +58,7 @@ def answers(lab: Path, count: int) -> list[dict[str, Any]]:
 def times(lab: Path, turns: int, threads: Sequence[int]) -> list[dict[str, Any]]:
     """A cell per threads, batch and way: seconds per question of each turn. One turn more warms up."""
     system = _system(lab)
-    ways = {"text": (system, "text"), "latent": (system, "latent"), TERSE: (_narrow(system), "text")}
+    ways = {"text": (system, "text"), "latent": (system, "latent"), TERSE: (_narrow(lab), "text")}
     cells = []
     for number in threads:
         torch.set_num_threads(number)
@@ -77,19 +77,19 @@ def times(lab: Path, turns: int, threads: Sequence[int]) -> list[dict[str, Any]]
     return cells
 
 
-def _system(lab: Path) -> RecursiveMAS:
-    system = RecursiveMAS.from_pretrained(lab)
+def _system(lab: Path, accelerate: bool = True) -> RecursiveMAS:
+    system = RecursiveMAS.from_pretrained(lab, accelerate=accelerate)
     if (task := task_of(system)) is not LIST:
         raise ValueError(f"{lab}: is a lab of the task {task.name!r}, not of {LIST.name!r}")
     return system
 
 
-def _narrow(system: RecursiveMAS) -> RecursiveMAS:
-    """The same system with tables of the tokens that its agents know, and no others."""
-    system = copy.deepcopy(system)
+def _narrow(lab: Path) -> RecursiveMAS:
+    """The system with tables of the tokens that its agents know, and no others."""
+    system = _system(lab, accelerate=False)
     for agent in system.agents.values():
-        agent.unpack()
         agent.model.resize_token_embeddings(len(agent.tokenizer))
+        agent.accelerated = recmas_kernels.accelerate(agent.model)
     return system
 
 

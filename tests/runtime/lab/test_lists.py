@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from recmas import RecursiveMAS
 from recmas.cli import main
 from recmas.lab.agents import fresh_model, widen
-from recmas.lab.build import BuildSettings, build
 from recmas.lab.grid import CONTROLS, MODES, grid
 from recmas.lab.lessons import UNSCORED, School
 from recmas.lab.lists import LENGTH, NUMBERS, questions
@@ -20,6 +18,7 @@ from recmas.lab.tasks import LIST, RELAY, task_of
 from recmas.lab.vocabulary import tokenizer_for
 from recmas.lab.world import FACTS, ROLES
 from recmas.prompts.jsonl import read_rows
+from tests.runtime.lab.few_steps import list_lab
 
 SHIPPED = str(Path(__file__).parents[3] / "examples" / "relay")
 
@@ -108,17 +107,7 @@ def test_a_wide_vocabulary_is_never_chosen(role: str) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lab after a few steps of every stage."""
-    settings = BuildSettings.of(LIST)
-    few = {stage: replace(config, steps=1, batch_size=2) for stage, config in vars(settings.links).items() if config}
-    lab = tmp_path_factory.mktemp("labs") / "list"
-    settings = BuildSettings(
-        replace(settings.pretrain, sheets=2, asked=2, cooldown=1, max_steps=2),
-        replace(settings.links, **few),
-        validation=2,
-    )
-    task = replace(LIST, vocabulary=600)
-    build(lab, 3, task=task, jobs=1, settings=settings, progress=False)
-    return lab
+    return list_lab(tmp_path_factory.mktemp("labs") / "list")
 
 
 def test_a_lab_of_lists_is_built_and_measured(built: Path) -> None:
