@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from recmas.cli import main
 from recmas.lab.agents import fresh_model, widen
 from recmas.lab.grid import CONTROLS, MODES, grid
 from recmas.lab.lessons import UNSCORED, School
-from recmas.lab.lists import LENGTH, NUMBERS, questions
+from recmas.lab.lists import LENGTH, NUMBERS, questions, turns
 from recmas.lab.tasks import LIST, RELAY, task_of
 from recmas.lab.vocabulary import tokenizer_for
-from recmas.lab.world import FACTS, ROLES
+from recmas.lab.world import FACTS, ROLES, draw_world
 from recmas.prompts.jsonl import read_rows
 from tests.runtime.lab.few_steps import list_lab
 
@@ -43,6 +45,20 @@ def test_everything_is_said_and_one_item_is_asked_for(row: dict[str, object]) ->
     assert targets["solver"] == row["answer"] == facts(row, "solver")[asked]
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_turn_finds_what_the_sheet_says(role: str) -> None:
+    world = draw_world(random.Random(1))
+    for turn in itertools.islice(turns(role, world, random.Random(2)), 8):
+        items = turn.message.split()
+        found = [world.facts(role)[value] for value in items[::2]]
+        assert tuple(items[1::2]) == NUMBERS
+        assert list(turn.found[::2]) == list(turn.found[1::2]) == found
+        if role == "solver":
+            assert turn.reply == found[int(turn.fields["number"]) - 1]
+        else:
+            assert turn.reply.split()[::2] == found
+
+
 def test_who_is_asked_for_a_number_alone_knows_it() -> None:
     fields = {role: " ".join(templates.values()) for role, templates in LIST.prompts.items()}
     assert [role for role in ROLES if "{{number}}" in fields[role]] == ["solver"]
@@ -55,8 +71,8 @@ def test_who_is_asked_for_a_number_alone_knows_it() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_lesson_labels_what_a_perfect_agent_finds_and_says(role: str) -> None:
     school = School(LIST, role, "train", 0)
-    tokens, turns = school.tokenizer, 3
-    for lesson in (school.lesson(2, turns, noise=0.5, reply_noise=0.5) for _ in range(4)):  # in both rhythms
+    tokens, count = school.tokenizer, 3
+    for lesson in (school.lesson(2, count, noise=0.5, reply_noise=0.5) for _ in range(4)):  # in both rhythms
         for groups, labels, values in zip(lesson.groups, lesson.labels, lesson.values, strict=True):
             sheet = dict(fact.split(":") for fact in tokens.decode(groups[1 : FACTS + 1, 0]).split())
             said = [int(label) for label in labels if label != UNSCORED]
@@ -64,24 +80,24 @@ def test_a_lesson_labels_what_a_perfect_agent_finds_and_says(role: str) -> None:
             spoken = tokens.decode(labels[values]).split()
             if role == "solver":  # one message of ten items, each found twice, and a question a turn
                 assert set(said[: 2 * LENGTH]) <= first
-                assert len(said) == 2 * LENGTH + 3 * turns
-                assert said[2 * LENGTH + 2 :: 3] == [tokens.eos_token_id] * turns
-                assert len(spoken) == turns
+                assert len(said) == 2 * LENGTH + 3 * count
+                assert said[2 * LENGTH + 2 :: 3] == [tokens.eos_token_id] * count
+                assert len(spoken) == count
             else:
-                assert len(said) == turns * (2 * LENGTH + 2 * LENGTH + 1)
+                assert len(said) == count * (2 * LENGTH + 2 * LENGTH + 1)
                 assert set(said[: 2 * LENGTH]) <= first
                 assert said[: 2 * LENGTH : 2] == said[2 * LENGTH : 4 * LENGTH : 2]  # what it finds, it says in order
                 assert tokens.decode(said[2 * LENGTH + 1 : 4 * LENGTH : 2]).split() == list(NUMBERS)
-                assert len(spoken) == turns * LENGTH
+                assert len(spoken) == count * LENGTH
             assert set(spoken) <= set(sheet.values())
         assert float(lesson.noise[:, : FACTS + 1].max()) == 0.0
-        assert 0.0 < float(lesson.noise.max()) <= 0.5
+        assert 0.0 < float(lesson.noise[:, -1].min()) <= float(lesson.noise.max()) <= 0.5  # replies have noise, too
 
 
 def test_each_solver_turn_sees_the_message_and_no_other_question() -> None:
     lesson = School(LIST, "solver", "train", 0).lesson(1, 2, noise=0.0)
     visible, length = lesson.visible[0, 0], lesson.groups.shape[1]
-    turn = length - 1 - int(lesson.positions.argmax())  # the first turn ends where a position is largest first
+    turn = 4  # <out>, the number and the two pieces of a word
     start = length - turn
     assert bool(visible[-1, : start - turn].all())  # sheet and message
     assert not bool(visible[-1, start - turn : start].any())
