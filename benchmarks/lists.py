@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import transformers
 
-import recmas_kernels
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
 from benchmarks.harness.timing import Ratio
@@ -36,6 +36,8 @@ WORLDS = 2028
 """Seed of the test worlds; links are chosen, and settings were tried, on validation worlds."""
 BATCH = 256
 BATCHES = (1, 16, 64)
+LEAST = 16
+"""Questions of a turn, however few at once."""
 TERSE = "text, own tokens alone"
 KEPT = ("seed", "link_seed", "commit", "validation_accuracy", "pretraining")
 
@@ -63,7 +65,7 @@ def times(lab: Path, turns: int, threads: Sequence[int]) -> list[dict[str, Any]]
     for number in threads:
         torch.set_num_threads(number)
         for batch in BATCHES:
-            rows = LIST.questions("test", WORLDS, LIST.hops, max(8, batch))
+            rows = LIST.questions("test", WORLDS, LIST.hops, max(LEAST, batch))
             spent: dict[str, list[float]] = {way: [] for way in ways}
             for turn in range(turns + 1):
                 for way, (asked, mode) in ways.items():
@@ -77,8 +79,8 @@ def times(lab: Path, turns: int, threads: Sequence[int]) -> list[dict[str, Any]]
     return cells
 
 
-def _system(lab: Path, accelerate: bool = True) -> RecursiveMAS:
-    system = RecursiveMAS.from_pretrained(lab, accelerate=accelerate)
+def _system(lab: Path) -> RecursiveMAS:
+    system = RecursiveMAS.from_pretrained(lab)
     if (task := task_of(system)) is not LIST:
         raise ValueError(f"{lab}: is a lab of the task {task.name!r}, not of {LIST.name!r}")
     return system
@@ -86,11 +88,12 @@ def _system(lab: Path, accelerate: bool = True) -> RecursiveMAS:
 
 def _narrow(lab: Path) -> RecursiveMAS:
     """The system with tables of the tokens that its agents know, and no others."""
-    system = _system(lab, accelerate=False)
+    system = RecursiveMAS.from_pretrained(lab, accelerate=False)
     for agent in system.agents.values():
         agent.model.resize_token_embeddings(len(agent.tokenizer))
-        agent.accelerated = recmas_kernels.accelerate(agent.model)
-    return system
+    with tempfile.TemporaryDirectory() as folder:
+        system.to(dtype=torch.float16).save_pretrained(folder)
+        return RecursiveMAS.from_pretrained(folder)
 
 
 def add(record: Path, part: str, head: dict[str, Any], cells: Sequence[dict[str, Any]], same: Sequence[str]) -> None:
