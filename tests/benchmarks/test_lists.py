@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.lists import BATCHES, TERSE, main
+from benchmarks.lists import BATCHES, TERSE, main, page
 from benchmarks.report import lists as judges
+from benchmarks.report.__main__ import ROOT
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD
+from benchmarks.report.stored import RESULTS
 from tests.runtime.lab.few_steps import list_lab
 
 RELAY = Path(__file__).parents[2] / "examples" / "relay"
@@ -50,6 +52,12 @@ def test_what_cannot_be_measured_is_one_line(
     assert main([str(tmp_path / "record.json"), *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "record.json").exists()
+
+
+def test_the_documentation_shows_what_the_record_holds():
+    shown = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").splitlines()
+    for line in page(json.loads((RESULTS / "lists.json").read_text(encoding="utf-8"))):
+        assert line in shown
 
 
 def made(*, wrong: int, ratio: float) -> dict[str, Any]:
