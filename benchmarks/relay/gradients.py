@@ -19,7 +19,7 @@ from recmas import Agent, RecursiveMAS
 from recmas.engine.messages import Latents
 from recmas.evaluation.untrained_links import passing
 from recmas.lab.agents import relay_system
-from recmas.lab.links import training_rows
+from recmas.lab.tasks import RELAY as TASK
 from recmas.lab.world import questions
 from recmas.training import InnerConfig, WarmupConfig, train_inner, train_warmup
 
@@ -81,8 +81,8 @@ def linked(shipped: RecursiveMAS, kind: str, seed: int) -> tuple[RecursiveMAS, M
         # A step so small that it changes nothing: the fit is where training would begin.
         stage: dict[str, Any] = {"link_init": "ridge", "steps": 1, "learning_rate": 1e-12, "rounds": (1, 2, 3)}
         stage |= {"batch_size": 64, "warmup_steps": 0, "seed": seed}
-        train_inner(system, training_rows(seed, 64), InnerConfig(**stage), progress=False)
-        train_warmup(system, training_rows(seed, 64), WarmupConfig(**stage), progress=False)
+        train_inner(system, TASK.training_rows(seed, 64), InnerConfig(**stage), progress=False)
+        train_warmup(system, TASK.training_rows(seed, 64), WarmupConfig(**stage), progress=False)
     return system, words
 
 

@@ -15,7 +15,7 @@ from recmas import RecursiveMAS
 from recmas.config.pattern import Pattern
 from recmas.config.system_json import PromptSpec
 from recmas.evaluation import looped_model
-from recmas.lab.agents import PROMPTS
+from recmas.lab.tasks import RELAY
 
 ROUNDS = (1, 2, 3)
 ROLE = "solver"
@@ -33,7 +33,7 @@ def measure(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def looped(system: RecursiveMAS) -> RecursiveMAS:
     """The solver alone: it reads the question, then its own latents of the pass before."""
-    later = PROMPTS[ROLE]["first"].replace("{{from:critic}}", f"{{{{from:{ROLE}}}}}")
+    later = RELAY.prompts[ROLE]["first"].replace("{{from:critic}}", f"{{{{from:{ROLE}}}}}")
     prompt = PromptSpec(later.replace(f"{{{{from:{ROLE}}}}}", "{{question}}"), later)
     alone = RecursiveMAS(
         {ROLE: system.agents[ROLE]},

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.relay.asked import RELAY
 from recmas import Agent, RecursiveMAS
-from recmas.lab.links import LinkSettings, training_rows
+from recmas.lab.links import LinkSettings
+from recmas.lab.tasks import RELAY as TASK
 from recmas.lab.world import ROLES
 from recmas.training import train_inner, train_outer, train_warmup
 
@@ -44,13 +45,13 @@ def align(system: RecursiveMAS, seed: int, steps: Mapping[str, int]) -> None:
     settings = LinkSettings()
     forward = system.pattern.edges(1)
     inner = replace(settings.inner, steps=steps["inner"], seed=seed)
-    train_inner(system, training_rows(seed, inner.batch_size), inner, progress=False)
+    train_inner(system, TASK.training_rows(seed, inner.batch_size), inner, progress=False)
     for edges, stage in ((forward, "warmup"), (system.outer_links.keys() - forward, "feedback")):
         warmup = replace(getattr(settings, stage), steps=steps[stage], seed=seed)
-        train_warmup(system, training_rows(seed, warmup.batch_size), warmup, edges=sorted(edges), progress=False)
+        train_warmup(system, TASK.training_rows(seed, warmup.batch_size), warmup, edges=sorted(edges), progress=False)
 
 
 def answer(system: RecursiveMAS, seed: int, steps: Mapping[str, int], rounds: int | tuple[int, ...]) -> None:
     """The outer stage from there: the answers' cross entropy in so many rounds."""
     outer = replace(LinkSettings().all_rounds, rounds=rounds, steps=steps["outer"], learning_rate=RATE, seed=seed)
-    train_outer(system, training_rows(seed, outer.batch_size), outer, progress=False)
+    train_outer(system, TASK.training_rows(seed, outer.batch_size), outer, progress=False)

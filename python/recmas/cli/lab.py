@@ -1,5 +1,6 @@
-"""``recmas lab build|questions|eval|demo|notes|gym``: the relay lab, three small agents that can only answer together.
+"""``recmas lab build|questions|eval|demo|notes|gym``: the lab, three small agents that can only answer together.
 
+Its tasks are the relay, of short messages and several rounds, and the list, of one round and messages of 20 tokens.
 ``notes`` and ``gym`` write questions of other tasks, in natural language, for models that can read.
 """
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 TASKS = {
     "build": "pretrain three agents from nothing, train their links, and write an ordinary system",
     "questions": "write fresh questions with their answers and training targets",
-    "eval": "measure a relay system on fresh questions: hops 1-3 x rounds 1-3, latents, text and controls",
+    "eval": "measure a lab's system on fresh questions: hops x rounds (relay: 1-3), latents, text and controls",
     "demo": "a short eval, then the links' time, fused against eager",
     "notes": "write questions of the notes task: private notes and natural language, for language models",
     "gym": "write questions of reasoning-gym, dealt out to a reader and a solver as those of the notes task",
@@ -41,6 +42,7 @@ def execute(options: Namespace) -> int:
 def _build_options(parser: CommandLineParser) -> None:
     parser.add_argument("system", type=str, help="folder to write")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    _add_task(parser)
     parser.add_argument("--seed", type=int, default=1, help="of agents, lessons, links and their questions")
     parser.add_argument("--link-seed", type=int, default=None, help="of links and questions, where it should differ")
     parser.add_argument("--agents", type=str, default=None, help="built lab whose agents are linked anew")
@@ -50,9 +52,14 @@ def _build_options(parser: CommandLineParser) -> None:
 def _questions_options(parser: CommandLineParser) -> None:
     parser.add_argument("output", type=str, help="JSONL file to write")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    _add_task(parser)
     parser.add_argument("--seed", type=int, default=1, help="of the test worlds")
     parser.add_argument("--count", type=int, default=256, help="number of questions")
-    parser.add_argument("--hops", type=COUNTS, default=(1, 2, 3), help="hop counts to draw from")
+    parser.add_argument("--hops", type=COUNTS, default=None, help="hop counts to draw from (default: the task's)")
+
+
+def _add_task(parser: CommandLineParser) -> None:
+    parser.add_argument("--task", type=str, default="relay", help="relay or list")
 
 
 def _notes_options(parser: CommandLineParser) -> None:
@@ -86,12 +93,14 @@ def _build(options: Namespace) -> None:
     import transformers
 
     from recmas.lab.build import build
+    from recmas.lab.tasks import task_named
     from recmas.lab.threads import one_thread
 
+    task = task_named(options.task)
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     with one_thread():
-        record = build(options.system, options.seed, link_seed=options.link_seed, agents=options.agents)
+        record = build(options.system, options.seed, task=task, link_seed=options.link_seed, agents=options.agents)
     minutes = (time.perf_counter() - started) / 60
     if options.json:
         dump(record)
@@ -105,12 +114,13 @@ def _build(options: Namespace) -> None:
 
 
 def _questions(options: Namespace) -> None:
-    from recmas.lab.world import questions
+    from recmas.lab.tasks import task_named
 
+    task = task_named(options.task)
     if options.count < 1:
         raise ValueError(f"--count: {options.count} is not positive")
     check_output(options.output)
-    write_lines(options.output, questions("test", options.seed, options.hops, options.count))
+    write_lines(options.output, task.questions("test", options.seed, options.hops or task.hops, options.count))
     print(f"{options.count} questions in {options.output}")
 
 
@@ -159,21 +169,21 @@ def _measured(options: Namespace, default: int) -> list[Any]:
     count = default if options.questions is None else options.questions
     if count < 2:
         raise ValueError(f"--questions: {count} is too few; latents are shuffled among 2 questions or more")
-    hops, rounds, methods = (1, 2, 3), (1, 2, 3), (*MODES, *CONTROLS)
-    total = len(hops) * len(runs(methods, rounds))
-    with loaded(options) as mas, tqdm(total=total, desc="relay", leave=False, disable=None) as bar:
+    methods = (*MODES, *CONTROLS)
+    with loaded(options) as mas, tqdm(desc="lab", leave=False, disable=None) as bar:
 
         def show(cell: Measurement) -> None:
             if not options.json:
                 bar.write(line(cell))
             bar.update()
 
-        check(mas, count)
+        task = check(mas, count)
+        bar.total = len(task.hops) * len(runs(methods, task.hops))
         if not options.json:
             bar.write(f"{count} fresh questions per number of hops, test worlds of seed {options.seed}, one thread")
             bar.write(heading())
         with one_thread():
-            cells = grid(mas, options.seed, count, hops=hops, rounds=rounds, methods=methods, on_cell=show)
+            cells = grid(mas, options.seed, count, methods=methods, on_cell=show)
     if not options.json:
         print(f"\n{summary([cell for cell in cells if cell.method in MODES])}")
     return cells

@@ -1,4 +1,4 @@
-"""The three agents of the relay: what each reads, and the small models that play them."""
+"""The lab's three agents: small models of three architectures, and the system they make."""
 
 from __future__ import annotations
 
@@ -18,23 +18,9 @@ from transformers import (
 
 from recmas.agents.agent import Agent
 from recmas.config.pattern import SEQUENTIAL
-from recmas.config.system_json import Decoding, PromptSpec
+from recmas.config.system_json import Decoding
+from recmas.lab.tasks import RELAY, Task
 from recmas.recursive_mas import RecursiveMAS
-
-PROMPTS = {
-    "planner": {
-        "first": "<bos> {{planner_sheet}} <in> {{question}} <out>",
-        "later": "<bos> {{planner_sheet}} <in> {{from:solver}} <out>",
-    },
-    "critic": {"first": "<bos> {{critic_sheet}} <in> {{from:planner}} <out>"},
-    "solver": {"first": "<bos> {{solver_sheet}} <in> {{from:critic}} <out>"},
-}
-"""The templates of the relay system; pretraining renders its lessons with the very same ones."""
-
-SENDER = {"planner": "solver", "critic": "planner", "solver": "critic"}
-LATENT_STEPS = {"planner": 2, "critic": 2, "solver": 3}
-"""As many latent steps as the agent's own message has tokens."""
-MAX_NEW_TOKENS = 4
 
 
 def fresh_model(role: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -67,12 +53,29 @@ def fresh_model(role: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pre
     return model
 
 
-def relay_system(agents: Mapping[str, Agent], seed: int) -> RecursiveMAS:
-    """The relay's three agents in sequence, with fresh links drawn from ``seed``."""
-    prompts = {role: PromptSpec(**templates) for role, templates in PROMPTS.items()}
-    system = RecursiveMAS.create(agents, SEQUENTIAL, prompts=prompts, rounds=3, seed=seed)
+def relay_system(agents: Mapping[str, Agent], seed: int, task: Task = RELAY) -> RecursiveMAS:
+    """The task's three agents in sequence, with fresh links drawn from ``seed``."""
+    rounds = max(task.hops)
+    system = RecursiveMAS.create(agents, SEQUENTIAL, prompts=task.specs(), rounds=rounds, seed=seed)
     for role, setting in system.settings.items():
         setting.chat, setting.dtype = False, "float32"
-        setting.latent_steps = LATENT_STEPS[role]
-        setting.decoding = Decoding(max_new_tokens=MAX_NEW_TOKENS)
+        setting.latent_steps = task.latent_steps[role]
+        setting.decoding = Decoding(max_new_tokens=task.max_new_tokens)
     return system
+
+
+@torch.no_grad()
+def widen(model: PreTrainedModel, rows: int, seed: int) -> None:
+    """Enlarge the model's vocabulary to so many rows, of tokens that it never says.
+
+    Each new row, of both tables, is an average of two rows that are there. So its logit is never above the larger one
+    of theirs, and the greedy choice stays what it was.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = model.config.vocab_size
+    pairs = torch.randint(known, (2, rows - known), generator=generator)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    wide = [torch.cat([table.weight, table.weight[pairs].mean(dim=0)]) for table in tables]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for table, weight in zip((model.get_input_embeddings(), model.get_output_embeddings()), wide, strict=True):
+        table.weight.copy_(weight)

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import transformers
 from recmas.agents.agent import Agent
 from recmas.files import write_atomically
 from recmas.files.json_lines import to_lines
+from recmas.lab import links as link_training
+from recmas.lab import pretrain as pretraining
 from recmas.lab.agents import relay_system
 from recmas.lab.grid import grid
 from recmas.lab.links import LinkSettings, train_links
 from recmas.lab.pretrain import PretrainSettings, pretrain
-from recmas.lab.world import ROLES, questions
+from recmas.lab.tasks import RELAY, Task, task_of
+from recmas.lab.world import ROLES
 from recmas.recursive_mas import RecursiveMAS
 from recmas.system.folder import check_place
 from recmas_kernels import __version__
@@ -37,41 +40,48 @@ EXAMPLES = 96
 class BuildSettings:
     """Settings of a build; ``validation`` is the number of questions per cell that links are chosen by."""
 
-    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
-    links: LinkSettings = field(default_factory=LinkSettings)
+    pretrain: PretrainSettings
+    links: LinkSettings
     validation: int = 512
+
+    @classmethod
+    def of(cls, task: Task) -> BuildSettings:
+        """The task's own."""
+        return cls(pretraining.SETTINGS[task.name], link_training.SETTINGS[task.name])
 
 
 def build(
     folder: str | os.PathLike[str],
     seed: int = 1,
     *,
+    task: Task = RELAY,
     link_seed: int | None = None,
     agents: str | os.PathLike[str] | None = None,
     jobs: int = 2,
     settings: BuildSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Build a relay system into ``folder``: an ordinary system in half precision, example questions and a record.
+    """Build a task's system into ``folder``: an ordinary system in half precision, example questions and a record.
 
     Args:
         folder: new, or an earlier system that is replaced.
         seed: of the agents, their lessons, the links and their questions.
+        task: that the agents are to do together.
         link_seed: of links and their questions where it should differ from ``seed``.
         agents: folder of a built lab whose agents are linked anew; None pretrains them.
         jobs: agents pretrained at once, in processes of one thread each; 1 pretrains in this process.
-        settings: of all stages; None takes the defaults.
+        settings: of all stages; None takes the task's own.
         progress: show bars.
 
     Returns:
         The record, as written to ``lab.json``: seeds, settings, commit, versions and what every stage reached.
     """
-    settings = settings or BuildSettings()
+    settings = settings or BuildSettings.of(task)
     place = Path(folder)
     check_place(place)
-    if agents is not None and not (Path(agents) / RECORD).is_file():
-        raise ValueError(f"agents: {agents} is no built lab, it has no {RECORD}")
+    earlier = None if agents is None else _earlier(Path(agents), task)
     record: dict[str, Any] = {
+        "task": task.name,
         "seed": seed,
         "link_seed": seed if link_seed is None else link_seed,
         "validation_seed": VALIDATION_SEED,
@@ -80,58 +90,69 @@ def build(
         "settings": json.loads(json.dumps(asdict(settings))),
     }
     with tempfile.TemporaryDirectory() as temporary:
-        if agents is None:
+        if agents is None or earlier is None:
             homes = Path(temporary)
-            record["pretraining"] = pretrain_all(homes, seed, jobs, settings.pretrain, progress=progress)
+            record["pretraining"] = pretrain_all(homes, task, seed, jobs, settings.pretrain, progress=progress)
         else:
             homes = Path(agents) / "agents"
-            record["pretraining"] = json.loads((Path(agents) / RECORD).read_text())["pretraining"]
+            record["pretraining"] = earlier["pretraining"]
         members = {role: Agent.from_pretrained(homes / role, torch.float32, name=role) for role in ROLES}
-        system = relay_system(members, record["link_seed"])
+        system = relay_system(members, record["link_seed"], task)
         record["links"] = train_links(
             system,
+            task,
             record["link_seed"],
             lambda candidate: validation_accuracy(candidate, settings.validation),
             settings.links,
             progress=progress,
         )
         system.to(dtype=torch.float16).save_pretrained(place)
-    write_rows(place / QUESTIONS, questions("test", seed, (1, 2, 3), EXAMPLES))
+    write_rows(place / QUESTIONS, task.questions("test", seed, task.hops, EXAMPLES))
     record["validation_accuracy"] = validation_accuracy(RecursiveMAS.from_pretrained(place), settings.validation)
     write_atomically(place / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 
 def validation_accuracy(system: RecursiveMAS, count: int) -> float:
-    """Mean latent accuracy over the cells with enough rounds (hops <= rounds <= 3), on the validation split."""
-    cells = [
-        cell
-        for hops in (1, 2, 3)
-        for cell in grid(
-            system, VALIDATION_SEED, count, hops=[hops], rounds=range(hops, 4), methods=["latent"], split="validation"
+    """Mean latent accuracy over the cells with enough rounds, hops to the most hops there are, on validation worlds."""
+    every = task_of(system).hops
+    cells = []
+    for hops in every:
+        enough = range(hops, max(every) + 1)
+        cells += grid(
+            system, VALIDATION_SEED, count, hops=[hops], rounds=enough, methods=["latent"], split="validation"
         )
-    ]
     return sum(cell.accuracy for cell in cells) / len(cells)
 
 
 def pretrain_all(
-    folder: Path, seed: int, jobs: int, settings: PretrainSettings, *, progress: bool
+    folder: Path, task: Task, seed: int, jobs: int, settings: PretrainSettings, *, progress: bool
 ) -> dict[str, dict[str, float]]:
     """Pretrain every agent into ``folder/<role>``; what each reached, by role."""
-    tasks = [(role, folder, seed, settings, progress) for role in ROLES]
+    work = [(task, role, folder, seed, settings, progress) for role in ROLES]
     if jobs == 1:
-        return dict(zip(ROLES, map(_pretrain_into, tasks), strict=True))
+        return dict(zip(ROLES, map(_pretrain_into, work), strict=True))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return dict(zip(ROLES, pool.map(_pretrain_into, tasks), strict=True))
+        return dict(zip(ROLES, pool.map(_pretrain_into, work), strict=True))
 
 
-def _pretrain_into(task: tuple[str, Path, int, PretrainSettings, bool]) -> dict[str, float]:
-    role, folder, seed, settings, progress = task
-    model, tokenizer, reached = pretrain(role, seed, settings, progress=progress)
+def _pretrain_into(job: tuple[Task, str, Path, int, PretrainSettings, bool]) -> dict[str, float]:
+    task, role, folder, seed, settings, progress = job
+    model, tokenizer, reached = pretrain(task, role, seed, settings, progress=progress)
     model.save_pretrained(folder / role)
     tokenizer.save_pretrained(folder / role)
     return reached
+
+
+def _earlier(lab: Path, task: Task) -> dict[str, Any]:
+    """The record of a built lab of this task; labs of before there were tasks are the relay's."""
+    if not (lab / RECORD).is_file():
+        raise ValueError(f"agents: {lab} is no built lab, it has no {RECORD}")
+    record: dict[str, Any] = json.loads((lab / RECORD).read_text())
+    if (of := record.get("task", RELAY.name)) != task.name:
+        raise ValueError(f"agents: {lab} is a lab of the task {of!r}, not of {task.name!r}")
+    return record
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:

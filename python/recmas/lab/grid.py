@@ -1,4 +1,4 @@
-"""What a relay system can do: accuracy for hops x rounds, in latents and in text, and the controls that must fail."""
+"""What a lab's system can do: accuracy for hops x rounds, in latents and in text, and the controls that must fail."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from recmas.config.pattern import SEQUENTIAL, Visit
-from recmas.config.system_json import PromptSpec
+from recmas.config.pattern import Visit
 from recmas.engine.messages import Latents
 from recmas.evaluation import METRICS
 from recmas.evaluation.baselines import single_agent
-from recmas.lab.agents import PROMPTS, relay_system
-from recmas.lab.world import chance, questions
+from recmas.lab.agents import relay_system
+from recmas.lab.tasks import Task, task_of
+from recmas.lab.world import chance
 from recmas.recursive_mas import RecursiveMAS
 
 MODES = ("latent", "text")
@@ -47,8 +47,8 @@ def grid(
     seed: int,
     count: int,
     *,
-    hops: Sequence[int] = (1, 2, 3),
-    rounds: Sequence[int] = (1, 2, 3),
+    hops: Sequence[int] | None = None,
+    rounds: Sequence[int] | None = None,
     methods: Sequence[str] = (*MODES, *CONTROLS),
     split: str = "test",
     on_cell: Callable[[Measurement], object] | None = None,
@@ -56,10 +56,10 @@ def grid(
     """Measure every method on every cell, on ``count`` fresh questions per number of hops.
 
     Args:
-        system: a relay system.
+        system: of a task of the lab.
         seed: of the questions' worlds.
         count: questions per number of hops; all rounds and methods answer the same ones.
-        hops, rounds: the grid's sides.
+        hops, rounds: the grid's sides; None takes the task's hops for both.
         methods: of ``MODES`` and ``CONTROLS``.
         split: "test", or "validation" for choosing between systems.
         on_cell: called with each finished cell.
@@ -69,16 +69,16 @@ def grid(
     """
     if unknown := [method for method in methods if method not in (*MODES, *CONTROLS)]:
         raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join((*MODES, *CONTROLS))}")
-    check(system, count)
+    task = check(system, count)
     systems = dict.fromkeys(methods, system)
     if "untrained links" in methods:
-        systems["untrained links"] = relay_system(system.agents, seed)
+        systems["untrained links"] = relay_system(system.agents, seed, task)
     if "solver alone" in methods:
-        systems["solver alone"] = _solver_alone(system)
+        systems["solver alone"] = _solver_alone(system, task)
     cells = []
-    for hop_count in hops:
-        rows = questions(split, seed, [hop_count], count)
-        for method, round_count in runs(methods, rounds):
+    for hop_count in hops or task.hops:
+        rows = task.questions(split, seed, [hop_count], count)
+        for method, round_count in runs(methods, rounds or task.hops):
             cell = _measure(systems[method], method, rows, hop_count, round_count)
             cells.append(cell)
             if on_cell is not None:
@@ -86,16 +86,12 @@ def grid(
     return cells
 
 
-def check(system: RecursiveMAS, count: int) -> None:
-    """Raise ValueError unless ``system`` is a relay system and ``count`` questions can be measured."""
-    prompts = {role: PromptSpec(**templates) for role, templates in PROMPTS.items()}
-    if system.pattern != SEQUENTIAL or {role: one.prompt for role, one in system.settings.items()} != prompts:
-        raise ValueError(
-            "system: is not a relay lab; expected planner, critic and solver in sequence with the lab's own prompts, "
-            "as recmas lab build makes them"
-        )
+def check(system: RecursiveMAS, count: int) -> Task:
+    """The system's task; ValueError unless it is the lab's and ``count`` questions can be measured."""
+    task = task_of(system)
     if count < 2:
         raise ValueError(f"count: {count} is too few; latents are shuffled among 2 questions or more")
+    return task
 
 
 def runs(methods: Sequence[str], rounds: Sequence[int]) -> list[tuple[str, int]]:
@@ -117,7 +113,7 @@ def _measure(
         mode="text" if method == "text" else "latent",
         rounds=1 if alone else rounds,
         batch_size=BATCH,
-        on_message=_shuffled if method == "shuffled latents" else None,
+        on_message=shuffled if method == "shuffled latents" else None,
     )
     seconds = time.perf_counter() - started
     right = sum(
@@ -130,13 +126,13 @@ def _measure(
     return Measurement(method, hops, rounds, count, right / count, chance(hops, rounds), *costs)
 
 
-def _solver_alone(system: RecursiveMAS) -> RecursiveMAS:
+def _solver_alone(system: RecursiveMAS, task: Task) -> RecursiveMAS:
     """The solver with its own sheet, and the question where the critic's message belongs."""
-    template = PROMPTS["solver"]["first"].replace("{{from:critic}}", "{{question}}")
+    template = task.prompts["solver"]["first"].replace("{{from:critic}}", "{{question}}")
     return single_agent(system, "solver", template)
 
 
-def _shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]:
+def shuffled(visit: Visit, message: Latents | list[str]) -> Latents | list[str]:
     """Every question gets the latents of another one of its batch."""
     if isinstance(message, list):
         return message[1:] + message[:1]

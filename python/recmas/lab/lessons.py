@@ -1,8 +1,9 @@
-"""Lessons for one relay agent: read a sheet, look the received value up, answer in the relay's format.
+"""Lessons for one agent of the lab: read a sheet, look the received values up, answer in the task's format.
 
 A lesson is one sheet and several independent turns. A turn is what stands between ``<in>`` and ``<out>``, and the
 reply. The turns of a sheet share its forward pass: each attends to the sheet and to itself only and counts its
-positions from the end of the sheet, so it sees exactly what it would see alone.
+positions from the end of the sheet, so it sees exactly what it would see alone. Where all turns share one message, it
+is part of what they share.
 
 Half of the lessons fill the slot in the sender's rhythm (one embedding per token of the sender: the mean of the
 receiver's own embeddings of the same characters), and every slot can get Gaussian noise. Both make the agent at home
@@ -12,22 +13,22 @@ with what a link will write there.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recmas.lab.agents import PROMPTS, SENDER
+from recmas.lab.tasks import Task
 from recmas.lab.vocabulary import tokenizer_for
-from recmas.lab.world import MAX_HOPS, World, draw_world
+from recmas.lab.world import Turn, draw_world
 from recmas.prompts.renderer import PromptRenderer
 from recmas.prompts.template import Slot, Template
 from recmas.training.counterparts import aligned_tokens
 
-PASSED_ON = 0.25
-"""Share of the critic's and the solver's turns in which a finished word passes through."""
 UNSCORED = -100
 
 
@@ -60,75 +61,87 @@ class _Position(NamedTuple):
 
 
 class School:
-    """Makes the lessons of one role; worlds and messages are drawn from (role, split, seed)."""
+    """Makes the lessons of one role of a task; worlds and messages are drawn from (role, split, seed)."""
 
-    def __init__(self, role: str, split: str, seed: int) -> None:
-        self.role = role
-        self.tokenizer = tokenizer_for(role)
+    def __init__(self, task: Task, role: str, split: str, seed: int) -> None:
+        self.role, self.tokenizer = role, tokenizer_for(role, task.marks)
+        self._turns, self._one_message = task.turns, role in task.one_message
         self._rng = random.Random(f"pretrain/{role}/{split}/{seed}")
-        self._renderer = PromptRenderer(self.tokenizer, chat=False)
-        prompts = PROMPTS[role]
-        self._template = Template(prompts.get("later", prompts["first"]))
-        sender = tokenizer_for(SENDER[role])
+        self._unvalued = {self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(list(task.marks))}
+        prompts = task.prompts[role]
+        text = prompts.get("later", prompts["first"])
+        template = Template(text.replace("{{question}}", "{{from:question}}"))  # it stands where a message would
+        renderer = PromptRenderer(self.tokenizer, chat=False)
+        (sender,) = template.senders
+        source = self.tokenizer if sender == "question" else tokenizer_for(sender, task.marks)
+
+        def around(fields: Mapping[str, str]) -> tuple[list[int], list[int]]:
+            before, slot, after = renderer.segments(template, {**dict.fromkeys(template.fields, ""), **fields})
+            if isinstance(before, Slot) or not isinstance(slot, Slot) or isinstance(after, Slot):
+                raise TypeError(f"the {role}'s template must be a slot between two texts")
+            return before, after
 
         @functools.cache
-        def spelled(text: str) -> list[int]:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        def cue(fields: tuple[tuple[str, str], ...]) -> list[int]:
+            return around(dict(fields))[1]
 
         @functools.cache
-        def spoken(text: str) -> list[tuple[int, int]]:
-            groups, ids = aligned_tokens(sender, self.tokenizer, [text])
+        def spelled(word: str) -> list[int]:
+            return list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
+
+        @functools.cache
+        def spoken(word: str) -> list[tuple[int, int]]:
+            groups, ids = aligned_tokens(source, self.tokenizer, [word])
             return [(ids[0][group[0]], ids[0][group[-1]]) for group in groups[0]]
 
-        self._spelled, self._spoken = spelled, spoken
+        self._around, self._cue, self._spelled, self._spoken = around, cue, spelled, spoken
 
-    def lesson(self, sheets: int, turns: int, noise: float) -> Lesson:
-        """A batch of ``sheets`` x ``turns`` turns, all in one rhythm, their noise drawn from 0 to ``noise``."""
+    def lesson(self, sheets: int, turns: int, noise: float, reply_noise: float = 0.0) -> Lesson:
+        """A batch of ``sheets`` x ``turns`` turns, all in one rhythm.
+
+        Their noise is drawn from 0 to ``noise``; ``reply_noise`` is the share of it that replies get, too.
+        """
         as_sender = self._rng.random() < 0.5
         lines: list[list[_Position]] = []
-        sheet_tokens = 0
+        shared = 0
         for _ in range(sheets):
             world = draw_world(self._rng)
-            before, slot, after = self._renderer.segments(
-                self._template, {f"{self.role}_sheet": world.sheet(self.role, self._rng)}
-            )
-            if isinstance(before, Slot) or not isinstance(slot, Slot) or isinstance(after, Slot):
-                raise TypeError(f"the {self.role}'s template must be a slot between two texts")
-            sheet_tokens = len(before)
+            before, _ = self._around({f"{self.role}_sheet": world.sheet(self.role, self._rng)})
             line = [_Position((token, token)) for token in before]
-            for _ in range(turns):
-                line += self._turn(world, after, as_sender, noise)
+            shared = len(line)
+            for number, turn in enumerate(itertools.islice(self._turns(self.role, world, self._rng), turns)):
+                level = self._rng.uniform(0.0, noise)
+                if number == 0 or not self._one_message:
+                    line += self._slot(turn, as_sender, level)
+                if number == 0 and self._one_message:
+                    shared = len(line)
+                line += self._reply(turn, reply_noise * level)
             lines.append(line)
         return Lesson(
             torch.tensor([[position.group for position in line] for line in lines]),
             torch.tensor([[position.label for position in line] for line in lines]),
             torch.tensor([[position.noise for position in line] for line in lines]),
             torch.tensor([[position.value for position in line] for line in lines]),
-            *turn_layout(sheet_tokens, turns, (len(line) - sheet_tokens) // turns),
+            *turn_layout(shared, turns, (len(line) - shared) // turns),
         )
 
-    def _turn(self, world: World, cue: list[int], as_sender: bool, noise: float) -> list[_Position]:
-        text = self._message(world)
-        written = self._spoken(text) if as_sender else [(token, token) for token in self._spelled(text)]
-        reply = [*self._spelled(world.relay(self.role, text)), self.tokenizer.eos_token_id]
-        level = self._rng.uniform(0.0, noise)
-        slot = [_Position(group, noise=level) for group in written]
-        # The last slot position also learns to name the value: without this label the look-up is found far later.
-        slot[-1] = slot[-1]._replace(label=reply[1])
-        said = [_Position((token, token)) for token in (*cue, *reply[:-1])]
-        for offset, token in enumerate(reply):
-            index = len(cue) - 1 + offset
-            said[index] = said[index]._replace(label=token, value=0 < offset < len(reply) - 1)
-        return slot + said
+    def _slot(self, turn: Turn, as_sender: bool, level: float) -> list[_Position]:
+        slot: list[_Position] = []
+        for word, found in zip(turn.message.split(), turn.found, strict=True):
+            written = self._spoken(word) if as_sender else [(token, token) for token in self._spelled(word)]
+            slot += [_Position(group, noise=level) for group in written]
+            if found is not None:  # without this label the look-up is found far later
+                slot[-1] = slot[-1]._replace(label=self._spelled(found)[0])
+        return slot
 
-    def _message(self, world: World) -> str:
-        rng = self._rng
-        if self.role == "planner":
-            return f"{rng.randint(0, MAX_HOPS)} {rng.choice(list(world.colour_of))}"
-        if rng.random() < PASSED_ON:
-            return f"0 {rng.choice(list(world.colour_of))}"
-        keys = world.animal_of if self.role == "critic" else world.word_of
-        return f"{rng.randint(0, MAX_HOPS - 1)} {rng.choice(list(keys))}"
+    def _reply(self, turn: Turn, level: float) -> list[_Position]:
+        reply = [token for word in turn.reply.split() for token in self._spelled(word)]
+        cue = self._cue(tuple(turn.fields.items()))
+        said = [_Position((token, token)) for token in cue]
+        said += [_Position((token, token), noise=level) for token in reply]
+        for index, token in enumerate([*reply, self.tokenizer.eos_token_id], len(cue) - 1):
+            said[index] = said[index]._replace(label=token, value=token not in self._unvalued)
+        return said
 
 
 @functools.cache

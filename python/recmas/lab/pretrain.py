@@ -1,4 +1,4 @@
-"""Pretraining of one relay agent on its lessons, from random weights."""
+"""Pretraining of one agent of the lab on its lessons, from random weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from recmas.lab.agents import fresh_model
+from recmas.lab.agents import fresh_model, widen
 from recmas.lab.lessons import UNSCORED, Lesson, School
+from recmas.lab.tasks import LIST, RELAY, Task
 from recmas.lab.world import ROLES
 
 
@@ -21,8 +22,11 @@ class PretrainSettings:
     """How an agent is pretrained.
 
     Attributes:
-        sheets, turns: of a batch.
+        sheets: of a batch.
+        turns: of a sheet.
+        asked: of a sheet where its turns share one message, instead.
         slot_noise: largest rms of the noise on a slot, relative to the embeddings'.
+        reply_noise: share of a slot's noise that its reply gets, too.
         solved: share of right values (moving average, with noise) that starts the cooldown.
         cooldown: steps of linear decay to zero.
         max_steps: steps in all, if the task is not solved before.
@@ -30,7 +34,9 @@ class PretrainSettings:
 
     sheets: int = 32
     turns: int = 8
+    asked: int = 6
     slot_noise: float = 0.5
+    reply_noise: float = 0.0
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     solved: float = 0.99
@@ -38,8 +44,12 @@ class PretrainSettings:
     max_steps: int = 3000
 
 
+SETTINGS = {RELAY.name: PretrainSettings(), LIST.name: PretrainSettings(sheets=24, turns=1, reply_noise=0.5)}
+"""By task; a list is ten look-ups in one turn."""
+
+
 def pretrain(
-    role: str, seed: int, settings: PretrainSettings | None = None, *, progress: bool = True
+    task: Task, role: str, seed: int, settings: PretrainSettings, *, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, float]]:
     """Train one agent from scratch (fp32, CPU, with as many threads as torch has).
 
@@ -47,8 +57,8 @@ def pretrain(
         The model in eval mode, its tokenizer, and ``steps`` and ``accuracy``: the share of value tokens predicted right
         in validation worlds, without noise.
     """
-    settings = settings or PretrainSettings()
-    school = School(role, "train", seed)
+    school = School(task, role, "train", seed)
+    turns = settings.asked if role in task.one_message else settings.turns
     model = fresh_model(role, school.tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +72,7 @@ def pretrain(
         remaining = min(1.0, (stop - step) / settings.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / settings.warmup_steps, remaining)
-        lesson = school.lesson(settings.sheets, settings.turns, settings.slot_noise)
+        lesson = school.lesson(settings.sheets, turns, settings.slot_noise, settings.reply_noise)
         logits, labels, values = _predictions(model, lesson, generator)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -73,9 +83,11 @@ def pretrain(
         if right > settings.solved:
             stop = min(stop, step + 1 + settings.cooldown)
     model.eval().requires_grad_(False)
-    exam = School(role, "validation", seed).lesson(256, settings.turns, noise=0.0)
+    exam = School(task, role, "validation", seed).lesson(256, turns, noise=0.0)
     with torch.no_grad():
         accuracy = _share_right(*_predictions(model, exam, generator))
+    if task.vocabulary is not None:
+        widen(model, task.vocabulary, seed)
     return model, school.tokenizer, {"steps": step, "accuracy": accuracy}
 
 

@@ -12,21 +12,22 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recmas.lab.world import ANIMALS, COLOURS, MAX_HOPS, WORDS
+from recmas.lab.world import ANIMALS, COLOURS, WORDS
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-MARKS = ("<in>", "<out>")
-COUNTERS = tuple(str(hops) for hops in range(MAX_HOPS + 1))
 
 
-def tokenizer_for(role: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``"planner"``, ``"critic"`` or ``"solver"``, with pad, bos, eos and unknown tokens."""
+def tokenizer_for(role: str, marks: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``"planner"``, ``"critic"`` or ``"solver"``, with pad, bos, eos and unknown tokens.
+
+    ``marks`` are the task's words besides names and facts, a token each.
+    """
     if role == "planner":
-        return _word_level((*WORDS, *COLOURS, *_facts(WORDS, COLOURS)))
+        return _word_level((*marks, *WORDS, *COLOURS, *_facts(WORDS, COLOURS)))
     if role == "critic":
-        return _word_level((*WORDS, *COLOURS, *ANIMALS, *_facts(COLOURS, ANIMALS)))
+        return _word_level((*marks, *WORDS, *COLOURS, *ANIMALS, *_facts(COLOURS, ANIMALS)))
     if role == "solver":
-        return _word_piece((*WORDS, *ANIMALS), _facts(ANIMALS, WORDS))
+        return _word_piece(marks, (*WORDS, *ANIMALS), _facts(ANIMALS, WORDS))
     raise ValueError(f"role must be planner, critic or solver, got {role!r}")
 
 
@@ -39,13 +40,13 @@ def _numbered(tokens: Iterable[str]) -> dict[str, int]:
 
 
 def _word_level(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    vocabulary = _numbered((*SPECIAL, *MARKS, *COUNTERS, *words))
+    vocabulary = _numbered((*SPECIAL, *words))
     return _wrapped(Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")))
 
 
-def _word_piece(names: Sequence[str], facts: Sequence[str]) -> PreTrainedTokenizerFast:
+def _word_piece(marks: Sequence[str], names: Sequence[str], facts: Sequence[str]) -> PreTrainedTokenizerFast:
     pieces = [piece for name in names for piece in spelled(name)]
-    vocabulary = _numbered((*SPECIAL, *MARKS, *COUNTERS, *pieces, *facts))
+    vocabulary = _numbered((*SPECIAL, *marks, *pieces, *facts))
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return _wrapped(tokenizer)

@@ -1,4 +1,4 @@
-"""The relay world: a question no agent can answer alone, with facts drawn anew for every question.
+"""The lab's worlds, and the relay's questions: no agent can answer alone, with facts drawn anew for every question.
 
 A world has three random bijections: word -> colour (the planner's sheet), colour -> animal (the critic's) and
 animal -> word (the solver's). One hop follows all three once. A message is ``"<hops left> <value>"``; the planner takes
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROLES = ("planner", "critic", "solver")
 SPLITS = ("train", "validation", "test")
 FACTS = 8
 """Words, colours and animals drawn for one question."""
 MAX_HOPS = 4
-"""The largest counter the tokenizers know."""
+"""The largest counter of a question."""
+PASSED_ON = 0.25
+"""Share of the critic's and the solver's lessons in which a finished word passes through."""
 
 # The solver spells names in two pieces; every first piece occurs in one name only.
 WORDS = (
@@ -50,19 +53,20 @@ class World:
     def relay(self, role: str, message: str) -> str:
         """What a perfect agent of this role replies to ``message``, as text."""
         hops, value = message.split()
-        if value not in self._sheet_of(role):
+        if value not in self.facts(role):
             return message
         if role == "planner":
             return message if hops == "0" else f"{int(hops) - 1} {self.colour_of[value]}"
-        return f"{hops} {self._sheet_of(role)[value]}"
+        return f"{hops} {self.facts(role)[value]}"
 
     def sheet(self, role: str, rng: random.Random) -> str:
         """The private facts of one role, in random order, such as ``"bako:red miko:gold ..."``."""
-        facts = [f"{key}:{value}" for key, value in self._sheet_of(role).items()]
+        facts = [f"{key}:{value}" for key, value in self.facts(role).items()]
         rng.shuffle(facts)
         return " ".join(facts)
 
-    def _sheet_of(self, role: str) -> Mapping[str, str]:
+    def facts(self, role: str) -> Mapping[str, str]:
+        """What one role knows."""
         return {"planner": self.colour_of, "critic": self.animal_of, "solver": self.word_of}[role]
 
 
@@ -74,6 +78,35 @@ def draw_world(rng: random.Random) -> World:
         dict(zip(rng.sample(colours, FACTS), animals, strict=True)),
         dict(zip(rng.sample(animals, FACTS), rng.sample(words, FACTS), strict=True)),
     )
+
+
+class Turn(NamedTuple):
+    """One exchange of a lesson.
+
+    Attributes:
+        message: what stands in the agent's slot.
+        found: for each word of it, what the sheet has for it; None for words that are not looked up.
+        reply: what a perfect agent says.
+        fields: of its template, besides the sheet.
+    """
+
+    message: str
+    found: Sequence[str | None]
+    reply: str
+    fields: Mapping[str, str] = {}
+
+
+def turns(role: str, world: World, rng: random.Random) -> Iterator[Turn]:
+    """Exchanges of the relay for lessons of one role, without end."""
+    while True:
+        if role == "planner":
+            message = f"{rng.randint(0, MAX_HOPS)} {rng.choice(list(world.colour_of))}"
+        elif rng.random() < PASSED_ON:
+            message = f"0 {rng.choice(list(world.colour_of))}"
+        else:
+            message = f"{rng.randint(0, MAX_HOPS - 1)} {rng.choice(list(world.facts(role)))}"
+        reply = world.relay(role, message)
+        yield Turn(message, (None, reply.split()[1]), reply)
 
 
 def row(rng: random.Random, hops: int, rounds: int = MAX_HOPS) -> dict[str, object]:

@@ -10,6 +10,7 @@ import pytest
 
 from recmas.cli import main
 from recmas.lab.grid import Measurement, heading, line, summary
+from recmas.lab.tasks import RELAY
 from recmas.lab.world import questions
 from recmas.prompts.jsonl import read_rows
 
@@ -62,7 +63,7 @@ def test_build_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr("recmas.lab.build.build", build)
     assert main(["lab", "build", "new", "--seed", "4", "--link-seed", "5", "--agents", SHIPPED]) == 0
-    assert asked == ["new", 4, {"link_seed": 5, "agents": SHIPPED}]
+    assert asked == ["new", 4, {"task": RELAY, "link_seed": 5, "agents": SHIPPED}]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "planner: 0.999 of its look-ups right after 900 steps"
     assert lines[-2] == "kept: one round; as stored 0.9490"

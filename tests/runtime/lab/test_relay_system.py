@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ import torch
 
 from recmas import RecursiveMAS
 from recmas.config.system_json import read_spec
-from recmas.lab.build import BuildSettings, build
+from recmas.lab.build import build
 from recmas.lab.grid import CONTROLS, Measurement, grid
-from recmas.lab.links import LinkSettings
-from recmas.lab.pretrain import PretrainSettings
+from recmas.lab.tasks import RELAY
 from recmas.lab.world import ROLES, questions
+from tests.runtime.lab.few_steps import few_steps
 
 SHIPPED = Path(__file__).parents[3] / "examples" / "relay"
 FRESH = 1001
@@ -76,12 +75,7 @@ def test_wrong_methods_and_counts_are_refused(lab: RecursiveMAS) -> None:
 
 def test_a_lab_is_built_from_nothing(tmp_path: Path) -> None:
     """A few steps of every stage: what is written is an ordinary system, and its record says how it was made."""
-    links = LinkSettings()
-    settings = BuildSettings(
-        PretrainSettings(sheets=2, turns=2, cooldown=1, max_steps=2),
-        LinkSettings(*(replace(stage, steps=1, batch_size=4) for stage in vars(links).values())),
-        validation=4,
-    )
+    settings = few_steps(RELAY)
     record = build(tmp_path / "lab", seed=3, jobs=1, settings=settings, progress=False)
     assert record == json.loads((tmp_path / "lab" / "lab.json").read_text())
     assert record["seed"] == record["link_seed"] == 3

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from recmas.lab.agents import PROMPTS, fresh_model
+from recmas.lab.agents import fresh_model
 from recmas.lab.lessons import UNSCORED, School, turn_layout
+from recmas.lab.tasks import RELAY
 from recmas.lab.vocabulary import spelled, tokenizer_for
 from recmas.lab.world import (
     ANIMALS,
@@ -69,7 +70,7 @@ def test_targets_and_answer_follow_from_the_sheets(row: dict[str, object]) -> No
 
 
 def test_each_sheet_is_read_by_one_agent_only() -> None:
-    for role, templates in PROMPTS.items():
+    for role, templates in RELAY.prompts.items():
         for text in templates.values():
             fields = set(Template(text).fields)
             assert fields & {f"{other}_sheet" for other in ROLES} == {f"{role}_sheet"}
@@ -109,7 +110,7 @@ def _after(world: World, hops: int) -> bool:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_tokenizers_round_trip_through_a_model_folder(role: str, tmp_path: Path) -> None:
-    tokenizer = tokenizer_for(role)
+    tokenizer = tokenizer_for(role, RELAY.marks)
     fresh_model(role, tokenizer, seed=0).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     stored = AutoTokenizer.from_pretrained(tmp_path)
@@ -125,7 +126,7 @@ def test_tokenizers_round_trip_through_a_model_folder(role: str, tmp_path: Path)
 
 
 def test_the_solver_spells_names_in_two_pieces() -> None:
-    tokenizer = tokenizer_for("solver")
+    tokenizer = tokenizer_for("solver", RELAY.marks)
     for name in (*WORDS, *ANIMALS):
         assert tuple(tokenizer(name, add_special_tokens=False).tokens()) == spelled(name)
     first_pieces = [spelled(name)[0] for name in (*WORDS, *ANIMALS)]
@@ -148,7 +149,7 @@ def test_turns_of_a_lesson_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_lesson_says_what_a_perfect_agent_would(role: str) -> None:
-    school = School(role, "train", 0)
+    school = School(RELAY, role, "train", 0)
     lesson = school.lesson(sheets=4, turns=3, noise=0.0)
     tokens, length = school.tokenizer, lesson.groups.shape[1]
     for groups, labels, values in zip(lesson.groups, lesson.labels, lesson.values, strict=True):
