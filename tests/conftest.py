@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 
 import tests.unsynced  # noqa: F401
+
+# Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What takes ten seconds and more begins first, or one worker would wait for the other's at the end.
 LONG = (

@@ -151,27 +151,23 @@ def test_the_gain_of_a_round_is_that_of_its_jacobian(monkeypatch: pytest.MonkeyP
     system, _ = gradients.linked(relay(), "identity", 1)
     rows = questions("test", 1, (4,), 1)
 
-    def planner_of_round_2(change: torch.Tensor) -> torch.Tensor:
-        for turn in system.walk(rows, 2):
+    def planner_of_round_2(changes: torch.Tensor) -> torch.Tensor:
+        """By a row for each of these changes."""
+        for turn in system.walk(rows * len(changes), 2):
             role = turn.visit.role
             turn.message = system.agents[role].think(
                 turn.prompt, system.steps_by_role(None)[role], system.inner_links[role]
             )
             if role == "planner" and turn.visit.round == 2:
-                return turn.message.states[0].flatten()
+                return turn.message.states.flatten(1)
             if role == "planner":
-                turn.message.states = turn.message.states + change
+                turn.message.states = turn.message.states + changes.view(-1, 2, 128)
         raise AssertionError
 
+    small = 1e-2 * torch.eye(256)
     with torch.no_grad():
-        still = planner_of_round_2(torch.zeros(1, 2, 128))
-        columns = []
-        for at in range(256):
-            change = torch.zeros(256)
-            change[at] = 1e-2
-            moved = planner_of_round_2(change.view(1, 2, 128)) - planner_of_round_2(-change.view(1, 2, 128))
-            columns.append(moved / 2e-2)
-    jacobian = torch.stack(columns, dim=1)
+        still = planner_of_round_2(torch.zeros(1, 256))
+        jacobian = (planner_of_round_2(small) - planner_of_round_2(-small)).T / 2e-2
     v = torch.randn((1, 2, 128), generator=torch.Generator().manual_seed(5)).flatten()
     assert still.norm() > 0
     ((gain,),) = gradients.round_gains(system, rows, 5)

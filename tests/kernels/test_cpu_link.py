@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from recmas_kernels import LinkConfig, packed, recursive_link, use_backend
+from recmas_kernels import FusedRecursiveLink, LinkConfig, packed, recursive_link, use_backend
 from recmas_kernels.backends import cpu
 from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
 from recmas_kernels.testing import (
     LOW_PRECISION,
     Noise,
+    Results,
     check_budget,
     check_link,
     configs,
@@ -27,6 +30,7 @@ from recmas_kernels.testing import (
 )
 from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
 
+Judge = Callable[[Results], None]
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 
@@ -52,15 +56,24 @@ def test_several_blocks_of_tokens(isa, dtype):
     check_link(link, x, dy)
 
 
+@cache
+def judged(config: LinkConfig, tokens: int, dtype: torch.dtype) -> tuple[FusedRecursiveLink, Tensor, Tensor, Judge]:
+    """A link, its rows, their gradient, and what says whether its results are good: once for all instruction sets."""
+    link = make_link(config, dtype)
+    x, dy = (make_rows(tokens, size, dtype=dtype, seed=size) for size in (config.in_features, config.out_features))
+    return link, x, dy, partial(Noise(link, x, dy, dtype).check, eager=run(eager_twin(link, dtype), x, dy))
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
 @pytest.mark.parametrize(("hidden", "norm"), [(16, True), (128, False), (256, True), (300, False)])
 def test_products_in_bands(isa, hidden, dtype, norm):
     """Many rows go in bands and k in pieces (csrc/cpu/pieces.h): sums of one piece and several, of one term and two."""
     for count, in_features, out_features, tokens in [(1, 300, 256, 288), (3, 256, 300, 600)]:
         config = LinkConfig("outer", in_features, hidden, out_features, "linear", norm=norm)
-        x = make_rows(tokens, in_features, dtype=dtype)
+        link, x, dy, check = judged(config, tokens, dtype)
         with threads(count), guarded_allocations():
-            check_link(make_link(config, dtype), x, make_rows(tokens, out_features, dtype=dtype, seed=2))
+            found = run(link, x, dy)
+        check(found)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -70,6 +70,25 @@ class _Placed(torch.Tensor):
         raise RuntimeError(f"{func}: a tensor of a fake device left FakeDevices")
 
 
+def on_host(tree: Iterable[Any], given: list[torch.Tensor]) -> list[Any]:
+    """Arguments as they stand in host memory; tensors among them are added to `given` as they came."""
+    found: list[Any] = []
+    for part in tree:
+        kind = type(part)
+        if kind is _Placed:
+            given.append(part)
+            found.append(part.held)
+        elif kind is list or kind is tuple:
+            found.append(kind(on_host(part, given)))
+        elif kind is torch.device and part.type == KIND:
+            found.append(torch.device("cpu"))
+        else:
+            if isinstance(part, torch.Tensor):
+                given.append(part)
+            found.append(part)
+    return found
+
+
 class FakeDevices(TorchDispatchMode):
     """The block in which fake devices exist.
 
@@ -103,10 +122,14 @@ class FakeDevices(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        places = {tensor.device for tensor in given if tensor.dim() > 0 or isinstance(tensor, _Placed)}
-        asked = (kwargs or {}).get("device")
-        place = torch.device(asked) if asked is not None else next(iter(places), torch.device("cpu"))
+        kwargs, given = kwargs or {}, []
+        on_it, options = on_host(args, given), on_host(kwargs.values(), given)
+        owners = {id(tensor.held): tensor for tensor in given if type(tensor) is _Placed}
+        asked = kwargs.get("device")
+        if not owners and (asked is None or asked.type != KIND):
+            return func(*args, **kwargs)
+        places = {tensor.device for tensor in given if type(tensor) is _Placed or tensor.dim() > 0}
+        place = asked if asked is not None else next(iter(places))
         if func in MOVES:
             target = place if func is MOVES[0] else args[0].device
             source = args[0] if func is MOVES[0] else args[1]
@@ -117,18 +140,10 @@ class FakeDevices(TorchDispatchMode):
             place = target
         elif len(places) > 1:
             raise RuntimeError(f"{func}: tensors on {', '.join(sorted(map(str, places)))}")
-        if place.type != KIND and not any(isinstance(tensor, _Placed) for tensor in given):
-            return func(*args, **(kwargs or {}))
-        owners = {id(tensor.held): tensor for tensor in given if isinstance(tensor, _Placed)}
-
-        def unwrap(leaf: Any) -> Any:
-            if isinstance(leaf, _Placed):
-                return leaf.held
-            return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == KIND else leaf
 
         def wrap(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or place.type != KIND:
                 return leaf
             return owners.get(id(leaf)) if id(leaf) in owners else _Placed(leaf, place)
 
-        return mapped(wrap, func(*mapped(unwrap, args), **mapped(unwrap, kwargs or {})))
+        return mapped(wrap, func(*on_it, **dict(zip(kwargs, options, strict=True))))

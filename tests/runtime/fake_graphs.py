@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from recmas.engine import step_graph
-from tests.runtime.fake_devices import KIND, FakeDevices, _Placed, leaves
+from tests.runtime.fake_devices import KIND, FakeDevices, _Placed, leaves, on_host
 
 DEVICES = 2
 LOST = """CUDA error: unspecified launch failure
@@ -48,19 +49,26 @@ class FakeGenerator:
 
 @dataclass
 class FakeGraph:
-    """A recorded graph."""
+    """A recorded graph, in host memory.
 
-    operations: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+    Attributes:
+        operations: functions, their arguments, and what a replay writes of their results: by number, and where to.
+        devices: of all tensors.
+    """
+
+    operations: list[tuple[Any, Any, Any, list[tuple[int, torch.Tensor]]]] = field(default_factory=list)
+    devices: set[torch.device] = field(default_factory=set)
     broken: bool = False
 
     def replay(self) -> None:
         FakeGraphs.here.replays += 1
-        for func, args, kwargs, found in self.operations:
-            FakeGraphs.here.reach(args, found)
-            again = FakeDevices.__torch_dispatch__(FakeGraphs.here, func, (), args, kwargs)
-            for kept, new in zip(leaves([found]), leaves([again]), strict=True):
-                if isinstance(kept, _Placed) and kept is not new:
-                    kept.held.copy_(new.held)
+        if FakeGraphs.here.lost in self.devices:
+            raise torch.AcceleratorError(LOST)
+        with _disable_current_modes():
+            for func, args, kwargs, made in self.operations:
+                again = leaves([func(*args, **kwargs)])
+                for number, held in made:
+                    held.copy_(again[number])
 
 
 class _Capture:
@@ -172,13 +180,19 @@ class FakeGraphs(FakeDevices):
             return super().__torch_dispatch__(func, types, args, kwargs)
         before = [(tensor.held, tensor.held.clone()) for tensor in given] if func._schema.is_mutable else []
         found = super().__torch_dispatch__(func, types, args, kwargs)
-        capture.graph.operations.append((func, args, kwargs, found))
         for held, values in before:
             held.copy_(values)
         aliases = {tensor.held.untyped_storage().data_ptr() for tensor in given}
-        for made in leaves([found]):
-            if isinstance(made, _Placed) and made.held.untyped_storage().data_ptr() not in aliases:
-                made.held.fill_(torch.nan if made.is_floating_point() else 0)
+        made = [
+            (number, leaf.held)
+            for number, leaf in enumerate(leaves([found]))
+            if isinstance(leaf, _Placed) and leaf.held.untyped_storage().data_ptr() not in aliases
+        ]
+        for _, held in made:
+            held.fill_(torch.nan if held.is_floating_point() else 0)
+        options = dict(zip(kwargs, on_host(kwargs.values(), []), strict=True))
+        capture.graph.operations.append((func, on_host(args, []), options, made))
+        capture.graph.devices |= {tensor.device for tensor in given} | {place}
         return found
 
     def enter(self, stream: FakeStream) -> tuple[FakeStream, torch.device]:

@@ -8,10 +8,44 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from recmas.files.locks import one_writer
 
 CALLS = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "truncate")
 """What changes names on the disk, or makes contents durable."""
+
+
+@contextmanager
+def seen_at_calls(look: Callable[[], object], moved: bool) -> Iterator[None]:
+    """Within, `look` is called at each of these calls (after it, if `moved`).
+
+    It sees what a process killed there would leave: SIGKILL changes nothing on the disk.
+    """
+    looking = False
+
+    def seen(real):
+        def call(*arguments, **options):
+            nonlocal looking
+            if looking:
+                return real(*arguments, **options)
+            looking = True
+            try:
+                if not moved:
+                    look()
+                result = real(*arguments, **options)
+                if moved:
+                    look()
+                return result
+            finally:
+                looking = False
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, seen(getattr(os, name)))
+        yield
 
 
 def killed_at(stop: int, moved: bool, action: Callable[[], object], calls: Sequence[str] = CALLS) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ def write_lean(folder: Path) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but for locks, by its path; a link and an empty folder have one, too."""
     found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = b"-> " + str(path.readlink()).encode()
-        elif path.is_file():
-            found[name] = path.read_bytes()
-        elif path.is_dir():
-            found[f"{name}/"] = b""
-    return {name: content for name, content in found.items() if not name.endswith(".lock")}
+    for place, folders, files in os.walk(folder):
+        at = os.path.relpath(place, folder)
+        for name in (*folders, *files):
+            path, key = os.path.join(place, name), os.path.normpath(os.path.join(at, name))
+            if os.path.islink(path):
+                found[key] = b"-> " + os.readlink(path).encode()
+            elif name in folders:
+                found[f"{key}/"] = b""
+            elif os.path.isfile(path) and not name.endswith(".lock"):
+                with open(path, "rb") as file:
+                    found[key] = file.read()
+    return found

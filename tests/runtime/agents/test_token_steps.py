@@ -58,16 +58,16 @@ def test_each_row_stops_at_the_end_of_the_context_without_positions_that_the_mod
 
 def test_replies_and_texts_longer_than_the_first_bucket(agent, monkeypatch):
     """Rows read replies of other lengths at other times; the batch moves into larger buckets as it grows."""
-    temperature, first = ((0.9, 4), (0.0, 60))[list(FAMILIES).index(agent.name) % 2]
+    temperature, first = ((0.9, 4), (0.0, 20))[list(FAMILIES).index(agent.name) % 2]
     monkeypatch.setattr(token_steps, "FIRST", first)
 
     def reply(row: int, token: int, room: int) -> list[int]:
         return [20 + row, 30, 40, 50][: min(room, 1 + row)] if token % 3 == row else []
 
-    batch, _ = prompts(agent, (50, 3, 7))
+    batch, _ = prompts(agent, (40, 3, 7))
     tested = fixed(agent)
     for answer in (None, reply):
-        written = [list(writer.write(batch, 90, temperature, 0.95, 3, reply=answer)) for writer in (agent, tested)]
+        written = [list(writer.write(batch, 40, temperature, 0.95, 3, reply=answer)) for writer in (agent, tested)]
         assert written[0] == written[1]
     assert len(tested.stepper.pool.held) == 2
 

@@ -152,12 +152,12 @@ def test_roles_that_share_a_model_may_take_it_to_two_devices():
 
 
 def test_a_system_may_be_asked_while_an_answer_is_written(mas):
-    alone, other = (mas.answer([question], max_new_tokens=12)[0].text for question in QUESTIONS[:2])
+    alone, other = (mas.answer([question], max_new_tokens=5)[0].text for question in QUESTIONS[:2])
     with FakeDevices():
         offloaded, pieces = visiting(mas, "meta:0"), []
-        for piece in offloaded.stream(QUESTIONS[0], max_new_tokens=12):
+        for piece in offloaded.stream(QUESTIONS[0], max_new_tokens=5):
             pieces.append(piece)
-            assert offloaded.answer([QUESTIONS[1]], max_new_tokens=12)[0].text == other
+            assert offloaded.answer([QUESTIONS[1]], max_new_tokens=5)[0].text == other
         assert away(mas) == set()
     assert "".join(pieces) == alone
     assert len(pieces) > 2

@@ -14,7 +14,7 @@ import torch
 from recmas import Agent, Pattern, RecursiveMAS
 from recmas.config.system_json import FILE_NAME, read_spec
 from recmas.system import folder as system_folder
-from tests.runtime.killing import another_writer, killed_at
+from tests.runtime.killing import another_writer, killed_at, seen_at_calls
 from tests.runtime.tiny import tiny_agent
 
 
@@ -53,26 +53,30 @@ def weights(mas: RecursiveMAS) -> list[float]:
     ("moved", "again"), [(False, True), (True, False)], ids=["before the call, second names", "after it, first names"]
 )
 def test_a_save_killed_at_any_call_leaves_the_old_system_or_the_new_one(tmp_path, moved, again):
+    """One save, each of whose states on the disk is what a process killed there would leave."""
     old, new = system(1), system(2)
-    place, kept = tmp_path / "s", tmp_path / "kept"
+    place = tmp_path / "s"
     old.save_pretrained(place)
     if again:
         old.save_pretrained(place)
     (place / "notes.txt").write_text("mine")
-    shutil.copytree(place, kept)
     known = {"old": weights(old), "new": weights(new)}
-    found, seen, told = [], [], []
-    for stop in range(1, 1000):
-        shutil.rmtree(place)
-        shutil.copytree(kept, place)
-        if not killed_at(stop, moved, lambda: new.save_pretrained(place)):
-            break
+    seen, states = [], []
+
+    def look():
         contents = named(place)
         if contents not in seen:
-            loaded = weights(RecursiveMAS.from_pretrained(place))
+            shutil.copytree(place, tmp_path / f"state-{len(seen)}")
             seen.append(contents)
-            told.append("old" if loaded == known["old"] else "new" if loaded == known["new"] else "mixed")
-        found.append(told[seen.index(contents)])
+        states.append(seen.index(contents))
+
+    with seen_at_calls(look, moved):
+        new.save_pretrained(place)
+    told = []
+    for number in range(len(seen)):
+        loaded = weights(RecursiveMAS.from_pretrained(tmp_path / f"state-{number}"))
+        told.append("old" if loaded == known["old"] else "new" if loaded == known["new"] else "mixed")
+    found = [told[number] for number in states]
     assert found == ["old"] * found.count("old") + ["new"] * found.count("new")
     assert found.count("old") > 30
     assert found.count("new") > 3
@@ -103,13 +107,20 @@ def test_the_next_save_removes_what_a_killed_one_left(tmp_path):
 
 
 def test_a_first_save_killed_at_any_call_leaves_nothing_or_the_system(tmp_path):
-    mas = system(1)
-    for stop in range(1, 1000, 3):
+    mas, place, found = system(1), tmp_path / "seen", []
+
+    def look():
+        found.append(place.exists())
+        assert not place.exists() or weights(RecursiveMAS.from_pretrained(place)) == weights(mas)
+
+    with seen_at_calls(look, moved=True):
+        mas.save_pretrained(place)
+    assert found.count(False) > 30
+    shutil.rmtree(place)
+    for stop in range(1, 1000, 9):
         if not killed_at(stop, True, lambda: mas.save_pretrained(tmp_path / "s")):
             break
-        if (tmp_path / "s").exists():
-            assert weights(RecursiveMAS.from_pretrained(tmp_path / "s")) == weights(mas)
-            shutil.rmtree(tmp_path / "s")
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
     assert stop > 30
     assert [path.name for path in tmp_path.iterdir()] == ["s"]  # each try swept what the one before it had left
 
