@@ -54,8 +54,7 @@ struct LayerArguments {
   }
 
   // [rows or 1, ..., features], dense.
-  MatrixView angles(int64_t rows, int64_t features, const char* name) {
-    const View view = Operands::described(arguments.object(), name);
+  MatrixView angles(const View& view, int64_t rows, int64_t features, const char* name) {
     operands.require(view.dense && view.dtype != View::kOther);
     const bool one = view.elements == features;
     Operands::expect(view.columns == features && (one || view.elements == rows * features), name);
@@ -103,9 +102,9 @@ struct LayerArguments {
     call.key_norm = norm(call.head_features, "key_norm");
   }
 
-  void turns(cpu::LayerInputs& call) {
-    call.cos = angles(call.rows, call.head_features, "cos");
-    call.sin = angles(call.rows, call.head_features, "sin");
+  void turns(cpu::LayerInputs& call, const View& cos, const View& sin) {
+    call.cos = angles(cos, call.rows, call.head_features, "cos");
+    call.sin = angles(sin, call.rows, call.head_features, "sin");
     operands.require(call.cos.dtype == call.sin.dtype && call.cos.stride == call.sin.stride);
   }
 
@@ -114,9 +113,9 @@ struct LayerArguments {
     call.keys = cache(call.rows, call.key_heads, call.head_features, &call.positions, "keys");
     call.values = cache(call.rows, call.key_heads, call.head_features, &call.positions, "values");
     operands.require(call.keys.dtype == call.values.dtype);
-    PyObject* const mask = arguments.object();
-    if (mask == Py_None) return;
-    const View view = Operands::described(mask, "mask");
+  }
+
+  void masked(cpu::LayerOutput& call, const View& view) {
     const int64_t rows = view.dimensions == 4 ? view.sizes[0] : 0;
     Operands::expect(view.dimensions == 4 && (rows == call.rows || rows == 1) && view.sizes[1] == 1 &&
                          view.sizes[2] == 1 && view.sizes[3] == call.positions && view.element_bytes == 1,
@@ -141,6 +140,27 @@ cpu::HeadRows dense_heads(const Output& heads, const cpu::LayerInputs& call) {
   return {heads.data, call.key_heads * call.head_features, call.head_features, heads.dtype};
 }
 
+// What layers are given besides their rows.
+struct Given {
+  View cos, sin, mask;
+  bool has_mask;
+};
+
+std::vector<Given> given_of(PyObject* tuple) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) % 3 != 0) {
+    throw py::type_error("decoder_layers: expected cosines, sines and masks in a row");
+  }
+  std::vector<Given> all(static_cast<size_t>(PyTuple_GET_SIZE(tuple) / 3));
+  for (size_t i = 0; i < all.size(); ++i) {
+    PyObject* const* const items = &PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(3 * i));
+    all[i].cos = Operands::described(items[0], "cos");
+    all[i].sin = Operands::described(items[1], "sin");
+    all[i].has_mask = items[2] != Py_None;
+    if (all[i].has_mask) all[i].mask = Operands::described(items[2], "mask");
+  }
+  return all;
+}
+
 // Where the last position of a cache stands.
 cpu::HeadRows last_of(const cpu::CacheView& cache, int64_t positions) {
   const int64_t before = (positions - 1) * cache.position_stride * dtype_bytes(cache.dtype);
@@ -161,7 +181,8 @@ PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count) {
   if (call.x.data == nullptr) Py_RETURN_FALSE;
   call.features = call.x.stride;
   in.weights(call);
-  in.turns(call);
+  const View cos = Operands::described(in.arguments.object(), "cos");
+  in.turns(call, cos, Operands::described(in.arguments.object(), "sin"));
   const int64_t keys = call.rows * call.key_heads * call.head_features;
   call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
   call.keys = dense_heads(in.result(keys, "keys"), call);
@@ -186,6 +207,8 @@ PyObject* layer_output(PyObject* const* values, Py_ssize_t count) {
   call.features = call.x.stride;
   call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
   in.cached(call);
+  PyObject* const mask = in.arguments.object();
+  if (mask != Py_None) in.masked(call, Operands::described(mask, "mask"));
   in.weights(call);
   call.y = in.result(call.rows * call.features, "y");
   if (!in.operands.readable) Py_RETURN_FALSE;
@@ -194,12 +217,13 @@ PyObject* layer_output(PyObject* const* values, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// decoder_layers(isa, threads, x, y, queries, layers) -> whether all could be read, so that y and the last position of
-// every layer's keys and values were written. A layer: (heads, key heads, features of a head, hidden features,
-// activation, scale, then as above norm, query, key, value, query norm, key norm, cos, sin, keys, values, mask or None,
-// and from out to the norm after the feed-forward part).
+// decoder_layers(isa, threads, x, y, queries, given, positions, layers) -> whether all could be read, so that y and the
+// last position of every layer's keys and values were written: of so many, or of all that they have room for if -1.
+// Given are cos, sin and mask or None, three in a row. A layer: (heads, key heads, features of a head, hidden features,
+// activation, scale, then as above norm, query, key, value, query norm, key norm, which of the given, keys, values, and
+// from out to the norm after the feed-forward part).
 PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
-  LayerArguments in(values, count, 6, "decoder_layers");
+  LayerArguments in(values, count, 8, "decoder_layers");
   int64_t rows = 0;
   MatrixView x = in.rows(&rows);
   if (x.data == nullptr) Py_RETURN_FALSE;
@@ -207,6 +231,8 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
   const Output y = in.result(rows * features, "y");
   const View queries = Operands::described(in.arguments.object(), "queries");
   Operands::expect_float(queries, "queries");
+  const std::vector<Given> all_given = given_of(in.arguments.object());
+  const int64_t positions = in.arguments.integer();
   PyObject* const tuples = in.arguments.object();
   if (!PyTuple_Check(tuples)) throw py::type_error("decoder_layers: expected a tuple of layers");
   std::vector<cpu::DecoderLayer> layers(static_cast<size_t>(PyTuple_GET_SIZE(tuples)));
@@ -214,7 +240,7 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
   for (size_t i = 0; i < layers.size(); ++i) {
     PyObject* const tuple = PyTuple_GET_ITEM(tuples, static_cast<Py_ssize_t>(i));
     if (!PyTuple_Check(tuple)) throw py::type_error("decoder_layers: a layer is no tuple");
-    LayerArguments of_layer(tuple, 50, in.isa, in.threads);
+    LayerArguments of_layer(tuple, 48, in.isa, in.threads);
     auto& [inputs, output] = layers[i];
     of_layer.sizes(inputs);
     output.hidden_features = of_layer.arguments.integer();
@@ -232,8 +258,16 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
     output.key_heads = inputs.key_heads;
     output.head_features = inputs.head_features;
     of_layer.weights(inputs);
-    of_layer.turns(inputs);
+    const auto which = static_cast<size_t>(of_layer.arguments.integer());
+    if (which >= all_given.size()) throw py::value_error("decoder_layers: a layer was given nothing");
+    const Given& given = all_given[which];
+    of_layer.turns(inputs, given.cos, given.sin);
     of_layer.cached(output);
+    if (positions >= 0) {
+      Operands::expect(positions > 0 && positions <= output.positions, "keys");
+      output.positions = positions;
+    }
+    if (given.has_mask) of_layer.masked(output, given.mask);
     of_layer.weights(output);
     inputs.keys = last_of(output.keys, output.positions);
     inputs.values = last_of(output.values, output.positions);

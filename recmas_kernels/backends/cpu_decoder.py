@@ -6,7 +6,8 @@ the stored dtype, bias or None)``, a norm ``(gain or None, offset, eps)``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,15 +78,34 @@ def layer_output(
     return y
 
 
-def decoder_layers(x: Tensor, y: Tensor, layers: list[tuple[Any, ...]]) -> bool:
+class Layers(NamedTuple):
+    """Decoder layers one after the other.
+
+    Attributes:
+        arguments: of each, sizes as for `layer_output`, the scale, the arguments of `layer_inputs`, the number of what
+            it is given, keys, values ``[B, key heads, T, D]``, and the arguments of `layer_output`.
+        queries: the most features of queries that one of them has.
+    """
+
+    arguments: tuple[tuple[Any, ...], ...]
+    queries: int
+
+    @classmethod
+    def of(cls, arguments: Iterable[tuple[Any, ...]]) -> Layers:
+        found = tuple(arguments)
+        return cls(found, max(heads * features for heads, _, features, *_ in found))
+
+
+def decoder_layers(x: Tensor, y: Tensor, given: tuple[Any, ...], layers: Layers, positions: int = -1) -> bool:
     """Layers after each other, into ``y``; False, and nothing done, if the kernels cannot read one of the tensors.
 
     Args:
         x: ``[B, 1, d]``, as for `layer_inputs`.
         y: the same.
-        layers: of each, sizes as for `layer_output`, the scale, the arguments of `layer_inputs`, cos, sin, keys, values
-            ``[B, key heads, T, D]`` whose last position is written, mask, and the arguments of `layer_output`.
+        given: cos, sin, mask as above, in a row for each number that a layer may name.
+        layers: what they are.
+        positions: that keys and values hold with the last one, which is written; -1 is as many as they have.
     """
-    most = max(heads * features for heads, _, features, *_ in layers)
-    queries = torch.empty(x.shape[0] * most, dtype=torch.float32, device=_CPU)
-    return bool(_native().decoder_layers(_isa(), torch.get_num_threads(), x, y, queries, tuple(layers)))
+    queries = torch.empty(x.shape[0] * layers.queries, dtype=torch.float32, device=_CPU)
+    settings = _isa(), torch.get_num_threads()
+    return bool(_native().decoder_layers(*settings, x.contiguous(), y, queries, given, positions, layers.arguments))

@@ -59,14 +59,18 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     prompt, _ = prompts(agent, (9, 4, 1))
     calls = []
     real = cpu_decoder.decoder_layers
-    monkeypatch.setattr(
-        cpu_decoder, "decoder_layers", lambda x, y, layers: calls.append(len(layers)) or real(x, y, layers)
-    )
+
+    def counted(x: torch.Tensor, y: torch.Tensor, given: Any, layers: cpu_decoder.Layers, *more: int) -> bool:
+        calls.append(len(layers.arguments))
+        return real(x, y, given, layers, *more)
+
+    monkeypatch.setattr(cpu_decoder, "decoder_layers", counted)
     states, tokens = agent.think(prompt, 5, tiny_link(agent)).states, agent.decode(prompt, 4)
     assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
     assert set(calls) == {agent.decoder.config.num_hidden_layers}
     calls.clear()
-    monkeypatch.setattr(GrowingCache, "make_room", lambda cache, *given: None)
+    for name in ("make_room", "lend"):
+        monkeypatch.setattr(GrowingCache, name, lambda cache, *given: None)
     assert torch.equal(agent.think(prompt, 5, tiny_link(agent)).states, states)
     assert agent.decode(prompt, 4) == tokens
     assert not calls
