@@ -213,7 +213,7 @@ class Given(NamedTuple):
         return given and mine.sizes == its.sizes and mine.features == its.features and mine.dtype is its.dtype
 
     def arguments(self, number: int, room: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-        """One of `cpu_decoder.Layers`.
+        """One of `cpu_decoder.DecoderLayers`.
 
         Args:
             number: of what it is given.
@@ -235,7 +235,7 @@ def _ran(x: Tensor, y: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor
         if len(given) < 3 * len(numbers):
             given += *layer.turned, layer.mask
         arguments.append(layer.arguments(number, room))
-    return cpu_decoder.decoder_layers(x, y, tuple(given), cpu_decoder.Layers.of(arguments))
+    return cpu_decoder.DecoderLayers(x, arguments)(x, y, tuple(given))
 
 
 def _apart(x: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

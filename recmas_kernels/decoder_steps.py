@@ -96,7 +96,7 @@ class _Run:
         self._around, self._turns, self._masks, self._lent = around, turns, masks, lent
         self._shape, self._dtype = seen.x.shape, seen.x.dtype
         rooms = zip(seen.layers, lent.rooms, strict=True)
-        self._layers = cpu_decoder.Layers.of(layer.arguments(0, room) for layer, room in rooms)
+        self._layers = cpu_decoder.DecoderLayers(seen.x, [layer.arguments(0, room) for layer, room in rooms])
         self._vectors = [vector for layer in seen.layers for vector in layer.packed.vectors]
 
     def __call__(self, x: Tensor, column: int) -> Tensor | None:
@@ -107,17 +107,13 @@ class _Run:
             return None
         if not self._around.unchanged(self._known.layers) or self._known.kept() is not self._kept:
             return None
-        if not self._lent.holds():
-            return None
-        if not all(
-            vector.dtype is x.dtype and vector.is_contiguous() and not vector.is_neg() for vector in self._vectors
-        ):
+        if not self._lent.holds() or any(map(Tensor.is_neg, self._vectors)):  # all else of them the kernels see
             return None
         mask = None if self._masks is None else self._masks.narrow(3, 0, column + 1)
         y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         given = (*self._turns(column), mask)
         self._lent.end += 1  # first: whatever is raised, the position counts as read
-        if not cpu_decoder.decoder_layers(x, y, given, self._layers, column + 1):
+        if not self._layers(x, y, given, column + 1):
             self._lent.end -= 1
             return None
         hidden: Tensor = self._around.norm(y)

@@ -81,10 +81,9 @@ class Continuation(Past):
         if self.length > self._mask.shape[1]:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], self.length)], dim=1)
             self._foresee()
-        positions = self._positions[:, start : self.length]
 
         def call() -> Tensor:
-            return self._call(embeds, self.mask, positions, self.cache)
+            return self._call(embeds, self.mask, self._positions[:, start : self.length], self.cache)
 
         hidden = self._steps(embeds, start, call) if embeds.shape[1] == 1 else call()
         return hidden[:, -1]

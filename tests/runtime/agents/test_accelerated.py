@@ -58,13 +58,13 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     agent = accelerated(family)
     prompt, _ = prompts(agent, (9, 4, 1))
     calls = []
-    real = cpu_decoder.decoder_layers
+    real = cpu_decoder.DecoderLayers.__call__
 
-    def counted(x: torch.Tensor, y: torch.Tensor, given: Any, layers: cpu_decoder.Layers, *more: int) -> bool:
-        calls.append(len(layers.arguments))
-        return real(x, y, given, layers, *more)
+    def counted(layers: cpu_decoder.DecoderLayers, *given: Any) -> bool:
+        calls.append(layers.count)
+        return real(layers, *given)
 
-    monkeypatch.setattr(cpu_decoder, "decoder_layers", counted)
+    monkeypatch.setattr(cpu_decoder.DecoderLayers, "__call__", counted)
     states, tokens = agent.think(prompt, 5, tiny_link(agent)).states, agent.decode(prompt, 4)
     assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
     assert set(calls) == {agent.decoder.config.num_hidden_layers}

@@ -279,7 +279,7 @@ def test_a_step_that_raises_leaves_what_a_call_leaves(where: str):
     for called in (True, False):
         batch = Batch(called=called)
         batch.step(3)
-        stop = mock.patch.object(cpu_decoder, "decoder_layers", side_effect=KeyboardInterrupt)
+        stop = mock.patch.object(cpu_decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt)
         if where == "norm":
             stop = mock.patch.object(batch.decoder.norm, "forward", side_effect=KeyboardInterrupt)
         with stop, pytest.raises(KeyboardInterrupt):
