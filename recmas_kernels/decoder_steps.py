@@ -18,6 +18,8 @@ from recmas_kernels.watch import CALLS, HOOKS, Watch, Watched, as_written, is_ow
 
 _AHEAD = 64
 """Positions whose cosines and sines are computed at once."""
+_WORTH = 3
+"""Positions to come for which they are foreseen, as that takes about as long as is won in two of them."""
 _TRIES = 4
 """After so many in a row that served no position, the decoder is called for all that follow."""
 
@@ -57,7 +59,8 @@ class DecoderSteps:
         if hidden is not None:
             self._run, self._tries = run, _TRIES
             return hidden
-        if self._tries == 0 or column + 1 >= self._mask.shape[1] or not isinstance(_kernel(self._model), ModelKernel):
+        worth = column + _WORTH < self._mask.shape[1] and isinstance(_kernel(self._model), ModelKernel)
+        if self._tries == 0 or not worth:
             return call()
         with seen() as ran:
             hidden = call()

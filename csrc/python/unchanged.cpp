@@ -36,21 +36,6 @@ bool holds(PyObject* watched, PyObject* key, PyObject* value) {
   return found == meant(value);
 }
 
-// Asks for tensors, and for what they point to behind their headers, before the first is read: reading one after the
-// other waits for memory four times each. That a tensor's second field is such an address is a guess, which costs
-// nothing where it is wrong.
-void ask_for(PyObject* tensors) {
-  const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
-  constexpr Py_ssize_t kFields = 2;
-  for (Py_ssize_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GET_ITEM(tensors, i));
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
-    if (Py_TYPE(tensor)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(PyObject) + kFields * sizeof(void*))) continue;
-    const auto* const fields = reinterpret_cast<const char* const*>(tensor + 1);
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(fields[kFields - 1] + 64 * line);
-  }
-}
-
 // The number that CPython gives a dictionary at each of its changes, which no other dictionary has or had. Gone
 // from 3.12.
 #if PY_VERSION_HEX < 0x030C0000
@@ -86,7 +71,6 @@ PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
   if (count != 5) throw py::type_error("unchanged: expected entries, sizes, kinds, classes and stand-ins");
   PyObject *const entries = rows(values[0], 3), *const sizes = rows(values[1], 2), *const kinds = rows(values[2], 3);
   PyObject *const classes = rows(values[3], 3), *const stand_ins = rows(values[4], 1);
-  ask_for(stand_ins);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); i += 2) {
     const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1));
     if (PyDict_Size(dictionary(PyTuple_GET_ITEM(sizes, i)).ptr()) != size) Py_RETURN_FALSE;
