@@ -24,16 +24,17 @@ import torch
 from benchmarks.harness.machine import Device, origin
 from benchmarks.suites.cpu.frozen_cases import SHAPES, Case
 from benchmarks.suites.cpu.frozen_steps import Made, Steps
-from recmas.engine.growing_cache import GrowingCache
+from recmas.engine.growing_cache import Lent
 from recmas.files import write_atomically
-from recmas_kernels.backends import cpu_decoder
-from recmas_kernels.decoder_run import Known, Together
+from recmas_kernels import DecoderSteps
+from recmas_kernels.backends.cpu_decoder import DecoderLayers
+from recmas_kernels.decoder_run import Known
 
 PIECES: dict[str, tuple[Any, str]] = {
-    "kernels": (cpu_decoder, "decoder_layers"),
-    "cache": (GrowingCache, "make_room"),
-    "watch": (Known, "found"),
-    "all of a layer": (Together, "call"),
+    "kernels": (DecoderLayers, "__call__"),
+    "cache": (Lent, "holds"),
+    "watch": (Known, "kept"),
+    "all of a layer": (DecoderSteps, "__call__"),
 }
 RUNS, STEPS = 5, 16  # medians of so many runs, each of so many steps
 

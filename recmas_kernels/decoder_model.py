@@ -88,7 +88,7 @@ class ModelKernel(OwnForward):
         if self._looks <= 0:
             return None
         known = self._known  # another thread may look meanwhile
-        if known is None or not known.watched.unchanged() or not _begins_with(self.module, known.layers):
+        if known is None or not known.watched.unchanged() or not begins_with(self.module, known.layers):
             self.look()
             known = self._known
         return known if known is not None and known.layers else None
@@ -122,7 +122,7 @@ def _watched(model: nn.Module) -> Watched:
     return Watched(*(tuple(item for each in group for item in each) for group in (entries, sizes, kinds, classes)))
 
 
-def _begins_with(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+def begins_with(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
     """Whether a decoder's first layers are these: the same dictionary may have come to another order."""
     return not layers or [*model._modules["layers"]._modules.values()][: len(layers)] == layers  # type: ignore[union-attr]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,16 @@ class Known:
         self.layers, self.watched = layers, watched
         self._found: tuple[Watched, list[Found]] | None = None
 
-    def found(self) -> list[tuple[Parts, Packed]] | None:
-        """What the kernels compute for each layer; None if one is to be called itself."""
+    def kept(self) -> tuple[Watched, list[Found]] | None:
+        """What the layers are now, another tuple when they have changed; None if one is to be called itself."""
         kept = self._found  # another thread may look meanwhile
         if kept is None or not kept[0].unchanged():
             kept = self._found = self._look()
+        return kept
+
+    def found(self) -> list[tuple[Parts, Packed]] | None:
+        """What the kernels compute for each layer; None if one is to be called itself."""
+        kept = self.kept()
         readable = [] if kept is None else [found.readable() for found in kept[1]]
         found = [each for each in readable if each is not None]
         return found if kept is not None and len(found) == len(self.layers) else None
@@ -45,6 +51,29 @@ class Known:
         known = [each for each in kept if each is not None]
         watched = Watched.of_all([self.watched, *(watch for watch, _ in known)])
         return (watched, [found for _, found in known]) if len(known) == len(kept) and watched.unchanged() else None
+
+
+class Ran(NamedTuple):
+    """One position whose layers ran in one call: what they were given, and what the last of them returned."""
+
+    known: Known
+    x: Tensor
+    y: Tensor
+    layers: list[Given]
+
+
+_RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
+
+
+@contextmanager
+def seen() -> Iterator[list[Ran]]:
+    """The positions that this thread runs in the block."""
+    found: list[Ran] = []
+    token = _RAN.set(found)
+    try:
+        yield found
+    finally:
+        _RAN.reset(token)
 
 
 class Together:
@@ -127,18 +156,22 @@ class Together:
         if rooms is None:
             self._calls = calls
             return None
-        return _run(x, self._between, layers, rooms)
+        if not _ran(x, self._between, layers, rooms):
+            return _apart(x, layers, rooms)
+        if (seen := _RAN.get()) is not None:
+            seen.append(Ran(self._known, x, self._between, layers))
+        return self._between
 
-    def _found(self, x: Tensor, cache: Any) -> list[_Layer] | None:
+    def _found(self, x: Tensor, cache: Any) -> list[Given] | None:
         """What each layer computes, if the kernels do the same with what it was given."""
         known = self._known.found()
         if known is None:
             return None
-        found: list[_Layer] = []
+        found: list[Given] = []
         for (parts, packed), (args, given) in zip(known, self._calls, strict=True):
             if len(args) != 1 or given.get("past_key_values") is not cache or not takes(given):
                 return None
-            layer = _Layer(parts, packed, given.get("position_embeddings"), given.get("attention_mask"))
+            layer = Given(parts, packed, given.get("position_embeddings"), given.get("attention_mask"))
             if not (found and layer.is_like(found[-1])) and not parts.fits(x, layer.turned, layer.mask):
                 return None
             found.append(layer)
@@ -165,29 +198,48 @@ class _Call(NamedTuple):
     given: dict[str, Any]
 
 
-class _Layer(NamedTuple):
+class Given(NamedTuple):
+    """A layer and what it was given."""
+
     parts: Parts
     packed: Packed
     turned: Any
     mask: Any
 
-    def is_like(self, other: _Layer) -> bool:
+    def is_like(self, other: Given) -> bool:
         """Whether another was given the same, and has parts of the same sizes and dtype."""
         mine, its = self.parts, other.parts
         given = self.turned is other.turned and self.mask is other.mask
         return given and mine.sizes == its.sizes and mine.features == its.features and mine.dtype is its.dtype
 
+    def arguments(self, number: int, room: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+        """One of `cpu_decoder.DecoderLayers`.
 
-def _run(x: Tensor, y: Tensor, layers: list[_Layer], rooms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Layers after each other, into ``y`` if the kernels can read all that the cache holds."""
-    readable = all(layer.parts.reads(x, *room, layer.mask) for layer, room in zip(layers, rooms, strict=True))
-    if readable:
-        arguments = [
-            (*parts.sizes, *parts.feed, parts.scale, *packed.inputs, *turned, *room, mask, *packed.output)
-            for (parts, packed, turned, mask), room in zip(layers, rooms, strict=True)
-        ]
-        if cpu_decoder.decoder_layers(x, y, arguments):
-            return y
+        Args:
+            number: of what it is given.
+            room: keys and values.
+        """
+        parts, packed = self.parts, self.packed
+        return (*parts.sizes, *parts.feed, parts.scale, *packed.inputs, number, *room, *packed.output)
+
+
+def _ran(x: Tensor, y: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Layers after each other, into ``y``; False, and nothing done, if the kernels cannot read all of the cache."""
+    if not all(layer.parts.reads(x, *room, layer.mask) for layer, room in zip(layers, rooms, strict=True)):
+        return False
+    numbers: dict[tuple[int, int], int] = {}
+    given: list[Any] = []
+    arguments = []
+    for layer, room in zip(layers, rooms, strict=True):
+        number = numbers.setdefault((id(layer.turned), id(layer.mask)), len(numbers))
+        if len(given) < 3 * len(numbers):
+            given += *layer.turned, layer.mask
+        arguments.append(layer.arguments(number, room))
+    return cpu_decoder.DecoderLayers(x, arguments)(x, y, tuple(given))
+
+
+def _apart(x: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What the last of the layers returns, each in two calls."""
     for (parts, packed, turned, mask), room in zip(layers, rooms, strict=True):
         x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
     return x

@@ -154,7 +154,7 @@ def _outside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     found = {}
     for kind, _, function in _functions(module):
         if not kind.__module__.startswith(_LEFT_OUT):
-            for place, name in _names(inspect.unwrap(function), set()):
+            for place, name in names_of(function):
                 found[id(place), name] = place, name
     for config in [value for part in module.modules() for value in part.__dict__.values()]:
         held = getattr(config, "__dict__", {})
@@ -169,8 +169,12 @@ def _tables(value: Any) -> list[dict[str, Any]]:
     return [table for name in _TABLES if isinstance(table := getattr(value, name, None), dict)]
 
 
-def _names(function: Any, seen: set[Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def names_of(function: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Names of its own file that a function uses, and that the functions there use: where they stand, and the name."""
+    yield from _names(inspect.unwrap(function), set())
+
+
+def _names(function: Any, seen: set[Any]) -> Iterator[tuple[dict[str, Any], str]]:
     if not isinstance(function, FunctionType) or function in seen:
         return
     seen.add(function)

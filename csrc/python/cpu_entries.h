@@ -21,6 +21,9 @@ PyObject* rms_norm(PyObject* const* values, Py_ssize_t count);
 // cpu_layer.cpp
 PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count);
 PyObject* layer_output(PyObject* const* values, Py_ssize_t count);
+
+// cpu_decoder.cpp
+PyObject* read_decoder_layers(PyObject* const* values, Py_ssize_t count);
 PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count);
 
 // unchanged.cpp

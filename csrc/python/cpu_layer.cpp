@@ -2,149 +2,18 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "../link.h"
-#include "arguments.h"
 #include "cpu_entries.h"
 #include "cpu_run.h"
-#include "frozen_operands.h"
+#include "layer_arguments.h"
 
 namespace recmas::python {
 
 namespace {
 
-struct LayerArguments {
-  Arguments arguments;
-  Isa isa;
-  int32_t threads;
-  Operands operands;
-
-  LayerArguments(PyObject* const* values, Py_ssize_t count, Py_ssize_t expected, const char* entry)
-      : arguments(values, count, expected, entry),
-        isa(static_cast<Isa>(arguments.integer())),
-        threads(static_cast<int32_t>(arguments.integer())) {}
-
-  // Of one layer among several.
-  LayerArguments(PyObject* tuple, Py_ssize_t expected, Isa isa, int32_t threads)
-      : arguments(&PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_SIZE(tuple), expected, "decoder_layers: a layer"),
-        isa(isa),
-        threads(threads) {}
-
-  // gain or None, offset, eps
-  cpu::RmsGain norm(int64_t features, const char* name) {
-    cpu::RmsGain norm{operands.vector(arguments.object(), features, name), 0.0f, 0.0f};
-    norm.offset = arguments.number();
-    norm.eps = arguments.number();
-    return norm;
-  }
-
-  // panels, stored dtype, bias or None
-  cpu::FrozenWeight weight(int64_t out, int64_t in, const char* name) {
-    PyObject* const panels = arguments.object();
-    const auto stored = static_cast<Dtype>(arguments.integer());
-    return {panels_of(panels, out, in, stored, isa), stored, operands.vector(arguments.object(), out, name)};
-  }
-
-  // Dense rows, so that what is read of them is what their shape says.
-  MatrixView rows(int64_t* count) {
-    const View view = Operands::described(arguments.object(), "x");
-    operands.require(view.dense);
-    return rows_of(view, count);
-  }
-
-  // [rows or 1, ..., features], dense.
-  MatrixView angles(int64_t rows, int64_t features, const char* name) {
-    const View view = Operands::described(arguments.object(), name);
-    operands.require(view.dense && view.dtype != View::kOther);
-    const bool one = view.elements == features;
-    Operands::expect(view.columns == features && (one || view.elements == rows * features), name);
-    return {view.data, one ? 0 : features, view.kernel_dtype()};
-  }
-
-  Output result(int64_t elements, const char* name) {
-    const View view = Operands::described(arguments.object(), name);
-    Operands::expect(view.dense && view.elements == elements && view.dtype != View::kOther, name);
-    return {view.data, view.kernel_dtype()};
-  }
-
-  float* floats(int64_t elements, const char* name) {
-    const Output found = result(elements, name);
-    if (found.dtype != Dtype::f32) throw py::type_error(std::string(name) + " is not float32");
-    return static_cast<float*>(found.data);
-  }
-
-  cpu::CacheView cache(int64_t rows, int64_t heads, int64_t features, int64_t* positions, const char* name) {
-    const View view = Operands::described(arguments.object(), name);
-    Operands::expect(view.dimensions == 4 && view.sizes[0] == rows && view.sizes[1] == heads &&
-                         view.sizes[3] == features && (*positions < 0 || view.sizes[2] == *positions),
-                     name);
-    operands.require(view.dtype != View::kOther && view.has_dense_rows());
-    *positions = view.sizes[2];
-    return {view.data, view.strides[0], view.strides[1], view.strides[2], view.kernel_dtype()};
-  }
-
-  template <class Call>
-  void sizes(Call& call) {
-    call.isa = isa;
-    call.threads = threads;
-    call.heads = arguments.integer();
-    call.key_heads = arguments.integer();
-    call.head_features = arguments.integer();
-  }
-
-  void weights(cpu::LayerInputs& call) {
-    const int64_t queries = call.heads * call.head_features, keys = call.key_heads * call.head_features;
-    call.norm = norm(call.features, "norm");
-    call.query = weight(queries, call.features, "query");
-    call.key = weight(keys, call.features, "key");
-    call.value = weight(keys, call.features, "value");
-    call.query_norm = norm(call.head_features, "query_norm");
-    call.key_norm = norm(call.head_features, "key_norm");
-  }
-
-  void turns(cpu::LayerInputs& call) {
-    call.cos = angles(call.rows, call.head_features, "cos");
-    call.sin = angles(call.rows, call.head_features, "sin");
-    operands.require(call.cos.dtype == call.sin.dtype && call.cos.stride == call.sin.stride);
-  }
-
-  void cached(cpu::LayerOutput& call) {
-    call.positions = -1;
-    call.keys = cache(call.rows, call.key_heads, call.head_features, &call.positions, "keys");
-    call.values = cache(call.rows, call.key_heads, call.head_features, &call.positions, "values");
-    operands.require(call.keys.dtype == call.values.dtype);
-    PyObject* const mask = arguments.object();
-    if (mask == Py_None) return;
-    const View view = Operands::described(mask, "mask");
-    const int64_t rows = view.dimensions == 4 ? view.sizes[0] : 0;
-    Operands::expect(view.dimensions == 4 && (rows == call.rows || rows == 1) && view.sizes[1] == 1 &&
-                         view.sizes[2] == 1 && view.sizes[3] == call.positions && view.element_bytes == 1,
-                     "mask");
-    operands.require(view.has_dense_rows());
-    call.mask = static_cast<const uint8_t*>(view.data);
-    call.mask_stride = rows == 1 ? 0 : view.strides[0];
-  }
-
-  void weights(cpu::LayerOutput& call) {
-    call.out = weight(call.features, call.heads * call.head_features, "out");
-    call.after_attention = norm(call.features, "after_attention");
-    call.before_feed = norm(call.features, "before_feed");
-    call.gate = weight(call.hidden_features, call.features, "gate");
-    call.up = weight(call.hidden_features, call.features, "up");
-    call.down = weight(call.features, call.hidden_features, "down");
-    call.after_feed = norm(call.features, "after_feed");
-  }
-};
-
 cpu::HeadRows dense_heads(const Output& heads, const cpu::LayerInputs& call) {
   return {heads.data, call.key_heads * call.head_features, call.head_features, heads.dtype};
-}
-
-// Where the last position of a cache stands.
-cpu::HeadRows last_of(const cpu::CacheView& cache, int64_t positions) {
-  const int64_t before = (positions - 1) * cache.position_stride * dtype_bytes(cache.dtype);
-  return {static_cast<char*>(const_cast<void*>(cache.data)) + before, cache.row_stride, cache.head_stride, cache.dtype};
 }
 
 }  // namespace
@@ -161,7 +30,8 @@ PyObject* layer_inputs(PyObject* const* values, Py_ssize_t count) {
   if (call.x.data == nullptr) Py_RETURN_FALSE;
   call.features = call.x.stride;
   in.weights(call);
-  in.turns(call);
+  const View cos = Operands::described(in.arguments.object(), "cos");
+  in.turns(call, cos, Operands::described(in.arguments.object(), "sin"));
   const int64_t keys = call.rows * call.key_heads * call.head_features;
   call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
   call.keys = dense_heads(in.result(keys, "keys"), call);
@@ -186,67 +56,13 @@ PyObject* layer_output(PyObject* const* values, Py_ssize_t count) {
   call.features = call.x.stride;
   call.queries = in.floats(call.rows * call.heads * call.head_features, "queries");
   in.cached(call);
+  PyObject* const mask = in.arguments.object();
+  if (mask != Py_None) in.masked(call, Operands::described(mask, "mask"));
   in.weights(call);
   call.y = in.result(call.rows * call.features, "y");
   if (!in.operands.readable) Py_RETURN_FALSE;
   run_in(cpu::layer_output_workspace(call), "layer_output",
          [&](void* workspace, int64_t bytes) { return cpu::layer_output(call, workspace, bytes); });
-  Py_RETURN_TRUE;
-}
-
-// decoder_layers(isa, threads, x, y, queries, layers) -> whether all could be read, so that y and the last position of
-// every layer's keys and values were written. A layer: (heads, key heads, features of a head, hidden features,
-// activation, scale, then as above norm, query, key, value, query norm, key norm, cos, sin, keys, values, mask or None,
-// and from out to the norm after the feed-forward part).
-PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
-  LayerArguments in(values, count, 6, "decoder_layers");
-  int64_t rows = 0;
-  MatrixView x = in.rows(&rows);
-  if (x.data == nullptr) Py_RETURN_FALSE;
-  const int64_t features = x.stride;
-  const Output y = in.result(rows * features, "y");
-  const View queries = Operands::described(in.arguments.object(), "queries");
-  Operands::expect_float(queries, "queries");
-  PyObject* const tuples = in.arguments.object();
-  if (!PyTuple_Check(tuples)) throw py::type_error("decoder_layers: expected a tuple of layers");
-  std::vector<cpu::DecoderLayer> layers(static_cast<size_t>(PyTuple_GET_SIZE(tuples)));
-  bool readable = in.operands.readable && y.dtype == x.dtype;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    PyObject* const tuple = PyTuple_GET_ITEM(tuples, static_cast<Py_ssize_t>(i));
-    if (!PyTuple_Check(tuple)) throw py::type_error("decoder_layers: a layer is no tuple");
-    LayerArguments of_layer(tuple, 50, in.isa, in.threads);
-    auto& [inputs, output] = layers[i];
-    of_layer.sizes(inputs);
-    output.hidden_features = of_layer.arguments.integer();
-    output.activation = static_cast<cpu::Activation>(of_layer.arguments.integer());
-    inputs.scale = of_layer.arguments.number();
-    inputs.rows = output.rows = rows;
-    inputs.features = output.features = features;
-    inputs.x = output.x = x;
-    Operands::expect(queries.dense && queries.elements >= rows * inputs.heads * inputs.head_features, "queries");
-    inputs.queries = static_cast<float*>(queries.data);
-    output.queries = inputs.queries;
-    output.isa = in.isa;
-    output.threads = in.threads;
-    output.heads = inputs.heads;
-    output.key_heads = inputs.key_heads;
-    output.head_features = inputs.head_features;
-    of_layer.weights(inputs);
-    of_layer.turns(inputs);
-    of_layer.cached(output);
-    of_layer.weights(output);
-    inputs.keys = last_of(output.keys, output.positions);
-    inputs.values = last_of(output.values, output.positions);
-    output.y = y;
-    x = {y.data, features, y.dtype};
-    readable = readable && of_layer.operands.readable;
-  }
-  if (!readable) Py_RETURN_FALSE;
-  const auto layer_count = static_cast<int64_t>(layers.size());
-  run_in(cpu::decoder_layers_workspace(layers.data(), layer_count), "decoder_layers",
-         [&](void* workspace, int64_t bytes) {
-           return cpu::decoder_layers(layers.data(), layer_count, workspace, bytes);
-         });
   Py_RETURN_TRUE;
 }
 

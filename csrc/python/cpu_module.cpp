@@ -19,6 +19,7 @@ PyMethodDef fast_entries[] = {
     fast<&rms_norm>("rms_norm"),
     fast<&layer_inputs>("layer_inputs"),
     fast<&layer_output>("layer_output"),
+    fast<&read_decoder_layers>("read_decoder_layers"),
     fast<&decoder_layers>("decoder_layers"),
     fast<&unchanged>("unchanged"),
     fast<&versions>("versions"),

@@ -1,11 +1,12 @@
 """The kernels of decoder layers, which work on one position of few rows: what precedes attention and the rest, or all.
 
-Arguments of weights and norms come flat, as ``csrc/python/cpu_layer.cpp`` reads them: a weight is ``(panels, number of
-the stored dtype, bias or None)``, a norm ``(gain or None, offset, eps)``.
+Arguments of weights and norms come flat, as ``csrc/python/layer_arguments.h`` reads them: a weight is ``(panels, number
+of the stored dtype, bias or None)``, a norm ``(gain or None, offset, eps)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -77,15 +78,31 @@ def layer_output(
     return y
 
 
-def decoder_layers(x: Tensor, y: Tensor, layers: list[tuple[Any, ...]]) -> bool:
-    """Layers after each other, into ``y``; False, and nothing done, if the kernels cannot read one of the tensors.
+class DecoderLayers:
+    """Decoder layers one after the other, read once for many calls. Gains and biases are read at each of them.
 
     Args:
-        x: ``[B, 1, d]``, as for `layer_inputs`.
-        y: the same.
-        layers: of each, sizes as for `layer_output`, the scale, the arguments of `layer_inputs`, cos, sin, keys, values
-            ``[B, key heads, T, D]`` whose last position is written, mask, and the arguments of `layer_output`.
+        x: ``[B, 1, d]``, as for `layer_inputs`; calls take such rows.
+        layers: of each, sizes as for `layer_output`, the scale, the arguments of `layer_inputs`, the number of what it
+            is given, keys, values ``[B, key heads, T, D]``, and the arguments of `layer_output`. Tensors among them,
+            but for gains and biases, must keep their memory.
     """
-    most = max(heads * features for heads, _, features, *_ in layers)
-    queries = torch.empty(x.shape[0] * most, dtype=torch.float32, device=_CPU)
-    return bool(_native().decoder_layers(_isa(), torch.get_num_threads(), x, y, queries, tuple(layers)))
+
+    def __init__(self, x: Tensor, layers: Iterable[tuple[Any, ...]]) -> None:
+        found = tuple(layers)
+        self.count = len(found)
+        self._queries = x.shape[0] * max(heads * features for heads, _, features, *_ in found)
+        self._read = _native().read_decoder_layers(_isa(), x.shape[0], x.shape[2], found)
+
+    def __call__(self, x: Tensor, y: Tensor, given: tuple[Any, ...], positions: int = -1) -> bool:
+        """The layers, into ``y``; False, and nothing done, if the kernels cannot read one of the tensors.
+
+        Args:
+            x: rows like those that the layers were read for.
+            y: the same.
+            given: cos, sin, mask as above, in a row for each number that a layer names.
+            positions: that keys and values hold with the last one, which is written; -1 is as many as they have.
+        """
+        queries = torch.empty(self._queries, dtype=torch.float32, device=_CPU)
+        settings = _isa(), torch.get_num_threads()
+        return bool(_native().decoder_layers(*settings, x.contiguous(), y, queries, given, positions, self._read))

@@ -146,13 +146,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls() -> Iterator[list[int]]:
     """How many layers each call of the kernels was of."""
     found: list[int] = []
-    real = cpu_decoder.decoder_layers
+    real = cpu_decoder.DecoderLayers.__call__
 
-    def counted(x: Tensor, y: Tensor, layers: list[Any]) -> bool:
-        found.append(len(layers))
-        return real(x, y, layers)
+    def counted(layers: cpu_decoder.DecoderLayers, *given: Any) -> bool:
+        found.append(layers.count)
+        return real(layers, *given)
 
-    with mock.patch.object(cpu_decoder, "decoder_layers", counted):
+    with mock.patch.object(cpu_decoder.DecoderLayers, "__call__", counted):
         yield found
 
 
@@ -311,7 +311,7 @@ def test_an_order_that_nobody_saw_is_an_error_and_no_result():
         step(model)
         kernel = model.__dict__["forward"]
         kernel._known.layers = [*kernel._known.layers, Layer()]  # as if the last one were never reached
-        unseen = mock.patch.object(decoder_model, "_begins_with", return_value=True)
+        unseen = mock.patch.object(decoder_model, "begins_with", return_value=True)
         with unseen, pytest.raises(RuntimeError, match="another order"):
             step(model)
 
@@ -506,7 +506,7 @@ def test_a_cache_that_has_grown_does_not_grow_once_more_when_its_step_is_interru
     with accelerate(model):
         step(model)
         with (
-            mock.patch.object(cpu_decoder, "decoder_layers", side_effect=KeyboardInterrupt),
+            mock.patch.object(cpu_decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             model(inputs_embeds=torch.ones(2, 1, 48), past_key_values=cache)
@@ -559,34 +559,62 @@ BAD: dict[str, Callable[[list[Any]], Any]] = {  # of the arguments of one layer
     "no panels": lambda layer: (*layer[:9], None, *layer[10:]),
     "short panels": lambda layer: (*layer[:9], layer[9][:-1], *layer[10:]),
     "another dtype of panels": lambda layer: (*layer[:10], 7, *layer[11:]),
-    "angles": lambda layer: (*layer[:24], layer[24][..., :8].contiguous(), *layer[25:]),
-    "no keys": lambda layer: (*layer[:26], None, *layer[27:]),
-    "no positions": lambda layer: (*layer[:26], layer[26][:, :, :0], layer[27][:, :, :0], *layer[28:]),
-    "other positions": lambda layer: (*layer[:26], layer[26][:, :, 1:], *layer[27:]),
-    "other rows": lambda layer: (*layer[:26], layer[26][:1], *layer[27:]),
-    "a mask of others": lambda layer: (*layer[:28], torch.ones(2, 1, 1, 3).bool(), *layer[29:]),
+    "given nothing": lambda layer: (*layer[:24], 1, *layer[25:]),
+    "given less than nothing": lambda layer: (*layer[:24], -1, *layer[25:]),
+    "no keys": lambda layer: (*layer[:25], None, *layer[26:]),
+    "no positions": lambda layer: (*layer[:25], layer[25][:, :, :0], layer[26][:, :, :0], *layer[27:]),
+    "other positions": lambda layer: (*layer[:25], layer[25][:, :, 1:], *layer[26:]),
+    "other rows": lambda layer: (*layer[:25], layer[25][:1], *layer[26:]),
 }
+BAD_GIVEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "angles": lambda cos, sin: (cos[..., :8].contiguous(), sin, None),
+    "a mask of others": lambda cos, sin: (cos, sin, torch.ones(2, 1, 1, 3).bool()),
+    "no angles": lambda cos, sin: (None, sin, None),
+    "two of three": lambda cos, sin: (cos, sin),
+    "no tuple given": lambda cos, sin: [cos, sin, None],
+}
+BAD_POSITIONS = {"none": 0, "more than there is room for": 7, "a fraction": 0.5}
 
 
-@pytest.mark.parametrize("bad", [*BAD, "no layer", "queries", "y", "many rows"])
+@pytest.mark.parametrize(
+    "bad", [*BAD, *BAD_GIVEN, *BAD_POSITIONS, "no layer", "no tuple of layers", "not read", "queries", "y", "many rows"]
+)
 @torch.no_grad()
 def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
     model, seen = Model(), []
-    with accelerate(model), mock.patch.object(cpu_decoder, "decoder_layers", lambda *given: seen.append(given) or True):
+
+    class Seen(cpu_decoder.DecoderLayers):
+        def __init__(self, x: Tensor, layers: Any) -> None:
+            seen.append(tuple(layers))
+            super().__init__(x, seen[-1])
+
+        def __call__(self, *given: Any) -> bool:
+            seen.append(given)
+            return True
+
+    with accelerate(model), mock.patch.object(cpu_decoder, "DecoderLayers", Seen):
         step(model)
-    x, y, layers = seen[0]
-    run = cpu_decoder._native().decoder_layers
-    queries, before = torch.empty(2 * 64), layers[0][26].clone()
+    layers, (x, y, given) = seen[:2]
+    native, isa = cpu_decoder._native(), cpu_decoder._isa()
+    queries, before = torch.empty(2 * 64), layers[0][25].clone()
     y.fill_(5)
     if bad in BAD:
         layers = (layers[0], BAD[bad](list(layers[1])), *layers[2:])
+    if bad in BAD_GIVEN:
+        given = BAD_GIVEN[bad](*given[:2])
     if bad == "no layer":
         layers = ()
     if bad == "many rows":
         x, y = x[:1].expand(17, 1, -1).contiguous(), torch.full((17, 1, 48), 5.0)
     queries = queries[:-1] if bad == "queries" else queries
     y = y[..., :-1] if bad == "y" else y
+
+    def run() -> None:
+        read = native.read_decoder_layers(isa, 2, 48, list(layers) if bad == "no tuple of layers" else layers)
+        read = object() if bad == "not read" else read
+        native.decoder_layers(isa, 2, x, y, queries, given, BAD_POSITIONS.get(bad, -1), read)
+
     with pytest.raises((TypeError, ValueError, RuntimeError)):
-        run(cpu_decoder._isa(), 2, x, y, queries, tuple(layers))
-    assert torch.equal(layers[0][26] if layers else before, before)
+        run()
+    assert torch.equal(layers[0][25] if layers else before, before)
     assert bool((y == 5).all())

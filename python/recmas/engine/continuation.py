@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.growing_cache import new_cache
+from recmas_kernels import DecoderSteps
 
 
 class Past(ABC):
@@ -68,7 +69,7 @@ class Continuation(Past):
         self.cache = new_cache(decoder) if cache is None else cache
         self._call = DecoderCall(decoder)
         self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], room)], dim=1)
-        self._positions = positions_of(self._mask, self.last)
+        self._foresee()
         self.length = length
 
     @property
@@ -79,9 +80,17 @@ class Continuation(Past):
         start, self.length = self.length, self.length + embeds.shape[1]
         if self.length > self._mask.shape[1]:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], self.length)], dim=1)
-            self._positions = positions_of(self._mask, self.last)
-        positions = self._positions[:, start : self.length]
-        return self._call(embeds, self.mask, positions, self.cache)[:, -1]
+            self._foresee()
+
+        def call() -> Tensor:
+            return self._call(embeds, self.mask, self._positions[:, start : self.length], self.cache)
+
+        hidden = self._steps(embeds, start, call) if embeds.shape[1] == 1 else call()
+        return hidden[:, -1]
+
+    def _foresee(self) -> None:
+        self._positions = positions_of(self._mask, self.last)
+        self._steps = DecoderSteps(self.decoder, self.cache, self._mask, self._positions)
 
 
 class SingleSteps(Continuation):

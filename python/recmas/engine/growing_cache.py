@@ -40,22 +40,77 @@ class GrowingCache(DynamicCache):
         rows, another dtype or is of another kind, it stands in two places, or somebody put another `update` in place
         of ours.
         """
+        layers = self._growable(indices, rows, dtype)
+        return None if layers is None else [layer.make_room() for layer in layers]
+
+    def lend(self, indices: Sequence[int], rows: int, dtype: torch.dtype) -> Lent | None:
+        """Layers that grow together from now on; None where `make_room` has to be called, or a window moves."""
+        layers = self._growable(indices, rows, dtype)
+        if layers is None or any(type(layer) is not GrowingLayer for layer in layers):
+            return None
+        return Lent(self, layers) if len({layer.keys.shape[2] for layer in layers}) == 1 else None
+
+    def _growable(self, indices: Sequence[int], rows: int, dtype: torch.dtype) -> list[Any] | None:
         if self.offloading or max(indices) >= len(self.layers) or len(set(map(id, self.layers))) < len(self.layers):
             return None
-        if "update" in self.__dict__ or type(self).update is not _UPDATES[GrowingCache]:
-            return None
         layers = [self.layers[index] for index in indices]
-        if not all(_can_grow(layer, rows, dtype) for layer in layers):
-            return None
-        return [layer.make_room() for layer in layers]
+        grow = updates_as_written(self) and all(map(updates_as_written, layers))
+        return layers if grow and all(layer.holds_rows(rows, dtype) for layer in layers) else None
 
 
-def _can_grow(layer: Any, rows: int, dtype: torch.dtype) -> bool:
-    """Whether `GrowingLayer.make_room` does what the layer's `update` does for these rows."""
-    ours = _UPDATES.get(type(layer))
-    if ours is None or type(layer).update is not ours or "update" in layer.__dict__ or not layer.is_initialized:
-        return False
-    return layer.keys.size(0) == rows and layer.keys.dtype is dtype
+def updates_as_written(cache: Any) -> bool:
+    """Whether the `update` of a cache or a layer is what room in it stands for."""
+    ours = _UPDATES.get(type(cache))
+    return ours is not None and type(cache).update is ours and "update" not in cache.__dict__
+
+
+class Length:
+    """Of layers that grow together.
+
+    Attributes:
+        end: positions that they hold.
+    """
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+
+class Lent:
+    """Layers of one cache that grow together, for whoever writes into their buffers.
+
+    Each layer says what it holds when it is asked. One that is changed, by whatever means, grows by itself from then
+    on, and `holds` is False.
+
+    Args:
+        cache: whose they are.
+        layers: which hold equally many positions.
+
+    Attributes:
+        rooms: keys and values ``[B, heads, columns, d]`` of each, of which the first `end` hold something.
+        columns: that there is room for.
+    """
+
+    def __init__(self, cache: GrowingCache, layers: Sequence[GrowingLayer]) -> None:
+        self._cache, self._all, self._layers = cache, [*cache.layers], layers
+        self._length = Length(layers[0].keys.shape[2])
+        self.rooms = [layer.lend(self._length) for layer in layers]
+        self.columns = min(keys.shape[2] for keys, _ in self.rooms)
+
+    @property
+    def end(self) -> int:
+        """Positions that all of them hold; whoever has written one more counts it."""
+        return self._length.end
+
+    @end.setter
+    def end(self, end: int) -> None:
+        self._length.end = end
+
+    def holds(self) -> bool:
+        """Whether all of them still grow together, in this cache, and by nobody else's `update`."""
+        if self._cache.layers != self._all or self._cache.offloading or not updates_as_written(self._cache):
+            return False
+        length = self._length
+        return all(layer._length is length and updates_as_written(layer) for layer in self._layers)
 
 
 def _growing(layer: Any) -> Any:
@@ -73,8 +128,29 @@ class GrowingLayer(DynamicLayer):
     `keys` and `values` are views ``[B, heads, T, d]`` of all that is held.
     """
 
-    keys: Tensor
-    values: Tensor
+    _length: Length | None = None  # that it shares with other layers; they grow without being told
+    _keys: Any = None
+    _values: Any = None
+
+    @property
+    def keys(self) -> Any:
+        self._catch_up()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._leave()
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        self._catch_up()
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._leave()
+        self._values = values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin with nothing, for states of these shapes."""
@@ -90,6 +166,7 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, heads, S, d]``; views of all that is held, ``[B, heads, T, d]``."""
+        self._leave()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[:2] != self.keys.shape[:2]:  # copying would repeat what there is
@@ -109,9 +186,30 @@ class GrowingLayer(DynamicLayer):
 
     def make_room(self) -> tuple[Tensor, Tensor]:
         """What `update` returns, with one position that is still to be written."""
+        self._leave()
         if self._is_ours() and self._end < self._buffers[0].size(2):
             return self._hold(self._end + 1)
         return self._hold(self._span(1)[1])
+
+    def holds_rows(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether it holds so many rows of this dtype."""
+        return self.is_initialized and self.keys.size(0) == rows and self.keys.dtype is dtype
+
+    def lend(self, length: Length) -> tuple[Tensor, Tensor]:
+        """Grow as this says; the buffers, with room for one position at least."""
+        self._hold(self._span(1)[0])
+        self._length = length
+        keys, values = self._buffers
+        return keys, values
+
+    def _catch_up(self) -> None:
+        if self._length is not None and self._length.end != self._end:
+            self._hold(self._length.end)
+
+    def _leave(self) -> None:
+        """Grow by itself from here on."""
+        self._catch_up()
+        self._length = None
 
     def _span(self, count: int) -> tuple[int, int]:
         """Where so many more go in the buffers, which are replaced if they are full or somebody set other states.
@@ -133,7 +231,7 @@ class GrowingLayer(DynamicLayer):
     def _hold(self, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers
         self._end = end
-        self.keys, self.values = self._held = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        self._keys, self._values = self._held = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self._held
 
     def _needed(self, length: int) -> int:

@@ -58,15 +58,19 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     agent = accelerated(family)
     prompt, _ = prompts(agent, (9, 4, 1))
     calls = []
-    real = cpu_decoder.decoder_layers
-    monkeypatch.setattr(
-        cpu_decoder, "decoder_layers", lambda x, y, layers: calls.append(len(layers)) or real(x, y, layers)
-    )
+    real = cpu_decoder.DecoderLayers.__call__
+
+    def counted(layers: cpu_decoder.DecoderLayers, *given: Any) -> bool:
+        calls.append(layers.count)
+        return real(layers, *given)
+
+    monkeypatch.setattr(cpu_decoder.DecoderLayers, "__call__", counted)
     states, tokens = agent.think(prompt, 5, tiny_link(agent)).states, agent.decode(prompt, 4)
     assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
     assert set(calls) == {agent.decoder.config.num_hidden_layers}
     calls.clear()
-    monkeypatch.setattr(GrowingCache, "make_room", lambda cache, *given: None)
+    for name in ("make_room", "lend"):
+        monkeypatch.setattr(GrowingCache, name, lambda cache, *given: None)
     assert torch.equal(agent.think(prompt, 5, tiny_link(agent)).states, states)
     assert agent.decode(prompt, 4) == tokens
     assert not calls
