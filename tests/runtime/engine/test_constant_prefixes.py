@@ -75,6 +75,16 @@ def test_what_all_rows_share_beyond_it_is_read_on_from_there():
 
 
 @torch.no_grad()
+def test_another_agents_are_not_read():
+    constants = ConstantPrefixes()
+    for agent in (tiny_agent("llama", seed=seed) for seed in (1, 2)):
+        link, prompt, reuse = tiny_link(agent), prompts_of(agent, [7]), PrefixReuse(constants=constants)
+        found = agent.think(prompt, 3, link, prefill=reuse.prefill("a", None, HEAD)).states
+        check_rollout(found[0], agent, prompt.embeds, 3, link)
+    assert len(constants) == 2
+
+
+@torch.no_grad()
 def test_short_ones_are_not_kept():
     agent, constants = tiny_agent("llama"), ConstantPrefixes()
     reuse = PrefixReuse(constants=constants)
