@@ -16,10 +16,15 @@ LEAST_POSITIONS = 64
 
 
 class ConstantPrefixes:
-    """Snapshots of prefixes, for whoever promises that no weight of the models is written meanwhile."""
+    """Snapshots of prefixes, for whoever promises that the models compute the same meanwhile.
+
+    A prefix is read again where a parameter was replaced or written in place. Not seen are writes through ``.data``,
+    and what is changed beside parameters: hooks, adapters that are switched, settings.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
+        self._weights: dict[PreTrainedModel, list[tuple[int, int]]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -27,6 +32,7 @@ class ConstantPrefixes:
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+        self._weights.clear()
 
     def of(self, decoder: PreTrainedModel, ids: Sequence[int], prompt: Prompt) -> tuple[Snapshot | None, int]:
         """The snapshot of a prefix, and how many positions were read to make it.
@@ -36,6 +42,10 @@ class ConstantPrefixes:
             ids: the prefix; None is made of fewer than `LEAST_POSITIONS`.
             prompt: a batch whose longest row begins with the prefix, or else nothing is read: what was kept is all.
         """
+        weights = _written(decoder)
+        if self._weights.setdefault(decoder, weights) != weights:
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] is not decoder}
+            self._weights[decoder] = weights
         key = decoder, prompt.embeds.device, tuple(ids)
         if len(ids) < LEAST_POSITIONS or key in self._kept:
             return self._kept.get(key), 0
@@ -46,3 +56,9 @@ class ConstantPrefixes:
         begun.feed(prompt.embeds[longest : longest + 1, :count])
         self._kept[key] = Snapshot.of(begun, [list(ids)], [0])
         return self._kept[key], count
+
+
+def _written(decoder: PreTrainedModel) -> list[tuple[int, int]]:
+    """Which parameters a decoder has, and how often they were written; those of inference mode do not count that."""
+    held = decoder.parameters()
+    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in held]

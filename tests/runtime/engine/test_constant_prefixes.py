@@ -7,6 +7,7 @@ import torch
 
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
+from recmas.answering.answers import Answer
 from recmas.config.system_json import PromptSpec
 from recmas.engine.cache_snapshot import Snapshot
 from recmas.engine.constant_prefixes import LEAST_POSITIONS, ConstantPrefixes
@@ -150,6 +151,24 @@ def test_nothing_is_kept_from_one_run_to_the_next(mas):
     for old, new, right in zip(before, changed, plain, strict=True):
         assert relative_error(new.handoffs[0].latents, right.handoffs[0].latents) < 1e-5
         assert relative_error(new.handoffs[0].latents, old.handoffs[0].latents) > 1e-2
+
+
+def test_a_weight_that_a_callback_writes_is_heeded(mas):
+    weight = mas.agents["planner"].model.get_input_embeddings().weight
+    kept, found = weight.clone(), []
+
+    def train(numbers: list[int], answers: list[Answer]) -> None:
+        if numbers == [0]:
+            with torch.no_grad():
+                weight.mul_(1.5)
+
+    for switch in (False, True):
+        try:
+            found.append(mas.answer(QUESTIONS, prefix_reuse=switch, on_answers=train, **OPTIONS))
+        finally:
+            weight.data.copy_(kept)
+    for one, other in zip(*found, strict=True):
+        assert relative_error(other.handoffs[0].latents, one.handoffs[0].latents) < 1e-5
 
 
 def test_a_server_reads_them_once(mas):
