@@ -33,7 +33,7 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 
 
 def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
-    constants = ConstantPrefixes()  # nobody writes a weight until the last batch has ended
+    constants = ConstantPrefixes()  # for the run: what an agent computes may change between two of them
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from recmas.engine.messages import Prompt
 
 LEAST_POSITIONS = 64
 """Positions of a prefix that is read by itself: that takes a forward of its own, which fewer do not pay for."""
+_Weights = list[tuple[weakref.ref[torch.nn.Parameter], int]]
 
 
 class ConstantPrefixes:
@@ -24,7 +26,7 @@ class ConstantPrefixes:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
-        self._weights: dict[PreTrainedModel, list[tuple[int, int]]] = {}
+        self._weights: dict[PreTrainedModel, _Weights] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -42,10 +44,9 @@ class ConstantPrefixes:
             ids: the prefix; None is made of fewer than `LEAST_POSITIONS`.
             prompt: a batch whose longest row begins with the prefix, or else nothing is read: what was kept is all.
         """
-        weights = _written(decoder)
-        if self._weights.setdefault(decoder, weights) != weights:
+        if not _unwritten(decoder, self._weights.get(decoder, [])):
             self._kept = {key: kept for key, kept in self._kept.items() if key[0] is not decoder}
-            self._weights[decoder] = weights
+            self._weights[decoder] = [(weakref.ref(weight), _writes(weight)) for weight in decoder.parameters()]
         key = decoder, prompt.embeds.device, tuple(ids)
         if len(ids) < LEAST_POSITIONS or key in self._kept:
             return self._kept.get(key), 0
@@ -58,7 +59,13 @@ class ConstantPrefixes:
         return self._kept[key], count
 
 
-def _written(decoder: PreTrainedModel) -> list[tuple[int, int]]:
-    """Which parameters a decoder has, and how often they were written; those of inference mode do not count that."""
-    held = decoder.parameters()
-    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in held]
+def _unwritten(decoder: PreTrainedModel, before: _Weights) -> bool:
+    """Whether a decoder has the parameters that it had before, and none of them was written since."""
+    now = [*decoder.parameters()]
+    same = (held() is weight and count == _writes(weight) for weight, (held, count) in zip(now, before, strict=False))
+    return len(now) == len(before) and all(same)
+
+
+def _writes(weight: torch.nn.Parameter) -> int:
+    """How often a parameter was written; those of inference mode do not count it."""
+    return 0 if weight.is_inference() else weight._version
