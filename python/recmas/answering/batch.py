@@ -33,7 +33,7 @@ class Batch:
         answers: of these rows, to be filled, in the order of their numbers.
         fields: of all rows.
         numbers: of the rows in this batch.
-        constants: what all batches of the run begin their prompts with; None where there is but one.
+        constants: what all batches of the run begin their prompts with; None where there is but one, and under offload.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 
 
 def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
-    constants = ConstantPrefixes()  # nobody writes a weight until the last batch has ended
+    stay = plan.system.offloader is None  # else every load has parameters of its own
+    constants = ConstantPrefixes() if stay else None  # for the run: what an agent computes may change between two
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,19 @@ from recmas.engine.messages import Prompt
 
 LEAST_POSITIONS = 64
 """Positions of a prefix that is read by itself: that takes a forward of its own, which fewer do not pay for."""
+_Weights = list[tuple[weakref.ref[torch.nn.Parameter], int]]
 
 
 class ConstantPrefixes:
-    """Snapshots of prefixes, for whoever promises that no weight of the models is written meanwhile."""
+    """Snapshots of prefixes, for whoever promises that the models compute the same meanwhile.
+
+    A prefix is read again where a parameter was replaced or written in place. Not seen are writes through ``.data``,
+    and what is changed beside parameters: hooks, adapters that are switched, settings.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
+        self._weights: dict[PreTrainedModel, _Weights] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -27,6 +34,7 @@ class ConstantPrefixes:
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+        self._weights.clear()
 
     def of(self, decoder: PreTrainedModel, ids: Sequence[int], prompt: Prompt) -> tuple[Snapshot | None, int]:
         """The snapshot of a prefix, and how many positions were read to make it.
@@ -36,6 +44,9 @@ class ConstantPrefixes:
             ids: the prefix; None is made of fewer than `LEAST_POSITIONS`.
             prompt: a batch whose longest row begins with the prefix, or else nothing is read: what was kept is all.
         """
+        if not _unwritten(decoder, self._weights.get(decoder, [])):
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] is not decoder}
+            self._weights[decoder] = [(weakref.ref(weight), _writes(weight)) for weight in decoder.parameters()]
         key = decoder, prompt.embeds.device, tuple(ids)
         if len(ids) < LEAST_POSITIONS or key in self._kept:
             return self._kept.get(key), 0
@@ -46,3 +57,15 @@ class ConstantPrefixes:
         begun.feed(prompt.embeds[longest : longest + 1, :count])
         self._kept[key] = Snapshot.of(begun, [list(ids)], [0])
         return self._kept[key], count
+
+
+def _unwritten(decoder: PreTrainedModel, before: _Weights) -> bool:
+    """Whether a decoder has the parameters that it had before, and none of them was written since."""
+    now = [*decoder.parameters()]
+    same = (held() is weight and count == _writes(weight) for weight, (held, count) in zip(now, before, strict=False))
+    return len(now) == len(before) and all(same)
+
+
+def _writes(weight: torch.nn.Parameter) -> int:
+    """How often a parameter was written; those of inference mode do not count it."""
+    return 0 if weight.is_inference() else weight._version

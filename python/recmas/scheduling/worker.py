@@ -31,8 +31,8 @@ class Worker:
     Args:
         member: the agent, its links and prompts.
         toolbox: what it may call while it writes an answer.
-        prefix_reuse: keep prefixes of a batch for its next visit, and those that all batches have, for good
-            (`recmas.engine.prefix_reuse`).
+        prefix_reuse: keep prefixes of a batch for its next visit, and, where weights stay, those that all batches have,
+            for good (`recmas.engine.prefix_reuse`).
         held: batches whose prefixes are kept; the one unused for longest goes first.
         load_weights: under offload, brings the agent's weights to its device.
         weights_stay: False under offload.
@@ -52,7 +52,7 @@ class Worker:
         self._held = held
         self._load_weights, self._weights_stay = load_weights, weights_stay
         self._prefixes: OrderedDict[tuple[int, ...], PrefixReuse] = OrderedDict()
-        self._constants = ConstantPrefixes()
+        self._constants = ConstantPrefixes() if weights_stay else None
 
     @torch.no_grad()
     def think(self, task: Task, messages: Mapping[str, Message]) -> tuple[Latents, Account]:

@@ -7,6 +7,7 @@ import torch
 
 from recmas import SEQUENTIAL, RecursiveMAS
 from recmas.agents.agent import Agent
+from recmas.answering.answers import Answer
 from recmas.config.system_json import PromptSpec
 from recmas.engine.cache_snapshot import Snapshot
 from recmas.engine.constant_prefixes import LEAST_POSITIONS, ConstantPrefixes
@@ -75,6 +76,16 @@ def test_what_all_rows_share_beyond_it_is_read_on_from_there():
 
 
 @torch.no_grad()
+def test_another_agents_are_not_read():
+    constants = ConstantPrefixes()
+    for agent in (tiny_agent("llama", seed=seed) for seed in (1, 2)):
+        link, prompt, reuse = tiny_link(agent), prompts_of(agent, [7]), PrefixReuse(constants=constants)
+        found = agent.think(prompt, 3, link, prefill=reuse.prefill("a", None, HEAD)).states
+        check_rollout(found[0], agent, prompt.embeds, 3, link)
+    assert len(constants) == 2
+
+
+@torch.no_grad()
 def test_short_ones_are_not_kept():
     agent, constants = tiny_agent("llama"), ConstantPrefixes()
     reuse = PrefixReuse(constants=constants)
@@ -140,6 +151,24 @@ def test_nothing_is_kept_from_one_run_to_the_next(mas):
     for old, new, right in zip(before, changed, plain, strict=True):
         assert relative_error(new.handoffs[0].latents, right.handoffs[0].latents) < 1e-5
         assert relative_error(new.handoffs[0].latents, old.handoffs[0].latents) > 1e-2
+
+
+def test_a_weight_that_a_callback_writes_is_heeded(mas):
+    weight = mas.agents["planner"].model.get_input_embeddings().weight
+    kept, found = weight.clone(), []
+
+    def train(numbers: list[int], answers: list[Answer]) -> None:
+        if numbers == [0]:
+            with torch.no_grad():
+                weight.mul_(1.5)
+
+    for switch in (False, True):
+        try:
+            found.append(mas.answer(QUESTIONS, prefix_reuse=switch, on_answers=train, **OPTIONS))
+        finally:
+            weight.data.copy_(kept)
+    for one, other in zip(*found, strict=True):
+        assert relative_error(other.handoffs[0].latents, one.handoffs[0].latents) < 1e-5
 
 
 def test_a_server_reads_them_once(mas):

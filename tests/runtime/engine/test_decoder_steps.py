@@ -115,6 +115,20 @@ def test_runs_follow_each_other_beyond_buffers_and_tables_and_the_room():
     assert_same(found, expected)
 
 
+@torch.no_grad()
+def test_turns_that_go_by_the_length_so_far_are_not_foreseen():
+    expected, found = (Batch(called=called, room=40) for called in (True, False))
+    for batch in (expected, found):
+        config = batch.decoder.config
+        config.max_position_embeddings = PROMPT + 2
+        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        batch.decoder.rotary_emb = type(batch.decoder.rotary_emb)(config)
+        with calls() as seen:
+            batch.step(6)
+        assert len(seen) == 6
+    assert_same(found, expected)
+
+
 def _double(module: nn.Module, given: Any, result: Any) -> Any:
     return 2 * result
 
