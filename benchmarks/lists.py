@@ -67,12 +67,16 @@ def times(lab: Path, turns: int, threads: Sequence[int]) -> list[dict[str, Any]]
         for batch in BATCHES:
             rows = LIST.questions("test", WORLDS, LIST.hops, max(LEAST, batch))
             spent: dict[str, list[float]] = {way: [] for way in ways}
+            said = {}
             for turn in range(turns + 1):
                 for way, (asked, mode) in ways.items():
                     started = time.perf_counter()
-                    asked.answer(rows, mode=mode, batch_size=batch)
+                    found = asked.answer(rows, mode=mode, batch_size=batch)
                     if turn:
                         spent[way].append(round((time.perf_counter() - started) / len(rows), 7))
+                    said[way] = [(one.text, one.text_tokens) for one in found]
+                if said["text"] != said[TERSE]:
+                    raise ValueError(f"{lab}: without the tokens that they never say, its agents say something else")
             cells += [
                 {"threads": number, "batch": batch, "way": way, "seconds": seconds} for way, seconds in spent.items()
             ]

@@ -1,4 +1,4 @@
-"""Where the time of an agent's step goes on a CPU: microseconds for each decoder layer, and of what lies around them.
+"""Where the time of an agent's step goes on a CPU: microseconds of a step, by its pieces.
 
     python -m benchmarks.step_times --output benchmarks/results/step_times.json
 
@@ -32,9 +32,9 @@ from recmas_kernels.decoder_run import Known
 
 PIECES: dict[str, tuple[Any, str]] = {
     "kernels": (DecoderLayers, "__call__"),
-    "cache": (Lent, "holds"),
-    "watch": (Known, "kept"),
-    "all of a layer": (DecoderSteps, "__call__"),
+    "comparing the layers": (Known, "kept"),
+    "comparing the cache": (Lent, "holds"),
+    "all of the decoder": (DecoderSteps, "__call__"),
 }
 RUNS, STEPS = 5, 16  # medians of so many runs, each of so many steps
 
@@ -60,8 +60,8 @@ def clocked(seconds: dict[str, float]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(steps: Steps, layers: int) -> dict[str, float]:
-    """Microseconds: of each layer by piece, and of a step outside of its layers."""
+def measure(steps: Steps) -> dict[str, float]:
+    """Microseconds of a step, by piece, and of what lies around the decoder."""
     fed = steps.hidden[:, None].clone()
     found = defaultdict(list)
     for _ in range(RUNS + 1):  # the first one warms up
@@ -70,9 +70,9 @@ def measure(steps: Steps, layers: int) -> dict[str, float]:
         with clocked(seconds):
             for _ in range(STEPS):
                 steps.feed(fed)
-        seconds["outside of layers"] = layers * (perf_counter() - begin - seconds["all of a layer"])
+        seconds["around it"] = perf_counter() - begin - seconds["all of the decoder"]
         for name, total in seconds.items():
-            found[name].append(1e6 * total / STEPS / layers)
+            found[name].append(1e6 * total / STEPS)
     return {name: round(median(values[1:]), 1) for name, values in found.items()}
 
 
@@ -86,7 +86,7 @@ def main() -> None:
             agent = made.of(shape).agent(torch.float32, True)
             with torch.no_grad():
                 steps = Steps(agent, Case(shape, torch.float32, "think", batch))
-            rows.append({"model": shape.name, "rows": batch, "microseconds": measure(steps, shape.layers)})
+            rows.append({"model": shape.name, "rows": batch, "microseconds": measure(steps)})
             print(json.dumps(rows[-1]))
     made.close()
     write_atomically(

@@ -178,7 +178,7 @@ class _Around:
             entries += [place, name, place[name]]
         classes = [item for name in (*CALLS, "forward") for item in (kind, name, getattr(kind, name))]
         self._watched = Watched.of_all([Watched(entries, sizes, (), classes), Watch(rotary)])
-        self._values = [(held, held._version, held.data_ptr()) for held in rotary._buffers.values() if held is not None]
+        self._values = [(held, held.clone()) for held in rotary._buffers.values() if held is not None]
 
     @classmethod
     def of(cls, model: nn.Module) -> _Around | None:
@@ -197,8 +197,6 @@ class _Around:
         rule = getattr(rotary, "rope_type", None)
         if not isinstance(rule, str) or "dynamic" in rule or rule == "longrope":  # these go by the positions before
             return None
-        if any(held is not None and held.is_inference() for held in rotary._buffers.values()):
-            return None  # writes to such would not be seen
         return cls(model, rotary, norm)
 
     def unchanged(self, layers: Sequence[nn.Module]) -> bool:
@@ -206,7 +204,7 @@ class _Around:
         model = self._model()
         if model is None or not begins_with(model, layers):
             return False
-        same = all(held._version == version and held.data_ptr() == place for held, version, place in self._values)
+        same = all(held.dtype is was.dtype and torch.equal(held, was) for held, was in self._values)
         return same and self._watched.unchanged()
 
 

@@ -21,10 +21,12 @@ def as_accurate(record: dict[str, Any]) -> Finding:
     for cell in record["answers"]["cells"]:
         systems.setdefault((cell["seed"], cell["link_seed"]), {})[cell["way"]] = cell["correct"]
     means = [_mean([right[way] for right in systems.values()]) for way in ("latent", "text", "shuffled")]
-    gains = [[b - a for a, b in zip(right["text"], right["latent"], strict=True)] for right in systems.values()]
-    value, low, high = crossed(gains)
-    seeds = len({seed for seed, _ in systems})
-    of = f"{len(systems)} systems ({seeds} pretrainings), {len(gains[0])} questions each"
+    gains: dict[int, list[list[float]]] = {}
+    for (seed, _), right in systems.items():
+        gains.setdefault(seed, []).append([b - a for a, b in zip(right["text"], right["latent"], strict=True)])
+    # Links of one pretraining err alike, so what is drawn anew is a pretraining: its systems count as one.
+    value, low, high = crossed([[*map(statistics.fmean, zip(*each, strict=True))] for each in gains.values()])
+    of = f"{len(systems)} systems of {len(gains)} pretrainings, {len(gains[min(gains)][0])} questions each"
     shares = "latents {:.4f}, text {:.4f}, latents of other questions {:.3f}".format(*means)
     told = HOLDS if low > -POINT else FAILS if high < -POINT else UNTOLD
     return Finding(f"{of}: {shares}; latents minus text {value:+.4f} [{low:+.4f}, {high:+.4f}]", told)

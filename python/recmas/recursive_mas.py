@@ -190,6 +190,8 @@ class RecursiveMAS(System):
     ) -> Answers:
         """Answer questions; results in the order of the rows.
 
+        Until it returns agents and links must stay as they are: callbacks write no weights and switch no adapters.
+
         Args:
             rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages
                 whose last one is the question (`recmas.prompts.rows`).

@@ -46,7 +46,7 @@ class Batch:
     ) -> None:
         self.plan, self.system, self.numbers = plan, plan.system, numbers
         self.visits = list(plan.system.pattern.visits(plan.rounds))
-        self.prefix_reuse = PrefixReuse(plan.options.prefix_reuse, constants)
+        self.constants, self.prefix_reuse = constants, PrefixReuse(plan.options.prefix_reuse, constants)
         self.readers: list[PrefixReuse] = []  # that served the turn under way
         self.settling = None if plan.options.settle is None else Settling(plan.options.settle)
         self.going = list(range(len(numbers)))  # places of the rows that have no answer yet
@@ -143,8 +143,8 @@ class Batch:
     ) -> Iterator[tuple[int, str]]:
         """The turn of the agent that answers these rows, with its calls of tools."""
         self.readers.append(reuse)
-        constant = self.system.constant_ids(visit)
-        running = self.running(reuse.prefill(visit.role, None, constant))  # nobody reads these rows' prompts afterwards
+        prefill = reuse.prefill(visit.role, None, self.constant(visit))  # nobody reads these rows' prompts afterwards
+        running = self.running(prefill)
         toolbox, answers = self.plan.options.toolbox, [self.answers[place] for place in places]
         numbers = [self.numbers[place] for place in places]
         agent, how = self.system.agents[visit.role], self.plan.decoding[visit.role]
@@ -180,7 +180,11 @@ class Batch:
         upcoming = next((after for after in same if after.role == visit.role), same[0] if same else None)
         ids = None if upcoming is None else partial(self.system.prefix_ids, upcoming, self.rows)
         self.readers.append(self.prefix_reuse)
-        return self.prefix_reuse.prefill(visit.role, ids, self.system.constant_ids(visit))
+        return self.prefix_reuse.prefill(visit.role, ids, self.constant(visit))
+
+    def constant(self, visit: Visit) -> Sequence[int]:
+        """What prompts of this visit begin with in all batches."""
+        return () if self.constants is None else self.system.constant_ids(visit)
 
     def seed(self, visit: Visit) -> tuple[int, ...]:
         return self.plan.options.seed, visit.round, self.system.pattern.roles.index(visit.role)

@@ -33,8 +33,8 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 
 
 def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
-    stay = plan.system.offloader is None  # else every load has parameters of its own
-    constants = ConstantPrefixes() if stay else None  # for the run: what an agent computes may change between two
+    # For the run alone: what an agent computes may change between two. Under offload every load has its own parameters.
+    constants = ConstantPrefixes() if plan.options.prefix_reuse and plan.system.offloader is None else None
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:
@@ -51,6 +51,8 @@ def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answe
         except torch.OutOfMemoryError:
             if shown or not queue.halve():  # text that was shown cannot be taken back
                 raise
+            if constants is not None:
+                constants.clear()
             if plan.progress is not None:
                 plan.progress(-batch.visited)
         else:

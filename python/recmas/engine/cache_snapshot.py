@@ -126,7 +126,7 @@ def agreeing(row: Sequence[int], other: Sequence[int]) -> int:
     length = min(len(row), len(other))
     if row[:length] == other[:length]:
         return length
-    return next(index for index in range(length) if row[index] != other[index])
+    return next((index for index in range(length) if row[index] != other[index]), length)
 
 
 def _copy(layer: Any, columns: int) -> tuple[Tensor, Tensor] | LinearAttentionLayer | None:

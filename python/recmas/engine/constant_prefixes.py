@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from recmas.engine.cache_snapshot import Snapshot
+from recmas.engine.cache_snapshot import Snapshot, agreeing
 from recmas.engine.continuation import Continuation
 from recmas.engine.messages import Prompt
 
@@ -36,33 +36,36 @@ class ConstantPrefixes:
         self._kept.clear()
         self._weights.clear()
 
-    def of(self, decoder: PreTrainedModel, ids: Sequence[int], prompt: Prompt) -> tuple[Snapshot | None, int]:
+    def of(self, decoder: PreTrainedModel, constant: Sequence[int], prompt: Prompt) -> tuple[Snapshot | None, int]:
         """The snapshot of a prefix, and how many positions were read to make it.
 
         Args:
             decoder: whose.
-            ids: the prefix; None is made of fewer than `LEAST_POSITIONS`.
-            prompt: a batch whose longest row begins with the prefix, or else nothing is read: what was kept is all.
+            constant: what prompts begin with, but perhaps for its last tokens: a row's own text may change them.
+            prompt: a batch. What its longest row has of the prefix is what is read, so that the bits of a row's answer
+                do not depend on earlier batches; nothing, where that is fewer than `LEAST_POSITIONS`.
         """
+        longest = int(prompt.mask[:, 0].argmax())
+        row = [] if prompt.prefix is None else prompt.prefix[longest]
+        ids = tuple(row[: agreeing(row, constant)])
+        if len(ids) < LEAST_POSITIONS:
+            return None, 0
         if not _unwritten(decoder, self._weights.get(decoder, [])):
             self._kept = {key: kept for key, kept in self._kept.items() if key[0] is not decoder}
             self._weights[decoder] = [(weakref.ref(weight), _writes(weight)) for weight in decoder.parameters()]
-        key = decoder, prompt.embeds.device, tuple(ids)
-        if len(ids) < LEAST_POSITIONS or key in self._kept:
-            return self._kept.get(key), 0
-        longest, count = int(prompt.mask[:, 0].argmax()), len(ids)
-        if prompt.prefix is None or list(prompt.prefix[longest][:count]) != list(ids):
-            return None, 0
-        begun = Continuation(decoder, prompt.mask[longest : longest + 1, :count], 0)
-        begun.feed(prompt.embeds[longest : longest + 1, :count])
+        key = decoder, prompt.embeds.device, ids
+        if key in self._kept:
+            return self._kept[key], 0
+        begun = Continuation(decoder, prompt.mask[longest : longest + 1, : len(ids)], 0)
+        begun.feed(prompt.embeds[longest : longest + 1, : len(ids)])
         self._kept[key] = Snapshot.of(begun, [list(ids)], [0])
-        return self._kept[key], count
+        return self._kept[key], len(ids)
 
 
 def _unwritten(decoder: PreTrainedModel, before: _Weights) -> bool:
     """Whether a decoder has the parameters that it had before, and none of them was written since."""
     now = [*decoder.parameters()]
-    same = (held() is weight and count == _writes(weight) for weight, (held, count) in zip(now, before, strict=False))
+    same = (count == _writes(weight) and held() is weight for weight, (held, count) in zip(now, before, strict=False))
     return len(now) == len(before) and all(same)
 
 

@@ -125,6 +125,8 @@ class PrefixReuse:
         reason = "the prompt's tokens are not known" if prefix is None else unsupported(decoder, past.cache)
         reason = self._unproved(decoder, prompt) or reason
         constants = self._constants if len(constant) >= LEAST_POSITIONS else None
+        if _recurrent(past) and any(pads):
+            constants = None  # its state serves no row that has padding
         all_alike = 0 if prefix is None else _common(past, prefix, pads, width - 1)
         alone = upcoming is None and constants is None and not self._held and not _pays(all_alike, 0, pads)
         if not (reason or alone or self._proved):

@@ -73,7 +73,8 @@ def widen(model: PreTrainedModel, rows: int, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     known = model.config.vocab_size
-    pairs = torch.randint(known, (2, rows - known), generator=generator)
+    first = torch.randint(known, (rows - known,), generator=generator)
+    pairs = torch.stack([first, (first + torch.randint(1, known, first.shape, generator=generator)) % known])
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     wide = [torch.cat([table.weight, table.weight[pairs].mean(dim=0)]) for table in tables]
     model.resize_token_embeddings(rows, mean_resizing=False)

@@ -109,6 +109,6 @@ def task_of(system: RecursiveMAS) -> Task:
         if system.pattern == SEQUENTIAL and prompts == task.specs():
             return task
     raise ValueError(
-        "system: is not a relay lab; expected planner, critic and solver in sequence with the lab's own prompts, "
+        "system: is no lab; expected planner, critic and solver in sequence with the lab's own prompts, "
         "as recmas lab build makes them"
     )

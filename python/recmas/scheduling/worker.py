@@ -52,7 +52,7 @@ class Worker:
         self._held = held
         self._load_weights, self._weights_stay = load_weights, weights_stay
         self._prefixes: OrderedDict[tuple[int, ...], PrefixReuse] = OrderedDict()
-        self._constants = ConstantPrefixes() if weights_stay else None
+        self._constants = ConstantPrefixes() if prefix_reuse and weights_stay else None
 
     @torch.no_grad()
     def think(self, task: Task, messages: Mapping[str, Message]) -> tuple[Latents, Account]:
@@ -181,5 +181,6 @@ class Worker:
             while len(self._prefixes) > self._held:
                 self._prefixes.popitem(last=False)
             upcoming = partial(self.member.prompts.prefix_ids, rounds, [part.fields for part in task.parts])
-        constant = self.member.prompts.constant_ids(task.parts[0].visit.round)
+        round = task.parts[0].visit.round
+        constant = () if self._constants is None else self.member.prompts.constant_ids(round)
         return kept.prefill(self.member.role, upcoming, constant)

@@ -72,13 +72,13 @@ class Prompts:
     def constant_ids(self, round: int) -> list[int]:
         """Token ids that all prompts of a round begin with whose rows hold no earlier messages.
 
-        What a row puts into a field may change the token before it; then its prompt has all but that one.
+        The token right before a field is left out, since what a row puts there may change it.
         """
         template = self.template(round)
         if template not in self._constants:
             rows = [dict.fromkeys(template.fields, text) for text in ("a", "7")]
             one, other = self.prefix_ids([round] * 2, rows)
-            self._constants[template] = one[: agreeing(one, other)]
+            self._constants[template] = one[: agreeing(one, other)][:-1]
         return self._constants[template]
 
 

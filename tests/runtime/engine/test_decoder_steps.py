@@ -200,6 +200,7 @@ CHANGES: dict[str, Callable[[Batch], Any]] = {
     "another norm": lambda batch: setattr(batch.decoder, "norm", nn.Identity()),
     "frequencies": lambda batch: setattr(batch.decoder.rotary_emb, "inv_freq", 2 * batch.decoder.rotary_emb.inv_freq),
     "frequencies in place": _write("rotary_emb.inv_freq"),
+    "frequencies unseen": lambda batch: batch.decoder.rotary_emb.inv_freq.data.mul_(1.5),
     "scale of turns": lambda batch: setattr(batch.decoder.rotary_emb, "attention_scaling", 2.0),
     "class of turns": _turns,
     "cache assigned": _assign,

@@ -35,7 +35,7 @@ def test_a_system_that_is_no_relay_lab_is_refused(
     assert main(["lab", task, str(system), "--questions", "2"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("recmas: error: system: is not a relay lab; expected planner, critic and solver")
+    assert printed.err.startswith("recmas: error: system: is no lab; expected planner, critic and solver")
     assert printed.err.count("\n") == 1
 
 
