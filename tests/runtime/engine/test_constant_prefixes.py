@@ -199,7 +199,7 @@ def test_constant_ids_hold_for_any_row(mas):
 def test_constant_ids_of_a_chat_hold_its_system_text():
     agent = tiny_agent("qwen3")
     agent.tokenizer.chat_template = CHAT
-    pattern_prompts = {"solver": PromptSpec("{{question}} {{from:critic}}")}
+    pattern_prompts = {"solver": PromptSpec("what is {{question}} {{from:critic}}")}
     agents = dict.fromkeys(("planner", "critic", "solver"), agent)
     mas = RecursiveMAS.create(agents, SEQUENTIAL, rounds=1, prompts=pattern_prompts, seed=0)
     assert mas.settings["solver"].chat
