@@ -106,12 +106,12 @@ def content(pair: str, hops: int = 1, task: str = NOTES) -> Callable[[dict[str, 
 
 def half_the_time(record: dict[str, Any]) -> Finding | None:
     """Whether a latent turn of 8 steps takes half the time of a text turn of 32 tokens, or less."""
-    turns = {(one["batch"], one["way"]): one for one in part(record, "qwen-smollm2")["time"]}
+    turns = {(one["dtype"], one["batch"], one["way"]): one for one in part(record, "qwen-smollm2")["time"]}
     words, hold = [], []
-    for batch in dict.fromkeys(batch for batch, _ in turns):
-        latent, text = (turns[batch, way] for way in ("latents, m = 8", "text, 32 tokens"))
+    for dtype, batch in dict.fromkeys(key[:2] for key in turns):
+        latent, text = (turns[dtype, batch, way] for way in ("latents, m = 8", "text, 32 tokens"))
         ratio = latent["reader seconds"] / text["reader seconds"]
-        words.append(f"{ratio:.2f} with {batch} at once")
+        words.append(f"{ratio:.2f} with {batch} at once in {dtype}")
         hold.append(ratio <= 0.5)
     return (
         Finding(f"of the reader's text turn, reading included: {', '.join(words)}", verdict_of(hold)) if hold else None

@@ -32,21 +32,24 @@ from benchmarks.trio.page import rows_of, tables
 from benchmarks.trio.rereading import Rereader
 from benchmarks.trio.shipped import ship
 from benchmarks.trio.task import train_task
-from benchmarks.trio.times import turns
+from benchmarks.trio.times import FLOAT32, turns
 from recmas import Agent
 from recmas.lab.gym import TASKS
 
 TASK = "-task"
+DTYPES = {FLOAT32: torch.float32, "bfloat16": torch.bfloat16}
 TIMED = 12
 """Questions whose turns are timed."""
 
 
-def load_agents(models: Path, reader: str, solver: str, kind: type[Agent] = Agent) -> dict[str, Agent]:
+def load_agents(
+    models: Path, reader: str, solver: str, kind: type[Agent] = Agent, dtype: torch.dtype = torch.float32
+) -> dict[str, Agent]:
     """The agents by role, of this kind; two roles of one model share it."""
     for name in (reader, solver):
         if not (models / name / "config.json").is_file():
             raise ValueError(f"{models / name}: no model there")
-    made = {name: kind.from_pretrained(models / name, torch.float32, name=name) for name in {reader, solver}}
+    made = {name: kind.from_pretrained(models / name, dtype, name=name) for name in {reader, solver}}
     return {"reader": made[reader], "solver": made[solver]}
 
 
@@ -60,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join([tables(pair, mine), *frontier.table(rows_of(mine), mine["time"])]))
         return
     kind = Agent if options.step == "time" else Rereader
-    agents = load_agents(options.models, options.reader, options.solver, kind)
+    dtype = DTYPES[options.dtype if options.step == "time" else FLOAT32]
+    agents = load_agents(options.models, options.reader, options.solver, kind, dtype)
     if options.step == "links":
         name = f"{options.lists}-{options.seed}"
         system, found = train_links(agents, options.seed, options.lists, options.steps or 400, home / "pairs")
@@ -82,7 +86,8 @@ def run(options: argparse.Namespace) -> None:
         save_links(system, home / (options.links + TASK))
         note(options, pair, "links", [{"links": options.links + TASK, **found}])
     else:
-        note(options, pair, "time", list(turns(system, TIMED, options.at_once, options.rounds)))
+        found = turns(system, TIMED, options.at_once, options.rounds)
+        note(options, pair, "time", [{**one, "dtype": options.dtype} for one in found])
 
 
 def audited(options: argparse.Namespace, pair: str, agents: dict[str, Agent], links: str) -> None:
@@ -103,12 +108,13 @@ def audited(options: argparse.Namespace, pair: str, agents: dict[str, Agent], li
 
 
 def note(options: argparse.Namespace, pair: str, kind: str, found: Sequence[dict[str, Any]], more: Any = None) -> None:
-    """Add entries to the pair's part of the record; links of a name, and times of a batch, replace those of before."""
+    """Add entries to the pair's part of the record; links of a name, and times of a batch and dtype, replace others."""
     commit = record.commit()
 
     def made(mine: dict[str, Any]) -> None:
-        same = {"links": "links", "time": "batch"}.get(kind)
-        kept = [one for one in mine[kind] if not (same and one[same] in {new[same] for new in found})]
+        names = {"links": ("links",), "time": ("batch", "dtype")}.get(kind, ())
+        new = [[one[name] for name in names] for one in found]
+        kept = [one for one in mine[kind] if not names or [one[name] for name in names] not in new]
         mine.update(more or {}, **{kind: [*kept, *({**one, "commit": commit} for one in found)]})
 
     record.change(options.record, pair, made)
@@ -140,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("examples/trio"), help="folder of shipped links")
     parser.add_argument("--at-once", type=int, default=1, choices=range(1, TIMED + 1), help="of the timed questions")
     parser.add_argument("--rounds", type=int, default=3, help="turns that are timed")
+    parser.add_argument("--dtype", choices=DTYPES, default=FLOAT32, help="of the models that are timed")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.trio.links import NOTES
 from benchmarks.trio.page import Row, gap, interval, task_of
+from benchmarks.trio.times import FLOAT32
 from recmas.evaluation.paired import ERROR
 
 
@@ -37,7 +38,7 @@ def ways(rows: Sequence[Row], times: Sequence[dict[str, Any]]) -> list[Way]:
 
 
 def _asked(rows: Sequence[Row], times: Sequence[dict[str, Any]]) -> Iterator[Way]:
-    for one in times:
+    for one in (each for each in times if each["dtype"] == FLOAT32):
         message = re.sub(r"\b1 token$", "1 tokens", one["way"])
         same = [row for row in rows if row.message == message and "task" not in row.links and _plain(row)]
         if same:

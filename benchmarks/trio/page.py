@@ -231,11 +231,12 @@ def _times(times: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Turns, and what is left of them without their first position: the message behind the reading of the notes."""
     if not times:
         return
-    heads = ["questions at once", "message", "tokens written", "seconds per question", "reader's turn"]
+    heads = ["dtype", "questions at once", "message", "tokens written", "seconds per question", "reader's turn"]
     heads += ["of text's turn", "without its first position", "of text's"]
     yield f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     for one in times:
-        same = {other["way"]: other["reader seconds"] for other in times if other["batch"] == one["batch"]}
+        alike = [other for other in times if all(other[name] == one[name] for name in ("batch", "dtype"))]
+        same = {other["way"]: other["reader seconds"] for other in alike}
         whole = f"{one['seconds']:.2f} [{one['range'][0]:.2f}, {one['range'][1]:.2f}]"
         turn = f"{one['reader seconds']:.2f} [{one['reader range'][0]:.2f}, {one['reader range'][1]:.2f}]"
         ratio = f"{one['reader seconds'] / same['text, 32 tokens']:.2f}"
@@ -244,5 +245,5 @@ def _times(times: Sequence[dict[str, Any]]) -> Iterator[str]:
             base = same["text, 1 token" if one["way"].startswith("text") else "latents, m = 1"]
             rest, whole_text = one["reader seconds"] - base, same["text, 32 tokens"] - same["text, 1 token"]
             alone = [f"{rest:.2f}", f"{rest / whole_text:.2f}"]
-        cells = [str(one["batch"]), one["way"], f"{one['tokens']:.0f}", whole, turn, ratio, *alone]
+        cells = [one["dtype"], str(one["batch"]), one["way"], f"{one['tokens']:.0f}", whole, turn, ratio, *alone]
         yield f"| {' | '.join(cells)} |"

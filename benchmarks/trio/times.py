@@ -11,6 +11,8 @@ from benchmarks.trio.cells import TEST
 from recmas import RecursiveMAS
 from recmas.lab.notes import questions
 
+FLOAT32 = "float32"
+"""What models are computed in wherever they are asked questions; times may be of another dtype."""
 TURNS: dict[str, dict[str, Any]] = {
     "text, 32 tokens": {"mode": "text", "tokens": 32},
     "text, 8 tokens": {"mode": "text", "tokens": 8},

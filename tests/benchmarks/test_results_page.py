@@ -171,12 +171,12 @@ def test_content_matters_in_those_audits_that_show_it():
 
 def test_half_the_time_is_of_the_whole_turn():
     def timed(way: str, seconds: float, batch: int) -> dict[str, Any]:
-        return {"way": way, "batch": batch, "reader seconds": seconds}
+        return {"way": way, "batch": batch, "dtype": "float32", "reader seconds": seconds}
 
     times = [timed(way, t, b) for b in (1, 4) for way, t in (("text, 32 tokens", 2.0), ("latents, m = 8", 0.5 + b / 4))]
     found = half_the_time({"qwen-smollm2": {"time": times}})
     assert found is not None
-    assert found.measured.endswith("0.38 with 1 at once, 0.75 with 4 at once")
+    assert found.measured.endswith("0.38 with 1 at once in float32, 0.75 with 4 at once in float32")
     assert "1 of 2" in found.verdict
     assert half_the_time({}) is None
 

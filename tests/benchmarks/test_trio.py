@@ -108,9 +108,11 @@ def test_audits_are_added_once_and_times_replaced(linked, monkeypatch, capsys):
     assert len(audits) == 11
     ways = {name: TURNS[name] | {"tokens": 2} for name in ("text, 32 tokens", "latents, m = 8")}
     monkeypatch.setattr("benchmarks.trio.times.TURNS", ways)
-    for at_once in ("4", "1", "4"):
-        assert call(linked, "time", "--links", "4-0", "--rounds", "1", "--at-once", at_once) == 0
-    assert [(one["way"], one["batch"]) for one in recorded(linked)["time"]] == [(w, b) for b in (1, 4) for w in ways]
+    for at_once, dtype in (("4", "float32"), ("1", "float32"), ("1", "bfloat16"), ("4", "float32")):
+        assert call(linked, "time", "--links", "4-0", "--rounds", "1", "--at-once", at_once, "--dtype", dtype) == 0
+    cells = [(1, "float32"), (1, "bfloat16"), (4, "float32")]
+    times = [(one["way"], one["batch"], one["dtype"]) for one in recorded(linked)["time"]]
+    assert times == [(way, *cell) for cell in cells for way in ways]
 
 
 def test_the_outer_stage_has_the_loss_of_an_audit(linked):
@@ -254,7 +256,7 @@ def audited(arm, steps, tokens, right, links="9-0", count=8, seed=2):
 def timed(way, seconds):
     span = [seconds, seconds]
     measured = {"seconds": seconds, "range": span, "reader seconds": seconds, "reader range": span}
-    return {"way": way, "batch": 1, "questions": 4, "tokens": 9.0, **measured}
+    return {"way": way, "batch": 1, "dtype": "float32", "questions": 4, "tokens": 9.0, **measured}
 
 
 def test_page(tmp_path, capsys):
@@ -289,7 +291,7 @@ def test_page(tmp_path, capsys):
     half = next(line for line in lines if line[2:3] == ["8"])
     assert half[:3] == ["latents, m = 8", "9 lists", "8"]
     assert [cell.split(" ")[0] for cell in half[3:]] == ["+0.50", "-0.50", "-0.25"]
-    turn = next(line for line in lines if line[:2] == ["1", "latents, m = 8"] and len(line) == 8)
+    turn = next(line for line in lines if line[:3] == ["float32", "1", "latents, m = 8"] and len(line) == 9)
     assert turn[-5:] == ["0.50 [0.50, 0.50]", "0.50 [0.50, 0.50]", "0.25", "0.10", "0.06"]
     assert lines[-2][:6] == ["1", "text, 8 tokens", "0.45", "", "", "8"]
     assert lines[-1][:6] == ["1", "latents, m = 8", "0.50", "9 lists", "1", "8"]
