@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,10 @@ import tests.unsynced  # noqa: F401
 
 # Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell that runs tests in its background has SIGINT ignored; tests of signals send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes ten seconds and more begins first, or one worker would wait for the other's at the end.
 LONG = (
