@@ -66,8 +66,8 @@ _RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
 
 
 @contextmanager
-def seen() -> Iterator[list[Ran]]:
-    """The positions that this thread runs in the block."""
+def recorded() -> Iterator[list[Ran]]:
+    """The positions that this thread runs in the block, as they are run."""
     found: list[Ran] = []
     token = _RAN.set(found)
     try:
@@ -158,8 +158,8 @@ class Together:
             return None
         if not _ran(x, self._between, layers, rooms):
             return _apart(x, layers, rooms)
-        if (seen := _RAN.get()) is not None:
-            seen.append(Ran(self._known, x, self._between, layers))
+        if (record := _RAN.get()) is not None:
+            record.append(Ran(self._known, x, self._between, layers))
         return self._between
 
     def _found(self, x: Tensor, cache: Any) -> list[Given] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recmas_kernels.backends import cpu_decoder, settings
 from recmas_kernels.decoder_layer import suits
 from recmas_kernels.decoder_model import ModelKernel, begins_with
-from recmas_kernels.decoder_run import Ran, seen
+from recmas_kernels.decoder_run import Ran, recorded
 from recmas_kernels.rms_norm import NormKernel
 from recmas_kernels.watch import CALLS, HOOKS, Watch, Watched, as_written, is_own, names_of
 
@@ -62,7 +62,7 @@ class DecoderSteps:
         worth = column + _WORTH < self._mask.shape[1] and isinstance(_kernel(self._model), ModelKernel)
         if self._tries == 0 or not worth:
             return call()
-        with seen() as ran:
+        with recorded() as ran:
             hidden = call()
         self._run = self._begun(ran, embeds, hidden, column)
         self._tries -= 1
@@ -72,35 +72,35 @@ class DecoderSteps:
         """The positions after this one, if they can be foreseen from it."""
         if len(ran) != 1 or ran[0].x is not embeds:
             return None
-        (seen,) = ran
-        kept = seen.known.kept()  # first: what changes from here on is seen
-        if kept is None or [id(found.parts) for found in kept[1]] != [id(layer.parts) for layer in seen.layers]:
+        (first,) = ran
+        kept = first.known.kept()  # first: what changes from here on is seen
+        if kept is None or [id(found.parts) for found in kept[1]] != [id(layer.parts) for layer in first.layers]:
             return None
-        turned, mask = seen.layers[0].turned, seen.layers[0].mask
-        if any(layer.turned is not turned or layer.mask is not mask for layer in seen.layers):
+        turned, mask = first.layers[0].turned, first.layers[0].mask
+        if any(layer.turned is not turned or layer.mask is not mask for layer in first.layers):
             return None
         around = _Around.of(self._model)
-        if around is None or not torch.equal(hidden, around.norm(seen.y)):
+        if around is None or not torch.equal(hidden, around.norm(first.y)):
             return None
         turns = _Turns(around, embeds, self._positions, column)
         masks = None if bool(self._mask.all()) else self._mask.bool()[:, None, None]
         expected = None if masks is None else masks[..., : column + 1]
         if not turns.are(column, turned) or not _same(mask, expected):
             return None
-        lent = self._cache.lend([layer.parts.index for layer in seen.layers], embeds.shape[0], embeds.dtype)
-        return None if lent is None or lent.end != column + 1 else _Run(seen, kept, around, turns, masks, lent)
+        lent = self._cache.lend([layer.parts.index for layer in first.layers], embeds.shape[0], embeds.dtype)
+        return None if lent is None or lent.end != column + 1 else _Run(first, kept, around, turns, masks, lent)
 
 
 class _Run:
     """Positions that can be read by the kernels alone."""
 
-    def __init__(self, seen: Ran, kept: Any, around: _Around, turns: _Turns, masks: Tensor | None, lent: Any) -> None:
-        self._known, self._kept = seen.known, kept
+    def __init__(self, first: Ran, kept: Any, around: _Around, turns: _Turns, masks: Tensor | None, lent: Any) -> None:
+        self._known, self._kept = first.known, kept
         self._around, self._turns, self._masks, self._lent = around, turns, masks, lent
-        self._shape, self._dtype = seen.x.shape, seen.x.dtype
-        rooms = zip(seen.layers, lent.rooms, strict=True)
-        self._layers = cpu_decoder.DecoderLayers(seen.x, [layer.arguments(0, room) for layer, room in rooms])
-        self._vectors = [vector for layer in seen.layers for vector in layer.packed.vectors]
+        self._shape, self._dtype = first.x.shape, first.x.dtype
+        rooms = zip(first.layers, lent.rooms, strict=True)
+        self._layers = cpu_decoder.DecoderLayers(first.x, [layer.arguments(0, room) for layer, room in rooms])
+        self._vectors = [vector for layer in first.layers for vector in layer.packed.vectors]
 
     def __call__(self, x: Tensor, column: int) -> Tensor | None:
         """Hidden states ``[B, 1, d]``; None, and nothing done, where the decoder has to be called."""
@@ -182,7 +182,7 @@ class _Around:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Around | None:
-        """None where positions to come cannot be foreseen."""
+        """None where positions to come cannot be forefirst."""
         rotary, norm = model._modules.get("rotary_emb"), model._modules.get("norm")
         if rotary is None or norm is None or any(_is_called(part) for part in (model, rotary, norm)):
             return None

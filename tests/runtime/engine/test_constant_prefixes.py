@@ -171,7 +171,15 @@ def test_a_weight_that_a_callback_writes_is_heeded(mas):
         assert relative_error(other.handoffs[0].latents, one.handoffs[0].latents) < 1e-5
 
 
-def test_a_server_reads_them_once(mas):
+def test_a_server_reads_them_once(mas, monkeypatch):
+    read, of = [], ConstantPrefixes.of
+
+    def counted(self, *arguments):
+        snapshot, positions = of(self, *arguments)
+        read.append(positions)
+        return snapshot, positions
+
+    monkeypatch.setattr(ConstantPrefixes, "of", counted)
     executor = LocalExecutor(mas)
     dispatcher = Dispatcher(executor)
     try:
@@ -181,6 +189,8 @@ def test_a_server_reads_them_once(mas):
             found.append(sink.end().text)
         kept = [worker._constants for worker in executor._workers.values()]
         assert [len(constants) for constants in kept] == [1, 1, 0]
+        assert [positions > 0 for positions in read].count(True) == 2  # the planner's and the critic's first question
+        assert len(read) > 2
     finally:
         dispatcher.close()
     assert found == [answer.text for answer in mas.answer(QUESTIONS[:3], max_new_tokens=3)]

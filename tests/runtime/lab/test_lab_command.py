@@ -102,6 +102,12 @@ def test_the_grid_as_text() -> None:
         (["questions", "q.jsonl", "--hops", "9"], "hops must be between 0 and 4, got 9"),
         (["questions", "q.jsonl", "--count", "0"], "--count: 0 is not positive"),
         (["build", "."], ".: exists and is not a system; nothing was written"),
+        (["questions", "q.jsonl", "--task", "chess"], "task: 'chess' is none of relay, list"),
+        (["questions", "q.jsonl", "--task", "list", "--hops", "1,2"], "hops must be 1 in questions of lists, got 2"),
+        (
+            ["build", "new", "--task", "list", "--agents", SHIPPED],
+            f"agents: {SHIPPED} is a lab of the task 'relay', not of 'list'",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -117,4 +123,4 @@ def test_what_cannot_be_is_one_line(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert [line for line in printed.err.splitlines() if line.startswith("recmas")] == [f"recmas: error: {message}"]
-    assert not (tmp_path / "q.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]

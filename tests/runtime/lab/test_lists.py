@@ -148,31 +148,5 @@ def test_questions_of_lists_are_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == f"3 questions in {path}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["questions", "new", "--task", "chess"], "task: 'chess' is none of relay, list"),
-        (["questions", "new", "--task", "list", "--hops", "1,2"], "hops must be 1 in questions of lists, got 2"),
-        (
-            ["build", "new", "--task", "list", "--agents", SHIPPED],
-            f"agents: {SHIPPED} is a lab of the task 'relay', not of 'list'",
-        ),
-    ],
-)
-def test_what_cannot_be_is_one_line(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["lab", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert [line for line in printed.err.splitlines() if line.startswith("recmas")] == [f"recmas: error: {message}"]
-    assert not (tmp_path / "new").exists()
-
-
 def test_the_relay_is_told_from_lists() -> None:
     assert task_of(RecursiveMAS.from_pretrained(SHIPPED)) is RELAY
