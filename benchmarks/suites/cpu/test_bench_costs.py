@@ -34,7 +34,7 @@ class Costs:
 
     def __init__(self, case: Setting, role: str) -> None:
         self.case = case
-        self.system, self.rows = case.training()
+        self.system, self.rows = case.training(accelerate=True)
         self.said = utterances(self.system, role, self.rows, 1)
         spare = case.system().agents[role]
         self.peers = {LORA: FineTuning(spare, self.said, RANK), WHOLE: FineTuning(spare, self.said, None)}
