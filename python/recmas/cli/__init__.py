@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
@@ -98,7 +99,8 @@ def _ending_signals() -> Iterator[None]:
 
 
 def _run(words: list[str]) -> int:
-    parser = CommandLineParser(words, prog="recmas", description=DESCRIPTION)
+    # The installed version, since the package that has it imports torch.
+    parser = CommandLineParser(words, prog="recmas", description=DESCRIPTION, version=version("recmas-kernels"))
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     parser.add_commands(
         "command", COMMANDS, lambda name, command: importlib.import_module(f"recmas.cli.{name}").add_options(command)

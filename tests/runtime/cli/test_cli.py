@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from recmas import SEQUENTIAL, AnswerOptions, RecursiveMAS
+from recmas import SEQUENTIAL, AnswerOptions, RecursiveMAS, __version__
 from recmas.cli import main
 from recmas.cli.init import read_pattern
 from recmas.config.system_json import read_spec
@@ -245,6 +245,13 @@ def test_other_mistakes_are_one_line(made, monkeypatch, capsys, arguments, messa
     except SystemExit as stop:
         status = stop.code
     one_line(message, status, *capsys.readouterr())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"recmas {__version__}\n"
 
 
 def test_an_interrupt_is_told_in_one_line_however_early(monkeypatch, capsys):
