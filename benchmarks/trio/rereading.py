@@ -17,6 +17,7 @@ from recmas.engine.cache_snapshot import Snapshot
 from recmas.engine.continuation import Past, positions_of
 from recmas.engine.decoder_call import DecoderCall
 from recmas.engine.messages import Latents, Prompt
+from recmas.engine.model_state import ModelStates
 from recmas.engine.prefill import Prefill, missing_padding, prefill_all
 from recmas.training.unroll import fork
 
@@ -27,6 +28,7 @@ class Rereader(Agent):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kept: dict[tuple[tuple[int, ...], ...], Snapshot] = {}
+        self._states = ModelStates()
 
     def think(
         self,
@@ -48,8 +50,9 @@ class Rereader(Agent):
         def read(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None) -> tuple[Past, Tensor]:
             ids, width = prompt.prefix or [], prompt.mask.shape[1]
             key, pads = tuple(map(tuple, ids)), (prompt.mask == 0).sum(dim=1).tolist()
-            if key not in self._kept:
-                self._kept[key] = Snapshot.of(prefill(decoder, prompt, 0, context)[0], ids, pads)
+            state = self._states.of(decoder)
+            if key not in self._kept or self._kept[key].state is not state:
+                self._kept[key] = Snapshot.of(prefill(decoder, prompt, 0, context)[0], state, ids, pads)
             past = self._kept[key].resume(prompt.mask, width - 1, pads, room, context)
             return past, past.feed(prompt.embeds[:, width - 1 :])
 

@@ -7,10 +7,12 @@ copies are dropped, and the host's weights take their places in the modules agai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from recmas.copies import copied, original
 from recmas.devices.placement import Placement
 
 
@@ -70,23 +72,22 @@ def _copy_to(module: nn.Module, device: torch.device) -> Callable[[], None]:
         (owner, name, kept) for owner in owners for name, kept in owner._parameters.items() if kept is not None
     ]
     buffers = [(owner, name, kept) for owner in owners for name, kept in owner._buffers.items() if kept is not None]
-    copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
     for _, _, kept in parameters:
         if id(kept) not in copies:
-            copy = kept.detach().to(device, non_blocking=True)
-            copies[id(kept)] = nn.Parameter(copy, requires_grad=False)
-    moved: list[Tensor] = [kept.to(device, non_blocking=True) for _, _, kept in buffers]
+            copies[id(kept)] = copied(kept, device)
+    moved = [copied(kept, device) for _, _, kept in buffers]
     for owner, name, kept in parameters:
-        owner._parameters[name] = copies[id(kept)]
+        owner._parameters[name] = cast(nn.Parameter, copies[id(kept)])
     for (owner, name, _), buffer in zip(buffers, moved, strict=True):
         owner._buffers[name] = buffer
 
     def restore() -> None:
         for owner, name, kept in parameters:
             owner._parameters[name] = kept
-        for owner, name, original in buffers:
-            now = owner._buffers[name]
-            owner._buffers[name] = None if now is None else now.to(original.device)  # a model may have changed it
+        for owner, name, home in buffers:
+            now = owner._buffers[name]  # a model may have changed it
+            owner._buffers[name] = None if now is None else original(now).to(home.device)
 
     return restore
 

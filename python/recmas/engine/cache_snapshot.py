@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from recmas.engine.continuation import Continuation, length_dependent
 from recmas.engine.growing_cache import GrowingLayer, GrowingSlidingLayer, new_cache
+from recmas.engine.model_state import ModelState
 
 Ids = Sequence[Sequence[int]]
 # DummyLayer holds nothing; older versions of transformers have none.
@@ -27,6 +28,7 @@ class Snapshot:
     Attributes:
         decoder: whose cache it was.
         device: where the decoder was then; with offload it may work on another one later.
+        state: of the decoder, before it read any of the tokens.
         ids: tokens that each row had read; a single row stands for all rows.
         pads: columns of padding before them.
         layers: per layer, keys and values ``[rows, heads, columns, d]``, a recurrent layer, or None for one that holds
@@ -35,19 +37,20 @@ class Snapshot:
 
     decoder: PreTrainedModel
     device: torch.device
+    state: ModelState
     ids: Ids
     pads: list[int]
     layers: list[tuple[Tensor, Tensor] | LinearAttentionLayer | None]
 
     @classmethod
-    def of(cls, past: Continuation, ids: Ids, pads: Sequence[int]) -> Snapshot:
+    def of(cls, past: Continuation, state: ModelState, ids: Ids, pads: Sequence[int]) -> Snapshot:
         """Copies from a continuation that has read `ids` after `pads` columns of padding, and perhaps more.
 
-        A recurrent layer must have read no more.
+        A recurrent layer must have read no more. `state` is that of the decoder before it read.
         """
         columns = max(pad + len(row) for pad, row in zip(pads, ids, strict=True))
         layers = [_copy(layer, columns) for layer in past.cache.layers]
-        return cls(past.decoder, past.mask.device, ids, list(pads), layers)
+        return cls(past.decoder, past.mask.device, state, ids, list(pads), layers)
 
     def select(self, rows: Sequence[int]) -> Snapshot:
         """Of some rows of its batch."""
@@ -61,7 +64,7 @@ class Snapshot:
                 held.reorder_cache(index)
             layers.append((held[0][index], held[1][index]) if isinstance(held, tuple) else held)
         ids, pads = [self.ids[row] for row in rows], [self.pads[row] for row in rows]
-        return Snapshot(self.decoder, self.device, ids, pads, layers)
+        return replace(self, ids=ids, pads=pads, layers=layers)
 
     def cut(self, prefix: Ids, pads: Sequence[int], last: int) -> int:
         """The column before which a left-padded prompt can be continued from here; 0: nowhere.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import Ids, Snapshot, common_columns, unsupported
 from recmas.engine.constant_prefixes import LEAST_POSITIONS, ConstantPrefixes
 from recmas.engine.continuation import Continuation, Past
+from recmas.engine.known_beginning import KnownBeginning
 from recmas.engine.messages import Prompt
+from recmas.engine.model_state import ModelState, ModelStates
+from recmas.engine.padded_rows import PaddedRows
 from recmas.engine.prefill import Prefill, missing_padding, prefill_all, uncached
 
 
@@ -51,10 +55,19 @@ class Reading:
         self.reason = other.reason or self.reason
 
 
+class _Visit(NamedTuple):
+    """As `PrefixReuse.prefill` takes it."""
+
+    role: str
+    upcoming: Callable[[], Ids] | None
+    constant: Sequence[int]
+
+
 class PrefixReuse:
     """The prefixes of one batch, kept for its later rounds: a snapshot per role, dropped with the batch.
 
-    A snapshot goes as soon as no later visit can use it, and all go if memory runs out.
+    A snapshot goes as soon as no later visit can use it, or its model has changed (`ModelState` says which changes are
+    seen), and all go if memory runs out.
 
     Args:
         enabled: False reads every prompt in one piece.
@@ -70,13 +83,14 @@ class PrefixReuse:
     ) -> None:
         self._proved, self._constants = proved, constants
         self._off = "" if enabled else "prefix reuse is off"
+        self._states = ModelStates() if constants is None else constants.states
         self._held: dict[str, Snapshot] = {}
         self.last = Reading()
 
     def select(self, rows: Sequence[int]) -> PrefixReuse:
         """For some rows of the batch, with what is held of them."""
         chosen = PrefixReuse(constants=self._constants, proved=self._proved)
-        chosen._off = self._off
+        chosen._off, chosen._states = self._off, self._states
         chosen._held = {role: snapshot.select(rows) for role, snapshot in self._held.items()}
         return chosen
 
@@ -90,11 +104,12 @@ class PrefixReuse:
             constant: token ids that prompts of this visit begin with in any batch.
         """
         self.last = Reading()
+        visit = _Visit(role, upcoming, constant)
 
         def prefill(decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None) -> tuple[Past, Tensor]:
             if not self._off:
                 try:
-                    return self._prefill(role, upcoming, constant, decoder, prompt, room, context)
+                    return self._prefill(visit, decoder, prompt, room, context)
                 except torch.OutOfMemoryError:
                     if not (self._held or self._constants):
                         raise
@@ -109,73 +124,70 @@ class PrefixReuse:
         return prefill
 
     def _prefill(
-        self,
-        role: str,
-        upcoming: Callable[[], Ids] | None,
-        constant: Sequence[int],
-        decoder: PreTrainedModel,
-        prompt: Prompt,
-        room: int,
-        context: int | None,
+        self, visit: _Visit, decoder: PreTrainedModel, prompt: Prompt, room: int, context: int | None
     ) -> tuple[Past, Tensor]:
-        past = Continuation(decoder, prompt.mask, room, context)
-        prefix, pads = prompt.prefix, [int(count) for count in (prompt.mask == 0).sum(dim=1)]
-        width = prompt.mask.shape[1]
-        positions = computed = len(pads) * width - sum(pads)
-        reason = "the prompt's tokens are not known" if prefix is None else unsupported(decoder, past.cache)
+        past, rows = Continuation(decoder, prompt.mask, room, context), PaddedRows.of(prompt)
+        shareable = not (_recurrent(past) and any(rows.pads))  # one row's state serves none that has padding
+        alike = rows.alike() if shareable else 0
+        constants = self._constants if shareable and len(visit.constant) >= LEAST_POSITIONS else None
+        alone = visit.upcoming is None and constants is None and not self._held and not rows.pays(alike, 0)
+        reason = "the prompt's tokens are not known" if prompt.prefix is None else unsupported(decoder, past.cache)
         reason = self._unproved(decoder, prompt) or reason
-        constants = self._constants if len(constant) >= LEAST_POSITIONS else None
-        if _recurrent(past) and any(pads):
-            constants = None  # its state serves no row that has padding
-        all_alike = 0 if prefix is None else _common(past, prefix, pads, width - 1)
-        alone = upcoming is None and constants is None and not self._held and not _pays(all_alike, 0, pads)
         if not (reason or alone or self._proved):
             reason = missing(decoder, "prefix reuse")
-        if reason or prefix is None:
-            self.last = Reading(positions, computed, reason)
+        self.last = Reading(rows.positions, rows.positions, reason)
+        if reason:
             return prefill_all(decoder, prompt, room, context)
+        if alone:
+            self.last.reason = "no earlier prompt is held"
+            return past, past.feed(prompt.embeds)
 
-        held = [kept for kept in self._held.values() if kept.decoder is decoder and kept.device == prompt.embeds.device]
-        known = list(held)
+        state = self._states.of(decoder)
+        known = KnownBeginning(decoder, state, prompt, rows)
+        self.last.reason = self._offer(known, state, prompt.embeds.device)
         if constants is not None:
-            made, read = constants.of(decoder, constant, prompt)
-            known += [] if made is None else [made]
-            computed += read
-        cut, source = 0, None
-        for snapshot in known:
-            if (found := snapshot.cut(prefix, pads, width - 1)) > cut:
-                cut, source = found, snapshot
-        if _pays(all_alike, cut, pads):
-            row = slice(pads.index(0), pads.index(0) + 1)
-            mask = prompt.mask[row, :all_alike]
-            if source is None:
-                begun = Continuation(decoder, mask, 0)
-            else:
-                begun = source.select([row.start]).resume(mask, cut, [0], 0, None)
-            begun.feed(prompt.embeds[row, cut:all_alike])
-            computed += all_alike - cut
-            cut, source = all_alike, Snapshot.of(begun, [prefix[row.start][:all_alike]], [0])
-        if source is not None:
-            past = source.resume(prompt.mask, cut, pads, room, context)
-            computed -= sum(max(cut - pad, 0) for pad in pads)
-        else:
-            reason = "no earlier prompt can be continued" if held else "no earlier prompt is held"
-        self.last = Reading(positions, computed, reason)
+            kept, read = constants.of(decoder, state, visit.constant, prompt)
+            self.last.computed += read
+            if kept is not None:
+                known.offer(kept)
+        known.read_on(alike)
+        self.last.computed += known.computed
+        if (resumed := known.resume(room, context)) is not None:
+            past = resumed
+            self.last.computed -= rows.before(past.length)
+            self.last.reason = ""
+        return past, self._feed(past, visit, state, prompt, rows)
 
+    def _offer(self, known: KnownBeginning, state: ModelState, device: torch.device) -> str:
+        """Offer what is held of a model; why there may be nothing to continue."""
+        of_it = {role: kept for role, kept in self._held.items() if kept.decoder is state.model}
+        stale = [role for role, kept in of_it.items() if kept.state is not state]
+        for role in stale:
+            del self._held[role], of_it[role]
+        here = [kept for kept in of_it.values() if kept.device == device]
+        for kept in here:
+            known.offer(kept)
+        if here:
+            return "no earlier prompt can be continued"
+        return "the model has changed since" if stale else "no earlier prompt is held"
+
+    def _feed(self, past: Continuation, visit: _Visit, state: ModelState, prompt: Prompt, rows: PaddedRows) -> Tensor:
+        """Read what is left of the prompts and keep what later ones need; the final-norm hidden state ``[B, d]``."""
         recurrent = _recurrent(past)
-        if upcoming is None:
-            self._held = {name: kept for name, kept in self._held.items() if kept.decoder is not decoder}
+        if visit.upcoming is None:
+            self._held = {role: kept for role, kept in self._held.items() if kept.decoder is not past.decoder}
         elif recurrent:
-            split = common_columns(prefix, upcoming(), pads, width - 1)
-            padded = max(pads) > past.length  # models do not mask it where they are fed a single column
+            split = common_columns(rows.ids, visit.upcoming(), rows.pads, rows.last)
+            padded = max(rows.pads) > past.length  # models do not mask it where they are fed a single column
             if split > past.length + padded:
                 past.feed(prompt.embeds[:, past.length : split])
-                ids = [row[: max(split - pad, 0)] for row, pad in zip(prefix, pads, strict=True)]
-                self._held[role] = Snapshot.of(past, ids, pads)
+                ids = [row[: max(split - pad, 0)] for row, pad in zip(rows.ids, rows.pads, strict=True)]
+                self._held[visit.role] = Snapshot.of(past, state, ids, rows.pads)
         hidden = past.feed(prompt.embeds[:, past.length :])
-        if upcoming is not None and not recurrent and (role not in self._held or self._held[role].ids != prefix):
-            self._held[role] = Snapshot.of(past, prefix, pads)
-        return past, hidden
+        held = self._held.get(visit.role)
+        if visit.upcoming is not None and not recurrent and (held is None or held.ids != rows.ids):
+            self._held[visit.role] = Snapshot.of(past, state, rows.ids, rows.pads)
+        return hidden
 
     def _unproved(self, decoder: PreTrainedModel, prompt: Prompt) -> str:
         """What this prompt cannot be read with, and so has no prefix to reuse."""
@@ -183,19 +195,6 @@ class PrefixReuse:
             return ""
         slow = uncached(decoder) or missing_padding(decoder, prompt.mask)
         return slow or missing(decoder, "several positions")
-
-
-def _common(past: Continuation, prefix: Ids, pads: list[int], last: int) -> int:
-    """How many tokens, `last` at most, all rows begin alike with; 0 where a recurrent state could not be shared."""
-    if _recurrent(past) and any(pads):
-        return 0
-    return common_columns(prefix, [prefix[0]] * len(prefix), [0] * len(prefix), last)
-
-
-def _pays(columns: int, cut: int, pads: list[int]) -> bool:
-    """Whether to read the columns from `cut` to `columns` once for all rows."""
-    more = columns - cut
-    return more > 0 and sum(max(columns - max(cut, pad), 0) for pad in pads) - more >= LEAST_POSITIONS
 
 
 def _recurrent(past: Continuation) -> bool:

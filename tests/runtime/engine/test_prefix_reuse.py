@@ -12,6 +12,7 @@ from recmas.engine.cache_snapshot import Snapshot, common_columns
 from recmas.engine.constant_prefixes import LEAST_POSITIONS
 from recmas.engine.continuation import Continuation
 from recmas.engine.messages import Latents, Prompt
+from recmas.engine.model_state import ModelState
 from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.prompts.template import Slot
 from recmas.system.prompt_assembly import assemble
@@ -292,7 +293,7 @@ def test_snapshots_are_copies():
     prompt = assemble(agent.embed, [[[5, 6, 7, 8]]], {}, {}, pad_id=0, device="cpu")
     past = Continuation(agent.decoder, prompt.mask, 4)
     past.feed(prompt.embeds)
-    snapshot = Snapshot.of(past, [[5, 6, 7, 8]], [0])
+    snapshot = Snapshot.of(past, ModelState(agent.decoder), [[5, 6, 7, 8]], [0])
     kept = [states.clone() for layer in snapshot.layers for states in layer]
     past.feed(prompt.embeds)
     snapshot.resume(prompt.mask, 3, [0], 4, None).feed(prompt.embeds)
@@ -305,7 +306,7 @@ def test_where_a_recurrent_snapshot_can_be_continued():
     prompt = assemble(agent.embed, [[[5, 6, 7]], [[8]]], {}, {}, pad_id=0, device="cpu")
     past = Continuation(agent.decoder, prompt.mask, 4)
     past.feed(prompt.embeds[:, :2])
-    snapshot = Snapshot.of(past, [[5, 6], []], [0, 2])
+    snapshot = Snapshot.of(past, ModelState(agent.decoder), [[5, 6], []], [0, 2])
     assert snapshot.cut([[5, 6, 7], [8]], [0, 2], 9) == 2
     assert snapshot.cut([[5, 6, 7], [8]], [3, 5], 9) == 5
     assert snapshot.cut([[5, 6, 7], [8, 9]], [0, 1], 9) == 0  # the second row has a token before the cut
