@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from recmas.engine.continuation import Continuation
 from recmas.engine.growing_cache import ROOM, GrowingCache, GrowingLayer
-from recmas_kernels import accelerate, use_backend
+from recmas_kernels import accelerate, decoder_steps, use_backend
 from recmas_kernels.backends import cpu, cpu_decoder
 from recmas_kernels.decoder_model import ModelKernel
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model
@@ -115,17 +115,28 @@ def test_runs_follow_each_other_beyond_buffers_and_tables_and_the_room():
     assert_same(found, expected)
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": PROMPT + 6},
+}
+
+
+@pytest.mark.parametrize("rule", ROPES)
 @torch.no_grad()
-def test_turns_that_go_by_the_length_so_far_are_not_foreseen():
-    expected, found = (Batch(called=called, room=40) for called in (True, False))
+def test_turns_that_go_by_the_length_so_far_are_not_foreseen(rule: str, monkeypatch: pytest.MonkeyPatch):
+    """They change between positions whose turns would be computed at once, and after the first of these."""
+    monkeypatch.setattr(decoder_steps, "_AHEAD", 4)
+    expected, found = (Batch(called=called, room=20) for called in (True, False))
     for batch in (expected, found):
         config = batch.decoder.config
-        config.max_position_embeddings = PROMPT + 2
-        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        config.max_position_embeddings = PROMPT + 6
+        config.rope_parameters = {"rope_type": rule, "rope_theta": 10000.0, **ROPES[rule]}
         batch.decoder.rotary_emb = type(batch.decoder.rotary_emb)(config)
+        before = batch.decoder.rotary_emb.inv_freq.clone()
         with calls() as seen:
-            batch.step(6)
-        assert len(seen) == 6
+            batch.step(10)
+        assert len(seen) == 10
+        assert not torch.allclose(batch.decoder.rotary_emb.inv_freq, before)
     assert_same(found, expected)
 
 
