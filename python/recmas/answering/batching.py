@@ -16,6 +16,7 @@ from recmas.answering.prompt_lengths import lengths_of
 from recmas.prompts.rows import Fields, length
 from recmas.sizing import BATCH_SIZE, SAFETY
 from recmas.sizing.free_memory import free_bytes
+from recmas.sizing.kept_bytes import kept_bytes
 from recmas.sizing.model_bytes import model_bytes
 from recmas.sizing.row_bytes import Length, longest, row_bytes
 
@@ -82,12 +83,15 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
         for role, agent in system.agents.items()
     }
 
+    kept = kept_bytes(shapes, system.devices, _prefixes(plan))
+
     def fitting(numbers: Sequence[int]) -> int:
-        """All that is free is for the batch, but for weights that offload will still copy there."""
+        """All that is free is for the batch, but for weights that offload will still copy there, and what is kept."""
         free = {device: free_bytes(device) for device in dict.fromkeys(system.devices.values())}
         offloader = system.offloader
         come = {device: 0 if offloader is None else offloader.bytes_to_load(device) for device in free}
-        budget = {device: SAFETY * (count - come[device]) for device, count in free.items() if count is not None}
+        more = {device: come[device] + kept[device] for device in free}
+        budget = {device: SAFETY * (count - more[device]) for device, count in free.items() if count is not None}
         most: dict[str, Length] = {}
         for count, number in enumerate(numbers, start=1):
             most = longest([most, lengths[number]])
@@ -100,3 +104,13 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
 
     order = sorted(range(len(rows)), key=lambda index: max(length.prompt for length in lengths[index].values()))
     return Batches(order, LARGEST, fitting)
+
+
+def _prefixes(plan: Plan) -> dict[str, list[int]]:
+    """By role, positions of what its prompts begin with in all batches, as `recmas.answering.run` keeps it."""
+    if not plan.options.prefix_reuse or plan.system.offloader is not None:
+        return {}
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for visit in plan.system.pattern.visits(min(plan.rounds, 2)):
+        found.setdefault(visit.role, set()).add(tuple(plan.system.constant_ids(visit)))
+    return {role: list(map(len, ids)) for role, ids in found.items()}

@@ -17,6 +17,7 @@ from recmas.devices.placement import Devices, Placement, place
 from recmas.sizing import BATCH_SIZE, SAFETY
 from recmas.sizing.checkpoint_bytes import CheckpointBytes, checkpoint_bytes, summed
 from recmas.sizing.free_memory import free_bytes
+from recmas.sizing.kept_bytes import kept_bytes
 from recmas.sizing.model_bytes import ModelBytes, model_bytes
 from recmas.sizing.row_bytes import Length, added, longest, row_bytes, slot_positions
 
@@ -33,6 +34,7 @@ class AgentMemory:
         links: bytes of the links on the agent's device: its inner one, and those to it.
         cache_per_token: bytes of keys and values per position and row.
         row: bytes per row of a batch while the agent works, at the table's lengths.
+        kept: bytes of what all prompts begin with, at most: templates without a field, of the table's length.
     """
 
     role: str
@@ -45,16 +47,20 @@ class AgentMemory:
     links: int
     cache_per_token: int
     row: int
+    kept: int
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """One device, in bytes: weights and links that are there at once, a batch, their sum, and what is free now."""
+    """One device, in bytes: weights and links that are there at once, a batch, what outlives one, their sum, and what
+    is free now.
+    """
 
     device: str
     weights: int
     links: int
     batch: int
+    kept: int
     peak: int
     free: int | None
 
@@ -136,6 +142,8 @@ def memory_table(
             check_model_folder(Path(source), folder, f"agent {role!r}", trust_remote_code)
         weights, shapes[role], known = _model(role, source, wanted, trust_remote_code)
         shape, length = shapes[role], lengths[role]
+        templates = {agent.prompt.at(round) for round in range(1, min(count, 2) + 1)}
+        prefixes = {} if offload else {role: [prompt_tokens] * len(templates)}
         packs = accelerate and not offload and placement[role].type == "cpu"
         agents.append(
             AgentMemory(
@@ -149,6 +157,7 @@ def memory_table(
                 links=links[role],
                 cache_per_token=shape.cache_per_token,
                 row=shape.cache(sum(length)) + shape.work(length.prompt),
+                kept=kept_bytes(shapes, placement, prefixes)[placement[role]],
             )
         )
     rows = row_bytes(shapes, placement, lengths, count)
@@ -234,15 +243,15 @@ def _devices(
         if offload and device != host:
             most = max(here, key=lambda agent: agent.weights + agent.links)
             weights, links = [most.weights], [most.links]
-        batch = batch_size * rows.get(device, 0)
-        sums = sum(weights), sum(links), batch
+        batch, kept = batch_size * rows.get(device, 0), sum(agent.kept for agent in here)
+        sums = sum(weights), sum(links), batch, kept
         lines.append(DeviceMemory(str(device), *sums, peak=sum(sums), free=free_bytes(device)))
     return lines
 
 
 def render(table: MemoryTable) -> str:
     """The table as a page."""
-    columns = [("agent", "model", "device", "parameters", "dtype", "weights", "links", "cache/token", "row")]
+    columns = [("agent", "model", "device", "parameters", "dtype", "weights", "links", "cache/token", "row", "kept")]
     for agent in table.agents:
         shared = agent.shares is not None
         columns.append(
@@ -256,6 +265,7 @@ def render(table: MemoryTable) -> str:
                 size(agent.links),
                 size(agent.cache_per_token),
                 size(agent.row),
+                size(agent.kept),
             )
         )
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
@@ -266,8 +276,8 @@ def render(table: MemoryTable) -> str:
         verdict = {None: "", True: ": fits", False: ": does not fit"}[line.fits]
         free = "unknown" if line.free is None else size(line.free)
         lines.append(
-            f"{line.device}: weights {size(line.weights)} + links {size(line.links)} + batch {size(line.batch)} = "
-            f"{size(line.peak)} at the peak, {free} free{verdict}"
+            f"{line.device}: weights {size(line.weights)} + links {size(line.links)} + batch {size(line.batch)} "
+            f"+ kept {size(line.kept)} = {size(line.peak)} at the peak, {free} free{verdict}"
         )
     return "\n".join(lines)
 

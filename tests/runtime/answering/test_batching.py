@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from recmas import SEQUENTIAL, Agent, AnswerOptions, RecursiveMAS
 from recmas.answering import batching
 from recmas.answering.plan import Plan
+from recmas.config.system_json import PromptSpec
 from recmas.evaluation.sweeps import sweep
+from recmas.sizing.model_bytes import model_bytes
 from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent
 
@@ -85,6 +88,22 @@ def test_more_work_makes_smaller_batches(mas, monkeypatch):
         assert 1 <= len(planned(mas, rows, **options)[0]) < first
 
 
+def test_prefixes_that_outlive_a_batch_leave_less_room(mas, monkeypatch):
+    said = "question: what is the answer to everything? notes and plan and critique and solution " * 4
+    prompts = {"planner": PromptSpec(said + "{{question}}", said + "{{question}} {{from:solver}}")}
+    longer = RecursiveMAS.create(mas.agents, SEQUENTIAL, rounds=2, latent_steps=3, prompts=prompts, seed=0)
+    constant = longer._prompts["planner"].constant_ids(1)  # and of the second round
+    size = model_bytes(mas.agents["planner"].model.config, 4).snapshot(len(constant))
+
+    def first(free, reuse):
+        memory(monkeypatch, free)
+        return len(planned(longer, ["fox"] * 5, prefix_reuse=reuse)[0])
+
+    enough = bisect.bisect_left(range(10_000_000), 4, key=lambda free: first(free, False))
+    assert (first(enough, False), first(enough, True)) == (4, 3)
+    assert (first(enough + size - 2, True), first(enough + size, True)) == (3, 4)
+
+
 def test_a_device_that_tells_nothing_gets_the_usual_batch(mas, monkeypatch):
     memory(monkeypatch, None)
     assert [len(batch) for batch in planned(mas, ["fox"] * 50)] == [32, 18]
@@ -95,7 +114,6 @@ def test_the_estimate_covers_what_a_batch_really_takes(mas):
     from torch.profiler import ProfilerActivity, profile
 
     from recmas.answering.prompt_lengths import lengths_of
-    from recmas.sizing.model_bytes import model_bytes
     from recmas.sizing.row_bytes import row_bytes
 
     row = "the lazy dog " * 12

@@ -14,12 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recmas import MIXTURE, SEQUENTIAL, RecursiveMAS
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.engine.fixed_shapes import bucket
+from recmas.engine.prefix_reuse import PrefixReuse
 from recmas.sizing.checkpoint_bytes import checkpoint_bytes
 from recmas.sizing.free_memory import free_bytes
+from recmas.sizing.kept_bytes import kept_bytes
 from recmas.sizing.model_bytes import model_bytes
 from recmas.sizing.report import memory_table, size
 from recmas.sizing.row_bytes import Length, row_bytes
+from recmas.system.prompt_assembly import assemble
 from recmas_kernels.backends import cpu
 from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent, tiny_model
@@ -121,7 +125,7 @@ def test_weights_and_links_are_those_of_the_loaded_system(tmp_path):
         (device,) = table.devices
         assert device.weights == sum(agent.weights for agent in table.agents)
         assert device.links == total([*loaded.inner_links.values(), *loaded.outer_links.values()])
-        assert device.peak == device.weights + device.links + device.batch
+        assert device.peak == device.weights + device.links + device.batch + device.kept
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -149,6 +153,29 @@ def test_rows_grow_with_what_is_asked_for(tmp_path):
     one, two = (memory_table(tmp_path / "s", batch_size=size).devices[0].batch for size in (1, 2))
     assert 0 < one == two / 2
     assert memory_table(tmp_path / "s", rounds=1).devices[0].batch < memory_table(tmp_path / "s").devices[0].batch
+
+
+def test_what_outlives_a_batch_is_counted_once_for_each_template(tmp_path):
+    mas = system(tmp_path)
+    shapes = {role: model_bytes(agent.model.config, 4) for role, agent in mas.agents.items()}
+    (long,), (short,) = (memory_table(tmp_path / "s", prompt_tokens=count).devices for count in (200, 63))
+    templates = {role: len({setting.prompt.at(round) for round in (1, 2)}) for role, setting in mas.settings.items()}
+    assert set(templates.values()) == {1, 2}
+    assert long.kept == sum(templates[role] * shape.snapshot(200) for role, shape in shapes.items())
+    assert short.kept == 0
+    assert memory_table(tmp_path / "s", prompt_tokens=200, rounds=1).devices[0].kept < long.kept
+    assert memory_table(tmp_path / "s", prompt_tokens=200, offload=True).devices[0].kept == 0
+
+
+def test_a_prefix_takes_no_more_than_the_estimate(agent):
+    constants, ids = ConstantPrefixes(), list(range(10, 110))
+    prompt = assemble(agent.embed, [[[*ids, 7]]], {}, {}, pad_id=agent.pad_id, device="cpu")
+    with torch.no_grad():
+        agent.decode(prompt, 1, prefill=PrefixReuse(constants=constants).prefill("a", None, ids))
+    (snapshot,) = constants._kept.values()
+    held = [part for layer in snapshot.layers for part in (layer if isinstance(layer, tuple) else vars(layer).values())]
+    taken = sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
+    assert 0 < taken <= kept_bytes({"a": model_bytes(agent.model.config, 4)}, {"a": CPU}, {"a": [100, 63]})[CPU]
 
 
 def test_a_model_that_roles_share_is_counted_once(tmp_path):
@@ -309,6 +336,7 @@ def test_info_on_the_command_line(tmp_path, monkeypatch, capsys):
         "links",
         "cache/token",
         "row",
+        "kept",
     ]
     assert [line.split()[0] for line in lines[1:4]] == list(SEQUENTIAL.roles)
     assert lines[4] == "rows: 512 prompt tokens and the messages, 2 round(s), 4 at once"
