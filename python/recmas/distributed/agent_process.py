@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import platform
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from recmas.config.system_json import SystemSpec
+from recmas.distributed.cores import cores
 from recmas.distributed.order import Described, Done, Loading, Order
 from recmas.distributed.sealed import seal, unseal
 from recmas.engine.messages import Message
@@ -91,7 +91,7 @@ class AgentProcess:
             member.agent.tokenizer,
             member.agent.vocabulary,
             platform.node(),
-            _cores(),
+            cores(),
             torch.get_num_threads() if device == "cpu" else 0,
         )
 
@@ -150,11 +150,6 @@ class AgentProcess:
             sender: gather([message for stamp, message in sent if stamp.sender == sender], places)
             for sender, places in order.reads.items()
         }
-
-
-def _cores() -> int:
-    """Of this machine, those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _add(whole: dict[int, Grown], step: dict[int, Grown]) -> None:

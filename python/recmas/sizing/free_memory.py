@@ -7,6 +7,14 @@ from pathlib import Path
 
 import torch
 
+from recmas.files.control_groups import contents, groups
+
+_NAMES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: limit, use, and the page cache that can be had back."""
+
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     """What new tensors can fill on `device`; None where the machine does not say.
@@ -30,7 +38,7 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
 
 def _available(meminfo: Path) -> int | None:
     """Linux's own estimate of what can be had without swapping."""
-    for line in _read(meminfo).splitlines():
+    for line in contents(meminfo).splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
@@ -39,33 +47,9 @@ def _available(meminfo: Path) -> int | None:
 
 def _group_allowances(root: Path) -> Iterator[int]:
     """Limit minus use of every memory control group around this process; page cache does not count as used."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, limit, use, cached = "", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit, use, cached = (
-                "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
-            continue
-        top = root / "sys/fs/cgroup" / mount
-        group = top / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            if folder != top and top not in folder.parents:
-                break
-            allowed, used = _read(folder / limit).strip(), _read(folder / use).strip()
-            if allowed.isdigit() and used.isdigit():
-                statistics = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-                yield max(0, int(allowed) - int(used) + int(statistics.get(cached, 0)))
-
-
-def _read(path: Path) -> str:
-    """A file of the kernel's, or nothing where it has no such file."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    for version, folder in groups("memory", root):
+        limit, use, cached = _NAMES[version]
+        allowed, used = contents(folder / limit).strip(), contents(folder / use).strip()
+        if allowed.isdigit() and used.isdigit():
+            statistics = dict(line.split() for line in contents(folder / "memory.stat").splitlines())
+            yield max(0, int(allowed) - int(used) + int(statistics.get(cached, 0)))
