@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recmas_kernels import reference
-from recmas_kernels.backends import native, packing, settings
+from recmas_kernels.backends import native, packing, pages, settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
 
@@ -112,7 +112,7 @@ def _form(weight: Tensor | None, compute: torch.dtype, isa: int, tokens: int) ->
 
 def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
     compute, isa = layout
-    panels = torch.empty(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape), dtype=torch.uint8, device=_CPU)
+    panels = pages.take(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape))
     _native().pack_weight(isa, torch.get_num_threads(), _DTYPES[compute], weight, panels)
     return panels
 
