@@ -3,7 +3,6 @@
 
 #include <initializer_list>
 
-#include "huge_pages.h"
 #include "kernels.h"
 
 namespace recmas::cpu {
@@ -148,7 +147,6 @@ Status pack_weight(VectorView weight, int64_t rows, int64_t columns, void* packe
   if (weight.data == nullptr || packed == nullptr || rows <= 0 || columns <= 0 || threads < 1 || !known(compute)) {
     return Status::bad_argument;
   }
-  ask_for_huge_pages(packed, kernels->packed_bytes(rows, columns, compute));
   kernels->pack_weight(weight, rows, columns, packed, compute, threads);
   return Status::ok;
 }

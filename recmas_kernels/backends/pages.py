@@ -46,9 +46,12 @@ def take(size: int) -> Tensor:
 def _map(size: int) -> tuple[mmap.mmap, int]:
     """Memory of its own with room for ``size`` bytes, and where they begin: with a page."""
     pages = -(-size // _PAGE) * _PAGE
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, pages), 0
+    # Private: a forked process that packs goes on in copies of its own.
     mapped = mmap.mmap(-1, pages + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mapped, 0
     begin = -torch.frombuffer(mapped, dtype=torch.uint8).data_ptr() % _PAGE
     mapped.madvise(mmap.MADV_HUGEPAGE, begin, pages)
     return mapped, begin
