@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
+# Else every process compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt recmas_kernels/sources.py $(shell find csrc -type f -not -path 'csrc/tests/*')
 RUNTIME := $(VENV)/.installed

@@ -13,6 +13,9 @@ import tests.unsynced  # noqa: F401
 # Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Half of a session's start was to look, again and again, through what is being imported.
+gc.disable()
+
 # A shell that runs tests in its background has SIGINT ignored; tests of signals send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,5 +41,5 @@ def pytest_make_parametrize_id(val: object, argname: str) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported until now stays: half a million objects, which no collection need look through again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
