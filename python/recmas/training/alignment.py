@@ -21,7 +21,7 @@ from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
 from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
-from recmas.training.loop import OnStart, OnStep, Run, TrainingResult, begins, check_run, train_in_turn
+from recmas.training.loop import OnStart, OnStep, Run, TrainingResult, begins, check_run, results_of, train_in_turn
 from recmas.training.pair_cache import PairCache, Place, Plan
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.processes import processes
@@ -83,7 +83,8 @@ def train_apart(
     """Train each link in a run of its own, in folders ``<stage>-<key>``; everything else stays frozen.
 
     Links that read the same agent's pairs share one pass over these: step by step, each in its turn. Everything is
-    checked, the cache too, before the first run begins.
+    checked, the cache too, before the first run begins. A run whose loss is not finite ends by itself; `results_of`
+    names it when all others are done.
     """
     source = DataSource(rows, config.batch_size, config.seed)
     schedule, measured = _schedule(source, config), _measured(validation, config)
@@ -111,7 +112,7 @@ def train_apart(
         if folder is not None:  # so that a run that ends while its pairs are made can be resumed
             folder.mkdir(parents=True, exist_ok=True)
     made: dict[str, list[Batches]] = {}
-    results: dict[Key, TrainingResult] = {}
+    outcomes: dict[Key, TrainingResult | FloatingPointError] = {}
     for keys in _passes(senders, trackers):
         with only_trainable(system, {name: p for key in keys for name, p in trained[key].items()}):
             role = senders[keys[0]]
@@ -143,8 +144,8 @@ def train_apart(
                     validate=partial(_mean_loss, loss, others_of, measured.count) if measured.count else None,
                     validated_by_all=is_sharded(system),
                 )
-            results |= train_in_turn(runs)
-    return {key: results[key] for key in links}
+            outcomes |= train_in_turn(runs)
+    return results_of({key: outcomes[key] for key in links})
 
 
 def _passes(senders: Mapping[Key, str], trackers: Sequence[str]) -> list[list[Key]]:

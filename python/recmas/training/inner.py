@@ -158,6 +158,7 @@ def train_inner(
     Raises:
         ValueError: an unknown role, one without an inner link, a target of another width, or rows that lack fields or
             targets.
+        FloatingPointError: the loss of some roles was not finite; the other roles' links were trained to their ends.
     """
     chosen = list(system.inner_links) if roles is None else list(roles)
     for role in chosen:

@@ -131,21 +131,34 @@ class Run:
 
 
 def train(parameters: Mapping[str, nn.Parameter], loss: Loss, config: LoopConfig, **options: Any) -> TrainingResult:
-    """One `Run`, whose other attributes are ``options``; raises what `train_in_turn` raises."""
-    return train_in_turn({"": Run(parameters, loss, config, **options)})[""]
+    """One `Run`, whose other attributes are ``options``; raises what `train_in_turn` and `results_of` raise."""
+    return results_of(train_in_turn({"": Run(parameters, loss, config, **options)}))[""]
 
 
-def train_in_turn(runs: Mapping[Key, Run]) -> dict[Key, TrainingResult]:
+def results_of(outcomes: Mapping[Key, TrainingResult | FloatingPointError]) -> dict[Key, TrainingResult]:
+    """What `train_in_turn` returned, where all runs came to their ends.
+
+    Raises:
+        FloatingPointError: loss or gradient was not finite; names the run, step, batches and the last checkpoint, of
+            each run that ended so. Its parameters keep their last good values; other runs have done all their steps.
+    """
+    results = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, TrainingResult)}
+    failed = [str(outcome) for outcome in outcomes.values() if isinstance(outcome, FloatingPointError)]
+    if failed:
+        raise FloatingPointError("; ".join([*failed, *(["the others went on"] if results else [])]))
+    return results
+
+
+def train_in_turn(runs: Mapping[Key, Run]) -> dict[Key, TrainingResult | FloatingPointError]:
     """Runs that know nothing of each other, step by step: the one that has done the fewest steps goes next.
 
-    Each gives the bits that it gives alone. So several of them can share what a step's batches are made of.
+    Each gives the bits that it gives alone. So several of them can share what a step's batches are made of. A run whose
+    loss or gradient is not finite ends there, without harm to the others; the error is what became of it.
 
     Raises:
         ValueError: nothing to train, a parameter in half precision, a folder that already holds a run (a checkpoint or
             a logged step) although ``resume`` is off, or a checkpoint that is damaged or of other settings or
             parameters. Nothing has been written then.
-        FloatingPointError: loss or gradient is not finite; names the run, step, batches and the last checkpoint. The
-            parameters keep their last good values.
         DeviceError: a device failed; what was logged and checkpointed before stays.
     """
     for run in runs.values():
@@ -160,7 +173,7 @@ def train_in_turn(runs: Mapping[Key, Run]) -> dict[Key, TrainingResult]:
         for key, parameter in run.parameters.items():
             if not parameter.requires_grad:
                 raise ValueError(f"{key}: a trained parameter must require grad")
-    results: dict[Key, TrainingResult] = {}
+    outcomes: dict[Key, TrainingResult | FloatingPointError] = {}
     with ExitStack() as stack:
         kept = any(run.folder is not None for run in runs.values())
         pending = stack.enter_context(held_back()) if kept else Pending()
@@ -171,9 +184,12 @@ def train_in_turn(runs: Mapping[Key, Run]) -> dict[Key, TrainingResult]:
             try:
                 done[least] = next(going[least])
             except StopIteration as end:
-                results[least] = end.value
+                outcomes[least] = end.value
                 del going[least]
-    return {key: results[key] for key in runs}
+            except FloatingPointError as error:  # in all processes, as its numbers are sums over these
+                outcomes[least] = error
+                del going[least]
+    return {key: outcomes[key] for key in runs}
 
 
 def _steps(run: Run, pending: Pending) -> Generator[int, None, TrainingResult]:

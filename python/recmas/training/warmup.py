@@ -95,8 +95,8 @@ def train_warmup(
 ) -> dict[LinkKey, TrainingResult]:
     """Warm up outer links in place, each in a run of its own; everything else, inner links too, stays frozen.
 
-    Edges out of one agent are trained in turn, step by step, in one pass over its pairs: a run that fails ends those
-    beside it, too, at their last checkpoints. With trackers it is one edge after the other.
+    Edges out of one agent are trained in turn, step by step, in one pass over its pairs. With trackers it is one edge
+    after the other.
 
     Args:
         system: whose agents and links these are; inner links trained before.
@@ -121,6 +121,7 @@ def train_warmup(
     Raises:
         ValueError: an edge without a link, a slow tokenizer, rows that lack fields or targets, or texts none of whose
             tokens has a counterpart.
+        FloatingPointError: the loss of some edges was not finite; the other edges were trained to their ends.
     """
     chosen = list(system.outer_links) if edges is None else list(edges)
     for edge in chosen:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from recmas.config.pattern import MIXTURE
-from recmas.training import WarmupConfig, alignment, train_warmup, warmup_loss
+from recmas.training import WarmupConfig, alignment, train_warmup, warmup, warmup_loss
 from recmas.training.checkpoint import load
 from recmas.training.counterparts import aligned_tokens, overlaps
 from tests.runtime.training.by_hand import (
@@ -116,6 +118,34 @@ def test_links_of_one_sender_share_a_pass_and_are_those_trained_one_by_one(monke
     train_warmup(shared, said, config, resume=True, **options)
     assert read == ["summarizer"] * 3 * 2
     assert not changed(weights(apart), weights(shared))
+
+
+def test_a_link_whose_loss_is_not_finite_ends_alone(monkeypatch, tmp_path):
+    config = WarmupConfig(steps=4, batch_size=2, learning_rate=1e-2, warmup_steps=1, schedule="constant")
+    said = [dict(row, targets=dict.fromkeys(MIXTURE.roles, "1 red")) for row in ROWS]
+    apart, shared = (build(*PATTERNS["mixture"]) for _ in range(2))
+    bad, *others = [edge for edge in apart.outer_links if edge[0] == "summarizer"]
+    assert len(others) > 1
+    real, calls = warmup.warmup_alignment, []
+
+    def broken(counterparts, system, edge, *rest, **weights):
+        calls.append(edge)
+        return real(counterparts, system, edge, *rest, **weights) * (
+            math.nan if calls.count(edge) == 3 and edge == bad else 1
+        )
+
+    expected = train_warmup(apart, said, config, edges=others, progress=False)
+    train_warmup(apart, said, replace(config, steps=2), edges=[bad], progress=False)
+    monkeypatch.setattr(warmup, "warmup_alignment", broken)
+    options = {"edges": [bad, *others], "output": tmp_path, "progress": False}
+    error = rf"^warmup-summarizer-{bad[1]}, step 3, batch 2: loss nan, .* no checkpoint before it; the others went on$"
+    with pytest.raises(FloatingPointError, match=error):
+        train_warmup(shared, said, config, **options)
+    assert not changed(weights(apart), weights(shared))
+    assert {load(tmp_path / f"warmup-summarizer-{target}").step for _, target in others} == {4}
+    monkeypatch.setattr(warmup, "warmup_alignment", real)
+    found = train_warmup(shared, said, config, resume=True, **options)
+    assert {edge: found[edge].steps for edge in expected} == dict.fromkeys(expected, 4)
 
 
 def test_links_that_share_a_pass_begin_where_those_trained_one_by_one_do(capsys):
