@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from recmas.engine.fixed_shapes import FixedShapeContinuation
+from recmas.engine.model_state import ModelState
 from recmas.engine.step_graph import StepGraph
 
 BUCKETS = 2
@@ -37,24 +38,32 @@ class Ready:
         program: the program.
         decoder: whose weights it reads beside those of its own modules.
 
-    Attributes:
-        graph: one step of it, captured while its weights were at the addresses `where`; None before.
     """
 
     def __init__(self, program: Any, decoder: nn.Module) -> None:
         self.program, self._decoder = program, decoder
-        self.graph: StepGraph | None = None
-        self.where: object = None
+        self._graph: StepGraph | None = None
+        self._where: object = None
+        self._states: list[ModelState] = []
 
-    def addresses(self) -> object:
-        """Where the weights are that the program reads."""
-        modules = (self._decoder, *self.program.modules)
-        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+    def keep(self, graph: StepGraph) -> None:
+        """One step of the program, captured as its modules are now."""
+        self._graph, self._where = graph, self._addresses()
+        self._states = [ModelState(module) for module in self._modules()]
 
     def captured(self) -> StepGraph | None:
-        """The graph, if its weights are where they were."""
-        return self.graph if self.graph is not None and self.where == self.addresses() else None
+        """The graph, if its modules compute the same of the weights where these were; writes to them are no matter."""
+        if self._graph is None or self._where != self._addresses():
+            return None
+        return self._graph if all(state.holds(tensors=False) for state in self._states) else None
+
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return (self._decoder, *self.program.modules)
+
+    def _addresses(self) -> object:
+        """Where the weights are that the program reads."""
+        tensors = [tensor for module in self._modules() for tensor in (*module.parameters(), *module.buffers())]
+        return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
 
 
 class Bucket:

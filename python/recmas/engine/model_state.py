@@ -33,7 +33,7 @@ class ModelState:
     own switches.
 
     Args:
-        model: any. Tensors that it no longer has are not held.
+        model: any. Its parameters and buffers are held weakly.
 
     Attributes:
         model: as given.
@@ -55,13 +55,15 @@ class ModelState:
         self._beside = [(weakref.ref(tensor), version(tensor)) for tensor in beside]
         self._written = [(weakref.ref(tensor), version(tensor)) for tensor in self._originals()]
 
-    def holds(self) -> bool:
-        """Whether the model is as it was."""
+    def holds(self, *, tensors: bool = True) -> bool:
+        """Whether the model is as it was; without `tensors` parameters and buffers may be others, or written."""
         try:
             if self._look() != self._seen or any(held() is None for held in self._weakly):
                 return False  # what is there no more, something else may have its address
         except KeyError:  # an attribute
             return False
+        if not tensors:
+            return True
         now = [*(tensor for held, _ in self._beside if (tensor := held()) is not None), *self._originals()]
         known = [*self._beside, *self._written]
         pairs = zip(known, now, strict=False)

@@ -34,7 +34,8 @@ class Stepper:
     """Runs the steps of one agent.
 
     On CUDA a step is captured once per bucket and program, and replayed for every step of every batch that fits the
-    bucket. A graph reads weights where they were: it is captured again when one moved, not when it changes in place.
+    bucket. A graph reads weights where they were and does what modules did: it is captured again when a weight moved or
+    a hook, an adapter or a setting is another one (`ModelState`), not when a weight changes in place.
     Elsewhere, and where a model cannot run at fixed shapes, steps run on the growing cache.
 
     Args:
@@ -138,7 +139,7 @@ class Stepper:
             self._failed = self.reason = f"no graph could be captured: {reason}"
             warnings.warn(f"steps go on without CUDA graphs: {self.reason}", stacklevel=2)
             return None
-        ready.graph, ready.where = graph, ready.addresses()
+        ready.keep(graph)
         return graph
 
     def _uncaptured(self, past: Past, steps: int, weights_stay: bool) -> str:

@@ -292,3 +292,27 @@ def test_what_is_not_captured_says_why(fake):
     assert list(agent.write(prompt, STEPS, weights_stay=False))
     assert agent.stepper.reason == "weights are on the device for visits only"
     assert agent.stepper.captures == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.v_proj.register_forward_hook(lambda part, given, states: 2 * states),
+        lambda module: setattr(module, "scaling", 3.0),
+    ],
+    ids=["hook", "setting"],
+)
+def test_a_graph_is_captured_again_where_modules_do_something_else(fake, change):
+    agent, link = placed()
+    plain, _ = placed(graphs=False)
+    prompt = batch(agent)
+    for _ in range(3):
+        before = agent.think(prompt, STEPS, link).states
+    assert (agent.stepper.captures, agent.stepper.reuses) == (1, 1)
+    for each in (agent, plain):
+        change(each.decoder.layers[1].self_attn)
+    for reuses in (1, 2):
+        found = agent.think(prompt, STEPS, link).states
+        assert (agent.stepper.captures, agent.stepper.reuses) == (2, reuses)
+        close(found, plain.think(prompt, STEPS, link).states)
+    assert not torch.allclose(found.cpu(), before.cpu(), rtol=1e-2)
