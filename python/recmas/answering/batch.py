@@ -46,7 +46,8 @@ class Batch:
     ) -> None:
         self.plan, self.system, self.numbers = plan, plan.system, numbers
         self.visits = list(plan.system.pattern.visits(plan.rounds))
-        self.constants, self.prefix_reuse = constants, PrefixReuse(plan.options.prefix_reuse, constants)
+        self.constants = constants
+        self.prefix_reuse = PrefixReuse(plan.options.prefix_reuse, constants, self.system.states)
         self.readers: list[PrefixReuse] = []  # that served the turn under way
         self.settling = None if plan.options.settle is None else Settling(plan.options.settle)
         self.going = list(range(len(numbers)))  # places of the rows that have no answer yet

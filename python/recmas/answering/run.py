@@ -34,7 +34,8 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 
 def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
     # For the run alone, so that the next one sees what nobody counts; under offload no device has room to spare.
-    constants = ConstantPrefixes() if plan.options.prefix_reuse and plan.system.offloader is None else None
+    keeps = plan.options.prefix_reuse and plan.system.offloader is None
+    constants = ConstantPrefixes(plan.system.states) if keeps else None
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:

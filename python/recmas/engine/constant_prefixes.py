@@ -19,12 +19,13 @@ LEAST_POSITIONS = 64
 class ConstantPrefixes:
     """Snapshots of prefixes that outlive a batch; a prefix is read again once its model has changed.
 
-    Attributes:
-        states: what the models compute with; `ModelState` says which changes are seen.
+    Args:
+        states: what the models compute with, for all who read through these prefixes; `ModelState` says which changes
+            are seen. None begins anew.
     """
 
-    def __init__(self) -> None:
-        self.states = ModelStates()
+    def __init__(self, states: ModelStates | None = None) -> None:
+        self.states = states or ModelStates()
         self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
 
     def __len__(self) -> int:

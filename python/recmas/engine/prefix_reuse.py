@@ -72,6 +72,7 @@ class PrefixReuse:
     Args:
         enabled: False reads every prompt in one piece.
         constants: what earlier batches read of prefixes that all prompts have; None keeps nothing beyond the batch.
+        states: what models computed with when last looked at, where `constants` do not know; None begins anew.
         proved: the model need not prove its prefix reuse: this is the proof.
 
     Attributes:
@@ -79,18 +80,23 @@ class PrefixReuse:
     """
 
     def __init__(
-        self, enabled: bool = True, constants: ConstantPrefixes | None = None, *, proved: bool = False
+        self,
+        enabled: bool = True,
+        constants: ConstantPrefixes | None = None,
+        states: ModelStates | None = None,
+        *,
+        proved: bool = False,
     ) -> None:
         self._proved, self._constants = proved, constants
         self._off = "" if enabled else "prefix reuse is off"
-        self._states = ModelStates() if constants is None else constants.states
+        self._states = constants.states if constants is not None else states or ModelStates()
         self._held: dict[str, Snapshot] = {}
         self.last = Reading()
 
     def select(self, rows: Sequence[int]) -> PrefixReuse:
         """For some rows of the batch, with what is held of them."""
-        chosen = PrefixReuse(constants=self._constants, proved=self._proved)
-        chosen._off, chosen._states = self._off, self._states
+        chosen = PrefixReuse(constants=self._constants, states=self._states, proved=self._proved)
+        chosen._off = self._off
         chosen._held = {role: snapshot.select(rows) for role, snapshot in self._held.items()}
         return chosen
 

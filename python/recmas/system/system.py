@@ -19,6 +19,7 @@ from recmas.devices.failure import named
 from recmas.devices.offload import Offloader
 from recmas.devices.placement import Devices, Placement, place
 from recmas.engine.messages import Message, Prompt, select
+from recmas.engine.model_state import ModelStates
 from recmas.prompts.rows import Fields, check_fields, earlier
 from recmas.prompts.template import Slot, Template
 from recmas.system.default_prompts import default_settings
@@ -63,6 +64,9 @@ class System:
         offload: devices that the agents work on, while their weights and links stay in host memory
             (`recmas.devices.offload`); None leaves them where they are.
 
+    Attributes:
+        states: what its models computed with when they were last looked at (`recmas.engine.model_state`).
+
     Raises:
         ValueError: roles, widths, templates or slots that do not fit together; one line that names what is wrong.
     """
@@ -103,6 +107,7 @@ class System:
             for role, setting in self.settings.items()
         }
         self.check_run(1, links=False)
+        self.states = ModelStates()
         self.offloader = None if offload is None else self._new_offloader(place(offload, pattern.roles))
 
     def to(self, device: Devices | None = None, dtype: torch.dtype | None = None) -> Self:
