@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels.backends import cpu_decoder, settings
+from recmas_kernels.backends import cpu, cpu_decoder, settings
 from recmas_kernels.decoder_layer import suits
 from recmas_kernels.decoder_model import ModelKernel, begins_with
 from recmas_kernels.decoder_run import Ran, recorded
@@ -29,9 +29,9 @@ class DecoderSteps:
 
     The first position is read by a call of the decoder. If that ran all layers at once, and gave them the rows, the
     mask and the turns that are expected here, the positions after it are read without the decoder's class: by one call
-    of the kernels, on turns made for many positions, and the norm. Before each of them the decoder, what it computes
-    turns with, and its layers are compared with what they were, as by every call of the decoder; whatever has changed,
-    hooks included, has the decoder called again. The bits are those of such calls.
+    of the layers' kernels, on turns made for many positions, and one of the norm's. Before each of them the decoder,
+    what it computes turns with, its layers and its norm are compared with what they were, as by every call of the
+    decoder; whatever has changed, hooks included, has the decoder called again. The bits are those of such calls.
 
     Args:
         model: a decoder.
@@ -80,7 +80,9 @@ class DecoderSteps:
         if any(layer.turned is not turned or layer.mask is not mask for layer in first.layers):
             return None
         around = _Around.of(self._model)
-        if around is None or not torch.equal(hidden, around.norm(first.y)):
+        if around is None or around.dtype is not first.y.dtype or not around.unchanged(first.known.layers):
+            return None
+        if not torch.equal(hidden, around.normed(first.y)):
             return None
         turns = _Turns(around, embeds, self._positions, column)
         masks = None if bool(self._mask.all()) else self._mask.bool()[:, None, None]
@@ -119,8 +121,7 @@ class _Run:
         if not self._layers(x, y, given, column + 1):
             self._lent.end -= 1
             return None
-        hidden: Tensor = self._around.norm(y)
-        return hidden
+        return self._around.normed(y)
 
 
 class _Turns:
@@ -159,17 +160,20 @@ class _Around:
 
     Attributes:
         rotary: computes turns.
-        norm: of what the last layer returns.
+        dtype: of the norm's gain.
     """
 
-    def __init__(self, model: nn.Module, rotary: nn.Module, norm: nn.Module) -> None:
-        self.rotary, self.norm = rotary, norm
+    def __init__(self, model: nn.Module, rotary: nn.Module, norm: nn.Module, rule: tuple[float, float]) -> None:
+        self.rotary, self._rule = rotary, rule
+        gain: Any = norm._parameters["weight"]
+        self._gain, self.dtype = gain, gain.dtype
         self._model = itself = weakref.ref(model)
         kind = type(model)
         entries: list[Any] = [itself, "forward", _kernel(model), itself, "_modules", model._modules]
         entries += [model._modules, "rotary_emb", rotary, model._modules, "norm", norm]
         sizes: list[Any] = []
-        for part in (model, rotary):
+        entries += [weakref.ref(norm), "forward", _kernel(norm)]
+        for part in (model, rotary, norm):
             for name in HOOKS:
                 hooks = part.__dict__[name]
                 entries += [weakref.ref(part), name, hooks]
@@ -177,12 +181,12 @@ class _Around:
         for place, name in names_of(kind.forward):
             entries += [place, name, place[name]]
         classes = [item for name in (*CALLS, "forward") for item in (kind, name, getattr(kind, name))]
-        self._watched = Watched.of_all([Watched(entries, sizes, (), classes), Watch(rotary)])
+        self._watched = Watched.of_all([Watched(entries, sizes, (), classes), Watch(rotary), Watch(norm)])
         self._values = [(held, held.clone()) for held in rotary._buffers.values() if held is not None]
 
     @classmethod
     def of(cls, model: nn.Module) -> _Around | None:
-        """None where positions to come cannot be forefirst."""
+        """None where positions to come cannot be foreseen."""
         rotary, norm = model._modules.get("rotary_emb"), model._modules.get("norm")
         if rotary is None or norm is None or any(_is_called(part) for part in (model, rotary, norm)):
             return None
@@ -192,20 +196,29 @@ class _Around:
         called = [value for place, name in names_of(kind.forward) if callable(value := place[name])]
         if not all(is_own(kind, function) for function in called):  # somebody may want to see every call
             return None
-        if "forward" in rotary.__dict__ or not isinstance(_kernel(norm), NormKernel) or _slides(model):
+        kernel = _kernel(norm)
+        if "forward" in rotary.__dict__ or not isinstance(kernel, NormKernel) or _slides(model) or not kernel.look():
             return None
         rule = getattr(rotary, "rope_type", None)
         if not isinstance(rule, str) or "dynamic" in rule or rule == "longrope":  # these go by the positions before
             return None
-        return cls(model, rotary, norm)
+        found = kernel.computes
+        return None if found is None else cls(model, rotary, norm, found)
 
     def unchanged(self, layers: Sequence[nn.Module]) -> bool:
         """Whether all of it is as it was, and these are the decoder's first layers."""
         model = self._model()
         if model is None or not begins_with(model, layers):
             return False
+        gain = self._gain  # its data may have been replaced
+        if gain.dtype is not self.dtype or not (gain.is_cpu and gain.is_contiguous()) or gain.is_neg():
+            return False
         same = all(held.dtype is was.dtype and torch.equal(held, was) for held, was in self._values)
         return same and self._watched.unchanged()
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the decoder's norm makes of what its last layer returned, while nothing has changed."""
+        return cpu.rms_norm(x, self._gain, *self._rule)
 
 
 def _kernel(module: nn.Module) -> Any:

@@ -43,17 +43,6 @@ inline const void* row_of(const MatrixView& view, int64_t row) {
 // Thread `rank`'s own of as many equal pieces.
 inline Left own(const Left& all, int64_t rank, int64_t rows) { return {all.row(rank * rows), all.stride, all.bf16}; }
 
-constexpr int64_t kBegun = 8192;  // bytes
-
-// Asks for the beginning of what this thread reads next, so that memory is not idle while threads wait for each other
-// and do what is small.
-inline void begin_weight(const Team& team, const FrozenWeight& weight, int64_t k, int64_t columns) {
-  const int64_t bytes = panel_bytes(packed_format(weight.stored), k), panels = panel_count(columns);
-  const char* const first = static_cast<const char*>(weight.panels) + team.begin(panels) * bytes;
-  const int64_t end = smaller(kBegun, (team.end(panels) - team.begin(panels)) * bytes);
-  for (int64_t at = 0; at < end; at += 64) __builtin_prefetch(first + at, 0, 2);
-}
-
 inline int64_t useful_threads(const LayerInputs& call) {
   const int64_t columns = (call.heads + 2 * call.key_heads) * call.head_features;
   return frozen_threads(call.threads, call.rows, call.features, columns, call.query.stored);
@@ -261,20 +250,17 @@ inline void feed(const Team& team, const LayerOutput& call, const OutputPlan& pl
 // This thread's part; the results stand after the next barrier. Nobody reads x when y is written.
 inline void layer_output(const Team& team, const LayerOutput& call, const OutputPlan& plan) {
   const int64_t features = call.features;
-  begin_weight(team, call.out, call.heads * call.head_features, features);
   attend_heads(team, call, plan);
   team.wait();
   const auto keep_sums = [&](int64_t row, int64_t rows, int64_t column, int64_t width, const float* tile) {
     store_tile(plan.summed, Dtype::f32, features, row, rows, column, width, tile);
   };
   multiply_frozen(team, plan.attended, call.out, call.rows, call.heads * call.head_features, features, keep_sums);
-  begin_weight(team, call.gate, features, call.hidden_features);
   team.wait();
   float* const middle = plan.middle + team.rank * call.rows * features;
   const Left normed = own(plan.normed, team.rank, call.rows);
   finish_attention(call, plan, middle, normed);
   feed(team, call, plan, normed);
-  begin_weight(team, call.down, call.hidden_features, features);
   team.wait();  // for hidden; and everyone has read x and what attention summed
   if (call.after_feed.gain.data == nullptr) {
     multiply_frozen(team, plan.hidden, call.down, call.rows, call.hidden_features, features,
@@ -318,10 +304,6 @@ inline int64_t decoder_layers_workspace(const DecoderLayer* layers, int64_t coun
   return most;
 }
 
-inline void begin_queries(const Team& team, const LayerInputs& call) {
-  begin_weight(team, call.query, call.features, call.heads * call.head_features);
-}
-
 // One after the other in the same workspace: whoever passes a barrier has read what was there before it.
 inline void decoder_layers(const DecoderLayer* layers, int64_t count, void* workspace) {
   const int64_t threads = useful_threads(layers, count);
@@ -331,7 +313,6 @@ inline void decoder_layers(const DecoderLayer* layers, int64_t count, void* work
       layer_inputs(team, inputs, plan_inputs(inputs, threads, workspace));
       team.wait();
       layer_output(team, output, plan_output(output, threads, workspace));
-      if (i + 1 < count) begin_queries(team, layers[i + 1].inputs);
       team.wait();
     }
   });

@@ -171,6 +171,14 @@ def _turns(batch: Batch) -> None:
     batch.decoder.rotary_emb.__class__ = Rotary
 
 
+def _norm(batch: Batch) -> None:
+    class Norm(type(batch.decoder.norm)):  # type: ignore[misc]
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    batch.decoder.norm.__class__ = Norm
+
+
 def _assign(batch: Batch) -> None:
     for layer in batch.cache.layers:
         layer.keys, layer.values = 2 * layer.keys, 3 * layer.values
@@ -208,6 +216,14 @@ CHANGES: dict[str, Callable[[Batch], Any]] = {
     "weight": _weight("layers.1.mlp.up_proj.weight"),
     "norm": _weight("norm.weight"),
     "norm in place": _write("norm.weight"),
+    "data of the norm": lambda batch: setattr(batch.decoder.norm.weight, "data", 2 * batch.decoder.norm.weight),
+    "strided data of the norm": lambda batch: setattr(
+        batch.decoder.norm.weight, "data", torch.stack([batch.decoder.norm.weight * 3] * 2, 1)[:, 0]
+    ),
+    "eps of the norm": lambda batch: setattr(batch.decoder.norm, "variance_epsilon", 4.0),
+    "forward of the norm": lambda batch: setattr(batch.decoder.norm, "forward", lambda x: 2 * x),
+    "class of the norm": _norm,
+    "hook before the norm": lambda batch: batch.decoder.norm.register_forward_pre_hook(lambda _, rows: 2 + rows[0]),
     "another norm": lambda batch: setattr(batch.decoder, "norm", nn.Identity()),
     "frequencies": lambda batch: setattr(batch.decoder.rotary_emb, "inv_freq", 2 * batch.decoder.rotary_emb.inv_freq),
     "frequencies in place": _write("rotary_emb.inv_freq"),
@@ -309,7 +325,7 @@ def test_a_step_that_raises_leaves_what_a_call_leaves(where: str):
         batch.step(3)
         stop = mock.patch.object(cpu_decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt)
         if where == "norm":
-            stop = mock.patch.object(batch.decoder.norm, "forward", side_effect=KeyboardInterrupt)
+            stop = mock.patch.object(cpu, "rms_norm", side_effect=KeyboardInterrupt)
         with stop, pytest.raises(KeyboardInterrupt):
             batch.step()
         lengths.append([layer.get_seq_length() for layer in batch.cache.layers])
