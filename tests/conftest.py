@@ -8,13 +8,11 @@ import signal
 
 import pytest
 
+import tests.uncollected
 import tests.unsynced  # noqa: F401
 
 # Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-# Half of a session's start was to look, again and again, through what is being imported.
-gc.disable()
 
 # A shell that runs tests in its background has SIGINT ignored; tests of signals send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

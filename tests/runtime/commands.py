@@ -24,6 +24,7 @@ _LONGEST = 120  # seconds of processor time, and four times as many of the clock
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "tests.uncollected",
         "tests.unsynced",
         "recmas.cli.run",
         "recmas.cli.eval",
@@ -134,6 +135,7 @@ def _command(words: tuple[str, ...], signal_at: tuple[int, int] | None) -> int:
 def _keep(pipe: Connection, folder: Path, output: list[Path], action: Any, arguments: Any) -> None:
     """Fork the process, and wait for it and for all that it leaves behind."""
     gc.freeze()  # what was imported: no collection need look through it, nor copy its pages
+    gc.enable()
     if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError("prctl")
     child = os.fork()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -206,16 +208,30 @@ def chosen_backend(options: Namespace) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What is imported within is not looked through for garbage, neither now nor when the process ends."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        atexit.register(gc.freeze)
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def loaded(options: Namespace, folder: Path | None = None) -> Iterator[RecursiveMAS]:
     """The system that `add_system`'s options name (or that in `folder`), served by the backend they name."""
     from recmas.config.system_json import read_spec
 
     system = options.system if folder is None else folder
     read_spec(system)  # a broken file ends here, before torch has loaded
-    import torch
-    import transformers
+    with _nothing_collected():
+        import torch
+        import transformers
 
-    from recmas.recursive_mas import RecursiveMAS
+        from recmas.recursive_mas import RecursiveMAS
 
     transformers.utils.logging.disable_progress_bar()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from recmas import SEQUENTIAL, AnswerOptions, RecursiveMAS, __version__
-from recmas.cli import main
+from recmas.cli import common, main
 from recmas.cli.init import read_pattern
 from recmas.config.system_json import read_spec
 from recmas.devices.failure import DeviceError
@@ -87,6 +88,20 @@ def test_a_fresh_interpreter_refuses_in_one_line(broken):
     arguments = [*RUN, "--latent-steps", "poet=2"]
     done = subprocess.run([sys.executable, "-m", "recmas", *arguments], cwd=broken, capture_output=True, text=True)
     one_line("latent_steps: unknown role 'poet'; the pattern has", done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_looked_for_in_what_a_command_imports(monkeypatch, collects):
+    was, at_exit = gc.isenabled(), []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    (gc.enable if collects else gc.disable)()
+    try:
+        with common._nothing_collected():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+        assert at_exit == [gc.freeze]
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_missing_system(broken):
