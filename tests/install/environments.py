@@ -26,13 +26,16 @@ class Outcome:
 
 
 def run(command: list[str | Path], folder: Path, variables: dict[str, str]) -> Outcome:
-    """Run ``command`` with ``folder`` as working directory and none of this shell's own build settings."""
+    """Run ``command`` with ``folder`` as working directory and none of this shell's own build settings.
+
+    pip compiles no modules: for the build alone it would be those of four tools, each time.
+    """
     unwanted = ("RECMAS_", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env=kept | variables,
+        env=kept | {"PIP_NO_COMPILE": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
