@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -110,9 +111,9 @@ def _form(weight: Tensor | None, compute: torch.dtype, isa: int, tokens: int) ->
     return tokens > MOST_IN_PLACE if panels is None else panels
 
 
-def _pack(weight: Tensor, layout: packing.Layout) -> Tensor:
+def _pack(weight: Tensor, layout: packing.Layout, memory: Callable[[int], Tensor] = pages.alone) -> Tensor:
     compute, isa = layout
-    panels = pages.take(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape))
+    panels = memory(_native().packed_bytes(isa, _DTYPES[compute], *weight.shape))
     _native().pack_weight(isa, torch.get_num_threads(), _DTYPES[compute], weight, panels)
     return panels
 
@@ -194,7 +195,7 @@ def link_bwd(
 
 def pack_frozen(weight: Tensor) -> Tensor:
     """Panels of a contiguous weight ``[out, in]``, in its own dtype."""
-    return _pack(weight, (weight.dtype, _isa()))
+    return _pack(weight, (weight.dtype, _isa()), pages.together)
 
 
 def unpack_frozen(panels: Tensor, out_features: int, in_features: int, stored: torch.dtype) -> Tensor:

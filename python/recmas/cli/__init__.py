@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import signal
@@ -10,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
@@ -99,8 +99,8 @@ def _ending_signals() -> Iterator[None]:
 
 
 def _run(words: list[str]) -> int:
-    # The installed version, since the package that has it imports torch.
-    parser = CommandLineParser(words, prog="recmas", description=DESCRIPTION, version=version("recmas-kernels"))
+    parser = CommandLineParser(words, prog="recmas", description=DESCRIPTION)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     parser.add_commands(
         "command", COMMANDS, lambda name, command: importlib.import_module(f"recmas.cli.{name}").add_options(command)
@@ -112,6 +112,16 @@ def _run(words: list[str]) -> int:
     result = importlib.import_module(f"recmas.cli.{parsed.command}").execute(parsed[parsed.command])
     sys.stdout.flush()
     return int(result)
+
+
+class _Version(argparse.Action):
+    """Reads the version when it is asked for, since the package that has it imports torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from recmas import __version__
+
+        print(f"recmas {__version__}")
+        parser.exit()
 
 
 def _told(error: Exception) -> str | None:
