@@ -1,7 +1,8 @@
 """``python -m benchmarks.relay_audit RECORD [--page]``: the relay lab's audit, and the table of docs/how-to/audit.md.
 
 It does what that page's two commands do, keeps what every arm made of every question in the JSON file RECORD, and
-prints the table as Markdown. With --page it only prints, from what RECORD holds.
+prints the table as Markdown. With --page it only prints, from what RECORD holds. With --labs the same questions are
+asked of other labs, too, of the same agents with links of other seeds; the table is the shipped one's.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import transformers
 
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
+from benchmarks.relay.asked import RELAY
+from benchmarks.relay.labs import Measured, each
 from recmas import RecursiveMAS
 from recmas.evaluation import Outcome, audit
 from recmas.evaluation.findings import HEADS, columns, summed
 from recmas.files import write_atomically
 from recmas.lab.world import questions
 
-RELAY = Path(__file__).resolve().parents[1] / "examples" / "relay"
 WORLDS = 2026
 """Seed of the questions, as of `recmas lab questions`."""
 HOPS, ROUNDS = (1, 2, 3), 3
@@ -32,11 +34,10 @@ KEPT = ("rounds", "latent_steps", "seed", "metric", "verdict", "reason", "margin
 DETECTABLE = ("detectable_accuracy", "detectable_accuracy_at_best", "detectable_nll")
 
 
-def measure(count: int) -> dict[str, Any]:
-    """The record of an audit of so many questions."""
-    transformers.utils.logging.disable_progress_bar()
+def measure(system: RecursiveMAS, count: int) -> Measured:
+    """What a record says of so many questions, and one audit."""
     rows = questions("test", WORLDS, HOPS, count)
-    found = audit(RecursiveMAS.from_pretrained(RELAY), rows, metric="last_word", rounds=ROUNDS, progress=False)
+    found = audit(system, rows, metric="last_word", rounds=ROUNDS, progress=False)
     arms = [
         {
             "arm": one.arm,
@@ -46,28 +47,25 @@ def measure(count: int) -> dict[str, Any]:
         }
         for one in found.arms
     ]
-    return {
-        "made": origin(),
-        "questions": {"count": count, "seed": WORLDS, "hops": HOPS},
-        **{name: getattr(found, name) for name in (*KEPT, *DETECTABLE)},
-        "arms": arms,
-    }
+    head = {"questions": {"count": count, "seed": WORLDS, "hops": HOPS}}
+    return head, [{**{name: getattr(found, name) for name in (*KEPT, *DETECTABLE)}, "arms": arms}]
 
 
 def page(record: dict[str, Any]) -> Iterator[str]:
-    """The lines of the table, computed from the kept outcomes, and of what stands below it."""
+    """The lines of the first audit's table, computed from the kept outcomes, and of what stands below it."""
+    first = record["audits"][0]
     heads = HEADS[:-1]  # without the times, which a busy machine spoils
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     trained: list[Outcome] | None = None
-    for kept in record["arms"]:
+    for kept in first["arms"]:
         outcomes = [Outcome("", *one) for one in zip(kept["correct"], kept["nll"], strict=True)]
-        one = replace(summed(kept["arm"], outcomes, trained, 0.0, record["seed"]), changed=kept["changed"])
+        one = replace(summed(kept["arm"], outcomes, trained, 0.0, first["seed"]), changed=kept["changed"])
         yield f"| {' | '.join(columns(one)[:-1])} |"
         trained = trained or outcomes
-    accuracy, best, nll = (f"{record[name]:.3f}" for name in DETECTABLE)
+    accuracy, best, nll = (f"{first[name]:.3f}" for name in DETECTABLE)
     yield f"\nSmallest difference that shows: {accuracy} in accuracy ({best} if all changes go one way), {nll} nats."
-    yield f"Verdict: {record['verdict']}."
+    yield f"Verdict: {first['verdict']}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,16 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("record", type=Path)
     parser.add_argument("--page", action="store_true", help="only print, from what RECORD holds")
     parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--labs", type=Path, nargs="+", default=[], help="other labs to audit, too")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
     if not options.page:
-        head = measure(options.questions)
-        arms = ",\n".join(json.dumps(one, separators=(",", ":")) for one in head.pop("arms"))
-        lines = json.dumps(head, indent=1)[:-2] + ',\n "arms": [\n' + arms + "\n]}\n"
-        write_atomically(options.record, lines)
+        transformers.utils.logging.disable_progress_bar()
+        head, audits = each([RELAY, *options.labs], lambda system: measure(system, options.questions))
+        lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in audits)
+        whole = json.dumps({"made": origin(), **head}, indent=1)[:-2] + ',\n "audits": [\n' + lines + "\n]}\n"
+        write_atomically(options.record, whole)
     print("\n".join(page(json.loads(options.record.read_text(encoding="utf-8")))))
 
 

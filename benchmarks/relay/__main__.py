@@ -4,13 +4,16 @@ Each step writes the JSON file RECORD, from which ``python -m benchmarks.report`
 
     table2     accuracy, seconds and tokens in 1, 2 and 3 rounds, latents against text (Table 2); a quiet machine
     steps      accuracy and seconds over latent steps, 0 to 112 (Table 9)
+    loop       the solver looped by itself in 1, 2 and 3 passes, beside the system (LoopLM of Table 3)
+    auto       accuracy and cost where each question ends its rounds by itself (--settle of recmas run); a quiet machine
     depth      links trained in 1, 2 and 3 rounds, each asked in 1, 2 and 3 (Figure 1); a link seed per call with
                --link-seed, which adds to RECORD
     ablations  links of 1, 2 and 3 layers, with and without a residual (Table 4); a link seed per call, too, or some
                of its kinds of links with --links
-    loop       the solver looped by itself in 1, 2 and 3 passes, beside the system (LoopLM of Table 3)
-    auto       accuracy and cost where each question ends its rounds by itself (--settle of recmas run); a quiet machine
     gradients  gains of a round's Jacobian through the frozen agents, by kind of link (Theorem 4.1)
+
+The first four ask systems as they are: the shipped one, and with --labs others of its agents with links of other seeds,
+which `recmas lab build LAB --agents examples/relay --link-seed SEED` makes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import transformers
 
 from benchmarks.harness.command import exit_code
 from benchmarks.harness.machine import origin
-from benchmarks.relay import ablations, auto, depth, gradients, loop, stages, steps, table2
+from benchmarks.relay import ablations, auto, depth, gradients, labs, loop, stages, steps, table2
+from benchmarks.relay.asked import RELAY
 from recmas.files import write_atomically
 
 DEFAULTS = {
@@ -47,11 +51,12 @@ def write(path: Path, head: dict[str, Any], cells: Sequence[dict[str, Any]]) -> 
 
 def run(options: argparse.Namespace) -> None:
     count = options.questions or DEFAULTS[options.step]
-    made: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
-        "table2": lambda: table2.measure(count, options.turns),
-        "steps": lambda: steps.measure(count),
-        "loop": lambda: loop.measure(count),
-        "auto": lambda: auto.measure(count, options.turns, options.split),
+    given = [RELAY, *options.labs]
+    made: dict[str, Callable[[], labs.Measured]] = {
+        "table2": lambda: labs.each(given, lambda system: table2.measure(system, count, options.turns)),
+        "steps": lambda: labs.each(given, lambda system: steps.measure(system, count)),
+        "loop": lambda: labs.each(given, lambda system: loop.measure(system, count)),
+        "auto": lambda: labs.each(given, lambda system: auto.measure(system, count, options.turns, options.split)),
         "gradients": lambda: gradients.measure(count),
         "depth": lambda: depth.measure(count, options.link_seed, options.scale),
         "ablations": lambda: ablations.measure(count, options.link_seed, options.scale, options.links),
@@ -83,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("step", choices=tuple(DEFAULTS))
     parser.add_argument("record", type=Path)
     parser.add_argument("--questions", type=int, help=f"default: {DEFAULTS}")
+    parser.add_argument("--labs", type=Path, nargs="+", default=[], help="of the first four: other labs to ask, too")
     parser.add_argument("--turns", type=int, default=5, help="of table2 and auto: how often each way is timed")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of auto")
     parser.add_argument("--link-seed", type=int, default=1, help="of depth and ablations")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from benchmarks.relay.asked import BATCH, asked, heading, relay, right
+from benchmarks.relay.asked import BATCH, asked, heading, right
+from benchmarks.relay.labs import Measured
+from recmas import RecursiveMAS
 from recmas.answering.options import SETTLED
 
 MOST = 4
@@ -21,9 +23,9 @@ WAYS: tuple[dict[str, Any], ...] = (
 )
 
 
-def measure(count: int, turns: int, split: str = "test") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(system: RecursiveMAS, count: int, turns: int, split: str = "test") -> Measured:
     """A cell per way: which questions were right, how many rounds each took, tokens, steps, and seconds per turn."""
-    system, rows = relay(), asked(count, split)
+    rows = asked(count, split)
     cells: list[dict[str, Any]] = [{**way, "seconds": []} for way in WAYS]
     for turn in range(turns + 1):
         for way, cell in zip(WAYS, cells, strict=True):
@@ -46,12 +48,15 @@ SHOWN_TEXT = (("text", 3, None), ("text", MOST, None), ("text", MOST, 1.0))
 
 def page(record: dict[str, Any]) -> Iterator[str]:
     """The lines of the table in docs/how-to/ask.md."""
-    cells = {(cell["mode"], cell["rounds"], cell["settle"]): cell for cell in record["cells"]}
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in record["cells"]:
+        cells.setdefault((one["mode"], one["rounds"], one["settle"]), []).append(one)
     yield "| mode | rounds | accuracy | rounds taken | latent steps | text tokens | ms |"
     yield "|---|---|---|---|---|---|---|"
     for mode, rounds, settle in (*SHOWN, *SHOWN_TEXT):
-        cell = cells[mode, rounds, settle]
-        share, took = (sum(cell[part]) / len(cell[part]) for part in ("correct", "took"))
+        of_way = cells[mode, rounds, settle]
+        share, took = (fmean(fmean(cell[part]) for cell in of_way) for part in ("correct", "took"))
         asked_for = str(rounds) if settle is None else f"at most {rounds}, `settle={settle}`"
-        costs = f"{cell['latent_steps']:.1f} | {cell['text_tokens']:.1f} | {1000 * median(cell['seconds']):.2f}"
+        steps, tokens = (fmean(cell[part] for cell in of_way) for part in ("latent_steps", "text_tokens"))
+        costs = f"{steps:.1f} | {tokens:.1f} | {1000 * median(one for cell in of_way for one in cell['seconds']):.2f}"
         yield f"| {mode} | {asked_for} | {share:.3f} | {took:.2f} | {costs} |"

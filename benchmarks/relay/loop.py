@@ -8,9 +8,9 @@ others would have told it; how well it can do without is `recmas.lab.world.chanc
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from benchmarks.relay.asked import BATCH, asked, heading, relay, right
+from benchmarks.relay.asked import BATCH, asked, heading, right
+from benchmarks.relay.labs import Measured
 from recmas import RecursiveMAS
 from recmas.config.pattern import Pattern
 from recmas.config.system_json import PromptSpec
@@ -21,9 +21,9 @@ ROUNDS = (1, 2, 3)
 ROLE = "solver"
 
 
-def measure(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(system: RecursiveMAS, count: int) -> Measured:
     """A cell per system and number of rounds or passes: which questions were right."""
-    system, rows, cells = relay(), asked(count), []
+    rows, cells = asked(count), []
     for name, one in (("system", system), ("looped", looped(system))):
         for rounds in ROUNDS:
             answers = one.answer(rows, rounds=rounds, batch_size=BATCH)

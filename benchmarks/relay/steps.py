@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from benchmarks.relay.asked import BATCH, asked, heading, relay, right
+from benchmarks.relay.asked import BATCH, asked, heading, right
+from benchmarks.relay.labs import Measured
+from recmas import RecursiveMAS
 
 STEPS = (0, 1, 2, 3, 4, 8, 16, 32, 48, 64, 80, 96, 112)
 """Of every agent; the paper's Table 9 has 0, 16, 32, ... 128. A message of 128 and as many steps of its receiver do not
@@ -15,9 +16,9 @@ OWN = "own"
 ROUNDS = 3
 
 
-def measure(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(system: RecursiveMAS, count: int) -> Measured:
     """A cell per number of latent steps: which questions were right, and seconds per question."""
-    system, rows = relay(), asked(count)
+    rows = asked(count)
     cells = []
     for steps in (OWN, *STEPS):
         started = time.perf_counter()

@@ -6,17 +6,19 @@ import time
 from itertools import product
 from typing import Any
 
-from benchmarks.relay.asked import BATCH, asked, heading, relay, right
+from benchmarks.relay.asked import BATCH, asked, heading, right
+from benchmarks.relay.labs import Measured
+from recmas import RecursiveMAS
 
 MODES, ROUNDS = ("text", "latent"), (1, 2, 3)
 
 
-def measure(count: int, turns: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(system: RecursiveMAS, count: int, turns: int) -> Measured:
     """A cell per mode and number of rounds: which questions were right, tokens and steps of each, seconds per turn.
 
     Every turn runs all cells once, so that what disturbs one disturbs the others; one turn more warms up.
     """
-    system, rows = relay(), asked(count)
+    rows = asked(count)
     cells: list[dict[str, Any]] = [
         {"mode": mode, "rounds": rounds, "seconds": []} for rounds, mode in product(ROUNDS, MODES)
     ]

@@ -16,16 +16,20 @@ from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
 from benchmarks.trio.page import Row, difference, gap, mean, pooled, rows_of, task_of
 from benchmarks.trio.record import part
-from recmas.evaluation.paired import ERROR, paired_means, paired_shares
+from recmas.evaluation.paired import paired_means, paired_shares
 
 
 def relay(record: dict[str, Any]) -> Finding:
     """Whether the relay lab's latents carry what its questions need."""
-    right = {arm["arm"]: sum(arm["correct"]) / len(arm["correct"]) for arm in record["arms"]}
+    audits = record["audits"]
+    right = {
+        arms[0]["arm"]: mean([arm["correct"] for arm in arms])
+        for arms in zip(*(one["arms"] for one in audits), strict=True)
+    }
     controls = ", ".join(f"{name} {share:.3f}" for name, share in right.items() if name not in ("trained", "text"))
     shares = f"latents {right['trained']:.3f}, text {right['text']:.3f}; {controls}"
-    words = f"{record['questions']['count']} questions: {shares}"
-    return Finding(words, HOLDS if record["verdict"] == "content matters" else FAILS)
+    words = f"{len(audits)} link seeds, {record['questions']['count']} questions: {shares}"
+    return Finding(words, verdict_of([one["verdict"] == "content matters" for one in audits]))
 
 
 MARGIN = 0.05
@@ -49,12 +53,12 @@ def carried(pair: str, kind: str, hops: int = 1, task: str = NOTES) -> Callable[
             return None
         text = next(row for row in rows if _sent(row, "text", "tokens") and row.questions == latents.questions)
         before, after = (mean(row.values("correct")) for row in (text, latents))
-        value, low, high, p = gap(text, latents, "correct")
-        worse = value < 0 and (high < 0 if p is None else p <= ERROR)  # as an audit decides
+        found = gap(text, latents, "correct")
         seeds = f"{len(latents.audits)} link seeds" if len(latents.audits) > 1 else "one link seed"
         shares = f"latents {after:.2f} at m = 8, text of 8 tokens {before:.2f}"
         words = f"{latents.questions} questions, {seeds}: {shares}; {difference(text, latents, 'correct')} (97.5 %)"
-        return Finding(words, HOLDS if low > -MARGIN else FAILS if worse else UNTOLD)
+        worse = found.shown and found.value < 0  # as an audit decides
+        return Finding(words, HOLDS if found.low > -MARGIN else FAILS if worse else UNTOLD)
 
     return judge
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.harness.link_seeds import crossed
 from benchmarks.harness.timing import Ratio
 from benchmarks.lists import timed
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD, Finding, verdict_of
 from benchmarks.report.tables import duration
-from benchmarks.trio.pooled import crossed
 
 POINT = 0.01
 """Of accuracy: latents that are less than this below text count as good."""

@@ -7,33 +7,49 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from benchmarks.harness.link_seeds import Seeds, change, crossed, interval
 from benchmarks.harness.timing import Ratio
 from benchmarks.relay.ablations import KINDS
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD, Finding, verdict_of
 from benchmarks.report.tables import duration, number
-from benchmarks.trio.pooled import crossed
 from recmas.answering.options import SETTLED
-from recmas.evaluation.intervals import wilson
-from recmas.evaluation.paired import Difference, paired_shares
+from recmas.evaluation.paired import Difference
 
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """By degrees of freedom, what a mean of so many values and one more reaches within in 95 % of all cases."""
-Cells = dict[tuple[Any, ...], dict[str, Any]]
+Cells = list[dict[str, Any]]
+"""One for each link seed."""
 
 
-def _by(record: dict[str, Any], *names: str) -> Cells:
-    return {tuple(cell[name] for name in names): cell for cell in record["cells"]}
+def _by(record: dict[str, Any], *names: str) -> dict[tuple[Any, ...], Cells]:
+    found: dict[tuple[Any, ...], Cells] = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["link_seed"]):
+        found.setdefault(tuple(cell[name] for name in names), []).append(cell)
+    return found
 
 
-def _right(cell: dict[str, Any]) -> list[bool]:
-    return [bool(one) for one in cell["correct"]]
+def _right(cells: Cells) -> list[list[float]]:
+    return [[float(one) for one in cell["correct"]] for cell in cells]
 
 
-def _share(cell: dict[str, Any]) -> str:
+def _mean(cells: Cells, name: str) -> float:
+    return statistics.fmean(cell[name] for cell in cells)
+
+
+def _seconds(cells: Cells) -> list[float]:
+    """Of every turn of every seed."""
+    return [one for cell in cells for one in cell["seconds"]]
+
+
+def _share(cells: Cells) -> str:
     """Accuracy with its 95 % interval."""
-    right = cell["correct"]
-    low, high = wilson(sum(right), len(right))
-    return f"{sum(right) / len(right):.3f} [{low:.3f}, {high:.3f}]"
+    value, low, high = interval(_right(cells))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _of_seeds(record: dict[str, Any]) -> str:
+    seeds = {cell["link_seed"] for cell in record["cells"]}
+    return f"{len(seeds)} link seed{'s' * (len(seeds) > 1)}, {record['questions']['count']} questions: "
 
 
 def _difference(one: Difference) -> str:
@@ -47,26 +63,26 @@ def grows_with_rounds(record: dict[str, Any]) -> Finding:
         members = [cells[mode, rounds] for rounds in (1, 2, 3)]
         words.append(f"{mode}: {', '.join(map(_share, members))} at r = 1, 2, 3")
         for before, after in itertools.pairwise(members):
-            change = paired_shares(_right(before), _right(after))
-            hold.append(change.shown and change.value > 0)
-    return Finding("; ".join(words), verdict_of(hold))
+            gain = change(_right(before), _right(after))
+            hold.append(gain.shown and gain.value > 0)
+    return Finding(_of_seeds(record) + "; ".join(words), verdict_of(hold))
 
 
 def more_accurate(record: dict[str, Any]) -> Finding:
     """Whether latents answer more questions than text does in as many rounds."""
     cells, words, hold = _by(record, "mode", "rounds"), [], []
     for rounds in (1, 2, 3):
-        change = paired_shares(_right(cells["text", rounds]), _right(cells["latent", rounds]))
-        words.append(f"r = {rounds}: {_difference(change)}")
-        hold.append(change.shown and change.value > 0)
-    return Finding(f"latents minus text (97.5% each), {'; '.join(words)}", verdict_of(hold))
+        gain = change(_right(cells["text", rounds]), _right(cells["latent", rounds]))
+        words.append(f"r = {rounds}: {_difference(gain)}")
+        hold.append(gain.shown and gain.value > 0)
+    return Finding(f"{_of_seeds(record)}latents minus text (97.5% each), {'; '.join(words)}", verdict_of(hold))
 
 
 def faster(record: dict[str, Any]) -> Finding:
     """Whether latents take less time than text in as many rounds, beyond chance."""
     cells, words, hold = _by(record, "mode", "rounds"), [], []
     for rounds in (1, 2, 3):
-        text, latent = (cells[mode, rounds]["seconds"] for mode in ("text", "latent"))
+        text, latent = (_seconds(cells[mode, rounds]) for mode in ("text", "latent"))
         ratio = Ratio.of(text, latent)
         each = " and ".join(duration(1e6 * statistics.median(times)) for times in (text, latent))
         words.append(f"r = {rounds}: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] ({each} a question)")
@@ -79,9 +95,9 @@ def fewer_tokens(record: dict[str, Any]) -> Finding:
     cells, words, hold = _by(record, "mode", "rounds"), [], []
     for rounds in (1, 2, 3):
         text, latent = cells["text", rounds], cells["latent", rounds]
-        less = 1 - latent["text_tokens"] / text["text_tokens"]
-        counts = f"{text['text_tokens']:.1f} to {latent['text_tokens']:.1f}"
-        words.append(f"r = {rounds}: {100 * less:.0f}% less, {counts} and {latent['latent_steps']:.1f} latent steps")
+        before, after = (_mean(of_mode, "text_tokens") for of_mode in (text, latent))
+        less, steps = 1 - after / before, _mean(latent, "latent_steps")
+        words.append(f"r = {rounds}: {100 * less:.0f}% less, {before:.1f} to {after:.1f} and {steps:.1f} latent steps")
         hold.append(less > 0)
     return Finding("; ".join(words), verdict_of(hold))
 
@@ -90,14 +106,13 @@ def settles(record: dict[str, Any]) -> Finding:
     """Whether rounds that end by themselves lose no answer that four rounds for all give, and take less time."""
     cells = _by(record, "mode", "settle", "rounds")
     auto, most, words = cells["latent", SETTLED, 4], cells["latent", None, 4], []
-    change = paired_shares(_right(most), _right(auto))
-    ratio = Ratio.of(most["seconds"], auto["seconds"])
-    for name, cell in ((f"auto at {SETTLED}", auto), ("4 rounds", most), ("3 rounds", cells["latent", None, 3])):
-        took = statistics.mean(cell["took"])
-        words.append(f"{name}: {_share(cell)} in {took:.2f} rounds, {cell['latent_steps']:.1f} latent steps")
-    gain = f"auto minus 4 rounds: {_difference(change)}, {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] as fast"
-    lost = change.shown and change.value < 0
-    return Finding(f"{'; '.join(words)}; {gain}", verdict_of([not lost, ratio.low > 1]))
+    gain, ratio = change(_right(most), _right(auto)), Ratio.of(_seconds(most), _seconds(auto))
+    for name, way in ((f"auto at {SETTLED}", auto), ("4 rounds", most), ("3 rounds", cells["latent", None, 3])):
+        took = statistics.fmean(statistics.fmean(cell["took"]) for cell in way)
+        words.append(f"{name}: {_share(way)} in {took:.2f} rounds, {_mean(way, 'latent_steps'):.1f} latent steps")
+    beside = f"auto minus 4 rounds: {_difference(gain)}, {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] as fast"
+    lost = gain.shown and gain.value < 0
+    return Finding(f"{_of_seeds(record)}{'; '.join(words)}; {beside}", verdict_of([not lost, ratio.low > 1]))
 
 
 def beats_the_loop(record: dict[str, Any]) -> Finding:
@@ -105,19 +120,21 @@ def beats_the_loop(record: dict[str, Any]) -> Finding:
     cells, words, hold = _by(record, "system", "rounds"), [], []
     for rounds in (1, 2, 3):
         system, looped = (cells[name, rounds] for name in ("system", "looped"))
-        gain = paired_shares(_right(looped), _right(system))
+        gain = change(_right(looped), _right(system))
         words.append(f"r = {rounds}: {_share(system)}, looped {_share(looped)}, {_difference(gain)}")
         hold.append(gain.shown and gain.value > 0)
-    return Finding(f"{'; '.join(words)} (97.5% each)", verdict_of(hold))
+    return Finding(f"{_of_seeds(record)}{'; '.join(words)} (97.5% each)", verdict_of(hold))
 
 
 def grows_with_steps(record: dict[str, Any]) -> Finding:
     """Whether 16 latent steps answer more than none, and 80 more than 16."""
-    cells = {cell["steps"]: cell for cell in record["cells"]}
-    shares = ", ".join(f"{sum(cell['correct']) / len(cell['correct']):.3f} at {steps}" for steps, cell in cells.items())
-    ends = [paired_shares(_right(cells[few]), _right(cells[many])) for few, many in ((0, 16), (16, 80))]
+    right = {steps: _right(cells) for (steps,), cells in _by(record, "steps").items()}
+    shares = ", ".join(
+        f"{statistics.fmean(map(statistics.fmean, each)):.3f} at {steps}" for steps, each in right.items()
+    )
+    ends = [change(right[few], right[many]) for few, many in ((0, 16), (16, 80))]
     words = f"{shares}; 16 minus 0: {_difference(ends[0])}, 80 minus 16: {_difference(ends[1])}"
-    return Finding(words, verdict_of([one.shown and one.value > 0 for one in ends]))
+    return Finding(_of_seeds(record) + words, verdict_of([one.shown and one.value > 0 for one in ends]))
 
 
 def deep_is_best(record: dict[str, Any]) -> Finding:
@@ -143,10 +160,6 @@ def _over_seeds(many: Sequence[float], few: Sequence[float]) -> Difference:
     mean = statistics.mean(differences)
     reach = STUDENT[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
     return Difference(mean, mean - reach, mean + reach)
-
-
-Seeds = list[list[float]]
-"""Whether each question was right, by link seed."""
 
 
 def released_is_best(record: dict[str, Any]) -> Finding:
@@ -188,10 +201,10 @@ def _ablated(record: dict[str, Any]) -> dict[str, dict[str, Seeds]]:
     Raises:
         ValueError: a kind of links lacks a seed that others have.
     """
-    found: dict[str, dict[str, Seeds]] = {}
+    found: dict[str, dict[str, list[list[float]]]] = {}
     seeds: dict[str, set[int]] = {}
     for cell in sorted(record["cells"], key=lambda cell: cell["link_seed"]):
-        found.setdefault(cell["trained"], {}).setdefault(cell["links"], []).append([float(one) for one in _right(cell)])
+        found.setdefault(cell["trained"], {}).setdefault(cell["links"], []).extend(_right([cell]))
         seeds.setdefault(cell["links"], set()).add(cell["link_seed"])
     for name, its in seeds.items():
         if missing := set.union(*seeds.values()) - its:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.harness.link_seeds import interval
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.page import Row, gap, interval, task_of
+from benchmarks.trio.page import Row, gap, task_of
 from benchmarks.trio.times import FLOAT32
-from recmas.evaluation.paired import ERROR
 
 
 class Way(NamedTuple):
@@ -53,8 +53,8 @@ def beaten(way: Way, others: Sequence[Way]) -> Way | None:
     """The first text that takes less time and is shown to answer more; None leaves the way on the frontier."""
     for other in others:
         if not other.latent and other.at_once == way.at_once and other.seconds < way.seconds:
-            _, low, _, p = gap(way.row, other.row, "correct")
-            if low > 0 and (p is None or p <= ERROR):
+            found = gap(way.row, other.row, "correct")
+            if found.low > 0 and found.shown:
                 return other
     return None
 

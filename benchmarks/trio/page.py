@@ -6,15 +6,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.harness.link_seeds import change, interval
 from benchmarks.trio.cells import TEST
 from benchmarks.trio.links import NOTES
-from benchmarks.trio.pooled import crossed
-from recmas.evaluation import wilson
-from recmas.evaluation.paired import paired_means, paired_shares
+from recmas.evaluation.paired import Difference, paired_means
 from recmas.lab.notes import HALVES
-
-Z_BOTH = 2.2414027276049464
-"""Two-sided 97.5 % of the normal distribution: of differences, whose two endpoints then hold together with 95 %."""
 
 
 class Row(NamedTuple):
@@ -153,23 +149,17 @@ def _halves(rows: Sequence[Row]) -> Iterator[str]:
 
 def difference(first: Row, second: Row, kind: str) -> str:
     """Second minus first, question by question, with its 97.5 % interval, and McNemar's p of single runs."""
-    value, low, high, p = gap(first, second, kind)
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if p is None else f", p = {p:.2g}")
+    found = gap(first, second, kind)
+    p = "" if found.p is None else f", p = {found.p:.2g}"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{p}"
 
 
-def gap(first: Row, second: Row, kind: str) -> tuple[float, float, float, float | None]:
-    """That difference, its bounds, and p where there is one. A single run is compared with every seed of the other."""
+def gap(first: Row, second: Row, kind: str) -> Difference:
+    """That difference. A single run is compared with every seed of the other."""
     before, after = first.values(kind), second.values(kind)
-    if len(before) == len(after) == 1:
-        if kind == "nll":
-            found = paired_means(before[0], after[0], 0)
-        else:
-            found = paired_shares([bool(one) for one in before[0]], [bool(one) for one in after[0]])
-        return found.value, found.low, found.high, found.p
-    if len(before) == 1:
-        before = before * len(after)
-    pairs = zip(before, after, strict=True)
-    return *crossed([[b - a for a, b in zip(*one, strict=True)] for one in pairs], Z_BOTH), None
+    if kind == "nll" and len(before) == len(after) == 1:
+        return paired_means(before[0], after[0], 0)
+    return change(before, after)
 
 
 def _seeds(rows: Sequence[Row]) -> Iterator[str]:
@@ -183,14 +173,6 @@ def _seeds(rows: Sequence[Row]) -> Iterator[str]:
             ", ".join(f"{statistics.fmean(one):.2f}" for one in row.values(kind)) for kind in ("correct", "nll")
         )
         yield f"| {row.message} | {row.links} | {shares} | {costs} |"
-
-
-def interval(right: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """An accuracy and its 95 % interval: Wilson's of one run, over seeds and questions of several."""
-    if len(right) == 1:
-        return (mean(right), *wilson(sum(right[0]), len(right[0])))
-    value, low, high = crossed(right)
-    return value, max(0.0, low), min(1.0, high)
 
 
 def mean(values: Sequence[Sequence[float]]) -> float:

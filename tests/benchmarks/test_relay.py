@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.relay import ablations, auto, gradients, loop, steps
-from benchmarks.relay.__main__ import SEEDED, main
-from benchmarks.relay.asked import relay
+from benchmarks.relay.__main__ import main
+from benchmarks.relay.asked import RELAY, relay
 from benchmarks.report import relay as judges
 from benchmarks.report.__main__ import ROOT
 from benchmarks.report.claims import FAILS, HOLDS, UNTOLD
@@ -178,16 +178,18 @@ def share(count: int, of: int = 100) -> list[int]:
     return [1] * count + [0] * (of - count)
 
 
+HUNDRED = {"questions": {"count": 100}}
+
+
 def table2(latent: tuple[int, int, int], text: tuple[int, int, int], seconds: float = 1.0) -> dict[str, Any]:
-    cells = []
+    cells: list[dict[str, Any]] = []
     for rounds in (1, 2, 3):
         for mode, right in (("text", text), ("latent", latent)):
             cost = {"seconds": [1.0 if mode == "text" else seconds] * 5, "latent_steps": 0.0}
             tokens = 10.0 * rounds if mode == "text" else 4.0
-            cells.append(
-                {"mode": mode, "rounds": rounds, "correct": share(right[rounds - 1]), "text_tokens": tokens} | cost
-            )
-    return {"cells": cells}
+            way = {"link_seed": 1, "mode": mode, "rounds": rounds, "text_tokens": tokens}
+            cells.append(way | {"correct": share(right[rounds - 1])} | cost)
+    return {"cells": cells} | HUNDRED
 
 
 def test_verdicts_on_table_2():
@@ -198,6 +200,30 @@ def test_verdicts_on_table_2():
     for judge in (judges.grows_with_rounds, judges.more_accurate, judges.faster):
         assert judge(flat).verdict == FAILS
     assert "1 of 3" in judges.more_accurate(table2((40, 50, 50), (20, 50, 50))).verdict
+
+
+def test_a_verdict_over_link_seeds_counts_their_differences():
+    """Both seeds gain a question in ten; what one of them gains and the other loses is no gain."""
+
+    def both(*latent: int) -> dict[str, Any]:
+        made = [table2((right, 50, 50), (50, 50, 50)) for right in latent]
+        cells = [{**cell, "link_seed": seed} for seed, one in enumerate(made) for cell in one["cells"]]
+        return {"cells": cells} | HUNDRED
+
+    alike, apart = (judges.more_accurate(both(*latent)) for latent in ((70, 71), (92, 48)))
+    assert "1 of 3" in alike.verdict
+    assert alike.measured.startswith("2 link seeds, 100 questions: latents minus text (97.5% each), r = 1: +0.205 [")
+    assert apart.verdict == FAILS
+
+
+def test_labs_of_one_link_seed_or_of_other_agents_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, change in (("twice", {}), ("other", {"link_seed": 2, "pretraining": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lab.json").write_text(json.dumps(json.loads((RELAY / "lab.json").read_text()) | change))
+    for name, words in (("twice", "its link seed, 1, is another lab's, too"), ("other", "its agents are not those of")):
+        assert main(["loop", str(tmp_path / "record.json"), "--labs", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "record.json").exists()
 
 
 def test_verdicts_on_depth_steps_and_gradients():
@@ -216,7 +242,8 @@ def test_verdicts_on_depth_steps_and_gradients():
 
     def swept(none: int, few: int, many: int) -> dict[str, Any]:
         counts = {"own": 90, 0: none, 16: few, 80: many}
-        return {"cells": [{"steps": steps, "correct": share(right)} for steps, right in counts.items()]}
+        cells = [{"link_seed": 1, "steps": steps, "correct": share(right)} for steps, right in counts.items()]
+        return {"cells": cells} | HUNDRED
 
     assert judges.grows_with_steps(swept(10, 40, 80)).verdict == HOLDS
     assert "1 of 2" in judges.grows_with_steps(swept(10, 40, 40)).verdict
@@ -268,13 +295,13 @@ def test_the_page_shows_what_the_record_of_settling_holds():
 
 def test_a_verdict_on_settling():
     def asked(auto: list[int], seconds: float) -> dict[str, Any]:
-        cost = {"mode": "latent", "latent_steps": 1.0}
+        cost = {"link_seed": 1, "mode": "latent", "latent_steps": 1.0}
         fixed = [
             {**cost, "settle": None, "rounds": rounds, "correct": share(90), "took": [rounds], "seconds": [1.0] * 5}
             for rounds in (3, 4)
         ]
         own = {**cost, "settle": judges.SETTLED, "rounds": 4, "correct": auto, "took": [3], "seconds": [seconds] * 5}
-        return {"cells": [*fixed, own]}
+        return {"cells": [*fixed, own]} | HUNDRED
 
     assert judges.settles(asked(share(90), 0.5)).verdict == HOLDS
     assert judges.settles(asked(share(50), 1.5)).verdict == FAILS
@@ -284,7 +311,6 @@ def test_a_verdict_on_settling():
 @pytest.mark.parametrize("step", sorted({step for _, _, step, _ in judges.CLAIMS}))
 def test_the_committed_records_are_whole(step: str):
     record = json.loads((RESULTS / f"relay_{step}.json").read_text())
-    if step in SEEDED:
-        assert len({cell["link_seed"] for cell in record["cells"]}) >= 5
     if step != "gradients":
+        assert len({cell["link_seed"] for cell in record["cells"]}) >= 5
         assert {len(cell["correct"]) for cell in record["cells"]} == {record["questions"]["count"]}

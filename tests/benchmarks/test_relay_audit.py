@@ -27,12 +27,14 @@ def test_an_audit_is_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(path), "--questions", "7"]) == 0
     printed = capsys.readouterr().out
     record = json.loads(path.read_text())
-    assert [one["arm"] for one in record["arms"]] == list(ARMS)
-    assert {len(one[kept]) for one in record["arms"] for kept in ("correct", "nll")} == {7}
+    (found,) = record["audits"]
+    assert [one["arm"] for one in found["arms"]] == list(ARMS)
+    assert {len(one[kept]) for one in found["arms"] for kept in ("correct", "nll")} == {7}
     assert record["questions"] == {"count": 7, "seed": 2026, "hops": [1, 2, 3]}
-    assert record["rounds"] == 3
+    assert (found["rounds"], found["link_seed"]) == (3, 1)
     whole = json.loads(RECORD.read_text())
-    for one, all_of_it in zip(record["arms"], whole["arms"], strict=True):
+    assert len({one["link_seed"] for one in whole["audits"]}) >= 5
+    for one, all_of_it in zip(found["arms"], whole["audits"][0]["arms"], strict=True):
         if one["arm"] in ("trained", "text"):  # they are sure of their answers
             assert one["correct"] == all_of_it["correct"][:7], one["arm"]
             assert one["nll"] == pytest.approx(all_of_it["nll"][:7], abs=0.05), one["arm"]

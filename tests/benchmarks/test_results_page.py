@@ -107,9 +107,15 @@ def test_links_that_cost_more_time_or_memory_are_not_cheaper():
 
 def test_audits_decide_by_their_verdict_and_their_answers():
     arms = [{"arm": "trained", "correct": [True, True]}, {"arm": "text", "correct": [True, False]}]
-    audit = {"questions": {"count": 2}, "arms": arms, "verdict": "content matters"}
-    assert relay(audit).verdict == HOLDS
-    assert relay({**audit, "verdict": "content cannot be told with 2 questions"}).verdict == FAILS
+    matters = {"arms": arms, "verdict": "content matters"}
+    untold = {"arms": arms, "verdict": "content cannot be told with 2 questions"}
+
+    def verdict(*audits: dict[str, Any]) -> str:
+        return relay({"questions": {"count": 2}, "audits": audits}).verdict
+
+    assert verdict(matters, matters) == HOLDS
+    assert verdict(untold) == FAILS
+    assert "1 of 2" in verdict(matters, untold)
 
 
 def audited(arm: str, correct: list[bool], links: str = "9-0", **more: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.harness.link_seeds import crossed
 from benchmarks.report.evidence import on_the_frontier
 from benchmarks.trio import frontier
 from benchmarks.trio.__main__ import load_agents, main
@@ -24,7 +25,6 @@ from benchmarks.trio.demo import NAMES as DEMO_NAMES
 from benchmarks.trio.demo import main as demo
 from benchmarks.trio.links import load_links
 from benchmarks.trio.page import rows_of
-from benchmarks.trio.pooled import crossed
 from benchmarks.trio.record import change
 from benchmarks.trio.rereading import Opening, Rereader
 from benchmarks.trio.shipped import models_of
