@@ -43,11 +43,18 @@ void stream_block(const void* left, int64_t left_stride, const Stored* right, in
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) acc.at[r][c] = set1(0.0f);
   }
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Stored));
+  static_assert(line % lanes == 0, "whole steps for each cache line");
   int64_t i = 0;
-  for (; i + lanes <= k; i += lanes) {
-    for (int c = 0; c < columns; ++c) {  // the rows to come, which follow in memory
+  for (; i + line <= k; i += line) {
+    for (int c = 0; c < columns; ++c) {  // the rows to come, which follow in memory: once for a line
       __builtin_prefetch(right + (columns + c) * right_stride + i);
     }
+    for (int64_t j = i; j < i + line; j += lanes) {
+      stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, j, lanes);
+    }
+  }
+  for (; i + lanes <= k; i += lanes) {
     stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, lanes);
   }
   if (i < k) stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, k - i);
