@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -99,6 +100,21 @@ def test_logits_follow_a_model_that_moves_and_keep_gradients():
     assert gradient.abs().min() > 0
     agent.to(dtype=torch.float64)
     assert agent.logits(states.double()).dtype == torch.float64
+
+
+@torch.no_grad()
+def test_logits_follow_a_head_that_is_replaced_or_adapted():
+    agent = Agent(tiny_model("llama"), tiny_tokenizer(), name="x")
+    states = torch.randn(2, agent.hidden_size, generator=torch.Generator().manual_seed(0))
+    before = agent.logits(states)
+    agent.model.lm_head = torch.nn.Linear(agent.hidden_size, agent.vocabulary, bias=False)
+    assert torch.equal(agent.logits(states), agent.model.lm_head(states))
+    adapter = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    peft.inject_adapter_in_model(adapter, agent.model)
+    adapted = agent.logits(states)
+    assert torch.equal(adapted, agent.model.lm_head(states))
+    assert not torch.allclose(adapted, agent.model.lm_head.base_layer(states))
+    assert not torch.allclose(adapted, before)
 
 
 def test_a_model_on_the_meta_device_proves_nothing_yet():
