@@ -190,9 +190,10 @@ class RecursiveMAS(System):
     ) -> Answers:
         """Answer questions; results in the order of the rows.
 
-        Callbacks may change agents: write or replace weights, add hooks, switch adapters. Prompts that are read later
-        are read with what an agent is then. Writes through ``.data``, and what is no part of the model, are seen only
-        where `prefix_reuse` is off (`recmas.engine.model_state`). Links must stay as they are until it returns.
+        Callbacks may change agents: load or replace weights, add hooks, switch adapters. Prompts that are read later
+        are read with what an agent is then. Steps of fused optimisers, writes through ``.data``, and what is no part
+        of the model, are seen only where `prefix_reuse` is off (`recmas.engine.model_state`): who trains agents here
+        switches it off. Links must stay as they are until it returns.
 
         Args:
             rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages

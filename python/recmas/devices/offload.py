@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from recmas.copies import copied, original
+from recmas.copies import copied, forget, stand_for
 from recmas.devices.placement import Placement
 
 
@@ -77,6 +77,9 @@ def _copy_to(module: nn.Module, device: torch.device) -> Callable[[], None]:
         if id(kept) not in copies:
             copies[id(kept)] = copied(kept, device)
     moved = [copied(kept, device) for _, _, kept in buffers]
+    homes = {id(copy): home for copy, (_, _, home) in zip(moved, buffers, strict=True)}
+    stand_for([(copies[id(kept)], kept) for _, _, kept in parameters])
+    stand_for((copy, homes[id(copy)]) for copy in moved)
     for owner, name, kept in parameters:
         owner._parameters[name] = cast(nn.Parameter, copies[id(kept)])
     for (owner, name, _), buffer in zip(buffers, moved, strict=True):
@@ -87,9 +90,19 @@ def _copy_to(module: nn.Module, device: torch.device) -> Callable[[], None]:
             owner._parameters[name] = kept
         for owner, name, home in buffers:
             now = owner._buffers[name]  # a model may have changed it
-            owner._buffers[name] = None if now is None else original(now).to(home.device)
+            owner._buffers[name] = None if now is None else _back(now, homes.get(id(now)), home.device)
+        forget([*copies.values(), *moved])
 
     return restore
+
+
+def _back(now: Tensor, home: Tensor | None, device: torch.device) -> Tensor:
+    """A buffer after the visit: the one at home, unless there are others' values in its copy, counted or not."""
+    with torch.inference_mode(False):  # it may be written elsewhere, and later
+        back = now.to(device)
+        if home is None or back.dtype is not home.dtype or not torch.equal(back, home):
+            return back
+    return home
 
 
 def _bytes(module: nn.Module) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from recmas.engine.fixed_shapes import FixedShapeContinuation
+from recmas.engine.hooks import hooked
 from recmas.engine.model_state import ModelState
 from recmas.engine.step_graph import StepGraph
 
@@ -56,6 +57,10 @@ class Ready:
         if self._graph is None or self._where != self._addresses():
             return None
         return self._graph if all(state.holds(tensors=False) for state in self._states) else None
+
+    def hooked(self) -> bool:
+        """Whether one of its modules has hooks."""
+        return any(map(hooked, self._modules()))
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self._decoder, *self.program.modules)

@@ -20,6 +20,7 @@ from recmas.engine.abilities import missing
 from recmas.engine.cache_snapshot import unsupported
 from recmas.engine.continuation import Continuation, Past
 from recmas.engine.decoder_call import DecoderCall
+from recmas.engine.hooks import hooked
 
 _KINDS = {False: "full_attention", True: "sliding_attention"}
 _UNBOUNDED = 1 << 62
@@ -72,7 +73,8 @@ class FixedShapeContinuation:
         self._sliding = torch.empty_like(self._full)
         masks = {"full_attention": self._full, "sliding_attention": self._sliding}
         self._masks: Any = masks if len(kinds) > 1 else masks[kinds.pop()]
-        self._run: Any = torch.compile(self._body, dynamic=False, **_ALONE) if compiled else self._body
+        self._compiled: Any = torch.compile(self._body, dynamic=False, **_ALONE) if compiled else None
+        self._run: Any = self._compiled or self._body
 
     @property
     def mask(self) -> Tensor:
@@ -93,6 +95,11 @@ class FixedShapeContinuation:
         self._full[:, 0, 0, :length].masked_fill_(mask == 1, 0)
         for layer, held in zip(self.cache.layers, past.cache.layers, strict=True):
             _fill(layer, held, last, length)
+
+    def look(self) -> None:
+        """Run eagerly while the decoder has hooks: a compiled step does not call those that came later."""
+        if self._compiled is not None:
+            self._run = self._body if hooked(self.decoder) else self._compiled
 
     def step(self, embeds: Tensor) -> Tensor:
         """Final-norm hidden states ``[rows, d]`` after one more position ``[rows, d]``."""

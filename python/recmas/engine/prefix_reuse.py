@@ -149,6 +149,9 @@ class PrefixReuse:
             return past, past.feed(prompt.embeds)
 
         state = self._states.of(decoder)
+        if state.unforeseen:
+            self.last.reason = state.unforeseen
+            return prefill_all(decoder, prompt, room, context)
         known = KnownBeginning(decoder, state, prompt, rows)
         self.last.reason = self._offer(known, state, prompt.embeds.device)
         if constants is not None:
@@ -175,7 +178,7 @@ class PrefixReuse:
             known.offer(kept)
         if here:
             return "no earlier prompt can be continued"
-        return "the model has changed since" if stale else "no earlier prompt is held"
+        return "the model is no longer as it was" if stale else "no earlier prompt is held"
 
     def _feed(self, past: Continuation, visit: _Visit, state: ModelState, prompt: Prompt, rows: PaddedRows) -> Tensor:
         """Read what is left of the prompts and keep what later ones need; the final-norm hidden state ``[B, d]``."""

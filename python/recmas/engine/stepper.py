@@ -35,7 +35,8 @@ class Stepper:
 
     On CUDA a step is captured once per bucket and program, and replayed for every step of every batch that fits the
     bucket. A graph reads weights where they were and does what modules did: it is captured again when a weight moved or
-    a hook, an adapter or a setting is another one (`ModelState`), not when a weight changes in place.
+    an adapter or a setting is another one (`ModelState`), not when a weight changes in place. Where modules have hooks,
+    steps are neither replayed nor compiled.
     Elsewhere, and where a model cannot run at fixed shapes, steps run on the growing cache.
 
     Args:
@@ -118,6 +119,9 @@ class Stepper:
             return None
         if ready.program.modules is None:
             self.reason = "the link is not a module, so a change of its weights cannot be noticed"
+            return None
+        if ready.hooked():
+            self.reason = "a module has hooks, which a graph would not call"
             return None
         if (found := ready.captured()) is not None:
             self.reuses += 1
@@ -202,6 +206,8 @@ class Running(Generic[P]):
             self._move(max(needed, min(int(GROWTH * needed), self._most)))
         elif self._graph is not None and self._ready is not None:
             self._graph = self._ready.captured()
+        assert self._bucket is not None
+        self._bucket.continuation.look()
 
     def __call__(self) -> None:
         """One more step."""

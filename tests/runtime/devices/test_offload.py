@@ -126,6 +126,52 @@ def test_two_devices_hold_an_agent_each(combine, seen):
     assert there == [*first, ({"planner"}, {"solver"}), ({"critic"}, {"solver"}), ({"critic"}, {"solver"})]
 
 
+class Written(torch.nn.Module):
+    """Writes to its buffer at every call, as `write` does."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2))
+        self.write = write
+
+    def forward(self):
+        self.write(self)
+
+
+WRITES = {
+    "not at all": lambda module: None,
+    "counted": lambda module: module.kept.add_(1),
+    "through .data": lambda module: module.kept.data.add_(1),
+    "replaced": lambda module: setattr(module, "kept", module.kept + 1),
+    "of another dtype": lambda module: setattr(module, "kept", (module.kept + 1).double()),
+    "none": lambda module: setattr(module, "kept", None),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_a_model_writes_to_its_buffers_comes_home(write, mode):
+    module, alone = Written(write), Written(write)
+    home = module.kept
+    offloader = Offloader({"a": torch.device("meta:0")}, {"a": [module]})
+    with FakeDevices():
+        for _ in range(2):
+            with mode():
+                offloader.load("a")
+                module()
+                offloader.unload()
+                alone()
+            if alone.kept is None:
+                assert module.kept is None
+                return
+            assert module.kept.device.type == "cpu"
+            assert module.kept.dtype is alone.kept.dtype
+            assert torch.equal(module.kept, alone.kept)
+    assert (module.kept is home) == torch.equal(home, module.kept.float())
+    if not module.kept.is_inference():  # replaced ones may be
+        module.kept.add_(1)
+
+
 def test_roles_that_share_a_model_keep_it_there_between_them(seen):
     one = tiny_agent("llama", "one")
     mas = RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, one), SEQUENTIAL, rounds=1, latent_steps=2, seed=0)

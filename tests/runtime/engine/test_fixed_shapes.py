@@ -261,6 +261,26 @@ def test_the_compiled_step_gives_the_same_numbers():
         check_rollout(states[index], agent, embeds, STEPS, link)
 
 
+@torch.no_grad()
+def test_a_compiled_step_heeds_hooks(monkeypatch):
+    """Torch does not look for hooks again once it has compiled."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    plain = tiny_agent("llama")
+    agent, link = fixed(plain, compiled=True), tiny_link(plain)
+    batch, rows = prompts(agent, (9, 3, 7))
+    part, gains = agent.decoder.layers[1].self_attn.v_proj, [2.0]
+    for gains[0] in (None, 2.0, 3.0, None):
+        hook = part.register_forward_hook(lambda module, given, found: found if gains[0] is None else gains[0] * found)
+        if gains[0] is None:
+            hook.remove()
+        before = counters["stats"]["calls_captured"]
+        states = agent.think(batch, STEPS, link).states
+        for index, embeds in enumerate(rows):
+            check_rollout(states[index], agent, embeds, STEPS, link)
+        hook.remove()
+        assert before > 0 or counters["stats"]["calls_captured"] > before
+
+
 def test_a_system_compiles_the_agents_it_loads(tmp_path):
     mas = RecursiveMAS.create({role: tiny_agent("llama") for role in SEQUENTIAL.roles}, SEQUENTIAL, rounds=1)
     assert not mas.agents["planner"].stepper.compiled

@@ -294,15 +294,31 @@ def test_what_is_not_captured_says_why(fake):
     assert agent.stepper.captures == 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda module: module.v_proj.register_forward_hook(lambda part, given, states: 2 * states),
-        lambda module: setattr(module, "scaling", 3.0),
-    ],
-    ids=["hook", "setting"],
-)
-def test_a_graph_is_captured_again_where_modules_do_something_else(fake, change):
+def test_no_graph_is_replayed_while_a_module_has_hooks(fake):
+    """What a hook does is Python that no graph holds, and may be something else at every step."""
+    agent, link = placed()
+    plain, _ = placed(graphs=False)
+    prompt = batch(agent)
+    for _ in range(2):
+        agent.think(prompt, STEPS, link)
+    assert agent.stepper.captures == 1
+    gains = [2.0]
+    hooks = [
+        each.decoder.layers[1].self_attn.v_proj.register_forward_hook(lambda part, given, states: gains[0] * states)
+        for each in (agent, plain)
+    ]
+    for gains[0] in (2.0, 3.0):
+        found = agent.think(prompt, STEPS, link).states
+        assert agent.stepper.reason == "a module has hooks, which a graph would not call"
+        close(found, plain.think(prompt, STEPS, link).states)
+    for hook in hooks:
+        hook.remove()
+    reuses = agent.stepper.reuses
+    close(agent.think(prompt, STEPS, link).states, plain.think(prompt, STEPS, link).states)
+    assert (agent.stepper.captures, agent.stepper.reuses) == (1, reuses + 1)
+
+
+def test_a_graph_is_captured_again_where_modules_do_something_else(fake):
     agent, link = placed()
     plain, _ = placed(graphs=False)
     prompt = batch(agent)
@@ -310,7 +326,7 @@ def test_a_graph_is_captured_again_where_modules_do_something_else(fake, change)
         before = agent.think(prompt, STEPS, link).states
     assert (agent.stepper.captures, agent.stepper.reuses) == (1, 1)
     for each in (agent, plain):
-        change(each.decoder.layers[1].self_attn)
+        each.decoder.layers[1].self_attn.scaling = 3.0
     for reuses in (1, 2):
         found = agent.think(prompt, STEPS, link).states
         assert (agent.stepper.captures, agent.stepper.reuses) == (2, reuses)

@@ -16,7 +16,7 @@ from torch import nn
 from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.answering.answers import Answers
 from recmas.config.system_json import PromptSpec
-from recmas.engine.model_state import ModelState
+from recmas.engine.model_state import ModelState, ModelStates
 from recmas_kernels import FrozenLinear
 from recmas_kernels.backends import cpu
 from tests.runtime.engine.plain_rollout import relative_error
@@ -43,6 +43,29 @@ def load(agent: Agent) -> None:
     agent.model.load_state_dict({name: 1.5 * value for name, value in agent.model.state_dict().items()})
 
 
+def load_by_swaps(agent: Agent) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        load(agent)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def swap(agent: Agent) -> None:
+    other = nn.Parameter(3 * layer(agent).weight.detach(), requires_grad=False)
+    torch.utils.swap_tensors(layer(agent).weight, other)
+
+
+def point_elsewhere(agent: Agent) -> None:
+    values = nn.utils.parameters_to_vector(agent.model.parameters())
+    nn.utils.vector_to_parameters(1.5 * values, agent.model.parameters())
+
+
+def cast(agent: Agent) -> None:
+    for part in agent.decoder.layers:
+        part.bfloat16().float()
+
+
 def replace(agent: Agent) -> None:
     layer(agent).weight = nn.Parameter(3 * layer(agent).weight.detach())
 
@@ -53,6 +76,13 @@ def write_a_buffer(agent: Agent) -> None:
 
 def hook(agent: Agent) -> None:
     layer(agent).register_forward_hook(lambda module, given, found: 3 * found)
+
+
+def steer(agent: Agent) -> None:
+    """A hook that adds a vector, none at first."""
+    layer(agent).steering = [torch.zeros(layer(agent).weight.shape[0])]
+    (vector,) = layer(agent).steering
+    layer(agent).register_forward_hook(lambda module, given, found: found + vector)
 
 
 def adapt(agent: Agent) -> None:
@@ -109,6 +139,9 @@ def answers(change: Change | None, prepare: Change, reuse: bool, *, packed: bool
 CHANGES: dict[str, tuple[Change, Change]] = {
     "written in place": (write, lambda agent: None),
     "loaded": (load, lambda agent: None),
+    "loaded by swaps": (load_by_swaps, lambda agent: None),
+    "swapped": (swap, lambda agent: None),
+    "put elsewhere": (point_elsewhere, lambda agent: None),
     "replaced": (replace, lambda agent: None),
     "a buffer written": (write_a_buffer, lambda agent: None),
     "a hook": (hook, lambda agent: None),
@@ -153,21 +186,79 @@ def test_a_state_holds_until_something_changes(change: Change, prepare: Change):
 def test_a_state_sees_hooks_of_all_modules_and_settings():
     agent = tiny_agent("llama")
     state = ModelState(agent.decoder)
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, given, found: None)
+    added = torch.nn.modules.module.register_module_forward_hook(lambda module, given, found: None)
     assert not state.holds()
-    hook.remove()
+    added.remove()
     assert state.holds()
     agent.decoder.config._attn_implementation = "eager"
     assert not state.holds()
 
 
-def test_a_state_holds_no_weight_that_the_model_has_no_more():
+@pytest.mark.parametrize("place", [list, tuple, lambda values: {"a": {"b": values}}], ids=["list", "tuple", "mapping"])
+def test_a_state_sees_what_attributes_and_settings_hold_at_any_depth(place: Callable[[list[Any]], Any]):
+    agent, inner, tensor = tiny_agent("llama"), [[1.0]], torch.ones(2)
+    layer(agent).held, agent.decoder.config.held = place([tensor]), place([inner])
+    changes = (lambda: tensor.add_(1), lambda: inner.append([2.0]), lambda: inner.__setitem__(0, [1.0]))
+    for change in changes:
+        state = ModelState(agent.decoder)
+        assert state.holds()
+        change()
+        assert not state.holds()
+
+
+def test_a_state_sees_a_cast_that_was_undone():
+    """Weights are rounded, count no write, and lie where memory was free: where they were before, for all we know."""
     agent = tiny_agent("llama")
-    state, weight = ModelState(agent.decoder), weakref.ref(layer(agent).weight)
+    for _ in range(3):
+        state = ModelState(agent.decoder)
+        cast(agent)
+        assert not state.holds()
+
+
+def test_what_a_state_alone_held_goes_when_it_is_compared():
+    agent, states = tiny_agent("llama"), ModelStates()
+    before, weight = states.of(agent.decoder), weakref.ref(layer(agent).weight)
+    assert states.of(agent.decoder) is before
+    del before
     replace(agent)
+    states.of(agent.decoder)
     gc.collect()
     assert weight() is None
-    assert not state.holds()
+
+
+def test_hooks_that_only_tell_hidden_states_are_no_matter():
+    agent = tiny_agent("llama")
+    agent.decoder(input_ids=torch.ones(1, 3, dtype=torch.int64), output_hidden_states=True)
+    assert any(part._forward_hooks for part in agent.decoder.modules())
+    assert ModelState(agent.decoder).holds()
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_no_state_of_a_model_with_hooks_holds(register: str):
+    agent = tiny_agent("llama")
+    of_all = getattr(nn.modules.module, register.replace("register", "register_module"))
+    for add in (getattr(layer(agent), register), of_all):
+        handle = add(lambda *_: None)
+        state = ModelState(agent.decoder)
+        assert (state.holds(), state.holds(tensors=False)) == (False, False)
+        assert state.unforeseen == "a part of the model has hooks"
+        handle.remove()
+        assert not state.holds()
+        assert ModelState(agent.decoder).holds()
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["between rounds", "between batches"])
+def test_a_vector_that_a_hook_adds_may_be_written(batches: bool):
+    def turn(agent: Agent) -> None:
+        layer(agent).steering[0].add_(1.0)
+
+    plain, reused = (answers(turn, steer, reuse, packed=False, batches=batches) for reuse in (False, True))
+    for one, other in zip(plain, reused, strict=True):
+        for before, after in zip(one.handoffs, other.handoffs, strict=True):
+            assert relative_error(after.latents, before.latents) < 1e-5
+    planner = [how for stage, how in reused.reading.items() if "planner" in stage]
+    assert all(how.computed == how.positions for how in planner)
+    assert planner[-1].reason == "a part of the model has hooks"
 
 
 def test_offloaded_weights_are_the_same_at_every_visit():
@@ -189,5 +280,5 @@ def test_offloaded_weights_are_the_same_at_every_visit():
     assert found.reading == expected.reading
     assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
     reading = changed.reading["round 3, planner"]
-    assert (reading.computed, reading.reason) == (reading.positions, "the model has changed since")
+    assert (reading.computed, reading.reason) == (reading.positions, "the model is no longer as it was")
     assert changed.reading["round 3, critic"].reason == ""
