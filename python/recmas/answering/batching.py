@@ -13,6 +13,7 @@ import torch
 
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import lengths_of
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.prompts.rows import Fields, length
 from recmas.sizing import BATCH_SIZE, SAFETY
 from recmas.sizing.free_memory import free_bytes
@@ -64,18 +65,24 @@ class Batches:
         return True
 
 
-def batches(plan: Plan, rows: Sequence[Fields]) -> Batches:
-    """The batches of a run: `plan.options.batch_size` rows at once, or as many as memory holds."""
+def batches(plan: Plan, rows: Sequence[Fields], constants: ConstantPrefixes | None = None) -> Batches:
+    """The batches of a run: `plan.options.batch_size` rows at once, or as many as memory holds.
+
+    Args:
+        plan: the run.
+        rows: all of them.
+        constants: what outlives its batches; None where nothing does.
+    """
     size = plan.options.batch_size
     if not isinstance(size, int):
-        return _by_memory(plan, rows)
+        return _by_memory(plan, rows, constants)
     order = list(range(len(rows)))
     if size > 1:
         order.sort(key=lambda index: length(rows[index]))
     return Batches(order, size)
 
 
-def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
+def _by_memory(plan: Plan, rows: Sequence[Fields], constants: ConstantPrefixes | None) -> Batches:
     system = plan.system
     lengths = [lengths_of(plan, row) for row in rows]
     shapes = {
@@ -83,12 +90,11 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
         for role, agent in system.agents.items()
     }
 
-    kept = kept_bytes(shapes, system.devices, _prefixes(plan))
-
     def fitting(numbers: Sequence[int]) -> int:
-        """All that is free is for the batch, but for weights that offload will still copy there, and what is kept."""
+        """All that is free is for the batch, but for weights that offload will copy there, and what will be kept."""
         free = {device: free_bytes(device) for device in dict.fromkeys(system.devices.values())}
         offloader = system.offloader
+        kept = kept_bytes(shapes, system.devices, {} if constants is None else _unread(plan, constants))
         come = {device: 0 if offloader is None else offloader.bytes_to_load(device) for device in free}
         more = {device: come[device] + kept[device] for device in free}
         budget = {device: SAFETY * (count - more[device]) for device, count in free.items() if count is not None}
@@ -106,11 +112,13 @@ def _by_memory(plan: Plan, rows: Sequence[Fields]) -> Batches:
     return Batches(order, LARGEST, fitting)
 
 
-def _prefixes(plan: Plan) -> dict[str, list[int]]:
-    """By role, positions of what its prompts begin with in all batches, as `recmas.answering.run` keeps it."""
-    if not plan.options.prefix_reuse or plan.system.offloader is not None:
-        return {}
+def _unread(plan: Plan, constants: ConstantPrefixes) -> dict[str, list[int]]:
+    """By role, positions of what its prompts begin with in all batches, where none has read it yet."""
     found: dict[str, set[tuple[int, ...]]] = {}
     for visit in plan.system.pattern.visits(min(plan.rounds, 2)):
         found.setdefault(visit.role, set()).add(tuple(plan.system.constant_ids(visit)))
-    return {role: list(map(len, ids)) for role, ids in found.items()}
+    agents = plan.system.agents
+    return {
+        role: [len(ids) for ids in each if not constants.have(agents[role].decoder, ids)]
+        for role, each in found.items()
+    }

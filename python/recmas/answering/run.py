@@ -23,19 +23,21 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise ValueError(f"rows: a single {type(rows).__name__}, expected a list of questions")
     fields = _checked(plan, rows)
-    answers, queue = Answers(Answer() for _ in fields), batches(plan, fields)
+    # For the run alone, so that the next one sees what nobody counts; under offload no device has room to spare.
+    keeps = plan.options.prefix_reuse and plan.system.offloader is None
+    constants = ConstantPrefixes(plan.system.states) if keeps else None
+    answers, queue = Answers(Answer() for _ in fields), batches(plan, fields, constants)
     try:
         with plan.system.packed_links():
-            _answer(plan, fields, queue, answers)
+            _answer(plan, fields, queue, constants, answers)
     finally:
         plan.system.unload_weights()
     return answers
 
 
-def _answer(plan: Plan, fields: Sequence[Fields], queue: Batches, answers: Answers) -> None:
-    # For the run alone, so that the next one sees what nobody counts; under offload no device has room to spare.
-    keeps = plan.options.prefix_reuse and plan.system.offloader is None
-    constants = ConstantPrefixes(plan.system.states) if keeps else None
+def _answer(
+    plan: Plan, fields: Sequence[Fields], queue: Batches, constants: ConstantPrefixes | None, answers: Answers
+) -> None:
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             if plan.progress is not None:

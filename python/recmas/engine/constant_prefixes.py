@@ -14,6 +14,9 @@ from recmas.engine.model_state import ModelState, ModelStates
 
 LEAST_POSITIONS = 64
 """Positions of a prefix that is read by itself: that takes a forward of its own, which fewer do not pay for."""
+VARIANTS = 2
+"""Snapshots of one template's prefix: what a row says after it may change its last token. The one unused for longest
+goes first."""
 
 
 class ConstantPrefixes:
@@ -26,10 +29,14 @@ class ConstantPrefixes:
 
     def __init__(self, states: ModelStates | None = None) -> None:
         self.states = states or ModelStates()
-        self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...]], Snapshot] = {}
+        self._kept: dict[tuple[PreTrainedModel, torch.device, tuple[int, ...], tuple[int, ...]], Snapshot] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def have(self, decoder: PreTrainedModel, constant: Sequence[int]) -> bool:
+        """Whether there is a snapshot of this prefix."""
+        return any(key[0] is decoder and key[2] == tuple(constant) for key in self._kept)
 
     def clear(self) -> None:
         """Forget all."""
@@ -53,9 +60,13 @@ class ConstantPrefixes:
         if len(ids) < LEAST_POSITIONS:
             return None, 0
         self._kept = {key: kept for key, kept in self._kept.items() if key[0] is not decoder or kept.state is state}
-        key = decoder, prompt.embeds.device, ids
-        if key in self._kept:
-            return self._kept[key], 0
+        key = decoder, prompt.embeds.device, tuple(constant), ids
+        if (found := self._kept.pop(key, None)) is not None:
+            self._kept[key] = found
+            return found, 0
+        others = [other for other in self._kept if other[:3] == key[:3]]
+        for other in others[: 1 - VARIANTS]:
+            del self._kept[other]
         begun = Continuation(decoder, prompt.mask[longest : longest + 1, : len(ids)], 0)
         begun.feed(prompt.embeds[longest : longest + 1, : len(ids)])
         self._kept[key] = Snapshot.of(begun, state, [list(ids)], [0])

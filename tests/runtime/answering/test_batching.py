@@ -12,6 +12,7 @@ from recmas import SEQUENTIAL, Agent, AnswerOptions, RecursiveMAS
 from recmas.answering import batching
 from recmas.answering.plan import Plan
 from recmas.config.system_json import PromptSpec
+from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.evaluation.sweeps import sweep
 from recmas.sizing.model_bytes import model_bytes
 from tests.runtime.commands import main
@@ -57,9 +58,9 @@ def texts(answers):
     return [answer.text for answer in answers]
 
 
-def planned(mas, rows=QUESTIONS, **options):
+def planned(mas, rows=QUESTIONS, constants=None, **options):
     plan = Plan(mas, AnswerOptions(batch_size="auto", **options))
-    return list(batching.batches(plan, [{"question": row} for row in rows]))
+    return list(batching.batches(plan, [{"question": row} for row in rows], constants))
 
 
 def test_memory_decides_and_long_rows_come_in_smaller_batches(mas, monkeypatch):
@@ -88,7 +89,7 @@ def test_more_work_makes_smaller_batches(mas, monkeypatch):
         assert 1 <= len(planned(mas, rows, **options)[0]) < first
 
 
-def test_prefixes_that_outlive_a_batch_leave_less_room(mas, monkeypatch):
+def test_prefixes_that_outlive_a_batch_leave_less_room_until_they_are_read(mas, monkeypatch, sizes):
     said = "question: what is the answer to everything? notes and plan and critique and solution " * 4
     prompts = {"planner": PromptSpec(said + "{{question}}", said + "{{question}} {{from:solver}}")}
     longer = RecursiveMAS.create(mas.agents, SEQUENTIAL, rounds=2, latent_steps=3, prompts=prompts, seed=0)
@@ -97,11 +98,27 @@ def test_prefixes_that_outlive_a_batch_leave_less_room(mas, monkeypatch):
 
     def first(free, reuse):
         memory(monkeypatch, free)
-        return len(planned(longer, ["fox"] * 5, prefix_reuse=reuse)[0])
+        return len(planned(longer, ["fox"] * 5, ConstantPrefixes() if reuse else None)[0])
 
     enough = bisect.bisect_left(range(10_000_000), 4, key=lambda free: first(free, False))
     assert (first(enough, False), first(enough, True)) == (4, 3)
     assert (first(enough + size - 2, True), first(enough + size, True)) == (3, 4)
+
+    read, of = [], ConstantPrefixes.of
+
+    def reading(self, *arguments):
+        snapshot, positions = of(self, *arguments)
+        if positions:  # from here on it takes its share of what was free
+            memory(monkeypatch, enough)
+            read.append(positions)
+        return snapshot, positions
+
+    monkeypatch.setattr(ConstantPrefixes, "of", reading)
+    memory(monkeypatch, enough + size)
+    sizes.clear()
+    longer.answer(["fox"] * 12, batch_size="auto", max_new_tokens=5)
+    assert len(read) == 1
+    assert [*dict.fromkeys(sizes)] == [4]
 
 
 def test_a_device_that_tells_nothing_gets_the_usual_batch(mas, monkeypatch):

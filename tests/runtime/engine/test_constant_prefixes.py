@@ -64,6 +64,24 @@ def test_a_row_whose_own_text_changes_its_last_token_reuses_what_is_left():
 
 
 @torch.no_grad()
+def test_a_template_keeps_the_latest_two():
+    agent, constants = tiny_agent("llama"), ConstantPrefixes()
+    link = tiny_link(agent)
+
+    def computed(length):
+        prompt = assemble(agent.embed, [[[*HEAD[:length], 5, 6]]], {}, {}, pad_id=agent.pad_id, device="cpu")
+        reuse = PrefixReuse(constants=constants)
+        agent.think(prompt, 1, link, prefill=reuse.prefill("a", None, HEAD))
+        return reuse.last.computed
+
+    assert [computed(length) for length in (66, 67, 68, 67, 66, 67)] == [68, 69, 70, 2, 68, 2]
+    assert len(constants) == 2
+    assert constants.have(agent.decoder, HEAD)
+    assert not constants.have(agent.decoder, HEAD[:-1])
+    assert not constants.have(tiny_agent("llama").decoder, HEAD)
+
+
+@torch.no_grad()
 def test_what_all_rows_share_beyond_it_is_read_on_from_there():
     agent, constants = tiny_agent("llama"), ConstantPrefixes()
     link, document = tiny_link(agent), HEAD[::-1]
