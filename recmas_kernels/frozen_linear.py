@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -142,6 +143,8 @@ class FrozenLinear(nn.Linear):
         state = {key: value for key, value in self.__dict__.items() if key not in OF_PACKING}
         if (panels := self.packed()) is not None:
             weight = nn.Parameter(panels.weight(), self._held[0].requires_grad)
+            if (child := get_spawning_popen()) is not None:  # it opens the weight's shared memory when it has started
+                child.__dict__.setdefault("unpacked", []).append(weight)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -198,6 +200,22 @@ def test_a_write_into_a_packed_weight_is_found(monkeypatch: pytest.MonkeyPatch):
     next(frozen.parameters()).data.fill_(1)
     with pytest.raises(RuntimeError, match="weight was written while it is packed"):
         frozen(make_rows(1, 37))
+
+
+def call(layer: nn.Module, x: Tensor, end: Connection) -> None:
+    end.send(layer(x).tolist())
+
+
+def test_a_packed_layer_is_given_to_a_spawned_process():
+    plain, frozen = pair()
+    x = make_rows(2, plain.in_features)
+    end, other = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("spawn").Process(target=call, args=(frozen, x, other))
+    child.start()
+    other.close()  # else nobody would notice that the child has failed
+    torch.testing.assert_close(torch.tensor(end.recv()), plain(x))
+    child.join()
+    assert frozen.packed() is not None
 
 
 def test_state_copies_and_pickles_leave_the_layer_packed():
