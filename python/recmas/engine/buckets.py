@@ -50,13 +50,13 @@ class Ready:
     def keep(self, graph: StepGraph) -> None:
         """One step of the program, captured as its modules are now."""
         self._graph, self._where = graph, self._addresses()
-        self._states = [ModelState(module) for module in self._modules()]
+        self._states = [ModelState(module, tensors=False) for module in self._modules()]
 
     def captured(self) -> StepGraph | None:
         """The graph, if its modules compute the same of the weights where these were; writes to them are no matter."""
         if self._graph is None or self._where != self._addresses():
             return None
-        return self._graph if all(state.holds(tensors=False) for state in self._states) else None
+        return self._graph if all(state.holds() for state in self._states) else None
 
     def hooked(self) -> bool:
         """Whether one of its modules has hooks."""

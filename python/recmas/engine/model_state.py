@@ -33,13 +33,14 @@ class ModelState:
     Args:
         model: any. All that is remembered is held, elements of tensors included, so that nothing else can come to the
             same address: weights that are replaced stay in memory until the state goes.
+        tensors: False leaves out which parameters and buffers there are and what was written, and holds none of them.
 
     Attributes:
         model: as given.
         unforeseen: why nobody can say what the model computes, so that its state never holds; empty if one can.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, tensors: bool = True) -> None:
         self.model = model
         self.unforeseen = "a part of the model has hooks" if hooked(model) else ""
         self._modules = modules = tuple(model.modules())
@@ -48,23 +49,21 @@ class ModelState:
             *OF_ALL,
             *_places(part.__dict__[name] for part in modules for name in part.__dict__ if _decides(name)),
         ]
-        tensors = [part.__dict__[name] for part in modules for name in _TENSORS]
-        self._sized = (*places, *tensors, *(held for held, _ in self._attributes))
+        groups = [part.__dict__[name] for part in modules for name in _TENSORS]
+        self._sized = (*places, *groups, *(held for held, _ in self._attributes))
         self._filled = tuple(held.values() if isinstance(held, dict) else held for held in places if held)
-        self._tensors = tuple(held.values() for held in tensors if held)
+        self._tensors = tuple(held.values() for held in groups if held and tensors)
         self._shape, self._values = self._look(), list(self._held())
-        self._beside = [value for value in self._values if isinstance(value, Tensor)]
+        self._beside = [value for value in self._values if isinstance(value, Tensor) and tensors]
         self._stamps = [(tensor, stamp(tensor), tensor.data) for tensor in self._written()]
 
-    def holds(self, *, tensors: bool = True) -> bool:
-        """Whether the model is as it was; without `tensors` parameters and buffers may be others, or written."""
+    def holds(self) -> bool:
+        """Whether the model is as it was."""
         try:
             if self.unforeseen or self._look() != self._shape or not all(map(is_, self._held(), self._values)):
                 return False
         except KeyError:  # an attribute
             return False
-        if not tensors:
-            return True
         now = self._written()
         pairs = zip(now, self._stamps, strict=False)
         return len(now) == len(self._stamps) and all(

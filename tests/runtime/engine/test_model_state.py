@@ -226,6 +226,18 @@ def test_what_a_state_alone_held_goes_when_it_is_compared():
     assert weight() is None
 
 
+def test_a_state_without_tensors_heeds_and_holds_none():
+    agent = tiny_agent("llama")
+    state, weight = ModelState(agent.decoder, tensors=False), weakref.ref(layer(agent).weight)
+    write(agent)
+    replace(agent)
+    gc.collect()
+    assert weight() is None
+    assert state.holds()
+    layer(agent).held = 1
+    assert not state.holds()
+
+
 def test_hooks_that_only_tell_hidden_states_are_no_matter():
     agent = tiny_agent("llama")
     agent.decoder(input_ids=torch.ones(1, 3, dtype=torch.int64), output_hidden_states=True)
@@ -240,7 +252,7 @@ def test_no_state_of_a_model_with_hooks_holds(register: str):
     for add in (getattr(layer(agent), register), of_all):
         handle = add(lambda *_: None)
         state = ModelState(agent.decoder)
-        assert (state.holds(), state.holds(tensors=False)) == (False, False)
+        assert not state.holds()
         assert state.unforeseen == "a part of the model has hooks"
         handle.remove()
         assert not state.holds()
