@@ -260,6 +260,8 @@ def test_visits_of_many_positions_take_some_rows_at_a_time(name, monkeypatch):
     pattern, prompts = PATTERNS[name]
     system, batch = built(pattern, prompts, torch.float64), rows(pattern)
     loss, expected = gradients(system, [plain_loss(system, prompts, batch, 3, "forced")])
+    # What agents prove at their first use is no visit.
+    gradients(system, outer_losses(system, batch, 3, latent_steps=STEPS))
     counts = []
 
     def count(module, args, options):
