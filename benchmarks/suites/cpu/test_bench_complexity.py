@@ -31,6 +31,7 @@ from recmas_kernels.testing import make_rows
 Call = Callable[[], object]
 LAYERS = 2
 TIMED_SECONDS = 120.0
+ROUNDS = 45  # with 15, the interval of the exponent of m was as wide as 0.25
 
 
 # Heads are twice as large as last caches at least, and links see so many rows that arithmetic bounds them.
@@ -136,7 +137,7 @@ def timed(calls: Mapping[Any, Call], rounds: int, warm: bool) -> list[list[float
 @torch.no_grad()
 def test_term(case: GrowthCase, bench: Bench) -> None:
     calls = calls_of(case, bench.full)
-    samples = bench.benchmark.pedantic(timed, (calls, 15 if bench.full else 2, True))
+    samples = bench.benchmark.pedantic(timed, (calls, ROUNDS if bench.full else 2, True))
     made = growth_record(case, list(calls), samples)
     if bench.benchmark.enabled:
         bench.benchmark.extra_info["record"] = made
