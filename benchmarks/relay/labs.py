@@ -18,7 +18,7 @@ def each(labs: Sequence[Path], measure: Callable[[RecursiveMAS], Measured]) -> M
     """The cells of every lab, with its link seed.
 
     Args:
-        labs: what ``recmas lab build --agents`` wrote from the same agents, or was given as these.
+        labs: one whose agents these are, and what ``recmas lab build --agents`` wrote with them.
         measure: asks one system.
 
     Raises:

@@ -38,7 +38,6 @@ class Ready:
     Args:
         program: the program.
         decoder: whose weights it reads beside those of its own modules.
-
     """
 
     def __init__(self, program: Any, decoder: nn.Module) -> None:

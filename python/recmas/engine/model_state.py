@@ -98,6 +98,10 @@ class ModelStates:
             known = self._latest[model] = ModelState(model)
         return known
 
+    def forget(self) -> None:
+        """Let go of models and of all that their states hold."""
+        self._latest.clear()
+
 
 def _decides(name: str) -> bool:
     """Whether a module's attribute of this name may decide a result."""

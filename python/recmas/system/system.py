@@ -65,7 +65,7 @@ class System:
             (`recmas.devices.offload`); None leaves them where they are.
 
     Attributes:
-        states: what its models computed with when they were last looked at (`recmas.engine.model_state`).
+        states: what its models compute with, during a run (`recmas.engine.model_state`).
 
     Raises:
         ValueError: roles, widths, templates or slots that do not fit together; one line that names what is wrong.
@@ -163,7 +163,8 @@ class System:
         return packed(self.inner_links.values(), self.outer_links.values())
 
     def unload_weights(self) -> None:
-        """Under offload: drop the copies on devices."""
+        """At the end of a run: drop copies on devices, under offload, and what states hold of weights."""
+        self.states.forget()  # who moves or replaces weights afterwards gets their memory back
         if self.offloader is not None:
             self.offloader.unload()
 

@@ -226,6 +226,19 @@ def test_what_a_state_alone_held_goes_when_it_is_compared():
     assert weight() is None
 
 
+def test_a_run_that_has_ended_holds_no_weights():
+    """They may be moved to free a device, or an agent be replaced."""
+    agent = tiny_agent("llama", "planner")
+    agents = {"planner": agent, "critic": tiny_agent("llama", "critic", 40, 2), "solver": tiny_agent("qwen2", "solver")}
+    system = RecursiveMAS.create(agents, SEQUENTIAL, rounds=2, latent_steps=2, seed=0)
+    system.answer(QUESTIONS, rounds=2)
+    list(system.stream(QUESTIONS[0]))
+    weight = weakref.ref(layer(agent).weight)
+    replace(agent)
+    gc.collect()
+    assert weight() is None
+
+
 def test_a_state_without_tensors_heeds_and_holds_none():
     agent = tiny_agent("llama")
     state, weight = ModelState(agent.decoder, tensors=False), weakref.ref(layer(agent).weight)
