@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recmas_kernels import frozen
 from recmas_kernels.frozen import Panels
-from recmas_kernels.observed import traced
+from recmas_kernels.observed import has_functions, traced
 
 
 class FrozenLinear(nn.Linear):
@@ -74,6 +74,9 @@ class FrozenLinear(nn.Linear):
         assert weight is not None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return torch.compiler.disable(_learning)(self, x)  # not before, since it imports the compiler
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace names the weight
+            self.unpack()
+            return super().forward(x)
         if torch.compiler.is_exporting():
             raise RuntimeError("a packed layer cannot be exported: its panels fit this processor; unpack it first")
         if not torch.compiler.is_compiling():
@@ -140,7 +143,7 @@ class FrozenLinear(nn.Linear):
         super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in OF_PACKING}
+        state = {key: value for key, value in super().__getstate__().items() if key not in OF_PACKING}
         if (panels := self.packed()) is not None:
             weight = nn.Parameter(panels.weight(), self._held[0].requires_grad)
             if (child := get_spawning_popen()) is not None:  # it opens the weight's shared memory when it has started
@@ -152,8 +155,10 @@ class FrozenLinear(nn.Linear):
         packs = self._packs
         self.unpack()
         super()._apply(fn, recurse)
-        if packs:
-            self.pack()
+        weight = self._parameters.get("weight")
+        self._packs = packs
+        if packs and weight is not None and not (weight.device.type == "cpu" and weight.is_shared()):
+            self.pack()  # unless it was moved into memory that other processes read and write
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -214,4 +219,6 @@ def why_not_frozen(linear: nn.Module) -> str | None:
         return "it holds more than a weight and a bias"
     if any(parameter is not None and parameter.requires_grad for parameter in linear._parameters.values()):
         return "it learns"
+    if has_functions(bias := linear._parameters["bias"]):
+        return f"its bias is a {type(bias).__qualname__}"
     return None

@@ -6,7 +6,7 @@ last dimension; nothing that was given is ever written to, unless ``inplace=True
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -28,6 +28,7 @@ Norm = tuple[Tensor, Tensor | None]
 _TRANSFORMS = "torch.func transforms and forward-mode AD"
 
 forget_packed = packing.forget
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -44,6 +45,11 @@ def _rows(tensor: Tensor) -> Tensor:
     """``[..., n]`` as ``[T, n]`` with a contiguous last dimension; the row stride is kept."""
     rows = _flattened(tensor)
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """New ``rows [T, n]``, which nobody else holds, as ``[..., n]``; no view, which autograd lets nobody detach."""
+    return _unsafe_view(rows, shape)
 
 
 def _weight_and_bias(name: str, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -162,7 +168,7 @@ def recursive_link(
         y = autograd.Link.apply(recompute, *arguments)
     else:
         y = ops.link_fwd(*arguments, True) if recompute else ops.link_fwd_train(*arguments)[0]
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])
+    return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], w2.shape[0]))
 
 
 def latent_handoff(
@@ -232,11 +238,11 @@ def latent_handoff(
     flat = _rows(embeds).contiguous()
     if transformed():
         expect_reference(_TRANSFORMS)
-        return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
+        return _shaped(reference.handoff_fwd(mapped, flat, slot_rows), embeds.shape)
     learns = torch.is_grad_enabled() and (mapped.requires_grad or flat.requires_grad)
     send = serve.handoff_fwd if not learns and _direct(mapped, flat, slot_rows) else ops.handoff_fwd
     try:
-        return send(mapped, flat, slot_rows).view(embeds.shape)
+        return _shaped(send(mapped, flat, slot_rows), embeds.shape)
     except IndexError:
         raise checks.outside("slot_rows", slot_rows, flat.shape[0]) from None
 

@@ -8,12 +8,16 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from recmas_kernels import FrozenLinear, explain
@@ -291,6 +295,85 @@ def test_export_of_a_packed_layer_is_refused(strict: bool):
         torch.export.export(frozen, (x,), strict=strict)
     frozen.unpack()
     torch.testing.assert_close(torch.export.export(frozen, (x,), strict=strict).module()(x), linear(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_copies_of_a_compiled_layer_run_their_own_weight():
+    _, frozen = pair()
+    frozen.compile(backend="eager")
+    x = make_rows(2, 37)
+    frozen(x)
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        twin.weight.data.zero_()
+        assert torch.equal(twin(x), twin.bias.expand(2, -1))
+
+
+def test_a_symbolic_trace_names_the_weight():
+    linear, frozen = pair()
+    graph = torch.fx.symbolic_trace(nn.Sequential(frozen, nn.Tanh()))
+    assert "0.weight" in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(make_rows(2, 37)), linear(make_rows(2, 37)).tanh())
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear.weight.T
+
+
+def test_a_graph_says_where_a_weight_that_was_read_comes_from():
+    linear, frozen = pair()
+    x = make_rows(2, 37)
+    graph = make_fx(ReadsWeight(frozen))(x)
+    assert torch.ops.recmas.frozen_weight.default in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x), x @ linear.weight.T)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_rows(layout: torch.layout):
+    linear, frozen = pair()
+    parts = [make_rows(2, 37), make_rows(3, 37, seed=2)]
+    found = frozen(torch.nested.nested_tensor(parts, layout=layout))
+    for one, part in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(one, linear(part))
+
+
+class Twice(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func is F.linear else y
+
+
+class TwiceOf(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * y.as_subclass(Tensor) if func is F.linear else y
+
+
+def test_a_function_that_a_mode_or_the_class_of_the_rows_replaces():
+    linear, frozen = pair()
+    x = make_rows(3, 37)
+    with Twice():
+        torch.testing.assert_close(frozen(x), linear(x))
+    torch.testing.assert_close(frozen(x.as_subclass(TwiceOf)), 2 * linear(x))
+    given = {"bias": linear.bias.detach().as_subclass(TwiceOf)}
+    torch.testing.assert_close(functional_call(frozen, given, (x,)), 2 * linear(x))
+    torch.testing.assert_close(frozen(x), linear(x))
+    assert frozen.packed() is not None
+
+
+def test_a_weight_in_shared_memory_is_not_packed():
+    _, frozen = pair()
+    frozen.share_memory()
+    assert frozen.weight.is_shared()
+    frozen.weight.data.fill_(1)  # as another process might
+    torch.testing.assert_close(frozen(torch.ones(1, 37)), 37 + frozen.bias[None])
+    assert frozen.double().float().packed() is not None
 
 
 def test_explain_says_who_serves():
