@@ -19,7 +19,7 @@ from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import functions_replaced, has_functions, observed, traced, transformed
+from recmas_kernels.observed import functions_replaced, has_functions, is_for_torch, observed, traced, transformed
 
 _PLAIN = (Parameter, Tensor, type(None))
 _EXACT_CHUNK = 1 << 22  # elements compared at a time
@@ -149,7 +149,7 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
         TypeError: x is no dense floating-point tensor.
     """
     ordinary = not observed() and type(x) is Tensor and x.is_cpu and type(bias) in _PLAIN
-    ordinary = ordinary and not (x.is_neg() or x._is_zerotensor() or x.is_nested)
+    ordinary = ordinary and not (x.is_neg() or x._is_zerotensor() or is_for_torch(x))
     if not ordinary and not torch.compiler.is_compiling() and _needs_plain_torch(x, bias):
         return F.linear(x, panels.weight(), bias)
     if not (ordinary and x.dtype is panels.dtype and x.shape[-1:] == panels.columns):
@@ -167,12 +167,14 @@ def _needs_plain_torch(x: Any, bias: Tensor | None) -> bool:
         return False
     if transformed() or functions_replaced() or has_functions(x) or has_functions(bias):
         return True
-    return x.is_nested or is_traceable_wrapper_subclass(x)
+    return is_for_torch(x) or is_traceable_wrapper_subclass(x)
 
 
 def serves_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `in_place_linear` takes these: few rows, no gradients, no autocast, and nothing that observes."""
-    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or x.is_neg() or x._is_zerotensor():
+    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or is_for_torch(x):
+        return False
+    if x.is_neg() or x._is_zerotensor():
         return False
     if type(weight) not in _PLAIN or type(bias) not in _PLAIN or not weight.is_contiguous():
         return False

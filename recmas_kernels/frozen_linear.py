@@ -19,10 +19,11 @@ class FrozenLinear(nn.Linear):
 
     Same results within rounding, same state dict, bit by bit; there is a gradient of the input. While the weight is
     packed, its parameter keeps its shape and dtype and holds NaN, in a few bytes. The values come back for whoever asks
-    for them: ``state_dict``, copies and pickles get their own, and the layer stays packed; reading ``weight`` makes the
-    layer plain for good, since what was read may be written, and so does a weight or bias that is set to learn. After
-    ``load_state_dict``, a move or a cast the weight is packed again where it can be. Another weight that is put in its
-    place, for a call or for good, is used as it is.
+    for them. ``state_dict``, copies and pickles get their own, the layer stays packed, and what is written into those
+    does not reach it. Reading ``weight`` makes the layer plain for good, since what was read may be written; so does
+    ``state_dict(keep_vars=True)``, and a weight or bias that is set to learn. After ``load_state_dict``, a move or a
+    cast the weight is packed again where it can be. Another weight that is put in its place, for a call or for good, is
+    used as it is.
 
     Copies and pickles are not packed. Exporting a packed layer raises RuntimeError: panels fit one processor.
     ``RECMAS_CHECK=1`` finds what is written into a packed weight's parameter.
@@ -64,12 +65,12 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
-        panels = self.packed()
+        panels = FrozenLinear.packed(self)  # who kept this method may call it when the layer is plain again
         if panels is None:
             weight = self._parameters.get("weight")
-            if self.panels is not None and weight is not None and frozen.is_stand_in(weight):
+            if "panels" in self.__dict__ and weight is not None and frozen.is_stand_in(weight):
                 raise RuntimeError("weight is packed, and what stands for it has no values: unpack the layer first")
-            return super().forward(x)
+            return nn.Linear.forward(self, x)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -85,9 +86,9 @@ class FrozenLinear(nn.Linear):
 
     def packed(self) -> Panels | None:
         """The panels, if they are the weight now: they are not where another one was put in its place."""
+        panels: Panels | None = self.__dict__.get("panels")
         weight = self._parameters.get("weight")
-        stands = self.panels is not None and weight is self._held[0] and frozen.is_stand_in(weight)
-        return self.panels if stands else None
+        return panels if panels is not None and weight is self._held[0] and frozen.is_stand_in(weight) else None
 
     def pack(self) -> bool:
         """Keep the weight as panels alone; whether that could be done."""
@@ -162,6 +163,8 @@ class FrozenLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if keep_vars:
+            self.unpack()  # whoever asks for the parameters themselves may write them
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (panels := self.packed()) is not None:
             destination[f"{prefix}weight"] = panels.weight()

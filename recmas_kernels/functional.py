@@ -19,7 +19,7 @@ from recmas_kernels.backends.choice import expect_reference
 from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.config import ACTIVATIONS
 from recmas_kernels.devices import autocast_enabled, compute_dtype
-from recmas_kernels.observed import is_ordinary, observed, transformed
+from recmas_kernels.observed import is_ordinary, observed, traced, transformed
 from recmas_kernels.reference import LinkArguments
 
 Norm = tuple[Tensor, Tensor | None]
@@ -272,11 +272,13 @@ def alignment_loss(
         Scalar, float32 (float64 for float64 inputs). An empty mask gives 0 with zero gradient.
 
     Raises:
-        ValueError: shapes or devices do not fit, a weight is not finite, or, where the host can see it, an id names no
-            row of the table; the message names the argument.
+        ValueError: shapes or devices do not fit, a weight is not finite, or, where the host can see it, the mask holds
+            a negative weight or an id names no row of the table; the message names the argument.
         TypeError: pred or target is not floating-point, or token_ids are not int64.
     """
     checks.check_alignment(pred, target, token_ids, mask)
+    if mask is not None and is_ordinary(mask) and not traced():
+        checks.expect_weights("mask", mask)
     mask = None if mask is None else mask.reshape(-1).contiguous()
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
     rows, table = _rows(pred), _rows(target.detach())

@@ -11,7 +11,7 @@ from torch import Tensor
 from recmas_kernels.functional import forget_packed, recursive_link
 from recmas_kernels.layers import PlainLayers, why_not_plain
 from recmas_kernels.link import RecursiveLink
-from recmas_kernels.observed import has_functions
+from recmas_kernels.observed import has_functions, is_for_torch
 
 
 class FusedRecursiveLink(RecursiveLink):
@@ -19,9 +19,9 @@ class FusedRecursiveLink(RecursiveLink):
 
     What works on the eager module works on this one with the same result, or raises one line that says why, or runs as
     plain torch. It runs as plain torch, through its children, while one of them is anything but a plain ``nn.Linear``
-    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested tensors, where a function mode or the
-    class of a tensor may replace torch's functions, and with one layer (the ablation). Under autocast the arithmetic
-    runs in autocast's dtype and the output keeps x's dtype.
+    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested and sparse rows, where a function mode
+    or the class of a tensor may replace torch's functions, and with one layer (the ablation). Under autocast the
+    arithmetic runs in autocast's dtype and the output keeps x's dtype.
 
     Attributes:
         recompute: True trains with less memory: only x is kept for the backward pass, which runs the forward kernel
@@ -79,7 +79,7 @@ class FusedRecursiveLink(RecursiveLink):
 
 
 def _is_for_layers(x: Any) -> bool:
-    """Whether only torch's own functions take such rows: nested, with functions of their own, or a symbolic trace's."""
+    """Whether only torch's own functions take these rows: nested, sparse, of a class with functions, of a trace."""
     if type(x) is Tensor:
-        return x.is_nested
-    return x.is_nested or has_functions(x) if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)
+        return is_for_torch(x)
+    return is_for_torch(x) or has_functions(x) if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)

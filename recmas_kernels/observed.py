@@ -94,3 +94,8 @@ def has_functions(tensor: Tensor | None) -> bool:
         return False
     function = type(tensor).__torch_function__
     return getattr(function, "__func__", function) not in _SILENT
+
+
+def is_for_torch(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory that holds its elements in rows: nested, sparse and the like."""
+    return tensor.is_nested or tensor.layout is not torch.strided

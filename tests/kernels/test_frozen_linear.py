@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recmas_kernels import FrozenLinear, explain
+from recmas_kernels import FrozenLinear, accelerate, explain
 from recmas_kernels.backends import cpu
 from recmas_kernels.testing import make_rows
 from tests.kernels.frozen import make_linear
@@ -340,6 +340,33 @@ def test_nested_rows(layout: torch.layout):
     found = frozen(torch.nested.nested_tensor(parts, layout=layout))
     for one, part in zip(found.unbind(), parts, strict=True):
         torch.testing.assert_close(one, linear(part))
+
+
+def test_sparse_rows():
+    linear, frozen = pair()
+    x = F.dropout(make_rows(3, 37), 0.5)
+    torch.testing.assert_close(frozen(x.to_sparse_csr()), linear(x))
+
+
+def test_who_kept_the_forward_may_call_it_when_the_layer_is_plain_again():
+    """As accelerate's hooks do."""
+    table = nn.Embedding(53, 37).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(37, 53), nn.Linear(37, 53)).requires_grad_(False)
+    model[1].weight = table.weight
+    x, expected = make_rows(3, 37), [layer(make_rows(3, 37)) for layer in model]
+    with accelerate(nn.ModuleList([table, model])) as done:
+        assert len(done.packed) == len(done.shared) == 1
+        kept = [layer.forward for layer in model]
+    assert [type(layer) for layer in model] == [nn.Linear] * 2
+    torch.testing.assert_close([run(x) for run in kept], expected)
+
+
+def test_whoever_asks_for_the_parameters_by_a_state_dict_gets_them():
+    _, frozen = pair()
+    held = frozen.state_dict(keep_vars=True)
+    assert held["weight"] is frozen._parameters["weight"]
+    held["weight"].mul_(0)
+    assert torch.equal(frozen(make_rows(1, 37))[0], frozen.bias)
 
 
 class Twice(TorchFunctionMode):

@@ -280,6 +280,11 @@ def test_nested_tensors(layout: torch.layout) -> None:
         recursive_link(nested, link.proj1.weight, link.proj2.weight)
 
 
+def test_sparse_rows() -> None:
+    link, x = make_link(configs()["outer-equation-4"]), F.dropout(make_rows(5, 23), 0.5)
+    torch.testing.assert_close(link(x.to_sparse_csr()), link(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_more_precision_than_the_rest(dtype: torch.dtype) -> None:
     link = make_link(CONFIG, dtype)
