@@ -6,6 +6,8 @@ bit by bit: a float32 weight that came from a 16-bit checkpoint is kept in those
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
@@ -69,6 +71,13 @@ def why_not_packed(weight: Tensor) -> str | None:
     return cpu.unavailable()
 
 
+@contextmanager
+def for_later() -> Iterator[None]:
+    """What is made inside is kept: it may be used elsewhere, so no mode or transform that is active now may wrap it."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch._C._DisableFuncTorch():
+        yield
+
+
 def pack(weight: Tensor) -> Panels:
     """The panels of a frozen weight ``[out_features, in_features]``.
 
@@ -78,7 +87,7 @@ def pack(weight: Tensor) -> Panels:
     reason = why_not_packed(weight)
     if reason is not None:
         raise ValueError(f"weight cannot be packed: {reason}")
-    with torch.inference_mode(False), torch.no_grad():  # gradients are asked for elsewhere, and later
+    with for_later():
         weight = weight.detach().contiguous()
         narrow = _narrowed(weight)
         data = cpu.pack_frozen(narrow)
@@ -107,7 +116,7 @@ def _fits_float16(bits: Tensor) -> bool:
 
 def stand_in(weight: Tensor) -> Tensor:
     """What a packed weight's parameter holds meanwhile: NaN of the same shape, all of them one element of memory."""
-    with torch.inference_mode(False), torch.no_grad():
+    with for_later():
         return torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).as_strided(weight.shape, (0, 0))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import frozen
+from recmas_kernels import checks, frozen
 from recmas_kernels.frozen import Panels
 from recmas_kernels.observed import has_functions, traced
 
@@ -32,6 +32,10 @@ class FrozenLinear(nn.Linear):
         weight: ``[out_features, in_features]``; not packed yet.
         bias: ``[out_features]``, or None.
 
+    Raises:
+        TypeError: weight or bias is no tensor.
+        ValueError: one has another shape.
+
     Attributes:
         panels: the packed weight; None while the weight is as it is.
     """
@@ -42,6 +46,10 @@ class FrozenLinear(nn.Linear):
     _owners: int = 1  # who wants a FrozenLinear here; see `freeze`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        checks.expect_matrix("weight", weight)
+        if bias is not None:
+            checks.expect_tensor("bias", bias)
+            checks.expect_shape("bias", bias, weight.shape[0])
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
@@ -103,7 +111,7 @@ class FrozenLinear(nn.Linear):
         """Have the weight in its parameter again, or leave the one that took its place."""
         panels = self.packed()
         if panels is not None:
-            with torch.inference_mode(False):  # the weight may be used elsewhere, and later
+            with frozen.for_later():
                 self._held[0].data = panels.weight()
         self.panels, self._held, self._packs = None, (), False
 

@@ -155,6 +155,7 @@ def recursive_link(
     )
     direct = not (observed() or x.is_neg() or x._is_zerotensor()) and is_plain_link(arguments, autocast)
     plain = None if direct else _needs_plain_torch(arguments)
+    records = torch.is_grad_enabled() or (not direct and torch.jit.is_tracing())  # a trace is checked without gradients
     if not direct:
         arguments = checks.checked_link(arguments, x.shape)
         arguments = arguments._replace(x=_rows(arguments.x))
@@ -162,7 +163,7 @@ def recursive_link(
         expect_reference(plain)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             y = reference.link_fwd(arguments)
-    elif not (torch.is_grad_enabled() and _any_requires_grad(arguments[:11])):
+    elif not (records and _any_requires_grad(arguments[:11])):
         y = serve.link_fwd(arguments) if direct else ops.link_fwd(*arguments, False)
     elif direct:
         y = autograd.Link.apply(recompute, *arguments)

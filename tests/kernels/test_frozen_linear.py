@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
@@ -181,6 +182,29 @@ def test_what_is_set_to_learn_learns(which: str):
         torch.testing.assert_close(getattr(frozen, key), getattr(plain, key))
 
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "mode"])
+def test_a_layer_that_becomes_plain_in_a_transform_keeps_its_weight(transform: str):
+    """No wrapper of the transform, which means nothing after it."""
+    linear, frozen = pair()
+    x = make_rows(2, 37)
+    frozen.requires_grad_(True)
+    if transform == "vmap":
+        torch.vmap(frozen)(x)
+    elif transform == "grad":
+        torch.func.grad(lambda rows: frozen(rows).sum())(x)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            frozen.unpack()
+    held = frozen._parameters["weight"].data
+    assert type(held) is Tensor
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(held)
+    assert torch.equal(held, linear.weight)
+    frozen.requires_grad_(False)
+    torch.vmap(lambda rows: (frozen.pack(), frozen(rows))[1])(x)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(frozen.panels.data)
+    torch.testing.assert_close(frozen(x), linear(x))
+
+
 def test_reading_the_weight_makes_the_layer_plain():
     linear, frozen = pair()
     parameter = frozen._parameters["weight"]
@@ -220,6 +244,20 @@ def test_a_packed_layer_is_given_to_a_spawned_process():
     torch.testing.assert_close(torch.tensor(end.recv()), plain(x))
     child.join()
     assert frozen.packed() is not None
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(3), None, r"weight has shape \(3,\), expected two dimensions"),
+        ("a", None, "weight is a str, expected a tensor"),
+        (torch.ones(3, 4), torch.ones(4), r"bias has shape \(4,\), expected \(3,\)"),
+        (torch.ones(3, 4), [1, 2, 3], "bias is a list, expected a tensor"),
+    ],
+)
+def test_a_weight_or_bias_that_does_not_fit_is_named(weight: Any, bias: Any, message: str):
+    with pytest.raises((TypeError, ValueError), match=message):
+        FrozenLinear(weight, bias)
 
 
 def test_state_copies_and_pickles_leave_the_layer_packed():
