@@ -117,7 +117,7 @@ def read_upstream(
     """Config and state of a link of the reference implementation.
 
     Args:
-        source: a state dict, one of its modules, a ``.pt`` or ``.safetensors`` file, or a role folder with
+        source: a state dict, one of its modules or of ours, a ``.pt`` or ``.safetensors`` file, or a role folder with
             ``adapter.pt`` and ``adapter_config.json``.
         adapter_type: its type name or alias; see `infer_config` for where it is needed.
 
@@ -125,9 +125,10 @@ def read_upstream(
         ValueError: the type is unknown, ambiguous or does not fit the parameters.
     """
     if isinstance(source, nn.Module):
-        named = getattr(source, "adapter_type", None)
+        config, named = getattr(source, "config", None), getattr(source, "adapter_type", None)
         state = dict(source.state_dict())
-        config = infer_config(state, adapter_type or (named if isinstance(named, str) else None))
+        if not isinstance(config, LinkConfig):  # one of ours has it
+            config = infer_config(state, adapter_type or (named if isinstance(named, str) else None))
         return with_eps_of(source, config), state
     if isinstance(source, Mapping):
         state = dict(source)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recmas_kernels.config import ACTIVATIONS, RESIDUALS
-from recmas_kernels.devices import autocast_enabled
+from recmas_kernels.devices import autocast_enabled, reads_at_once
 from recmas_kernels.reference import LinkArguments, accumulator
 
 _PARAMETER_NAMES = (
@@ -185,6 +185,14 @@ def outside(name: str, index: Tensor, rows: int, chosen: Tensor | None = None) -
         wrong &= chosen != 0
     place = int(wrong.nonzero()[0, 0])
     return ValueError(f"{name}[{place}] is {int(index[place])}, expected a row in [0, {rows})")
+
+
+def expect_weights(name: str, weights: Tensor) -> None:
+    """Raise ValueError for the first of the weights that is negative, where the host can see it."""
+    if weights.dtype is torch.bool or not reads_at_once(weights) or not bool((wrong := weights < 0).any()):
+        return
+    place = wrong.nonzero()[0].tolist()
+    raise ValueError(f"{name}{place} is {weights[tuple(place)].item()}, expected a weight >= 0")
 
 
 def check_frozen(x: Any, in_features: int, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 RESIDUALS = ("identity", "linear", "none")
@@ -71,14 +71,14 @@ class LinkConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinkConfig:
         """A config from a JSON object; unknown or missing keys raise ValueError naming them."""
-        known = {field: values[field] for field in cls.__dataclass_fields__ if field in values}
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}")
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise ValueError(f"missing key: {error}") from None
+        for field in fields(cls):
+            if field.name not in known and field.default is MISSING:
+                raise ValueError(f"missing key {field.name!r}")
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a JSON object."""

@@ -6,6 +6,8 @@ bit by bit: a float32 weight that came from a 16-bit checkpoint is kept in those
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import observed, transformed
+from recmas_kernels.observed import functions_replaced, has_functions, is_for_torch, observed, traced, transformed
 
+_PLAIN = (Parameter, Tensor, type(None))
 _EXACT_CHUNK = 1 << 22  # elements compared at a time
 
 
@@ -47,7 +51,7 @@ class Panels:
 
     def weight(self) -> Tensor:
         """The weight as it was: a new tensor, equal bit by bit."""
-        unpack = ops.frozen_weight if transformed() else cpu.unpack_frozen  # a transform would wrap what we allocate
+        unpack = ops.frozen_weight if traced() else cpu.unpack_frozen  # whoever traces has to see where it comes from
         weight: Tensor = unpack(self.data, self.out_features, self.in_features, self.stored)
         return weight.to(self.dtype)
 
@@ -67,6 +71,13 @@ def why_not_packed(weight: Tensor) -> str | None:
     return cpu.unavailable()
 
 
+@contextmanager
+def for_later() -> Iterator[None]:
+    """What is made inside is kept: it may be used elsewhere, so no mode or transform that is active now may wrap it."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch._C._DisableFuncTorch():
+        yield
+
+
 def pack(weight: Tensor) -> Panels:
     """The panels of a frozen weight ``[out_features, in_features]``.
 
@@ -76,7 +87,7 @@ def pack(weight: Tensor) -> Panels:
     reason = why_not_packed(weight)
     if reason is not None:
         raise ValueError(f"weight cannot be packed: {reason}")
-    with torch.inference_mode(False), torch.no_grad():  # gradients are asked for elsewhere, and later
+    with for_later():
         weight = weight.detach().contiguous()
         narrow = _narrowed(weight)
         data = cpu.pack_frozen(narrow)
@@ -105,7 +116,7 @@ def _fits_float16(bits: Tensor) -> bool:
 
 def stand_in(weight: Tensor) -> Tensor:
     """What a packed weight's parameter holds meanwhile: NaN of the same shape, all of them one element of memory."""
-    with torch.inference_mode(False), torch.no_grad():
+    with for_later():
         return torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).as_strided(weight.shape, (0, 0))
 
 
@@ -146,21 +157,37 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
         ValueError: a shape, dtype or device does not fit.
         TypeError: x is no dense floating-point tensor.
     """
-    ordinary = not observed() and type(x) is Tensor and x.is_cpu and not (x.is_neg() or x._is_zerotensor())
+    ordinary = not observed() and type(x) is Tensor and x.is_cpu and type(bias) in _PLAIN
+    ordinary = ordinary and not (x.is_neg() or x._is_zerotensor() or is_for_torch(x))
+    if not ordinary and not torch.compiler.is_compiling() and _needs_plain_torch(x, bias):
+        return F.linear(x, panels.weight(), bias)
     if not (ordinary and x.dtype is panels.dtype and x.shape[-1:] == panels.columns):
         checks.check_frozen(x, panels.in_features, panels.dtype)
-    if not torch.compiler.is_compiling() and (transformed() or requested() not in ("auto", "cpu")):
-        return F.linear(x, panels.weight(), bias)  # rules that the op has not, or plain torch asked for by name
+    if not torch.compiler.is_compiling() and requested() not in ("auto", "cpu"):
+        return F.linear(x, panels.weight(), bias)
     if autocast_enabled("cpu"):
         return _autocast(x, panels, bias)
     return _product(x, panels, bias, ordinary)
 
 
+def _needs_plain_torch(x: Any, bias: Tensor | None) -> bool:
+    """Whether the op has no rule for such rows, or somebody may replace the function that a plain layer calls."""
+    if not isinstance(x, Tensor):  # for the checks to refuse
+        return False
+    if transformed() or functions_replaced() or has_functions(x) or has_functions(bias):
+        return True
+    return is_for_torch(x) or is_traceable_wrapper_subclass(x)
+
+
 def serves_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `in_place_linear` takes these: few rows, no gradients, no autocast, and nothing that observes."""
-    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or x.is_neg() or x._is_zerotensor():
+    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or is_for_torch(x):
         return False
-    if type(weight) not in (Tensor, Parameter) or x.dtype is not weight.dtype or not weight.is_contiguous():
+    if x.is_neg() or x._is_zerotensor():
+        return False
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN or not weight.is_contiguous():
+        return False
+    if x.dtype is not weight.dtype or not cpu.reads(x.dtype):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import frozen
+from recmas_kernels import checks, frozen
 from recmas_kernels.frozen import Panels
-from recmas_kernels.observed import traced
+from recmas_kernels.observed import has_functions, traced
 
 
 class FrozenLinear(nn.Linear):
@@ -19,10 +19,11 @@ class FrozenLinear(nn.Linear):
 
     Same results within rounding, same state dict, bit by bit; there is a gradient of the input. While the weight is
     packed, its parameter keeps its shape and dtype and holds NaN, in a few bytes. The values come back for whoever asks
-    for them: ``state_dict``, copies and pickles get their own, and the layer stays packed; reading ``weight`` makes the
-    layer plain for good, since what was read may be written, and so does a weight or bias that is set to learn. After
-    ``load_state_dict``, a move or a cast the weight is packed again where it can be. Another weight that is put in its
-    place, for a call or for good, is used as it is.
+    for them. ``state_dict``, copies and pickles get their own, the layer stays packed, and what is written into those
+    does not reach it. Reading ``weight`` makes the layer plain for good, since what was read may be written; so does
+    ``state_dict(keep_vars=True)``, and a weight or bias that is set to learn. After ``load_state_dict``, a move or a
+    cast the weight is packed again where it can be. Another weight that is put in its place, for a call or for good, is
+    used as it is.
 
     Copies and pickles are not packed. Exporting a packed layer raises RuntimeError: panels fit one processor.
     ``RECMAS_CHECK=1`` finds what is written into a packed weight's parameter.
@@ -30,6 +31,10 @@ class FrozenLinear(nn.Linear):
     Args:
         weight: ``[out_features, in_features]``; not packed yet.
         bias: ``[out_features]``, or None.
+
+    Raises:
+        TypeError: weight or bias is no tensor.
+        ValueError: one has another shape.
 
     Attributes:
         panels: the packed weight; None while the weight is as it is.
@@ -41,6 +46,10 @@ class FrozenLinear(nn.Linear):
     _owners: int = 1  # who wants a FrozenLinear here; see `freeze`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        checks.expect_matrix("weight", weight)
+        if bias is not None:
+            checks.expect_tensor("bias", bias)
+            checks.expect_shape("bias", bias, weight.shape[0])
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
@@ -64,16 +73,19 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
-        panels = self.packed()
+        panels = FrozenLinear.packed(self)  # who kept this method may call it when the layer is plain again
         if panels is None:
             weight = self._parameters.get("weight")
-            if self.panels is not None and weight is not None and frozen.is_stand_in(weight):
+            if "panels" in self.__dict__ and weight is not None and frozen.is_stand_in(weight):
                 raise RuntimeError("weight is packed, and what stands for it has no values: unpack the layer first")
-            return super().forward(x)
+            return nn.Linear.forward(self, x)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return torch.compiler.disable(_learning)(self, x)  # not before, since it imports the compiler
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace names the weight
+            self.unpack()
+            return super().forward(x)
         if torch.compiler.is_exporting():
             raise RuntimeError("a packed layer cannot be exported: its panels fit this processor; unpack it first")
         if not torch.compiler.is_compiling():
@@ -82,9 +94,9 @@ class FrozenLinear(nn.Linear):
 
     def packed(self) -> Panels | None:
         """The panels, if they are the weight now: they are not where another one was put in its place."""
+        panels: Panels | None = self.__dict__.get("panels")
         weight = self._parameters.get("weight")
-        stands = self.panels is not None and weight is self._held[0] and frozen.is_stand_in(weight)
-        return self.panels if stands else None
+        return panels if panels is not None and weight is self._held[0] and frozen.is_stand_in(weight) else None
 
     def pack(self) -> bool:
         """Keep the weight as panels alone; whether that could be done."""
@@ -99,7 +111,7 @@ class FrozenLinear(nn.Linear):
         """Have the weight in its parameter again, or leave the one that took its place."""
         panels = self.packed()
         if panels is not None:
-            with torch.inference_mode(False):  # the weight may be used elsewhere, and later
+            with frozen.for_later():
                 self._held[0].data = panels.weight()
         self.panels, self._held, self._packs = None, (), False
 
@@ -140,7 +152,7 @@ class FrozenLinear(nn.Linear):
         super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in OF_PACKING}
+        state = {key: value for key, value in super().__getstate__().items() if key not in OF_PACKING}
         if (panels := self.packed()) is not None:
             weight = nn.Parameter(panels.weight(), self._held[0].requires_grad)
             if (child := get_spawning_popen()) is not None:  # it opens the weight's shared memory when it has started
@@ -152,11 +164,15 @@ class FrozenLinear(nn.Linear):
         packs = self._packs
         self.unpack()
         super()._apply(fn, recurse)
-        if packs:
-            self.pack()
+        weight = self._parameters.get("weight")
+        self._packs = packs
+        if packs and weight is not None and not (weight.device.type == "cpu" and weight.is_shared()):
+            self.pack()  # unless it was moved into memory that other processes read and write
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if keep_vars:
+            self.unpack()  # whoever asks for the parameters themselves may write them
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (panels := self.packed()) is not None:
             destination[f"{prefix}weight"] = panels.weight()
@@ -214,4 +230,6 @@ def why_not_frozen(linear: nn.Module) -> str | None:
         return "it holds more than a weight and a bias"
     if any(parameter is not None and parameter.requires_grad for parameter in linear._parameters.values()):
         return "it learns"
+    if has_functions(bias := linear._parameters["bias"]):
+        return f"its bias is a {type(bias).__qualname__}"
     return None

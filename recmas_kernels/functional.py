@@ -6,7 +6,7 @@ last dimension; nothing that was given is ever written to, unless ``inplace=True
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +19,7 @@ from recmas_kernels.backends.choice import expect_reference
 from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.config import ACTIVATIONS
 from recmas_kernels.devices import autocast_enabled, compute_dtype
-from recmas_kernels.observed import is_ordinary, observed, transformed
+from recmas_kernels.observed import is_ordinary, observed, traced, transformed
 from recmas_kernels.reference import LinkArguments
 
 Norm = tuple[Tensor, Tensor | None]
@@ -28,6 +28,7 @@ Norm = tuple[Tensor, Tensor | None]
 _TRANSFORMS = "torch.func transforms and forward-mode AD"
 
 forget_packed = packing.forget
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -44,6 +45,11 @@ def _rows(tensor: Tensor) -> Tensor:
     """``[..., n]`` as ``[T, n]`` with a contiguous last dimension; the row stride is kept."""
     rows = _flattened(tensor)
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """New ``rows [T, n]``, which nobody else holds, as ``[..., n]``; no view, which autograd lets nobody detach."""
+    return _unsafe_view(rows, shape)
 
 
 def _weight_and_bias(name: str, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -149,6 +155,7 @@ def recursive_link(
     )
     direct = not (observed() or x.is_neg() or x._is_zerotensor()) and is_plain_link(arguments, autocast)
     plain = None if direct else _needs_plain_torch(arguments)
+    records = torch.is_grad_enabled() or (not direct and torch.jit.is_tracing())  # a trace is checked without gradients
     if not direct:
         arguments = checks.checked_link(arguments, x.shape)
         arguments = arguments._replace(x=_rows(arguments.x))
@@ -156,13 +163,13 @@ def recursive_link(
         expect_reference(plain)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             y = reference.link_fwd(arguments)
-    elif not (torch.is_grad_enabled() and _any_requires_grad(arguments[:11])):
+    elif not (records and _any_requires_grad(arguments[:11])):
         y = serve.link_fwd(arguments) if direct else ops.link_fwd(*arguments, False)
     elif direct:
         y = autograd.Link.apply(recompute, *arguments)
     else:
         y = ops.link_fwd(*arguments, True) if recompute else ops.link_fwd_train(*arguments)[0]
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w2.shape[0])
+    return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], w2.shape[0]))
 
 
 def latent_handoff(
@@ -232,11 +239,11 @@ def latent_handoff(
     flat = _rows(embeds).contiguous()
     if transformed():
         expect_reference(_TRANSFORMS)
-        return reference.handoff_fwd(mapped, flat, slot_rows).view(embeds.shape)
+        return _shaped(reference.handoff_fwd(mapped, flat, slot_rows), embeds.shape)
     learns = torch.is_grad_enabled() and (mapped.requires_grad or flat.requires_grad)
     send = serve.handoff_fwd if not learns and _direct(mapped, flat, slot_rows) else ops.handoff_fwd
     try:
-        return send(mapped, flat, slot_rows).view(embeds.shape)
+        return _shaped(send(mapped, flat, slot_rows), embeds.shape)
     except IndexError:
         raise checks.outside("slot_rows", slot_rows, flat.shape[0]) from None
 
@@ -266,11 +273,13 @@ def alignment_loss(
         Scalar, float32 (float64 for float64 inputs). An empty mask gives 0 with zero gradient.
 
     Raises:
-        ValueError: shapes or devices do not fit, a weight is not finite, or, where the host can see it, an id names no
-            row of the table; the message names the argument.
+        ValueError: shapes or devices do not fit, a weight is not finite, or, where the host can see it, the mask holds
+            a negative weight or an id names no row of the table; the message names the argument.
         TypeError: pred or target is not floating-point, or token_ids are not int64.
     """
     checks.check_alignment(pred, target, token_ids, mask)
+    if mask is not None and is_ordinary(mask) and not traced():
+        checks.expect_weights("mask", mask)
     mask = None if mask is None else mask.reshape(-1).contiguous()
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
     rows, table = _rows(pred), _rows(target.detach())

@@ -80,7 +80,9 @@ def _fused(module: nn.Module, name: str) -> FusedRecursiveLink | None:
     fused._modules.clear()
     for child_name, child in module._modules.items():  # in their own order: an optimiser's state is stored in it
         fused.add_module(child_name, child)
-    fused.__dict__.update({key: value for key, value in module.__dict__.items() if key not in fused.__dict__})
+    held = {key: value for key, value in module.__dict__.items() if key not in fused.__dict__}
+    held.pop("_compiled_call_impl", None)  # a call of the module that is replaced
+    fused.__dict__.update(held)
     fused.training = module.training
     _compare(module, fused, name)
     return fused

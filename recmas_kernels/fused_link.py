@@ -11,6 +11,7 @@ from torch import Tensor
 from recmas_kernels.functional import forget_packed, recursive_link
 from recmas_kernels.layers import PlainLayers, why_not_plain
 from recmas_kernels.link import RecursiveLink
+from recmas_kernels.observed import has_functions, is_for_torch
 
 
 class FusedRecursiveLink(RecursiveLink):
@@ -18,8 +19,9 @@ class FusedRecursiveLink(RecursiveLink):
 
     What works on the eager module works on this one with the same result, or raises one line that says why, or runs as
     plain torch. It runs as plain torch, through its children, while one of them is anything but a plain ``nn.Linear``
-    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested tensors, and with one layer (the
-    ablation). Under autocast the arithmetic runs in autocast's dtype and the output keeps x's dtype.
+    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested and sparse rows, where a function mode
+    or the class of a tensor may replace torch's functions, and with one layer (the ablation). Under autocast the
+    arithmetic runs in autocast's dtype and the output keeps x's dtype.
 
     Attributes:
         recompute: True trains with less memory: only x is kept for the backward pass, which runs the forward kernel
@@ -32,7 +34,7 @@ class FusedRecursiveLink(RecursiveLink):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see `recursive_link`."""
         config = self.config
-        if config.layers == 1 or (x.is_nested if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)):
+        if config.layers == 1 or _is_for_layers(x):
             return super().forward(x)
         compiling = torch.compiler.is_compiling()
         layers = None if compiling else self._layers  # not read by a compiler, which would guard on it
@@ -65,7 +67,7 @@ class FusedRecursiveLink(RecursiveLink):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_layers"}
+        return {key: value for key, value in super().__getstate__().items() if key != "_layers"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecursiveLink:
         forget_packed(self.parameters())
@@ -74,3 +76,10 @@ class FusedRecursiveLink(RecursiveLink):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         forget_packed(self.parameters())
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _is_for_layers(x: Any) -> bool:
+    """Whether only torch's own functions take these rows: nested, sparse, of a class with functions, of a trace."""
+    if type(x) is Tensor:
+        return is_for_torch(x)
+    return is_for_torch(x) or has_functions(x) if isinstance(x, Tensor) else isinstance(x, torch.fx.Proxy)

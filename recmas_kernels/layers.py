@@ -1,8 +1,8 @@
 """Whether a link's children are the plain layers whose weights the kernels may read, instead of calling the layers.
 
 Anything else that torch and its users put in a layer's place, or around it, has a meaning of its own: subclasses (LoRA,
-quantisation-aware training), parametrizations, pruning, hooks, a ``forward`` set on the instance (offloading). Such a
-link runs its children, as the eager module does.
+quantisation-aware training), parametrizations, pruning, hooks, a ``forward`` set on the instance (offloading), tensors
+and modes with a ``__torch_function__`` of their own. Such a link runs its children, as the eager module does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.modules.module as modules
-from torch import nn
+from torch import Tensor, nn
 
 from recmas_kernels.config import NORM_NAMES, LinkConfig
+from recmas_kernels.observed import functions_replaced, has_functions
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PLAIN = (nn.Parameter, Tensor, type(None))
 _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = tuple(getattr(modules, f"_global{name}") for name in _HOOKS)
 
 
@@ -35,6 +37,8 @@ def why_not_plain(children: Mapping[str, Any], config: LinkConfig) -> str | None
     """Which child of a two-layer link is no plain layer, and why; None if all are."""
     if any(_GLOBAL_HOOKS):
         return "hooks for all modules are registered"
+    if functions_replaced():
+        return "a function mode may replace torch's functions"
     for name, layer in layers_of(config).items():
         child = children.get(name)
         if child is None:
@@ -49,6 +53,9 @@ def why_not_plain(children: Mapping[str, Any], config: LinkConfig) -> str | None
             return f"{name} has no parameter weight"
         if "bias" in child.__dict__ or "bias" not in child._parameters:
             return f"{name} has no parameter bias"
+        for key, parameter in child._parameters.items():
+            if has_functions(parameter):
+                return f"{name}.{key} is a {type(parameter).__qualname__}, which may replace torch's functions"
     if config.norm:
         name_in, name_out = NORM_NAMES[config.kind]
         eps_in, eps_out = children[name_in].eps, children[name_out].eps
@@ -76,11 +83,14 @@ class PlainLayers:
 
     def tensors(self, children: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """``(w1, b1, w2, b2, w3, b3, norm_in, norm_out, eps)``; None if ``children`` are others, or plain no longer."""
-        if any(self._hooks) or list(children.values()) != self._children:
+        if any(self._hooks) or functions_replaced() or list(children.values()) != self._children:
             return None
         for child, layer, attributes in self._layers:
             if type(child) is not layer or "forward" in attributes:
                 return None
+            for parameter in attributes["_parameters"].values():
+                if type(parameter) not in _PLAIN and has_functions(parameter):
+                    return None
         try:
             return self.read()
         except KeyError:  # a parameter was moved elsewhere, as FSDP does

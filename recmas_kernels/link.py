@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels import checkpoint
+from recmas_kernels.adapter_types import with_eps_of
 from recmas_kernels.config import ACTIVATIONS, NORM_NAMES, LinkConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ def _check_device(device: torch.device | str | None) -> None:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device is {device!r}: {reason}") from None
+
+
+def _expect_like(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for the first key of a link's state that differs from those ``expected`` in a link like it."""
+    for key in sorted(expected.keys() ^ state.keys()):
+        problem = "missing" if key in expected else "not expected"
+        raise ValueError(f"key {key!r} is {problem} in a link of this shape")
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+        if not state[key].is_floating_point():
+            raise ValueError(f"key {key!r} has dtype {state[key].dtype}, expected a floating-point dtype")
 
 
 class RecursiveLink(nn.Module):
@@ -123,22 +136,21 @@ class RecursiveLink(nn.Module):
     def _holding(cls, config: LinkConfig, state: Mapping[str, Tensor]) -> Self:
         """A link of this shape that holds copies of ``state``, in the state's dtype; ValueError names a wrong key."""
         link = cls(config, device="meta")
-        expected = {key: value.shape for key, value in link.state_dict().items()}
-        for key in sorted(expected.keys() ^ state.keys()):
-            problem = "missing" if key in expected else "not expected"
-            raise ValueError(f"key {key!r} is {problem} in a link of this shape")
-        for key, shape in expected.items():
-            if state[key].shape != shape:
-                raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(shape)}")
-            if not state[key].is_floating_point():
-                raise ValueError(f"key {key!r} has dtype {state[key].dtype}, expected a floating-point dtype")
+        _expect_like(link.state_dict(), state)
         copies = {key: value.detach().clone() for key, value in state.items()}
         link.load_state_dict(copies, strict=True, assign=True)
         return link
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``directory``, each replaced whole or not at all."""
-        checkpoint.write_link(directory, self.config, self.state_dict())
+        """Write ``model.safetensors`` and ``config.json`` into ``directory``, each replaced whole or not at all.
+
+        Raises:
+            ValueError: the layers were changed, so that `from_pretrained` would refuse what is written, or make another
+                link of it: two eps, other shapes, other parameters. Nothing is written.
+        """
+        state = self.state_dict()
+        _expect_like(type(self)(self.config, device="meta").state_dict(), state)
+        checkpoint.write_link(directory, with_eps_of(self, self.config), state)
 
     @property
     def norm_out(self) -> nn.LayerNorm | None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
 
 try:
     from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
@@ -33,6 +34,10 @@ except (AttributeError, ImportError):  # a torch that has moved one of them
 
     def transformed() -> bool:
         """False: this torch does not show whether a transform is active; the ops raise torch's own errors then."""
+        return False
+
+    def functions_replaced() -> bool:
+        """False: this torch does not show whether a function mode is active."""
         return False
 
     def is_ordinary(tensor: Tensor) -> bool:
@@ -68,6 +73,29 @@ else:
         with torch.inference_mode(False):
             return _dispatch_keys(torch.zeros(0, device=device_type)).raw_repr()
 
+    def functions_replaced() -> bool:
+        """Whether a function mode may put others in the place of torch's functions; torch's own modes do not."""
+        if torch.compiler.is_compiling() or _len_torch_function_stack() == 0:
+            return False
+        rooms = {type(mode).__module__.partition(".")[0] for mode in _get_current_function_mode_stack()}
+        return rooms != {"torch"}
+
     def is_ordinary(tensor: Tensor) -> bool:
         """Whether a tensor is no subclass and its memory holds its values: not negated, no implied zeros, no batch."""
         return type(tensor) is Tensor and not _dispatch_keys(tensor).raw_repr() & ~_ordinary_keys(tensor.device.type)
+
+
+_SILENT = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+
+
+def has_functions(tensor: Tensor | None) -> bool:
+    """Whether a tensor's class may put others in the place of torch's functions; one that only dispatches does not."""
+    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+        return False
+    function = type(tensor).__torch_function__
+    return getattr(function, "__func__", function) not in _SILENT
+
+
+def is_for_torch(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory that holds its elements in rows: nested, sparse and the like."""
+    return tensor.is_nested or tensor.layout is not torch.strided

@@ -21,7 +21,7 @@ class SharedLinear(nn.Linear):
         """``[..., in_features] -> [..., out_features]``."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if torch.compiler.is_compiling() or weight is None or not frozen.serves_in_place(x, weight, bias):
-            return super().forward(x)
+            return nn.Linear.forward(self, x)  # of a layer that is plain again, too
         return frozen.in_place_linear(x, weight, bias)
 
 

@@ -10,7 +10,20 @@ from recmas_kernels.frozen_linear import FrozenLinear
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, as the model has them unpacked; one packed weight is unpacked at a time."""
+    """Parameters and buffers by name, as the model has them unpacked; one packed weight is unpacked at a time.
+
+    Args:
+        model: any module; it stays packed.
+
+    Yields:
+        ``(name, tensor)`` as ``named_parameters`` and then ``named_buffers`` have them, each shared tensor once. Of a
+        packed weight the tensor is a copy.
+
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     seen: set[int] = set()
     for prefix, part in model.named_modules():
         for name, held in part._parameters.items():

@@ -22,7 +22,8 @@ def explain(link: Any, x: torch.Tensor) -> str:
     """Which kernel would serve ``link(x)`` in the present grad mode, and why not the others.
 
     Args:
-        link: a `RecursiveLink`, any module with its ``config``, or a `FrozenLinear`.
+        link: a `FusedRecursiveLink` or a `FrozenLinear`. Of an eager `RecursiveLink`, which always runs as plain torch,
+            and of any module with a ``config`` like its, it tells who would serve a fused link of this shape.
         x: ``[..., in_features]``, a floating-point tensor.
 
     Returns:

@@ -108,6 +108,8 @@ def test_a_shared_weight_is_read_in_place_by_few_rows(isa: str, dtype: torch.dty
         (dx,) = torch.autograd.grad(model[1](x).sum(), x)
         torch.testing.assert_close(dx[0, 0], model[1].weight.sum(dim=0))
         assert torch.equal(copy.deepcopy(model)[1](x.detach()), model[1](x.detach()))
+        x = x[:1].detach().double()  # of which no kernel reads any
+        assert torch.equal(model.double()[1](x), F.linear(x, model[1].weight, model[1].bias))
     assert type(model[1]) is nn.Linear
 
 

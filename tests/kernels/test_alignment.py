@@ -145,6 +145,7 @@ def test_token_ids_out_of_range_never_read(backend):
         ),
         ({"target": torch.zeros(4, 8, device="meta")}, ValueError, "pred is on cpu and target is on meta"),
         ({"mask": torch.ones(4, 1)}, ValueError, "mask has shape"),
+        ({"mask": torch.tensor([1, 0, -2, -1])}, ValueError, r"mask\[2\] is -2, expected a weight >= 0"),
         ({"pred": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "pred has dtype torch.int64"),
     ],
 )

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from recmas_kernels import FusedRecursiveLink, RecursiveLink
 from recmas_kernels.testing import check_budget, configs, eager_twin, make_link, make_rows
@@ -47,6 +49,33 @@ def test_a_failed_write_keeps_the_good_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert torch.equal(RecursiveLink.from_pretrained(tmp_path).proj1.weight, link.proj1.weight)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_changed_eps_is_saved(tmp_path):
+    link, x = make_link(configs()["outer"]), 0.1 * make_rows(3, 40)
+    link.ln_source.eps = link.ln_target.eps = 0.3
+    link.save_pretrained(tmp_path)
+    assert torch.equal(FusedRecursiveLink.from_pretrained(tmp_path)(x), link(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda link: setattr(link, "proj1", nn.Linear(40, 16)), r"'proj1.weight' has shape \(16, 40\), expected"),
+        (lambda link: setattr(link, "pre_ln", nn.Identity()), "'pre_ln.bias' is missing"),
+        (lambda link: weight_norm(link.proj1), "'proj1.parametrizations.weight.original0' is not expected"),
+        (lambda link: setattr(link.pre_ln, "eps", 0.5), "different eps: 1e-05 and 0.5"),
+    ],
+    ids=["shape", "missing", "parametrized", "eps"],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, change, message):
+    link = make_link(configs()["inner"])
+    link.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change(link)
+    with pytest.raises(ValueError, match=message):
+        link.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 class TestBadFolders:
@@ -138,6 +167,16 @@ def test_released_forms_need_no_type(tmp_path):
     for original in (RecursiveLink.inner(8), RecursiveLink.outer(8, 5)):
         save_file(original.state_dict(), tmp_path / "link.safetensors")
         assert FusedRecursiveLink.from_upstream(tmp_path / "link.safetensors").config == original.config
+
+
+@pytest.mark.parametrize("kind", configs())
+def test_a_module_of_ours_says_what_its_parameters_do_not(kind):
+    """Residual, activation and eps."""
+    original = eager_twin(make_link(configs()[kind]), torch.float32)
+    for norm in [layer for layer in original.children() if isinstance(layer, nn.LayerNorm)]:
+        norm.eps = 0.3
+    x = make_rows(3, original.config.in_features)
+    torch.testing.assert_close(FusedRecursiveLink.from_upstream(original)(x), original(x))
 
 
 def test_a_residual_that_does_not_show_must_be_named():

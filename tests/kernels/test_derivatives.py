@@ -176,7 +176,7 @@ def test_traced_modules_learn_after_they_were_saved(grad: bool) -> None:
     x, buffer = make_rows(3, link.config.in_features), io.BytesIO()
     with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(link, (x,), check_trace=False), buffer)
+        torch.jit.save(torch.jit.trace(link, (x,)), buffer)
     buffer.seek(0)
     loaded = torch.jit.load(buffer)
     named = dict(loaded.named_parameters())

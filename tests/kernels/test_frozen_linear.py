@@ -8,15 +8,20 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recmas_kernels import FrozenLinear, explain
+from recmas_kernels import FrozenLinear, accelerate, explain
 from recmas_kernels.backends import cpu
 from recmas_kernels.testing import make_rows
 from tests.kernels.frozen import make_linear
@@ -177,6 +182,29 @@ def test_what_is_set_to_learn_learns(which: str):
         torch.testing.assert_close(getattr(frozen, key), getattr(plain, key))
 
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "mode"])
+def test_a_layer_that_becomes_plain_in_a_transform_keeps_its_weight(transform: str):
+    """No wrapper of the transform, which means nothing after it."""
+    linear, frozen = pair()
+    x = make_rows(2, 37)
+    frozen.requires_grad_(True)
+    if transform == "vmap":
+        torch.vmap(frozen)(x)
+    elif transform == "grad":
+        torch.func.grad(lambda rows: frozen(rows).sum())(x)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            frozen.unpack()
+    held = frozen._parameters["weight"].data
+    assert type(held) is Tensor
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(held)
+    assert torch.equal(held, linear.weight)
+    frozen.requires_grad_(False)
+    torch.vmap(lambda rows: (frozen.pack(), frozen(rows))[1])(x)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(frozen.panels.data)
+    torch.testing.assert_close(frozen(x), linear(x))
+
+
 def test_reading_the_weight_makes_the_layer_plain():
     linear, frozen = pair()
     parameter = frozen._parameters["weight"]
@@ -216,6 +244,20 @@ def test_a_packed_layer_is_given_to_a_spawned_process():
     torch.testing.assert_close(torch.tensor(end.recv()), plain(x))
     child.join()
     assert frozen.packed() is not None
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(3), None, r"weight has shape \(3,\), expected two dimensions"),
+        ("a", None, "weight is a str, expected a tensor"),
+        (torch.ones(3, 4), torch.ones(4), r"bias has shape \(4,\), expected \(3,\)"),
+        (torch.ones(3, 4), [1, 2, 3], "bias is a list, expected a tensor"),
+    ],
+)
+def test_a_weight_or_bias_that_does_not_fit_is_named(weight: Any, bias: Any, message: str):
+    with pytest.raises((TypeError, ValueError), match=message):
+        FrozenLinear(weight, bias)
 
 
 def test_state_copies_and_pickles_leave_the_layer_packed():
@@ -291,6 +333,112 @@ def test_export_of_a_packed_layer_is_refused(strict: bool):
         torch.export.export(frozen, (x,), strict=strict)
     frozen.unpack()
     torch.testing.assert_close(torch.export.export(frozen, (x,), strict=strict).module()(x), linear(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_copies_of_a_compiled_layer_run_their_own_weight():
+    _, frozen = pair()
+    frozen.compile(backend="eager")
+    x = make_rows(2, 37)
+    frozen(x)
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        twin.weight.data.zero_()
+        assert torch.equal(twin(x), twin.bias.expand(2, -1))
+
+
+def test_a_symbolic_trace_names_the_weight():
+    linear, frozen = pair()
+    graph = torch.fx.symbolic_trace(nn.Sequential(frozen, nn.Tanh()))
+    assert "0.weight" in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(make_rows(2, 37)), linear(make_rows(2, 37)).tanh())
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear.weight.T
+
+
+def test_a_graph_says_where_a_weight_that_was_read_comes_from():
+    linear, frozen = pair()
+    x = make_rows(2, 37)
+    graph = make_fx(ReadsWeight(frozen))(x)
+    assert torch.ops.recmas.frozen_weight.default in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x), x @ linear.weight.T)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_rows(layout: torch.layout):
+    linear, frozen = pair()
+    parts = [make_rows(2, 37), make_rows(3, 37, seed=2)]
+    found = frozen(torch.nested.nested_tensor(parts, layout=layout))
+    for one, part in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(one, linear(part))
+
+
+def test_sparse_rows():
+    linear, frozen = pair()
+    x = F.dropout(make_rows(3, 37), 0.5)
+    torch.testing.assert_close(frozen(x.to_sparse_csr()), linear(x))
+
+
+def test_who_kept_the_forward_may_call_it_when_the_layer_is_plain_again():
+    """As accelerate's hooks do."""
+    table = nn.Embedding(53, 37).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(37, 53), nn.Linear(37, 53)).requires_grad_(False)
+    model[1].weight = table.weight
+    x, expected = make_rows(3, 37), [layer(make_rows(3, 37)) for layer in model]
+    with accelerate(nn.ModuleList([table, model])) as done:
+        assert len(done.packed) == len(done.shared) == 1
+        kept = [layer.forward for layer in model]
+    assert [type(layer) for layer in model] == [nn.Linear] * 2
+    torch.testing.assert_close([run(x) for run in kept], expected)
+
+
+def test_whoever_asks_for_the_parameters_by_a_state_dict_gets_them():
+    _, frozen = pair()
+    held = frozen.state_dict(keep_vars=True)
+    assert held["weight"] is frozen._parameters["weight"]
+    held["weight"].mul_(0)
+    assert torch.equal(frozen(make_rows(1, 37))[0], frozen.bias)
+
+
+class Twice(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func is F.linear else y
+
+
+class TwiceOf(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * y.as_subclass(Tensor) if func is F.linear else y
+
+
+def test_a_function_that_a_mode_or_the_class_of_the_rows_replaces():
+    linear, frozen = pair()
+    x = make_rows(3, 37)
+    with Twice():
+        torch.testing.assert_close(frozen(x), linear(x))
+    torch.testing.assert_close(frozen(x.as_subclass(TwiceOf)), 2 * linear(x))
+    given = {"bias": linear.bias.detach().as_subclass(TwiceOf)}
+    torch.testing.assert_close(functional_call(frozen, given, (x,)), 2 * linear(x))
+    torch.testing.assert_close(frozen(x), linear(x))
+    assert frozen.packed() is not None
+
+
+def test_a_weight_in_shared_memory_is_not_packed():
+    _, frozen = pair()
+    frozen.share_memory()
+    assert frozen.weight.is_shared()
+    frozen.weight.data.fill_(1)  # as another process might
+    torch.testing.assert_close(frozen(torch.ones(1, 37)), 37 + frozen.bias[None])
+    assert frozen.double().float().packed() is not None
 
 
 def test_explain_says_who_serves():

@@ -234,6 +234,8 @@ def test_plain_attributes_move_along():
     link = RecursiveLink.inner(8)
     link.role = "planner"
     assert fuse(link).role == "planner"
+    link.compile(backend="eager")
+    assert fuse(link)._compiled_call_impl is None  # else it would call the link that it replaces
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])

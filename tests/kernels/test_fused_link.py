@@ -75,6 +75,29 @@ def test_copies_and_pickles_are_independent(backend):
         assert torch.equal(link(x), expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_copies_and_pickles_of_a_compiled_link_run_their_own_weights():
+    link = make_link(configs()["inner"])
+    link.compile(backend="eager")
+    x = make_rows(3, 40)
+    expected = link(x).detach()
+    for twin in (copy.deepcopy(link), pickle.loads(pickle.dumps(link))):
+        assert torch.equal(twin(x), expected)
+        twin.proj2.weight.data.zero_()
+        assert not torch.allclose(twin(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40)])
+def test_outputs_are_nobodys_views(backend, shape):
+    """Autograd lets nobody detach a view in place, as loops over time do with a state."""
+    link = make_link(configs()["inner"])
+    y = link(make_rows(*shape))
+    y.detach_()
+    assert not y.requires_grad
+    with torch.no_grad():
+        assert not link(make_rows(*shape))._is_view()
+
+
 def test_conversions_take_effect(backend):
     link = make_link(configs()["inner"])
     x = make_rows(64, 40)

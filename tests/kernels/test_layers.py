@@ -6,12 +6,14 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from recmas_kernels import FusedRecursiveLink, RecursiveLink, explain, fuse, recursive_link
@@ -32,6 +34,17 @@ class LoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class HalvedIn(nn.Parameter):
+    """As quantised weights are: a class whose values are what torch's functions make of them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in (F.linear, F.layer_norm):
+                args = [value / 2 if type(value) is cls else value for value in args]
+            return func(*args, **(kwargs or {}))
 
 
 class Doubled(nn.Module):
@@ -100,6 +113,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "forward": (replace_forward, "proj2 has a forward of its own"),
     "attribute": (plain_attribute, "proj1 has no parameter weight"),
     "buffer": (buffer, "proj1 has no parameter weight"),
+    "class of a weight": (
+        lambda link: setattr(link.proj2, "weight", HalvedIn(link.proj2.weight.detach())),
+        "proj2.weight is a HalvedIn, which may replace torch's functions",
+    ),
+    "class of a bias": (
+        lambda link: setattr(link.pre_ln, "bias", HalvedIn(link.pre_ln.bias.detach())),
+        "pre_ln.bias is a HalvedIn",
+    ),
     "forward hook": (lambda link: link.proj1.register_forward_hook(lambda m, a, out: 2 * out), "proj1 has hooks"),
     "pre-hook": (lambda link: link.proj2.register_forward_pre_hook(lambda m, a: (2 * a[0],)), "proj2 has hooks"),
     "hook with kwargs": (
@@ -167,6 +188,39 @@ def test_global_hooks() -> None:
     assert seen.count(nn.Linear) == 2
 
 
+class OtherGelu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return F.relu(*args) if func is F.gelu else func(*args, **(kwargs or {}))
+
+
+class Logged(Tensor):
+    """Rows whose class has a GELU of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(
+            F.relu if func is F.gelu else func, types, args, {} if func is F.gelu else kwargs
+        )
+
+
+def test_functions_that_a_mode_or_the_class_of_the_rows_replaces() -> None:
+    link, x = make_link(CONFIG), make_rows(3, 40)
+    eager = RecursiveLink(CONFIG)
+    eager.load_state_dict(link.state_dict())
+    plain = link(x)
+    with OtherGelu(), torch.device("cpu"):
+        expected = eager(x)
+        assert torch.equal(link(x), expected)
+        assert "a function mode may replace torch's functions" in explain(link, x)
+    assert not torch.allclose(expected, plain)
+    found = link(x.as_subclass(Logged))
+    assert type(found) is Logged
+    assert torch.equal(found.as_subclass(Tensor), expected)
+    with torch.device("cpu"):
+        assert torch.equal(link(x), plain)
+        assert "through its layers" not in explain(link, x)
+
+
 def test_the_eps_of_both_norms_counts() -> None:
     link = make_link(CONFIG)
     x = 0.1 * make_rows(3, 40)
@@ -224,6 +278,11 @@ def test_nested_tensors(layout: torch.layout) -> None:
         torch.testing.assert_close(found, link(part))
     with pytest.raises(TypeError, match="x is a nested tensor, expected a tensor"):
         recursive_link(nested, link.proj1.weight, link.proj2.weight)
+
+
+def test_sparse_rows() -> None:
+    link, x = make_link(configs()["outer-equation-4"]), F.dropout(make_rows(5, 23), 0.5)
+    torch.testing.assert_close(link(x.to_sparse_csr()), link(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
