@@ -218,7 +218,9 @@ def test_trained_parameters_must_be_masters_that_require_grad():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", 0.0), ("clip_norm", -1.0),
-     ("schedule", "steep"), ("warmup_steps", -1), ("checkpoint_every", -1)],
+     ("schedule", "steep"), ("warmup_steps", -1), ("checkpoint_every", -1), ("learning_rate", float("inf")),
+     ("learning_rate", 1e300), ("weight_decay", -1.0), ("weight_decay", float("nan")), ("betas", (1.5, 0.9)),
+     ("betas", (0.9, float("nan"))), ("betas", (0.9,)), ("clip_norm", float("nan"))],
 )  # fmt: skip
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=field):
