@@ -137,7 +137,7 @@ class Batch:
             result.text_tokens[role] = result.text_tokens.get(role, 0) + len(row)
             if self.settling is not None and role == self.system.pattern.last:
                 result.tokens, result.text, result.rounds = list(row), text_of(row, agent.text), turn.visit.round
-        return [agent.text(row) for row in tokens]
+        return [text_of(row, agent.text) for row in tokens]
 
     def write_answers(
         self, visit: Visit, prompt: Prompt, reuse: PrefixReuse, places: Sequence[int], in_pieces: bool
