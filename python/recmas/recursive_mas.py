@@ -223,6 +223,8 @@ class RecursiveMAS(System):
         Raises:
             ValueError: wrong options, a field that a row lacks, missing links, or a prompt that is too long for an
                 agent whatever texts it reads; before any model runs.
+            RowsFailedError: at the end, if texts that agents wrote made prompts of some rows too long; the others are
+                answered.
             TypeError: a change that is no option.
         """
         chosen = AnswerOptions.of(options, **changes)
