@@ -13,9 +13,11 @@ from torch import nn
 from recmas.devices.failure import DeviceError
 from recmas.prompts.jsonl import read_rows
 from recmas.training.checkpoint import checkpoints, load
+from recmas.training.config import LoopConfig
 from recmas.training.data import DataSource, pick, target_texts
-from recmas.training.loop import LOG, LoopConfig, train
+from recmas.training.loop import train
 from recmas.training.progress import Meter
+from recmas.training.step_log import LOG
 
 
 @dataclass(frozen=True, kw_only=True)
