@@ -25,7 +25,8 @@ from recmas.training import OuterConfig
 from recmas.training.answer import answer_loss
 from recmas.training.data import DataSource, fixed_batches, target_texts
 from recmas.training.loop import train
-from recmas.training.pair_cache import PairCache, Place, Shelf
+from recmas.training.pair_cache import PairCache
+from recmas.training.pair_shelf import Place, Shelf
 from recmas.training.pairs import Utterance, utterances
 from recmas.training.teacher import force, named_parameters, only_trainable
 

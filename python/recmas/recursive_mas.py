@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from recmas.agents.agent import Agent
+from recmas.agents.loading import read_dtype
 from recmas.answering.answers import Answer, Answers
 from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import OnAnswers, OnMessage, Plan
@@ -62,7 +63,7 @@ class RecursiveMAS(System):
         latent_steps: int = 32,
         links_per_round: bool = False,
         device: Devices = "cpu",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         seed: int | None = None,
         compile: bool = False,
@@ -87,16 +88,27 @@ class RecursiveMAS(System):
             trust_remote_code: for transformers.
             seed: of the links; None draws from torch's global generator.
             compile, accelerate: as for `Agent`, of the agents loaded here.
+
+        Raises:
+            ValueError: an unknown role, setting or dtype, or a model that cannot be loaded; one line that names it.
         """
         if link_scale not in ("embedding", "none"):
             raise ValueError(f"link_scale: {link_scale!r} is neither 'embedding' nor 'none'")
-        if latent_steps < 0:
-            raise ValueError(f"latent_steps: {latent_steps} is negative")
+        defaults, wanted = Defaults(rounds, latent_steps), read_dtype(dtype)
+        for what, by_role in (("models", models), ("prompts", prompts or {})):
+            for role in by_role:
+                if role not in pattern.roles:
+                    raise ValueError(f"{what}: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
+        for role, prompt in (prompts or {}).items():
+            if not isinstance(prompt, PromptSpec):
+                raise ValueError(f"prompts: that of {role!r} is a {type(prompt).__name__}, expected a PromptSpec")
         edges = pattern.edges(rounds) if links else set()
         for role in pattern.roles:
             if role not in models:
                 raise ValueError(f"models: role {role!r} of the pattern has no model")
-        sources = {role: (os.fspath(model), dtype) for role, model in models.items() if not isinstance(model, Agent)}
+        sources = {
+            role: (os.fspath(model), wanted or "auto") for role, model in models.items() if not isinstance(model, Agent)
+        }
         loaded = load_agents(sources, place(device, pattern.roles), trust_remote_code, compile, accelerate)
         agents = {role: model if isinstance(model, Agent) else loaded[role] for role, model in models.items()}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -113,12 +125,11 @@ class RecursiveMAS(System):
                 nn.init.constant_(link.norm_out.weight, agents[receiver].embedding_rms())
         settings = {role: default_settings(pattern, role, agents[role]) for role in pattern.roles}
         for role, prompt in (prompts or {}).items():
-            if role not in settings:
-                raise ValueError(f"prompts: unknown role {role!r}; the pattern has {', '.join(pattern.roles)}")
             settings[role].prompt = prompt
         for role, setting in settings.items():
-            setting.dtype = dtype if not isinstance(models[role], Agent) else "auto"
-        mas = cls(agents, inner, outer, pattern, settings=settings, defaults=Defaults(rounds, latent_steps))
+            if wanted is not None and not isinstance(models[role], Agent):
+                setting.dtype = str(wanted).removeprefix("torch.")
+        mas = cls(agents, inner, outer, pattern, settings=settings, defaults=defaults)
         mas._place_links(mas.devices, None)
         return mas
 
@@ -127,7 +138,7 @@ class RecursiveMAS(System):
         cls,
         folder: str | os.PathLike[str],
         device: Devices = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
         *,
         offload: bool = False,
@@ -142,7 +153,7 @@ class RecursiveMAS(System):
             folder: holds ``system.json``. Roles that name one model, with one dtype and on one device, share it.
             device: for all agents, or by role; roles left out are on the CPU. Links are with their agents
                 (`recmas.devices.placement`).
-            dtype: of agents and links; None loads agents as the system says and links as float32 masters.
+            dtype: of agents and links; None, and "auto", loads agents as the system says and links as float32 masters.
             trust_remote_code: for transformers.
             offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
@@ -155,7 +166,9 @@ class RecursiveMAS(System):
                 one line naming it.
         """
         trust = Trust(allow_outside, allow_hub)
-        return load(cls, Path(folder), device, dtype, trust_remote_code, offload, compile, accelerate, trust)
+        return load(
+            cls, Path(folder), device, read_dtype(dtype), trust_remote_code, offload, compile, accelerate, trust
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the system into `folder`; one that is there is replaced whole, or stays whole if this is cut short.
@@ -210,6 +223,8 @@ class RecursiveMAS(System):
         Raises:
             ValueError: wrong options, a field that a row lacks, missing links, or a prompt that is too long for an
                 agent whatever texts it reads; before any model runs.
+            RowsFailedError: at the end, if texts that agents wrote made prompts of some rows too long; the others are
+                answered.
             TypeError: a change that is no option.
         """
         chosen = AnswerOptions.of(options, **changes)

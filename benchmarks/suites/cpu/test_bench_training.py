@@ -18,7 +18,7 @@ from benchmarks.harness.names import FUSED, FUSED_PLAIN, REFERENCE
 from benchmarks.harness.record import Labels
 from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_training import recomputing, reference_step
-from recmas.training.outer import outer_losses
+from recmas.training.recursion import outer_losses
 from recmas.training.teacher import only_trainable
 from recmas_kernels.testing import eager_twin, relative_error
 

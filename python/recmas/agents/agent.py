@@ -56,7 +56,8 @@ class Agent(FrozenModel):
         accelerate: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, name=name)
-        self.source = source
+        # Absolute, so that it means the same folder elsewhere, too, and never a model of that name on the hub.
+        self.source = os.path.abspath(source) if source is not None and Path(source).is_dir() else source
         packs = accelerate and self.device.type == "cpu"
         self.accelerated = recmas_kernels.accelerate(self.model) if packs else None
         self.stepper = Stepper(compiled=compile)

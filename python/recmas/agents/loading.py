@@ -29,8 +29,7 @@ def load_model(
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import is_gguf_available
 
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    wanted = read_dtype(dtype) or "auto"
     where, gguf = gguf_parts(source)
     folder = Path(where)
     if gguf and folder.is_dir() and not (folder / gguf).is_file():
@@ -45,7 +44,6 @@ def load_model(
     if root is not None and folder.is_dir():
         check_model_folder(folder, root, f"agent {name!r}", trust_remote_code)
         weights["use_safetensors"] = True  # never a pickle
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if gguf:
         options["gguf_file"] = gguf
         if hasattr(transformers, "GgufConfig"):  # newer versions would keep the file's blocks
@@ -72,6 +70,22 @@ def load_model(
         shown = source if folder.is_dir() else f"{source} (no such folder, so a model on the hub)"
         raise ValueError(f"agent {name!r}: cannot load {shown}: {_first_line(error)}") from error
     return model.to(device), tokenizer
+
+
+def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that is meant by it or by its name; None is the checkpoint's own, "auto".
+
+    Raises:
+        ValueError: another name, or a dtype of other than floating-point numbers.
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype.is_floating_point:
+            return dtype
+    elif dtype in (None, "auto"):
+        return None
+    elif dtype in DTYPES:
+        return getattr(torch, dtype)
+    raise ValueError(f"dtype: {str(dtype)!r} is not one of {', '.join(DTYPES)}")
 
 
 def is_gguf(source: str) -> bool:

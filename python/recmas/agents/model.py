@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,16 @@ from recmas.engine.prefill import forward_groups
 
 
 class PromptTooLongError(ValueError):
-    """A prompt does not fit into the model's context; `row` is its place in the batch."""
+    """Prompts of a batch do not fit into the model's context; the message is about the longest.
 
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message)
-        self.row = row
+    Attributes:
+        row: the longest one's place in the batch.
+        problems: what is to be said of each that does not fit, by place.
+    """
+
+    def __init__(self, problems: Mapping[int, str], row: int) -> None:
+        super().__init__(problems[row])
+        self.row, self.problems = row, dict(problems)
 
 
 class FrozenModel:
@@ -143,17 +148,21 @@ class FrozenModel:
         return self._own_logits(hidden)
 
     def check_context(self, lengths: Sequence[int], room: int = 0) -> None:
-        """Raise PromptTooLongError for the longest of prompts of so many positions if it does not fit.
+        """Raise PromptTooLongError if not all prompts of so many positions fit.
 
         Args:
             lengths: of a batch.
             room: latent steps that are fed back after them.
         """
-        longest = max(lengths, default=0)
-        if self.context_length is not None and longest + room > self.context_length:
-            used = f"{longest} positions" + (f" and {room} latent steps" if room else "")
-            problem = f"agent {self.name!r}: a prompt of {used} exceeds its context of {self.context_length}"
-            raise PromptTooLongError(problem, lengths.index(longest))
+        context, longest = self.context_length, max(lengths, default=0)
+        if context is not None and longest + room > context:
+            added = f" and {room} latent steps" if room else ""
+            problems = {
+                row: f"agent {self.name!r}: a prompt of {length} positions{added} exceeds its context of {context}"
+                for row, length in enumerate(lengths)
+                if length + room > context
+            }
+            raise PromptTooLongError(problems, lengths.index(longest))
 
     def _proved(self) -> OwnLogits:
         found = required(self.model, self.decoder)

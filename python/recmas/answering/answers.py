@@ -77,7 +77,12 @@ class RowsFailedError(ValueError):
     """
 
     def __init__(self, answers: Answers, failed: Mapping[int, Exception]) -> None:
-        first = min(failed)
-        count = f" ({len(failed)} of {len(answers)} rows have no answer)" if len(failed) > 1 else ""
-        super().__init__(f"row {first}: {failed[first]}{count}")
+        super().__init__(without_answer(failed, len(answers)))
         self.answers, self.failed = answers, dict(failed)
+
+
+def without_answer(failed: Mapping[int, Exception], rows: int) -> str:
+    """What is to be said of some of so many rows that have no answer: why the first one has none, and their number."""
+    first = min(failed)
+    count = f" ({len(failed)} of {rows} rows have no answer)" if len(failed) > 1 else ""
+    return f"row {first}: {failed[first]}{count}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,15 @@ from recmas.engine.prefix_reuse import PrefixReuse, Reading
 from recmas.prompts.rows import Fields
 from recmas.system.system import Turn
 from recmas.tools import Caller
+
+
+class RowsTooLongError(ValueError):
+    """Texts that agents wrote made prompts of some rows too long for an agent; `rows` says why, by number."""
+
+    def __init__(self, rows: Mapping[int, str]) -> None:
+        first = min(rows)
+        super().__init__(f"row {first}: {rows[first]}")
+        self.rows = dict(rows)
 
 
 class Batch:
@@ -57,7 +66,12 @@ class Batch:
 
     @torch.no_grad()
     def run(self, in_pieces: bool) -> Iterator[tuple[int, str]]:
-        """Fill in the answers; yields the number of a row and a piece of its text as it is written, if asked to."""
+        """Fill in the answers; yields the number of a row and a piece of its text as it is written, if asked to.
+
+        Raises:
+            RowsTooLongError: at the beginning of an agent's turn.
+            FloatingPointError: latents or logits that are not finite; names round, agent and row.
+        """
         self.started = time.perf_counter()
         try:
             for turn in self.system.walk(self.rows, self.plan.rounds):
@@ -75,7 +89,8 @@ class Batch:
                         raise FloatingPointError(f"round {turn.visit.round}: {error}") from None
                     self.account(turn, rows)
         except PromptTooLongError as error:
-            raise ValueError(f"row {self.numbers[self.going[error.row]]}: {error}") from error
+            problems = error.problems.items()
+            raise RowsTooLongError({self.numbers[self.going[place]]: problem for place, problem in problems}) from error
 
     def send(self, turn: Turn, in_pieces: bool) -> Iterator[tuple[int, str]]:
         """The turn of an agent whose message another one reads."""
@@ -137,7 +152,7 @@ class Batch:
             result.text_tokens[role] = result.text_tokens.get(role, 0) + len(row)
             if self.settling is not None and role == self.system.pattern.last:
                 result.tokens, result.text, result.rounds = list(row), text_of(row, agent.text), turn.visit.round
-        return [agent.text(row) for row in tokens]
+        return [text_of(row, agent.text) for row in tokens]
 
     def write_answers(
         self, visit: Visit, prompt: Prompt, reuse: PrefixReuse, places: Sequence[int], in_pieces: bool

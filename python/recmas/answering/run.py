@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 
-from recmas.answering.answers import Answer, Answers
-from recmas.answering.batch import Batch
+from recmas.answering.answers import Answer, Answers, RowsFailedError
+from recmas.answering.batch import Batch, RowsTooLongError
 from recmas.answering.batching import Batches, batches
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
@@ -38,30 +38,42 @@ def answer(plan: Plan, rows: Iterable[Question]) -> Answers:
 def _answer(
     plan: Plan, fields: Sequence[Fields], queue: Batches, constants: ConstantPrefixes | None, answers: Answers
 ) -> None:
+    visits = len(list(plan.system.pattern.visits(plan.rounds)))
+    advance: Callable[[int], object] = plan.progress or (lambda rows: None)
+    failed: dict[int, str] = {}
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
-            if plan.progress is not None:
-                plan.progress(len(numbers) * len(list(plan.system.pattern.visits(plan.rounds))))
+            advance(len(numbers) * visits)
             continue
-        part = Answers(Answer() for _ in numbers)
-        several = len(numbers) < len(fields)
-        batch, shown = Batch(plan, part, fields, numbers, constants if several else None), False
-        try:
-            for row, piece in batch.run(in_pieces=plan.on_text is not None):
-                assert plan.on_text is not None
-                shown = True
-                plan.on_text(row, piece)
-        except torch.OutOfMemoryError:
-            if shown or not queue.halve():  # text that was shown cannot be taken back
-                raise
-            if constants is not None:
-                constants.clear()
-            if plan.progress is not None:
-                plan.progress(-batch.visited)
-        else:
-            answers.fill(part, numbers)
-            if plan.on_answers is not None:
-                plan.on_answers(numbers, part)
+        several, left = len(numbers) < len(fields), [number for number in numbers if number not in failed]
+        while left:
+            part = Answers(Answer() for _ in left)
+            batch, shown = Batch(plan, part, fields, left, constants if several else None), False
+            try:
+                for row, piece in batch.run(in_pieces=plan.on_text is not None):
+                    assert plan.on_text is not None
+                    shown = True
+                    plan.on_text(row, piece)
+            except torch.OutOfMemoryError:
+                if shown or not queue.halve():  # text that was shown cannot be taken back
+                    raise
+                if constants is not None:
+                    constants.clear()
+                advance(-batch.visited)
+                break
+            except RowsTooLongError as error:  # once more without these rows, on which no other one depends
+                if shown:
+                    raise
+                failed |= error.rows
+                advance(visits * len(error.rows) - batch.visited)
+                left = [number for number in left if number not in error.rows]
+            else:
+                answers.fill(part, left)
+                if plan.on_answers is not None:
+                    plan.on_answers(left, part)
+                break
+    if failed:
+        raise RowsFailedError(answers, {number: ValueError(problem) for number, problem in failed.items()})
 
 
 def check(plan: Plan, rows: Iterable[Question]) -> None:

@@ -228,18 +228,16 @@ def loaded(options: Namespace, folder: Path | None = None) -> Iterator[Recursive
     system = options.system if folder is None else folder
     read_spec(system)  # a broken file ends here, before torch has loaded
     with _nothing_collected():
-        import torch
         import transformers
 
         from recmas.recursive_mas import RecursiveMAS
 
     transformers.utils.logging.disable_progress_bar()
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with chosen_backend(options):
         yield RecursiveMAS.from_pretrained(
             system,
             options.device,
-            dtype,
+            options.dtype,
             options.trust_remote_code,
             offload=options.get("offload", False),
             compile=options.get("compile", False),

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recmas.config.pattern import MAX_ROUNDS, LinkKey, Pattern
+from recmas.config.checked import Checked, without_none
+from recmas.config.pattern import MAX_ROUNDS, LinkKey, Pattern, check_rounds
 from recmas.dtypes import DTYPES
 from recmas.files import write_atomically
-from recmas.files.reading import read_json, shown
+from recmas.files.reading import parse_json, read_json, shown
 
 FILE_NAME = "system.json"
 FORMAT = 1
-MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE, MAX_PATH = 1 << 16, 1 << 20, 1 << 20, 1024
-"""Latent steps of a message, tokens of a text, characters of a template and of a path: a downloaded system cannot ask
-for more."""
+MAX_STEPS, MAX_TOKENS, MAX_TEMPLATE = 1 << 16, 1 << 20, 1 << 20
+"""Latent steps of a message, tokens of a text, characters of a template: a downloaded system cannot ask for more."""
 
 _EDGE = re.compile(r"(.+?)->([^@]+)(?:@([1-9][0-9]{0,2}))?")
 MAX_REPLICAS, MAX_CPUS = 256, 1024
@@ -56,6 +56,10 @@ class Decoding:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is negative")
         if self.max_new_tokens > MAX_TOKENS:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is more than {MAX_TOKENS}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}: {value!r} is not a number")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature} is not a finite number >= 0")
         if 0.0 < self.temperature < LEAST_TEMPERATURE:
@@ -121,8 +125,14 @@ class AgentSpec:
 
 @dataclass
 class Defaults:
+    """Rounds, and latent steps of agents without a number of their own, where a call names none."""
+
     rounds: int = 1
     latent_steps: int = 32
+
+    def __post_init__(self) -> None:
+        check_rounds(self.rounds)
+        check_steps(self.latent_steps)
 
 
 @dataclass
@@ -162,11 +172,16 @@ def steps_by_role(
     elif asked is not None:
         steps = dict.fromkeys(steps, asked)
     for role, count in steps.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"latent_steps: {count!r} for {role!r} is not an integer >= 0")
-        if count > MAX_STEPS:
-            raise ValueError(f"latent_steps: {count} for {role!r} is more than {MAX_STEPS}")
+        check_steps(count, f" for {role!r}")
     return steps
+
+
+def check_steps(count: object, whose: str = "") -> None:
+    """Raise ValueError unless this can be a number of latent steps."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"latent_steps: {count!r}{whose} is not an integer >= 0")
+    if count > MAX_STEPS:
+        raise ValueError(f"latent_steps: {count}{whose} is more than {MAX_STEPS}")
 
 
 def edge_name(edge: LinkKey) -> str:
@@ -209,7 +224,11 @@ def read_spec(folder: str | os.PathLike[str]) -> SystemSpec:
 
 
 def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
-    """Write `folder`/system.json atomically; None values are left out."""
+    """Write `folder`/system.json atomically; None values are left out.
+
+    Raises:
+        ValueError: `read_spec` would not take it, as settings may be that were changed in memory; nothing is written.
+    """
     agents = {}
     for role, agent in spec.agents.items():
         described = {
@@ -219,11 +238,11 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
             "latent_steps": agent.latent_steps,
             "chat": agent.chat,
             "system": agent.system,
-            "prompt": _without_none(vars(agent.prompt)),
+            "prompt": without_none(vars(agent.prompt)),
             "decoding": vars(agent.decoding),
             "placement": _changed(agent.placement, PlacementSpec()),
         }
-        agents[role] = _without_none(described)
+        agents[role] = without_none(described)
     pattern = spec.pattern
     content = {
         "format": FORMAT,
@@ -238,11 +257,10 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
         "edge_scores": spec.edge_scores,
         "sha256": spec.sha256 or None,
     }
-    write_atomically(Path(folder) / FILE_NAME, json.dumps(_without_none(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def _without_none(described: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in described.items() if value is not None}
+    path = Path(folder) / FILE_NAME
+    text = json.dumps(without_none(content), indent=2, ensure_ascii=False, default=repr) + "\n"
+    _Reader(path).system(parse_json(text))
+    write_atomically(path, text)
 
 
 def _changed(part: Any, standard: Any) -> dict[str, Any] | None:
@@ -250,56 +268,8 @@ def _changed(part: Any, standard: Any) -> dict[str, Any] | None:
     return {name: value for name, value in vars(part).items() if value != getattr(standard, name)} or None
 
 
-_NAMES = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-}
-
-
-class _Reader:
-    """Checks every key of one file; errors are one line: file, key, what it was, what was expected."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def fail(self, key: str, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: {key if len(key) <= 200 else key[:197] + '...'}: {problem}")
-
-    def typed(self, value: Any, kind: type, key: str) -> Any:
-        accepted: Any = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(key, f"{shown(value)} is not {_NAMES[kind]}")
-        return float(value) if kind is float else value
-
-    def name(self, value: Any, key: str) -> str:
-        """A path, or a hub id."""
-        text = str(self.typed(value, str, key))
-        if not 0 < len(text) <= MAX_PATH or not text.isprintable():
-            raise self.fail(key, f"{shown(text)} is no path of 1 to {MAX_PATH} printable characters")
-        return text
-
-    def table(self, value: Any, key: str, required: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
-        """`value` as an object with exactly these keys; a null counts as absent."""
-        known = {**required, **optional}
-        prefix = f"{key}." if key else ""
-        table = _without_none(self.typed(value, dict, key or "the file"))
-        for name in table:
-            if name not in known:
-                raise self.fail(f"{prefix}{name}", f"unknown key, expected {', '.join(known)}")
-        for name in required:
-            if name not in table:
-                raise self.fail(f"{prefix}{name}", "missing key")
-        return {name: self.typed(item, known[name], f"{prefix}{name}") for name, item in table.items()}
-
-    def build(self, key: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return make(*args, **kwargs)
-        except ValueError as error:
-            raise self.fail(key, str(error)) from None
+class _Reader(Checked):
+    """What the objects of a ``system.json`` become."""
 
     def system(self, content: Any) -> SystemSpec:
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
@@ -308,7 +278,7 @@ class _Reader:
         optional = {"outer_links": dict, "defaults": dict, "edge_scores": str, "sha256": dict}
         table = self.table(content, "", required, optional)
         pattern = self.pattern(table["pattern"])
-        agents = {role: self.agent(agent, f"agents.{role}") for role, agent in _without_none(table["agents"]).items()}
+        agents = {role: self.agent(agent, f"agents.{role}") for role, agent in without_none(table["agents"]).items()}
         for role in agents:
             if role not in pattern.roles:
                 raise self.fail(f"agents.{role}", f"unknown role, the pattern has {', '.join(pattern.roles)}")
@@ -331,13 +301,6 @@ class _Reader:
         if "edge_scores" in table:
             self.name(table["edge_scores"], "edge_scores")
         return SystemSpec(pattern, agents, links, Defaults(**counts), table.get("edge_scores"), digests)
-
-    def between(self, table: Mapping[str, Any], name: str, least: int, most: int, key: str) -> None:
-        value = table.get(name, least)
-        if value < least:
-            raise self.fail(f"{key}.{name}", f"{value} is less than {least}")
-        if value > most:
-            raise self.fail(f"{key}.{name}", f"{value} is more than {most}")
 
     def pattern(self, content: Any) -> Pattern:
         table = self.table(content, "pattern", {"stages": list}, {"combine": str, "exchange": str})

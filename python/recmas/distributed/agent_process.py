@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from recmas.agents.loading import read_dtype
 from recmas.config.system_json import SystemSpec
 from recmas.distributed.cores import cores
 from recmas.distributed.order import Described, Done, Loading, Order
@@ -65,7 +66,7 @@ class AgentProcess:
             spec,
             role,
             device,
-            None if loading.dtype == "auto" else getattr(torch, loading.dtype),
+            read_dtype(loading.dtype),
             loading.trust_remote_code,
             loading.compile,
             loading.accelerate,

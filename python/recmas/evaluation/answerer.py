@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
-from recmas.answering.answers import Answers
+from recmas.answering.answers import Answers, RowsFailedError, without_answer
 from recmas.answering.options import AnswerOptions
 from recmas.config.outline import Outline
 from recmas.config.pattern import Pattern
@@ -34,3 +35,17 @@ class Answerer(Protocol):
 
     def answer(self, rows: Sequence[Fields], options: AnswerOptions) -> Answers:
         """Answers in the order of the rows."""
+
+
+@contextmanager
+def numbered(numbers: Sequence[int], rows: int) -> Iterator[None]:
+    """Within, some of so many rows are asked; those that have no answer are named by their numbers among all.
+
+    Raises:
+        ValueError: rows without an answer.
+    """
+    try:
+        yield
+    except RowsFailedError as error:
+        failed = {numbers[row]: why for row, why in error.failed.items()}
+        raise ValueError(without_answer(failed, rows)) from error

@@ -23,6 +23,7 @@ from recmas.answering.options import AnswerOptions
 from recmas.answering.plan import Plan
 from recmas.answering.prompt_lengths import check_lengths
 from recmas.engine.messages import Prompt
+from recmas.evaluation.answerer import numbered
 from recmas.evaluation.data import expected_answers
 from recmas.evaluation.findings import ArmResult, Audit, Outcome, decide, summed
 from recmas.evaluation.interventions import ARMS, SHUFFLED, TRAINED, Arm, arm, why_left_out
@@ -92,7 +93,8 @@ def audit(
     check_lengths(plan, rows)
     indices = _drawn(len(rows), questions, seed)
     asked = [
-        _Question(rows[index], expected[index], _gold(rows[index], index, plan, expected[index])) for index in indices
+        _Question(index, rows[index], expected[index], _gold(rows[index], index, plan, expected[index]))
+        for index in indices
     ]
     wanted = [name for name in ARMS if name in arms or name in (TRAINED, SHUFFLED)]
     left_out = {name: reason for name in wanted if (reason := why_left_out(name, system, plan.rounds))}
@@ -129,8 +131,9 @@ def audit(
 
 
 class _Question(NamedTuple):
-    """A row, the answer that the metric expects, and the text whose NLL is measured."""
+    """A row and its number, the answer that the metric expects, and the text whose NLL is measured."""
 
+    number: int
     row: Fields
     answer: str
     gold: str
@@ -182,7 +185,8 @@ def _outcomes(
 
         rows = [question.row for question in part]
         changed = replace(options, batch_size=len(part), **made.changes)
-        answers = system.answer(rows, changed, on_message=made.on_message, on_answers=note)
+        with numbered([question.number for question in part], len(asked)):
+            answers = system.answer(rows, changed, on_message=made.on_message, on_answers=note)
         prompt = system.final_prompt
         assert prompt is not None, "the last visit assembles its prompt through the system"
         system.load_weights(last)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from recmas.answering.answers import RowsFailedError, without_answer
 from recmas.answering.manner import Manner
 from recmas.answering.options import AnswerOptions
 from recmas.evaluation import records as record_file
@@ -88,7 +89,7 @@ def sweep(
     Raises:
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
             without an answer or a field or too long for an agent, several samples of greedy answers, or an output file
-            of another run.
+            of another run. At the end, rows without an answer; what the others answered is in the output.
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
@@ -137,6 +138,7 @@ def sweep(
         done = {} if path is None else record_file.read(path, key)
         bar.update(sum(name in done for name in keys.values()))
         firsts = range(0, len(rows), group)
+        failed: dict[int, Exception] = {}
         for (number, cell), sample, first in product(enumerate(cells), range(samples), firsts):
             batch = range(first, min(first + group, len(rows)))
             missing = [index for index in batch if keys[number, sample, index] not in done]
@@ -144,10 +146,15 @@ def sweep(
                 continue
             bar.set_postfix_str(f"{cell.mode}, {cell.rounds} rounds, {cell.steps} steps", refresh=False)
             memory = _PeakMemory(answerers[number])
-            answers = answerers[number].answer(
-                [rows[index] for index in batch],  # whole batches, that nothing depends on where a run was cut short
-                replace(manners[number].options, seed=batch_seed(options.seed, sample, first)),
-            )
+            unanswered: dict[int, Exception] = {}
+            try:  # whole batches, that nothing depends on where a run was cut short
+                answers = answerers[number].answer(
+                    [rows[index] for index in batch],
+                    replace(manners[number].options, seed=batch_seed(options.seed, sample, first)),
+                )
+            except RowsFailedError as error:  # the others are recorded, and not asked again
+                answers, unanswered = error.answers, {batch[row]: why for row, why in error.failed.items()}
+            failed |= unanswered
             seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
             peak = memory.peak()
             made = [
@@ -166,11 +173,14 @@ def sweep(
                     tool_calls=len(answers[index - first].tool_calls),
                 )
                 for index in missing
+                if index not in unanswered
             ]
             if path is not None:
                 record_file.append(path, made)
             done.update({record.key: record for record in made})
-            bar.update(len(made))
+            bar.update(len(missing))
+    if failed:
+        raise ValueError(without_answer(failed, len(rows)))
     records = [done[name] for name in keys.values()]
     size = samples * len(rows)
     return Sweep(records, [summarize(records[start : start + size]) for start in range(0, len(records), size)])

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from recmas.answering.options import AnswerOptions
+from recmas.evaluation.answerer import numbered
 from recmas.evaluation.data import expected_answers
 from recmas.evaluation.intervals import wilson
 from recmas.evaluation.metrics import METRICS, check_metric
@@ -155,7 +156,8 @@ def tune(
 
     with tqdm(total=budget, desc="tune", unit=unit, disable=None if progress else True, leave=False) as bar:
         if unit == "seconds":  # the first answer of a process takes longer than others, and cost decides between equals
-            systems[trials[0].system].answer([rows[order[0]]], _asked(options, trials[0].cell))
+            with numbered(order[:1], len(rows)):
+                systems[trials[0].system].answer([rows[order[0]]], _asked(options, trials[0].cell))
         while not ended:
             for trial in going:
                 first = not trials[0].rungs
@@ -164,9 +166,10 @@ def tune(
                     break
                 numbers = order[len(trial.correct) : count]
                 began, before = clock(), used()
-                answers = systems[trial.system].answer(
-                    [rows[number] for number in numbers], _asked(options, trial.cell)
-                )
+                with numbered(numbers, len(rows)):
+                    answers = systems[trial.system].answer(
+                        [rows[number] for number in numbers], _asked(options, trial.cell)
+                    )
                 trial.spent += clock() - began
                 trial.tokens += sum(
                     sum(answer.text_tokens.values()) + sum(answer.latent_steps.values()) for answer in answers

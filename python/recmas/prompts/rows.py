@@ -7,7 +7,10 @@ agent's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 Fields = Mapping[str, object]
@@ -69,11 +72,13 @@ def text_of(value: object, what: str) -> str:
     """A row's value as a prompt holds it: a text as it is, a number as Python writes it.
 
     Raises:
-        ValueError: null, a list, an object, or half of a surrogate pair; begins with `what`.
+        ValueError: null, a truth value, a number that is not finite (as tables have it where nothing stands), a list,
+            an object, or half of a surrogate pair; begins with `what`.
     """
     if value is None:
         raise ValueError(f"{what} is null; write the text that stands there, or an empty one")
-    if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+    number = isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    if not (isinstance(value, str) or number):
         raise ValueError(f"{what} is {_short(value)}, expected a text or a number")
     return readable(str(value), what)
 

@@ -34,6 +34,10 @@ _NOT_DONE: dict[str, list[Any]] = {
 """OpenAI's fields that this server does not do, and the values at which they ask for nothing."""
 
 
+_SAYS_NOTHING: list[Any] = [None, [], {}]
+"""Values at which other fields of a message say nothing; clients send answers back with such fields."""
+
+
 class TextPart(BaseModel):
     """A part of a message's content."""
 
@@ -48,6 +52,13 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_says_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in _SAYS_NOTHING}
 
 
 class StreamOptions(BaseModel):
@@ -152,9 +163,10 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(place) for place in first["loc"])
-        where = where or str(first.get("ctx", {}).get("name", ""))
+        wrong = [(one, _place(one["loc"], one["type"], body)) for one in error.errors(include_url=False)]
+        # A value that may be of several kinds is told of as the kind that it is most like.
+        first, place = max(wrong, key=lambda pair: len(pair[1]))
+        where = ".".join(map(str, place)) or str(first.get("ctx", {}).get("name", ""))
         if first["type"] in ("not_done", "ignored"):
             raise ApiError(400, first["msg"], "invalid_value", where) from None
         kind = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
@@ -200,6 +212,20 @@ class Reply:
 def event(content: Any) -> bytes:
     """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+def _place(path: tuple[str | int, ...], problem: str, body: bytes) -> list[str | int]:
+    """Where something is wrong, as the request has it: pydantic also names the kinds that it took a value for."""
+    found: Any = json.loads(body, parse_int=str) if path else None  # Python reads no integer of 5000 digits
+    there: list[str | int] = []
+    for number, step in enumerate(path, start=1):
+        try:
+            found = found[step]
+        except (LookupError, TypeError):
+            if problem != "missing" or number < len(path):
+                continue
+        there.append(step)
+    return there
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

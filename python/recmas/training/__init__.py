@@ -24,21 +24,22 @@ if TYPE_CHECKING:
     from recmas.training.all_stages import train_all
     from recmas.training.data import DataSource, read_texts
     from recmas.training.inner import inner_loss, train_inner
-    from recmas.training.loop import StepRecord, TrainingResult
-    from recmas.training.outer import outer_loss, train_outer
+    from recmas.training.outer import train_outer
     from recmas.training.pair_cache import PairCache
+    from recmas.training.recursion import outer_loss
     from recmas.training.sharding import shard_agents
+    from recmas.training.step_log import StepRecord, TrainingResult
     from recmas.training.warmup import train_warmup, warmup_loss
 
 _HOMES = {
     "DataSource": "data",
     "PairCache": "pair_cache",
-    "StepRecord": "loop",
+    "StepRecord": "step_log",
     "read_texts": "data",
-    "TrainingResult": "loop",
+    "TrainingResult": "step_log",
     "inner_loss": "inner",
     "shard_agents": "sharding",
-    "outer_loss": "outer",
+    "outer_loss": "recursion",
     "train_all": "all_stages",
     "train_inner": "inner",
     "train_outer": "outer",

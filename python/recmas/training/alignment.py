@@ -21,12 +21,14 @@ from recmas.training.config import AlignmentConfig, each_round_count
 from recmas.training.data import DataSource, RowSource, fixed_batches, pick
 from recmas.training.lengths import check_utterances
 from recmas.training.link_init import to_identity, to_ridge
-from recmas.training.loop import OnStart, OnStep, Run, TrainingResult, begins, check_run, results_of, train_in_turn
-from recmas.training.pair_cache import PairCache, Place, Plan
+from recmas.training.loop import OnStart, OnStep, Run, begins, check_run, results_of, train_in_turn
+from recmas.training.pair_cache import PairCache, Plan
+from recmas.training.pair_shelf import Place
 from recmas.training.pairs import Pairs, Utterance, check_rows, speak, utterances
 from recmas.training.processes import processes
 from recmas.training.progress import Meter, Shown
 from recmas.training.sharding import is_sharded
+from recmas.training.step_log import TrainingResult
 from recmas.training.teacher import check_trainable, named_parameters, only_trainable
 from recmas_kernels import RecursiveLink
 

@@ -17,9 +17,10 @@ from recmas.training.alignment import Cache
 from recmas.training.config import AllConfig
 from recmas.training.data import RowSource
 from recmas.training.inner import train_inner
-from recmas.training.loop import OnStart, OnStep, TrainingResult, begins
+from recmas.training.loop import OnStart, OnStep, begins
 from recmas.training.outer import train_outer
 from recmas.training.progress import Shown
+from recmas.training.step_log import TrainingResult
 from recmas.training.warmup import train_warmup
 
 

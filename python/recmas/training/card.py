@@ -14,8 +14,8 @@ from typing import Any
 from recmas.config.system_json import SystemSpec, edge_name
 from recmas.files import write_atomically
 from recmas.training.config import ALWAYS_TOLD, changed_settings
-from recmas.training.loop import TrainingResult, read_log
 from recmas.training.run_record import read_record
+from recmas.training.step_log import TrainingResult, read_log
 
 CARD = "README.md"
 _OWN = re.compile(r"<!-- written by recmas train, sha256 of the above ([0-9a-f]{64}) -->\n?")

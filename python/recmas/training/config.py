@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 SAFE_RATE = 1e-4
+MOST_RATE = 1e6
+"""AdamW moves a parameter by about its rate; a step of more is no number of float32 soon."""
 LinkInit = Literal["default", "identity", "ridge"]
 Source = Literal["forced", "rollout"]
 
@@ -64,8 +66,12 @@ class LoopConfig:
             check_count(name, getattr(self, name), least)
         if self.patience is not None:
             check_count("patience", self.patience, 1)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate <= MOST_RATE:
+            raise ValueError(f"learning_rate must be above 0 and at most {MOST_RATE:g}, got {self.learning_rate}")
+        if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
         if self.precision not in ("float32", "bfloat16"):
@@ -109,9 +115,12 @@ class AlignmentConfig(LoopConfig):
         check_rounds(self.rounds)
         if self.link_init not in ("default", "identity", "ridge"):
             raise ValueError(f"link_init must be 'default', 'identity' or 'ridge', got {self.link_init!r}")
-        if min(self.cosine_weight, self.mse_weight) < 0 or self.cosine_weight + self.mse_weight <= 0:
-            weights = f"{self.cosine_weight} and {self.mse_weight}"
-            raise ValueError(f"cosine_weight and mse_weight must not be negative nor both zero, got {weights}")
+        weights = self.cosine_weight, self.mse_weight
+        if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            raise ValueError(
+                f"cosine_weight and mse_weight must be finite, not negative nor both zero, got {weights[0]} and "
+                f"{weights[1]}"
+            )
         if self.max_tokens is not None:
             check_count("max_tokens", self.max_tokens, 1)
 

@@ -3,7 +3,7 @@
 A stage hands over the parameters it trains and a loss, a pure function of (batch index, step) and of the parameters.
 A run that is stopped and resumed then gives the bits of an uninterrupted one.
 
-The output folder holds ``log.jsonl`` (one `StepRecord` per line) and the two newest checkpoints
+The output folder holds the log (`recmas.training.step_log`) and the two newest checkpoints
 (`recmas.training.checkpoint`). A signal that asks the process to end is held back until the step is done and a
 checkpoint is written.
 """
@@ -11,7 +11,6 @@ checkpoint is written.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -25,62 +24,17 @@ import torch
 from torch import nn
 
 from recmas.devices.failure import named
-from recmas.files import write_atomically
 from recmas.files.locks import one_writer
-from recmas.files.reading import inside, open_regular
+from recmas.files.reading import inside
 from recmas.files.signals import Pending, held_back
-from recmas.files.writing import naming
 from recmas.training import checkpoint
 from recmas.training.config import LoopConfig, settings_of
 from recmas.training.processes import Processes, processes
 from recmas.training.progress import Bar, Meter, Shown
 from recmas.training.round_norms import RoundNorms
+from recmas.training.step_log import LOG, StepRecord, TrainingResult, append_record, logged, write_records
 from recmas.training.trackers import check_trackers, tracking
 from recmas.training.validation import Validation
-
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of the log; ``step`` counts finished steps, so the first is 1.
-
-    ``seconds`` has the run itself taken since it began or was resumed, without those of other runs in between;
-    ``grad_norms`` are those of the links, where several are trained, and ``round_norms`` of each link by round, where
-    they were asked for; ``validation`` is the loss on the validation rows after the step, where it was measured;
-    ``tokens`` were read in the step, by all processes.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    seconds: float
-    grad_norms: dict[str, float] = field(default_factory=dict)
-    validation: float | None = None
-    round_norms: dict[str, list[float]] = field(default_factory=dict)
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a loop did: finished steps in all, and their records; of a resumed run, the earlier steps' from its log."""
-
-    steps: int
-    records: list[StepRecord] = field(repr=False)
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over the last tenth of the steps."""
-        last = self.records[-max(1, len(self.records) // 10) :]
-        return sum(record.loss for record in last) / len(last) if last else math.nan
-
-    @property
-    def best(self) -> StepRecord | None:
-        """The step after which the validation rows' loss was least; its links are the ones that were kept."""
-        measured = [record for record in self.records if record.validation is not None]
-        return min(measured, key=lambda record: record.validation or 0.0, default=None)
-
 
 Loss = Callable[[int, int], "torch.Tensor | Iterable[torch.Tensor]"]
 OnStart = Callable[[], "bool | None"]
@@ -227,8 +181,7 @@ def _steps(run: Run, pending: Pending) -> Generator[int, None, TrainingResult]:
             bar.update(value, norm, tokens)
             track(step + 1, dataclasses.asdict(records[-1]))
             if folder is not None and together.writes:
-                with naming(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as log:
-                    log.write(_line(records[-1]))
+                append_record(folder, records[-1])
             wanted = (run.on_step is not None and bool(run.on_step(records[-1]))) or pending.number is not None
             # Where no message of its own is sent, a signal goes with the next step's gradients.
             if together.count == 1 or run.on_step is not None or measured is not None or step + 1 == config.steps:
@@ -362,7 +315,7 @@ def _check_folder(parameters: Mapping[str, nn.Parameter], config: LoopConfig, fo
             raise ValueError(f"{above}: is a file, expected a folder for the run's log and checkpoints")
     if folder.is_dir():
         inside(folder, LOG, str(folder))
-    begun = next(_logged(folder / LOG), None) is not None or checkpoint.checkpoints(folder)
+    begun = next(logged(folder), None) is not None or checkpoint.checkpoints(folder)
     if begun and not resume:
         raise ValueError(
             f"{folder}: already holds a training run; go on with it (--resume, resume=True) "
@@ -370,7 +323,7 @@ def _check_folder(parameters: Mapping[str, nn.Parameter], config: LoopConfig, fo
         )
     if (stored := checkpoint.load(folder)) is not None:
         stored.check(parameters, settings_of(config))
-        for _ in _logged(folder / LOG):
+        for _ in logged(folder):
             pass  # a damaged line is told here
 
 
@@ -391,38 +344,10 @@ def _open(
     together.wait()  # all have read before one writes
     if stored is not None and together.writes:
         checkpoint.sweep(folder, stored.path)
-    records = [record for record in _logged(folder / LOG) if record.step <= steps]
+    records = [record for record in logged(folder) if record.step <= steps]
     if [record.step for record in records] != list(range(1, steps + 1)):
         raise ValueError(f"{folder / LOG}: lacks steps that {stored.path.name if stored else ''} has finished")
     together.wait()
     if together.writes:
-        write_atomically(folder / LOG, "".join(map(_line, records)))
+        write_records(folder, records)
     return records
-
-
-def read_log(folder: Path) -> TrainingResult:
-    """What the run in this folder has done, by its log.
-
-    Raises:
-        ValueError: a line is no record.
-    """
-    records = list(_logged(folder / LOG))
-    return TrainingResult(len(records), records)
-
-
-def _logged(log: Path) -> Iterator[StepRecord]:
-    """Records of the log, but for a last line that a crash cut short."""
-    if not log.exists():
-        return
-    with open_regular(log) as file:
-        lines = file.read().decode(errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            try:
-                yield StepRecord(**json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                raise ValueError(f"{log}, line {number}: not a record of a training step") from None
-
-
-def _line(record: StepRecord) -> str:
-    return json.dumps(dataclasses.asdict(record)) + "\n"

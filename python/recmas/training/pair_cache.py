@@ -1,9 +1,7 @@
 """Pairs on disk: every text runs through its frozen agent once, however often links are trained on it.
 
-A cache is a folder with one folder per role in it::
-
-    pairs.json              what the pairs depend on beside the token ids: model, tokenizer, prompts, dtype
-    00000.safetensors ...   keys uint8 [texts, 16], lengths int32 [texts], hidden [n, d], ids int32 [n]
+A cache is a folder with one folder per role in it. That holds shards (`recmas.training.pair_shelf`) and ``pairs.json``,
+which says what the pairs depend on beside the token ids: model, tokenizer, prompts and dtype.
 
 A text's key is a digest of the ids that the agent reads and says, so neither other data nor another round can be taken
 for it; what is held already, by whichever stage, is not run again. Shards are replaced whole or not at all, and texts
@@ -22,17 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from recmas.agents.agent import Agent
 from recmas.agents.fingerprint import model_digest, tokenizer_digest
-from recmas.files import replacing, write_atomically
+from recmas.files import write_atomically
 from recmas.files.locks import one_writer
-from recmas.files.reading import check_regular, inside, read_json
+from recmas.files.reading import inside, read_json
 from recmas.system.system import System
-from recmas.training.pairs import Pairs, Utterance, speak
+from recmas.training.pair_shelf import Shelf, key_of
+from recmas.training.pairs import Utterance, speak
 from recmas.training.processes import processes
 from recmas.training.progress import Shown, bar
 
@@ -101,7 +98,7 @@ class Plan:
         said: Sequence[Utterance],
     ) -> None:
         self._folder, self._agent, self._identity, self._stored = folder, agent, identity, stored
-        self._asked = {_key(one): one for one in said}
+        self._asked = {key_of(one): one for one in said}
         _check_identity(folder, identity)
 
     def missing(self, shelf: Shelf | None = None) -> Missing:
@@ -161,72 +158,6 @@ class Missing(NamedTuple):
         pairs = sum(len(one.said) for one in self.said)
         shards = min(len(self.said), 1 + pairs * self.width // SHARD_BYTES)
         return pairs * (self.width + 4) + len(self.said) * 20 + shards * 1024
-
-
-class Shelf:
-    """The pairs of one agent, memory-mapped.
-
-    Attributes:
-        places: shard, first pair and number of pairs by key.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._shards: list[Mapping[str, torch.Tensor]] = []
-        self._next = 0
-        self.places: dict[bytes, tuple[int, int, int]] = {}
-        for path in sorted(folder.glob("[0-9]*.safetensors")):
-            self._open(path)
-
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one more shard, and open it."""
-        path = self._folder / f"{self._next:05d}.safetensors"
-        with replacing(path) as file:
-            file.write(save(dict(tensors)))
-        self._open(path)
-
-    def pairs(self, said: Sequence[Place]) -> Pairs:
-        """Of these utterances, one after the other, on the CPU."""
-        hidden, ids = [], []
-        for place in said:
-            shard, start, count = self.places[place.key]
-            hidden.append(self._shards[shard]["hidden"][start : start + count])
-            ids.append(self._shards[shard]["ids"][start : start + count])
-        lengths = [len(part) for part in ids]
-        return Pairs(torch.cat(hidden), torch.cat(ids).long(), lengths, [place.text for place in said])
-
-    def _open(self, path: Path) -> None:
-        inside(self._folder, path.name, str(self._folder))
-        try:
-            check_regular(path)
-            shard = load_file(path)
-            keys, lengths = shard["keys"].numpy(), shard["lengths"].tolist()
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); delete it and its pairs are made again") from None
-        start = 0
-        for key, length in zip(keys, lengths, strict=True):
-            self.places[key.tobytes()] = len(self._shards), start, length
-            start += length
-        self._shards.append(shard)
-        self._next = int(path.stem) + 1
-
-
-class Place(NamedTuple):
-    """What is kept of an utterance whose pairs are in a cache."""
-
-    key: bytes
-    text: str
-
-    @classmethod
-    def of(cls, said: Utterance) -> Place:
-        return cls(_key(said), said.text)
-
-
-def _key(said: Utterance) -> bytes:
-    digest = hashlib.blake2b(len(said.prompt).to_bytes(8, "little"), digest_size=16)
-    digest.update(said.prompt)
-    digest.update(said.said)
-    return digest.digest()
 
 
 def _identity(system: System, role: str, stored: torch.dtype) -> dict[str, str]:
@@ -305,7 +236,7 @@ def _made(agent: Agent, said: Sequence[Utterance], stored: torch.dtype) -> dict[
     """The content of a shard."""
     parts = [speak(agent, batch) for batch in _batches(said)]
     return {
-        "keys": torch.tensor([list(_key(one)) for one in said], dtype=torch.uint8),
+        "keys": torch.tensor([list(key_of(one)) for one in said], dtype=torch.uint8),
         "lengths": torch.tensor([len(one.said) for one in said], dtype=torch.int32),
         "hidden": torch.cat([part.hidden.to("cpu", stored) for part in parts]),
         "ids": torch.cat([part.ids.to("cpu", torch.int32) for part in parts]),

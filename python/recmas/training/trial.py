@@ -12,10 +12,10 @@ from recmas.prompts.rows import Fields
 from recmas.system.system import System
 from recmas.training.config import InnerConfig, LoopConfig, OuterConfig
 from recmas.training.inner import train_inner
-from recmas.training.loop import TrainingResult
 from recmas.training.outer import train_outer
 from recmas.training.pair_cache import PairCache
 from recmas.training.processes import processes
+from recmas.training.step_log import TrainingResult
 from recmas.training.warmup import train_warmup
 
 

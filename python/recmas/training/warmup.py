@@ -26,9 +26,10 @@ from recmas.training.alignment import Cache, Stage, train_apart
 from recmas.training.config import WarmupConfig
 from recmas.training.counterparts import Counterparts, check_alignable, check_offsets
 from recmas.training.data import RowSource
-from recmas.training.loop import OnStart, OnStep, TrainingResult
+from recmas.training.loop import OnStart, OnStep
 from recmas.training.pairs import Pairs, speak, utterances
 from recmas.training.progress import Shown
+from recmas.training.step_log import TrainingResult
 from recmas_kernels import alignment_loss
 
 

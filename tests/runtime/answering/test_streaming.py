@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from recmas import SEQUENTIAL, RecursiveMAS
+from recmas import DISTILLATION, SEQUENTIAL, Agent, RecursiveMAS
 from recmas.agents.detokenizer import Detokenizer, text_of
 from recmas.cli import main
-from tests.runtime.tiny import tiny_agent, tiny_tokenizer
+from tests.runtime.tiny import tiny_agent, tiny_model, tiny_tokenizer
 
 TEXTS = ["the quick brown fox", "naïve café — 日本語 🦊👩‍👩‍👧 ok", "  two  spaces , and . cleanup 's n't ", "", "🦊"]
 
@@ -87,6 +87,18 @@ def test_pieces_join_where_the_first_space_is_stripped(words):
     decode = decoder(tokenizer)
     assert "".join(pieces(decode, ids)) == text_of(ids, decode)
     assert (text_of(ids, decode) == decode(ids)) is (words[4:5] != ["<0xF0>"])
+
+
+def test_a_message_is_the_text_that_its_pieces_join_to(monkeypatch):
+    """As it is where agents are served, so that whoever reads it reads the same."""
+    agent = Agent(tiny_model("llama"), sentencepiece(), name="one")
+    mas = RecursiveMAS.create(dict.fromkeys(DISTILLATION.roles, agent), DISTILLATION, rounds=1, latent_steps=1)
+    ids = agent.tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "<0xA6>", "<0x8A>", "<0xF0>", "▁a"])
+    monkeypatch.setattr(Agent, "decode", lambda *_, **__: [ids])
+    sent = []
+    mas.answer(["a"], mode="text", max_new_tokens=1, on_message=lambda _, message: sent.append(message) or message)
+    assert sent == [[text_of(ids, agent.text)]]
+    assert sent != [[agent.text(ids)]]
 
 
 @pytest.fixture(scope="module")

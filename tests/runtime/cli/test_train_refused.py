@@ -48,6 +48,9 @@ def trained(tmp_path_factory):
 REFUSED = {
     "no steps": ["--steps", "0"],
     "a negative rate": ["--learning-rate", "-1"],
+    "a rate without bounds": ["--learning-rate", "1e300"],
+    "a negative decay": ["--weight-decay", "-1"],
+    "a beta beyond 1": ["--betas", "[1.5, 0.9]"],
     "no rounds": ["--rounds", "0"],
     "too many rounds": ["--rounds", "257"],
     "rounds without links": ["--rounds", "1,x"],
@@ -81,6 +84,10 @@ REFUSED = {
     "bad validation rows": ["--validation", "no target.jsonl"],
 }
 BY_STAGE = {
+    "--learning-rate": ("inner", "outer"),
+    "--weight-decay": ("inner", "outer"),
+    "--betas": ("inner", "outer"),
+    "--schedule": ("inner", "outer"),
     "--roles": ("inner",),
     "--edges": ("warmup", "outer"),
     "--round-weights": ("outer", "all"),

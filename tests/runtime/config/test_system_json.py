@@ -49,6 +49,49 @@ def test_round_trip(tmp_path):
     assert read_spec(tmp_path) == FULL
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bf16"}, "agents.a.dtype: 'bf16' is not one of auto"),
+        ({"dtype": object}, "agents.a.dtype: "),
+        ({"latent_steps": 1.5}, "agents.a.latent_steps: 1.5 is not an integer"),
+        ({"model": ""}, "agents.a.model: '' is no path"),
+        ({"prompt": PromptSpec()}, "agents.a.prompt: has neither first nor later"),
+        ({"system": "x" * (MAX_TEMPLATE + 1)}, "agents.a.system: has "),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, change, message):
+    write_spec(tmp_path, FULL)
+    before = (tmp_path / "system.json").read_text()
+    changed = copy.deepcopy(FULL)
+    vars(changed.agents["a"]).update(change)
+    with pytest.raises(ValueError, match=re.escape(f"system.json: {message}")):
+        write_spec(tmp_path, changed)
+    assert (tmp_path / "system.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("rounds", "steps", "message"),
+    [
+        (0, 1, "rounds: 0 is not a positive integer"),
+        (MAX_ROUNDS + 1, 1, f"rounds: {MAX_ROUNDS + 1} is more than {MAX_ROUNDS}"),
+        (1.5, 1, "rounds: 1.5 is not a positive integer"),
+        (1, 1.5, "latent_steps: 1.5 is not an integer >= 0"),
+        (1, -1, "latent_steps: -1 is not an integer >= 0"),
+        (1, MAX_STEPS + 1, f"latent_steps: {MAX_STEPS + 1} is more than {MAX_STEPS}"),
+    ],
+)
+def test_defaults_are_checked(rounds, steps, message):
+    with pytest.raises(ValueError, match=message):
+        Defaults(rounds, steps)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("temperature", True), ("top_p", "1")])
+def test_decoding_takes_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name}: {value!r} is not a number"):
+        Decoding(**{name: value})
+
+
 def test_what_is_left_out_has_its_default(tmp_path):
     (tmp_path / "system.json").write_text(json.dumps(SMALL))
     spec = read_spec(tmp_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
+
+import numpy as np
 import pytest
 
 from recmas import SEQUENTIAL, Agent, RecursiveMAS
 from recmas.config.system_json import AgentSpec, PromptSpec
 from recmas.prompts.renderer import PromptRenderer
-from recmas.prompts.rows import ChatRow, earlier, read_row
+from recmas.prompts.rows import ChatRow, check_fields, earlier, read_row
 from recmas.prompts.template import Slot, Template
 from tests.runtime.tiny import CHAT_WITHOUT_SYSTEM, tiny_agent, tiny_tokenizer
 
@@ -65,6 +69,19 @@ def test_rows():
     assert isinstance(row, ChatRow)
     assert row == {"question": CHAT[-1]["content"], "sheet": "x"}
     assert earlier(row) == tuple(CHAT[:-1])
+
+
+@pytest.mark.parametrize("value", ["", "fox", 0, -1.5, Decimal("0.10"), np.int64(3), np.float32(0.5)])
+def test_a_field_is_a_text_or_a_number(value):
+    check_fields({"question": value}, 0, {"question": "planner"})
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, np.True_, float("nan"), float("inf"), np.float64("nan"), [], {}, {1}, date(2026, 1, 2)]
+)
+def test_a_field_of_another_kind_is_refused(value):
+    with pytest.raises(ValueError, match="row 3: field 'question' is "):
+        check_fields({"question": value}, 3, {"question": "planner"})
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,43 @@ def test_what_asks_for_nothing_is_taken(server: Served) -> None:
     )
 
 
+def test_an_answer_may_be_sent_back_as_clients_hold_it(server: Served, system: RecursiveMAS) -> None:
+    """They keep fields that said nothing; one that says something is refused."""
+    before, chat = asked("fox"), [*asked("fox"), {"role": "assistant", "content": "dog"}, *asked("0 + 1 =")]
+    said = {**chat[1], "refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": []}
+    status, found = raw(server, json.dumps({"model": "tiny", "messages": [*before, said, chat[2]]}).encode())
+    assert status == 200, found
+    assert found["choices"][0]["message"]["content"] == system.answer([chat])[0].text
+    said["tool_calls"] = [{"id": "x"}]
+    status, found = raw(server, json.dumps({"model": "tiny", "messages": [*before, said, chat[2]]}).encode())
+    assert (status, found["error"]["param"]) == (400, "messages.1.tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        ({"latent_steps": -1}, "latent_steps", "greater than or equal to 0"),
+        ({"latent_steps": {"planner": -1}}, "latent_steps.planner", "greater than or equal to 0"),
+        ({"fields": {"sheet": [1]}}, "fields.sheet", "valid string"),
+        ({"seed": 10**4000}, "seed", "less than"),
+    ],
+)
+def test_what_is_wrong_is_named_as_the_request_has_it(
+    server: Served, request_: dict[str, object], param: str, message: str
+) -> None:
+    status, said = raw(server, json.dumps({"model": "tiny", "messages": asked("x"), **request_}).encode())
+    assert (status, said["error"]["param"]) == (400, param), said
+    assert message in said["error"]["message"]
+
+
+def test_an_integer_of_any_length_is_a_wrong_request(server: Served) -> None:
+    body = b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "rounds": ' + b"9" * 5000 + b"}"
+    status, said = raw(server, body)
+    assert status == 400, said
+
+
 def test_refusals_are_counted(server: Served) -> None:
     before = server.counted("recmas_requests_total", outcome="refused")
     for case in ("not json", "stop", "model", "field that nothing reads"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recmas import MIXTURE, SEQUENTIAL, Agent, Pattern, RecursiveMAS
-from recmas.config.system_json import AgentSpec, PromptSpec
+from recmas.config.system_json import AgentSpec, PromptSpec, read_spec
 from tests.runtime.tiny import tiny_agent, tiny_link
 
 QUESTIONS = ["fox", "what is the answer to everything?", "the lazy dog", "0 + 1 ="]
@@ -172,6 +172,12 @@ def test_dtype_on_loading(mas, tmp_path):
     mas.save_pretrained(tmp_path / "s")
     low = RecursiveMAS.from_pretrained(tmp_path / "s", dtype=torch.bfloat16)
     assert low.agents["planner"].dtype == low.inner_links["planner"].proj1.weight.dtype == torch.bfloat16
+    named = RecursiveMAS.from_pretrained(tmp_path / "s", dtype="bfloat16")
+    assert named.agents["planner"].dtype == named.inner_links["planner"].proj1.weight.dtype == torch.bfloat16
+    assert RecursiveMAS.from_pretrained(tmp_path / "s", dtype="auto").agents["planner"].dtype == torch.float32
+    for wrong in ("bf16", torch.int8, 16):
+        with pytest.raises(ValueError, match="dtype: .* is not one of auto, float32, bfloat16, float16"):
+            RecursiveMAS.from_pretrained(tmp_path / "s", dtype=wrong)
     assert len(low.answer(["fox"], max_new_tokens=2)[0].tokens) > 0
     content = json.loads((tmp_path / "s" / "system.json").read_text())
     content["agents"]["critic"]["dtype"] = "bfloat16"
@@ -183,9 +189,53 @@ def test_dtype_on_loading(mas, tmp_path):
     assert mixed.to(dtype=torch.float32).agents["critic"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_on_making(tmp_path, dtype):
+    tiny_agent("llama").save_pretrained(tmp_path / "m")
+    made = RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, tmp_path / "m"), SEQUENTIAL, latent_steps=1, dtype=dtype)
+    made.save_pretrained(tmp_path / "s")
+    assert read_spec(tmp_path / "s").agents["planner"].dtype == "bfloat16"
+    assert RecursiveMAS.from_pretrained(tmp_path / "s").agents["planner"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {**dict.fromkeys(SEQUENTIAL.roles, "x"), "poet": "x"}}, "models: unknown role 'poet'; the pattern"),
+        ({"prompts": {"planner": "{{question}}"}}, "prompts: that of 'planner' is a str, expected a PromptSpec"),
+        ({"latent_steps": 1.5}, "latent_steps: 1.5 is not an integer >= 0"),
+        ({"latent_steps": 10**9}, "latent_steps: 1000000000 is more than"),
+        ({"rounds": 1000}, "rounds: 1000 is more than"),
+    ],
+)
+def test_what_no_system_can_be_made_with_is_told_before_anything_is_loaded(changes, message):
+    arguments = {"models": dict.fromkeys(SEQUENTIAL.roles, "/no/such/folder"), "pattern": SEQUENTIAL} | changes
+    with pytest.raises(ValueError, match=message):
+        RecursiveMAS.create(**arguments)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_is_the_same_one_from_another_working_directory(tmp_path, monkeypatch, made):
+    """``models/one`` and ``agents/planner`` could be names of models on the hub."""
+    one = tiny_agent("llama", chat_template=None)
+    one.save_pretrained(tmp_path / "models" / "one")
+    mas = RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, one), SEQUENTIAL, latent_steps=1)
+    mas.save_pretrained(tmp_path / "s")
+    monkeypatch.chdir(tmp_path if made else tmp_path / "s")
+    if made:
+        mas = RecursiveMAS.create(dict.fromkeys(SEQUENTIAL.roles, "models/one"), SEQUENTIAL, latent_steps=1)
+    else:
+        mas = RecursiveMAS.from_pretrained(".")
+    monkeypatch.chdir("/")
+    mas.save_pretrained(tmp_path / "copy")
+    assert texts(RecursiveMAS.from_pretrained(tmp_path / "copy").answer(["fox"], max_new_tokens=2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"temperature": "hot"}, "temperature: 'hot' is not a number"),
+        ({"settle": "soon"}, "settle: 'soon' is not in"),
         ({"mode": "telepathy"}, "mode: 'telepathy' is not one of latent, text"),
         ({"rounds": 0}, "rounds: 0 is not a positive integer"),
         ({"rounds": -2}, "rounds: -2 is not a positive integer"),

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from recmas.cli import main
-from recmas.training.loop import LOG
 from recmas.training.run_record import RUN
+from recmas.training.step_log import LOG
 from tests.runtime.lean import write_lean
 
 QUICK = ["--data", "rows.jsonl", "--steps", "2", "--batch-size", "2", "--rounds", "1"]

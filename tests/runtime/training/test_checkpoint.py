@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from recmas.training.checkpoint import checkpoints
-from recmas.training.loop import LOG, train
+from recmas.training.loop import train
+from recmas.training.step_log import LOG
 from tests.runtime.killing import another_writer, killed_at
 from tests.runtime.training.test_loop import SmallConfig, regression, run
 

@@ -13,9 +13,11 @@ from torch import nn
 from recmas.devices.failure import DeviceError
 from recmas.prompts.jsonl import read_rows
 from recmas.training.checkpoint import checkpoints, load
+from recmas.training.config import LoopConfig
 from recmas.training.data import DataSource, pick, target_texts
-from recmas.training.loop import LOG, LoopConfig, train
+from recmas.training.loop import train
 from recmas.training.progress import Meter
+from recmas.training.step_log import LOG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,9 @@ def test_trained_parameters_must_be_masters_that_require_grad():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", 0.0), ("clip_norm", -1.0),
-     ("schedule", "steep"), ("warmup_steps", -1), ("checkpoint_every", -1)],
+     ("schedule", "steep"), ("warmup_steps", -1), ("checkpoint_every", -1), ("learning_rate", float("inf")),
+     ("learning_rate", 1e300), ("weight_decay", -1.0), ("weight_decay", float("nan")), ("betas", (1.5, 0.9)),
+     ("betas", (0.9, float("nan"))), ("betas", (0.9,)), ("clip_norm", float("nan"))],
 )  # fmt: skip
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=field):

@@ -11,10 +11,9 @@ import torch
 
 from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL
 from recmas.config.system_json import PromptSpec, edge_name
-from recmas.training import OuterConfig, train_outer
-from recmas.training import outer as outer_stage
+from recmas.training import OuterConfig, recursion, train_outer
 from recmas.training.config import weighed_rounds
-from recmas.training.outer import outer_loss, outer_losses
+from recmas.training.recursion import outer_loss, outer_losses
 from tests.runtime.training.by_hand import PROMPTS, ROUNDING, ROWS, build, embeds, ids, link, states
 
 EQUAL = {torch.float32: 1e-4, torch.float64: ROUNDING}  # of the largest entry of a link's gradient
@@ -270,7 +269,7 @@ def test_visits_of_many_positions_take_some_rows_at_a_time(name, monkeypatch):
 
     for agent in system.agents.values():
         agent.decoder.register_forward_pre_hook(count, with_kwargs=True)
-    monkeypatch.setattr(outer_stage, "AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(recursion, "AT_ONCE", {"cpu": 1})
     for recompute in (True, False):
         counts.clear()
         found, actual = gradients(system, outer_losses(system, batch, 3, latent_steps=STEPS, recompute=recompute))

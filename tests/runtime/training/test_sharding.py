@@ -9,8 +9,8 @@ import torch
 
 from recmas import RecursiveMAS
 from recmas.training import AllConfig, OuterConfig, shard_agents, sharding, train_all, train_inner, train_outer
-from recmas.training.loop import read_log
 from recmas.training.processes import Processes
+from recmas.training.step_log import read_log
 from tests.runtime.lean import contents, lean_rows, lean_system, write_lean
 from tests.runtime.tiny import tiny_agent
 from tests.runtime.training.joined import joined

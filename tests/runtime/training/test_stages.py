@@ -101,6 +101,8 @@ def test_missing_parts_are_named_before_any_step():
         (OuterConfig, "rounds", ()),
         (InnerConfig, "rounds", (1, -1)),
         (InnerConfig, "cosine_weight", -1.0),
+        (InnerConfig, "cosine_weight", float("nan")),
+        (InnerConfig, "mse_weight", float("inf")),
         (WarmupConfig, "cosine_weight", 0.0),
         (WarmupConfig, "max_tokens", 0),
         (OuterConfig, "round_weights", (1.0,)),
