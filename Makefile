@@ -40,8 +40,9 @@ demo-real: $(DEVELOPMENT) ## MODELS=DIR: the links of examples/trio between the 
 	$(if $(MODELS),,$(error demo-real: name the folder of the models: make demo-real MODELS=DIR (examples/trio/README.md)))
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python -m benchmarks.trio.demo "$(MODELS)"
 
-# Two processes, each with the threads that its share of the processor has. The slowest tests are named at the end.
-WORKERS ?= 2
+# Three processes, so that on two cores one works while another waits; each with the threads that its share of the
+# processor has. The slowest tests are named at the end.
+WORKERS ?= 3
 test: $(DEVELOPMENT) ## every test that this machine can run
 	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25

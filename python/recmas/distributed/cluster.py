@@ -24,12 +24,14 @@ LOOK = 1
 def cluster(address: str | None = None) -> Iterator[None]:
     """Within, this process is part of a cluster: the one it is part of already, that at `address`, or a new one.
 
-    A new one has this machine alone, and ends with the block. Nothing is reported to anybody, and no dashboard runs.
+    A new one has this machine alone, and ends with the block. Nothing is reported to anybody, no dashboard runs, and no
+    process waits for tasks that nobody has: Ray would start one per core.
 
     Raises:
         ConnectionError: no cluster answers at `address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
     if ray.is_initialized():

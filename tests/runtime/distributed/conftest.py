@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests of a session, and processes that load one agent after another."""
+"""One Ray cluster for all tests here, and processes that load one agent after another."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from recmas import Pattern, RecursiveMAS
 from recmas.config.system_json import PlacementSpec
 from tests.runtime.scheduling.rows import tiny_system
 
-ONE_THREAD = PlacementSpec(threads=1)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    """A cluster of this machine, for as long as the session lasts."""
+    """A cluster of this machine, until the last test here: it takes time and memory even when it has nothing to do."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     from recmas.distributed.cluster import cluster
 
@@ -62,7 +59,7 @@ class Pool:
         ray.kill(process)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _pool(ray_cluster: None) -> Pool:
     return Pool()
 
@@ -79,10 +76,10 @@ def pooled(_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return _pool
 
 
-def saved(folder: Path, pattern: Pattern, placement: PlacementSpec = ONE_THREAD) -> RecursiveMAS:
-    """A tiny system, in `folder` too."""
+def saved(folder: Path, pattern: Pattern) -> RecursiveMAS:
+    """A tiny system whose agents compute with one thread each, in `folder` too."""
     system = tiny_system(pattern)
     for setting in system.settings.values():
-        setting.placement = placement
+        setting.placement = PlacementSpec(threads=1)
     system.save_pretrained(folder)
     return RecursiveMAS.from_pretrained(folder)

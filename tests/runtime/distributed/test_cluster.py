@@ -85,6 +85,18 @@ def test_a_cluster_that_does_not_answer_is_one_line(events: list[str], monkeypat
     assert events == ["has ended"] * 2
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_new_cluster_has_no_process_for_tasks_that_nobody_has() -> None:
+    import ray
+
+    [raylet] = ray._private.worker.global_worker.node.all_processes["raylet"]
+    threads = Path(f"/proc/{raylet.process.pid}/task").glob("*/children")
+    children = [child for path in threads for child in path.read_text().split()]
+    titles = [Path(f"/proc/{child}/cmdline").read_text() for child in children]
+    assert titles  # those of the machine itself
+    assert not [title for title in titles if "IDLE" in title or "default_worker" in title]
+
+
 @pytest.mark.usefixtures("pooled")
 def test_the_key_is_in_no_file_command_line_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray

@@ -209,7 +209,9 @@ def test_a_process_that_cannot_be_started_again_leaves_its_rows_to_the_others(
     from recmas.distributed.replica import Replica, Told
     from recmas.distributed.system import RaySystem
 
-    local = saved(tmp_path / "system", DISTILLATION, PlacementSpec(replicas=2, threads=1))
+    local = saved(tmp_path / "system", DISTILLATION)
+    local.settings["learner"].placement = PlacementSpec(replicas=2, threads=1)
+    local.save_pretrained(tmp_path / "system")
     questions = [f"fox {number}" for number in range(8)]
     options: dict[str, Any] = {"temperature": 0.7, "seed": 3, "batch_size": 1}
     expected = [answer.text for answer in local.answer(questions, **options)]

@@ -12,7 +12,6 @@ import pytest
 
 from recmas import DISTILLATION, RecursiveMAS
 from recmas.config.system_json import PlacementSpec
-from tests.runtime.distributed.conftest import ONE_THREAD
 from tests.runtime.scheduling.rows import PATTERNS, tiny_system
 from tests.torture.amounts import FULL
 
@@ -28,7 +27,7 @@ def test_two_machines_answer_as_one_process_and_one_that_is_lost_loses_no_questi
     for name, pattern in PLACED.items():
         made = tiny_system(pattern)
         for setting in made.settings.values():
-            setting.placement = ONE_THREAD
+            setting.placement = PlacementSpec(threads=1, resources={"first": 0.1})
         made.settings[pattern.last].placement = PlacementSpec(threads=1, resources={"second": 0.5})
         made.save_pretrained(tmp_path / name)
         local = RecursiveMAS.from_pretrained(tmp_path / name)

@@ -1,6 +1,6 @@
 """Answers of a cluster of two machines, imitated on this one, the second of which is lost, and at last for good.
 
-Arguments: folders of systems, whose last agent needs the resource "second". Prints as JSON, of each system, what was
+Arguments: folders of systems, whose last agent needs the resource "second", and all others "first". Prints as JSON, of each system, what was
 answered; and of the last one what was answered while the machine was lost and another came, how many processes were
 started again, and what is said when no other one comes.
 """
@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Any
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
 
 import ray
 from ray.cluster_utils import Cluster
@@ -27,7 +27,7 @@ from tests.runtime.distributed.test_nodes import QUESTIONS
 
 def main(folders: list[str]) -> None:
     # Every message lies in the store of the machine where it was made, and is lost with it.
-    head = {"num_cpus": 1, "_system_config": {"max_direct_call_object_size": 1}}
+    head = {"num_cpus": 1, "resources": {"first": 1}, "_system_config": {"max_direct_call_object_size": 1}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second: dict[str, Any] = {"num_cpus": 1, "resources": {"second": 1}}
     nodes = [cluster.add_node(**second)]
