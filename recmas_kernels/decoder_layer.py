@@ -15,7 +15,7 @@ from recmas_kernels.backends.choice import requested
 from recmas_kernels.decoder_parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import observed
+from recmas_kernels.observed import functions_replaced, observed
 from recmas_kernels.own_forward import OwnForward
 from recmas_kernels.watch import Watch, as_written
 
@@ -90,7 +90,9 @@ def suits(x: Any) -> bool:
     """Whether kernels may run here and now, on one position of few rows."""
     if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= cpu_decoder.MOST_ROWS:
         return False
-    if torch.is_grad_enabled() or observed() or autocast_enabled("cpu") or _has_any_global_hook():
+    if torch.is_grad_enabled() or observed() or functions_replaced():
+        return False
+    if autocast_enabled("cpu") or _has_any_global_hook():
         return False
     return requested() in ("auto", "cpu")
 

@@ -157,7 +157,7 @@ def frozen_linear(x: Tensor, panels: Panels, bias: Tensor | None = None) -> Tens
         ValueError: a shape, dtype or device does not fit.
         TypeError: x is no dense floating-point tensor.
     """
-    ordinary = not observed() and type(x) is Tensor and x.is_cpu and type(bias) in _PLAIN
+    ordinary = not observed() and not functions_replaced() and type(x) is Tensor and x.is_cpu and type(bias) in _PLAIN
     ordinary = ordinary and not (x.is_neg() or x._is_zerotensor() or is_for_torch(x))
     if not ordinary and not torch.compiler.is_compiling() and _needs_plain_torch(x, bias):
         return F.linear(x, panels.weight(), bias)
@@ -181,7 +181,9 @@ def _needs_plain_torch(x: Any, bias: Tensor | None) -> bool:
 
 def serves_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `in_place_linear` takes these: few rows, no gradients, no autocast, and nothing that observes."""
-    if observed() or type(x) is not Tensor or not (x.is_cpu and weight.is_cpu) or is_for_torch(x):
+    if observed() or functions_replaced() or type(x) is not Tensor or is_for_torch(x):
+        return False
+    if not (x.is_cpu and weight.is_cpu):
         return False
     if x.is_neg() or x._is_zerotensor():
         return False

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from recmas_kernels import checks, frozen
 from recmas_kernels.frozen import Panels
-from recmas_kernels.observed import has_functions, traced
+from recmas_kernels.observed import has_functions
+
+NOT_EXPORTED = "a packed layer cannot be exported: its panels fit this processor; unpack it first"
+_PLAIN_FORWARD = nn.Linear.forward
 
 
 class FrozenLinear(nn.Linear):
@@ -75,9 +78,9 @@ class FrozenLinear(nn.Linear):
         """``[..., in_features] -> [..., out_features]``."""
         panels = FrozenLinear.packed(self)  # who kept this method may call it when the layer is plain again
         if panels is None:
-            weight = self._parameters.get("weight")
-            if "panels" in self.__dict__ and weight is not None and frozen.is_stand_in(weight):
-                raise RuntimeError("weight is packed, and what stands for it has no values: unpack the layer first")
+            _expect_values(self, self._parameters.get("weight"))
+            return nn.Linear.forward(self, x)
+        if nn.Linear.forward is not _PLAIN_FORWARD:  # somebody replaced it, for every layer
             return nn.Linear.forward(self, x)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
@@ -87,7 +90,7 @@ class FrozenLinear(nn.Linear):
             self.unpack()
             return super().forward(x)
         if torch.compiler.is_exporting():
-            raise RuntimeError("a packed layer cannot be exported: its panels fit this processor; unpack it first")
+            raise RuntimeError(NOT_EXPORTED)
         if not torch.compiler.is_compiling():
             frozen.expect_unwritten(weight)
         return frozen.frozen_linear(x, panels, bias)
@@ -139,9 +142,15 @@ class FrozenLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if name != "weight" or (panels := self.packed()) is None:
+        if name != "weight":
             return found
-        if traced():  # a trace or transform takes what it reads for its own
+        panels = self.packed()
+        if panels is None:
+            _expect_values(self, found)
+            return found
+        if torch.compiler.is_exporting():
+            raise RuntimeError(NOT_EXPORTED)
+        if torch.compiler.is_compiling():  # it may not write the parameter
             return panels.weight()
         self.unpack()
         return found
@@ -183,6 +192,12 @@ class FrozenLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         if packs and self._parameters.get("weight") is before:  # not one that the caller may hold, too
             self.pack()
+
+
+def _expect_values(linear: nn.Linear, weight: Any) -> None:
+    """Raise RuntimeError if a transform or an export wraps what stands for a packed weight."""
+    if linear.__dict__.get("panels") is not None and isinstance(weight, Tensor) and frozen.is_stand_in(weight):
+        raise RuntimeError("weight is packed, and what stands for it has no values: unpack the layer first")
 
 
 def _learning(linear: FrozenLinear, x: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ def alignment_loss(
         TypeError: pred or target is not floating-point, or token_ids are not int64.
     """
     checks.check_alignment(pred, target, token_ids, mask)
-    if mask is not None and is_ordinary(mask) and not traced():
+    if mask is not None and not traced() and is_ordinary(mask):
         checks.expect_weights("mask", mask)
     mask = None if mask is None else mask.reshape(-1).contiguous()
     ids = None if token_ids is None else token_ids.reshape(-1).contiguous()

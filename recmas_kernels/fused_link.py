@@ -19,9 +19,9 @@ class FusedRecursiveLink(RecursiveLink):
 
     What works on the eager module works on this one with the same result, or raises one line that says why, or runs as
     plain torch. It runs as plain torch, through its children, while one of them is anything but a plain ``nn.Linear``
-    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested and sparse rows, where a function mode
-    or the class of a tensor may replace torch's functions, and with one layer (the ablation). Under autocast the
-    arithmetic runs in autocast's dtype and the output keeps x's dtype.
+    or ``nn.LayerNorm`` without hooks (`explain` says which, and why), on nested and sparse rows, where torch's
+    functions were replaced or may be (by a function mode or the class of a tensor), and with one layer (the ablation).
+    Under autocast the arithmetic runs in autocast's dtype and the output keeps x's dtype.
 
     Attributes:
         recompute: True trains with less memory: only x is kept for the backward pass, which runs the forward kernel

@@ -38,7 +38,7 @@ def why_not_plain(children: Mapping[str, Any], config: LinkConfig) -> str | None
     if any(_GLOBAL_HOOKS):
         return "hooks for all modules are registered"
     if functions_replaced():
-        return "a function mode may replace torch's functions"
+        return "torch's functions are replaced, or a function mode may replace them"
     for name, layer in layers_of(config).items():
         child = children.get(name)
         if child is None:

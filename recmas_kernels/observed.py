@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
@@ -36,8 +37,8 @@ except (AttributeError, ImportError):  # a torch that has moved one of them
         """False: this torch does not show whether a transform is active; the ops raise torch's own errors then."""
         return False
 
-    def functions_replaced() -> bool:
-        """False: this torch does not show whether a function mode is active."""
+    def _in_function_mode() -> bool:
+        """False: this torch does not show it."""
         return False
 
     def is_ordinary(tensor: Tensor) -> bool:
@@ -73,9 +74,9 @@ else:
         with torch.inference_mode(False):
             return _dispatch_keys(torch.zeros(0, device=device_type)).raw_repr()
 
-    def functions_replaced() -> bool:
-        """Whether a function mode may put others in the place of torch's functions; torch's own modes do not."""
-        if torch.compiler.is_compiling() or _len_torch_function_stack() == 0:
+    def _in_function_mode() -> bool:
+        """Whether a function mode other than torch's own is active on this thread."""
+        if _len_torch_function_stack() == 0:
             return False
         rooms = {type(mode).__module__.partition(".")[0] for mode in _get_current_function_mode_stack()}
         return rooms != {"torch"}
@@ -83,6 +84,27 @@ else:
     def is_ordinary(tensor: Tensor) -> bool:
         """Whether a tensor is no subclass and its memory holds its values: not negated, no implied zeros, no batch."""
         return type(tensor) is Tensor and not _dispatch_keys(tensor).raw_repr() & ~_ordinary_keys(tensor.device.type)
+
+
+_LINEAR, _GELU, _LAYER_NORM = torch._C._nn.linear, torch._C._nn.gelu, F.layer_norm
+_ATTENTION, _SILU = torch._C._nn.scaled_dot_product_attention, F.silu
+_LINEAR_FORWARD, _NORM_FORWARD = nn.Linear.forward, nn.LayerNorm.forward
+
+
+def functions_replaced() -> bool:
+    """Whether others stand in the place of functions that plain layers call, or a mode may put them there; 0.1 us."""
+    if torch.compiler.is_compiling():  # it traces what stands there
+        return False
+    return (
+        F.linear is not _LINEAR
+        or F.gelu is not _GELU
+        or F.layer_norm is not _LAYER_NORM
+        or F.scaled_dot_product_attention is not _ATTENTION
+        or F.silu is not _SILU
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or nn.LayerNorm.forward is not _NORM_FORWARD
+        or _in_function_mode()
+    )
 
 
 _SILENT = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]

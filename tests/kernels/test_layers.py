@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -211,11 +212,18 @@ def test_functions_that_a_mode_or_the_class_of_the_rows_replaces() -> None:
     with OtherGelu(), torch.device("cpu"):
         expected = eager(x)
         assert torch.equal(link(x), expected)
-        assert "a function mode may replace torch's functions" in explain(link, x)
+        assert "torch's functions are replaced, or a function mode may" in explain(link, x)
     assert not torch.allclose(expected, plain)
     found = link(x.as_subclass(Logged))
     assert type(found) is Logged
     assert torch.equal(found.as_subclass(Tensor), expected)
+    with mock.patch.object(F, "gelu", lambda rows, approximate: F.relu(rows)):
+        assert torch.equal(link(x), expected)
+    for owner, name in ((F, "linear"), (F, "layer_norm"), (nn.Linear, "forward"), (nn.LayerNorm, "forward")):
+        own = getattr(owner, name)
+        with mock.patch.object(owner, name, lambda *args, own=own, **kwargs: own(*args, **kwargs) / 2):
+            assert torch.equal(link(x), eager(x))
+            assert not torch.allclose(link(x), plain)
     with torch.device("cpu"):
         assert torch.equal(link(x), plain)
         assert "through its layers" not in explain(link, x)
