@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import wait
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ class _Process:
             try:
                 self._process.stdin.write(request.encode() + b"\n")
                 self._process.stdin.flush()
-                ready, _, _ = select.select([self._process.stdout], [], [], _PATIENCE)
+                ready = wait([self._process.stdout.fileno()], _PATIENCE)
                 line = self._process.stdout.readline() if ready else b""
             except BrokenPipeError:
                 line = b""

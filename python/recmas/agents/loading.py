@@ -14,6 +14,7 @@ from recmas.agents.body import body_of
 from recmas.agents.classes import class_of
 from recmas.agents.model_folder import check_model_folder
 from recmas.dtypes import DTYPES
+from recmas.errors import first_line
 
 
 def load_model(
@@ -68,7 +69,7 @@ def load_model(
                 f"agent {name!r}: {source}: GGUF files are read by the gguf package: pip install 'recmas-kernels[gguf]'"
             ) from error
         shown = source if folder.is_dir() else f"{source} (no such folder, so a model on the hub)"
-        raise ValueError(f"agent {name!r}: cannot load {shown}: {_first_line(error)}") from error
+        raise ValueError(f"agent {name!r}: cannot load {shown}: {first_line(error)}") from error
     return model.to(device), tokenizer
 
 
@@ -126,8 +127,3 @@ def _past_links(source: str) -> dict[str, Any]:
     if "adapter_type" not in described or "peft_type" in described:
         return {}
     return {"adapter_kwargs": {"subfolder": "no-peft-adapter"}}  # where it looks for one and finds none
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

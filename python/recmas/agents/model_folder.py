@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from recmas.agents.classes import described
+from recmas.errors import first_line
 from recmas.files.reading import OUTSIDE, check_regular, inside, read_json
 from recmas.files.safetensors_header import stored_tensors
 
@@ -90,6 +91,5 @@ def _parameters(folder: Path, key: str) -> int:
     except Exception as error:  # transformers raises many kinds, and torch for sizes beyond 64 bits
         if "trust_remote_code" in str(error):
             return 0  # the loader refuses it, and says why
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{key}: cannot load {folder}: {reason}") from error
+        raise ValueError(f"{key}: cannot load {folder}: {first_line(error)}") from error
     return sum(weight.numel() for weight in model.parameters())

@@ -249,7 +249,7 @@ def loaded(options: Namespace, folder: Path | None = None) -> Iterator[Recursive
 
 def dump(value: Any) -> None:
     """Print JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
 
 
 def check_output(path: str | None) -> None:

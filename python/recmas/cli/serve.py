@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from recmas.cli.common import add_compile, add_offload, add_system, add_tools, loaded, toolbox
+from recmas.cli.common import add_compile, add_offload, add_system, add_tools, dump, loaded, toolbox
 from recmas.cli.engine import add_engine, check_engine, joined, loading_of
 from recmas.cli.fields import add_fields, read_fields
 from recmas.cli.parser import CommandLineParser
@@ -50,11 +50,12 @@ def add_options(parser: CommandLineParser) -> None:
 
 
 def execute(options: Namespace) -> int:
+    from recmas.config.outline import Outline
     from recmas.config.system_json import read_spec
 
     settings = ServeSettings(**read_fields(options, ServeSettings, _KINDS, _NAMES), open=options.open)
     check_engine(options)
-    read_spec(options.system)
+    settings.check_system(Outline.of(read_spec(options.system)))
     try:
         from recmas.serving.keys import ApiKeys
         from recmas.serving.server import address, serve, url
@@ -68,6 +69,8 @@ def execute(options: Namespace) -> int:
     name = options.name or Path(options.system).resolve().name
     with address(settings) as taken, running(options, tools) as (outline, executor):
         print(f"{name} at {url(taken)}", file=sys.stderr, flush=True)
+        if options.json:
+            dump({"model": name, "url": url(taken)})
         from recmas.cli import Ended
 
         with contextlib.suppress(Ended, KeyboardInterrupt):  # requests have ended before the server lets these through

@@ -18,6 +18,7 @@ from recmas.engine.buckets import Bucket, BucketPool, Program, Ready
 from recmas.engine.continuation import Continuation, Past
 from recmas.engine.fixed_shapes import FixedShapeContinuation, bucket, unfit
 from recmas.engine.growing_cache import GROWTH
+from recmas.errors import first_line
 
 AT_ONCE = 64
 """Steps to come for which a graph is captured at once, as capturing takes about three; for fewer, when a bucket is used
@@ -139,8 +140,7 @@ class Stepper:
             graph = step_graph.StepGraph(ready.program, reset, source.mask.device)
         except Exception as error:  # whatever a model does that cannot be captured, and memory that is short
             self.forget()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._failed = self.reason = f"no graph could be captured: {reason}"
+            self._failed = self.reason = f"no graph could be captured: {first_line(error)}"
             warnings.warn(f"steps go on without CUDA graphs: {self.reason}", stacklevel=2)
             return None
         ready.keep(graph)

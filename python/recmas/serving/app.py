@@ -100,6 +100,17 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         check_key(request)
         return {"object": "list", "data": [service.described()]}
 
+    @app.get(
+        "/v1/models/{name:path}",
+        responses={401: _ERRORS[401], 404: _ERRORS[404]},
+        openapi_extra={"security": [{}, {"key": []}]},
+    )
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        """The system, if this is its name."""
+        check_key(request)
+        service.check_name(name)
+        return service.described()
+
     @app.post("/v1/chat/completions", responses=_ERRORS, openapi_extra=_CHAT)
     async def chat(request: Request) -> Response:
         """Answer the last message of a chat."""

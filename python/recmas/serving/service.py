@@ -135,16 +135,18 @@ class Service:
                 self._told = True
             raise Broken
 
+    def check_name(self, model: str) -> None:
+        """Raise ApiError where another model is asked for."""
+        if model != self.name:
+            raise ApiError(404, f"model: {model!r} is not here; this is {self.name!r}", "model_not_found", "model")
+
     async def ask(self, request: ChatRequest) -> Asked:
         """Take a request in.
 
         Raises:
             ApiError: it cannot be answered, or not now.
         """
-        if request.model != self.name:
-            raise ApiError(
-                404, f"model: {request.model!r} is not here; this is {self.name!r}", "model_not_found", "model"
-            )
+        self.check_name(request.model)
         if self._under_way >= self.settings.queue:
             wait = math.ceil(min(60.0, max(1.0, self._pace * self._under_way)))
             text = f"{self._under_way} requests are under way, as many as this server takes; try again in {wait} s"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from recmas.config.outline import Outline
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
@@ -57,6 +59,20 @@ class ServeSettings:
             raise ValueError(f"--port: {self.port} is not between 0 and 65535")
         if not self.loopback and self.api_keys is None and not self.open:
             raise ValueError(f"--host: {self.host} can be reached from elsewhere; give --api-keys FILE, or --open")
+
+    def check_system(self, outline: Outline) -> None:
+        """Raise ValueError where requests that leave something out would get more than a request may ask for."""
+        own = {
+            "max_tokens": max(one.decoding.max_new_tokens for one in outline.settings.values()),
+            "max_rounds": outline.defaults.rounds,
+            "max_latent_steps": max(outline.steps_by_role(None).values()),
+        }
+        for name, count in own.items():
+            bound, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if count > bound:
+                raise ValueError(
+                    f"{flag}: {bound} is less than {count}, the system's own; raise it or edit system.json"
+                )
 
     @property
     def loopback(self) -> bool:

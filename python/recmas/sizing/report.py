@@ -14,6 +14,7 @@ from recmas.agents.model_folder import check_model_folder
 from recmas.config.parts import Trust, model_key, model_source, part
 from recmas.config.system_json import SystemSpec, edge_name, read_spec, steps_by_role
 from recmas.devices.placement import Devices, Placement, place
+from recmas.errors import first_line
 from recmas.sizing import BATCH_SIZE, SAFETY
 from recmas.sizing.checkpoint_bytes import CheckpointBytes, checkpoint_bytes, summed
 from recmas.sizing.free_memory import free_bytes
@@ -223,8 +224,8 @@ def _model(role: str, source: str, dtype: str, trust_remote_code: bool) -> tuple
             known = weights.dtype if declared is None else str(declared).removeprefix("torch.")
         return weights, model_bytes(config, torch.empty(0, dtype=getattr(torch, known)).element_size()), known
     except Exception as error:  # transformers and the hub each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"agent {role!r}: the memory of {source} cannot be estimated: {reason}") from error
+        told = f"agent {role!r}: the memory of {source} cannot be estimated: {first_line(error)}"
+        raise ValueError(told) from error
 
 
 def _devices(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recmas.config.pattern import Edge
+from recmas.errors import first_line
 from recmas.upstream.styles import HUB_ORGANISATION, OUTER, Family, Style
 
 INNER_WEIGHTS, INNER_CONFIG, INNER_MANIFEST = "adapter.pt", "adapter_config.json", "innerlink_config.json"
@@ -79,8 +80,7 @@ def _from_hub(key: str, repository: str) -> Place:
     try:
         return Place(Path(snapshot_download(repository, allow_patterns=patterns)), repository)
     except Exception as error:  # the hub's client raises its own, and those of what it is built on
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{key}: cannot get {repository} from the hub: {line}") from error
+        raise ValueError(f"{key}: cannot get {repository} from the hub: {first_line(error)}") from error
 
 
 def model_width(role: str, place: Place) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+
 import pytest
 
 from recmas.agents import chat_template
@@ -48,6 +51,23 @@ def test_an_agent_s_prompt_names_the_agent():
     assert not isinstance(
         raised.value, ChatTemplateError
     )  # which would have been tried in other ways, two seconds each
+
+
+def test_a_process_that_holds_many_files_open_applies_templates():
+    """A server that has a thousand connections, when the first chat comes."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limits[1]), limits[1]))
+    opened = []
+    try:
+        while not opened or opened[-1] < 1024:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        chat_template._running.clear()
+        assert ChatTemplate(tiny_tokenizer(CHAT))(MESSAGES) == "<|user|>fox<|end|><|assistant|>"
+    finally:
+        chat_template._running.clear()
+        for handle in opened:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_template_s_process_has_nothing_of_our_environment(monkeypatch):

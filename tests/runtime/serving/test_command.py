@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,8 +19,12 @@ import openai
 import pytest
 
 from recmas import SEQUENTIAL, RecursiveMAS
+from recmas.cli import main
+from recmas.serving import server
 from tests.runtime.commands import recmas
 from tests.runtime.scheduling.rows import tiny_system
+
+OWN = "the system's own; raise it or edit system.json"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,9 @@ def process(folder: Path) -> Iterator[subprocess.Popen[str]]:
         (["--window", "-1"], "--window: -1.0 is less than 0 or no number"),
         (["--host", "198.51.100.7", "--open"], "198.51.100.7:8000: Cannot assign requested address"),
         (["--tools", "hammer"], "--tools: unknown tool 'hammer'; there is python"),
+        (["--max-tokens", "5"], f"--max-tokens: 5 is less than 6, {OWN}"),
+        (["--max-rounds", "1"], f"--max-rounds: 1 is less than 2, {OWN}"),
+        (["--max-latent-steps", "2"], f"--max-latent-steps: 2 is less than 3, {OWN}"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
@@ -63,6 +71,17 @@ def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path, words: 
         (tmp_path / name).chmod(0o644 if name == "loose" else 0o600)
     ended = recmas(tmp_path, "serve", str(folder), *words)
     assert (ended.status, ended.err) == (2, f"recmas: error: {said}\n")
+
+
+def test_the_address_is_told_as_json(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "serve", lambda name, outline, executor, *_: executor.close())
+    assert main(["serve", str(folder), "--port", "0", "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["model"] == "tiny"
+    assert err == f"tiny at {told['url']}\n"
 
 
 def test_a_port_in_use_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -48,4 +48,4 @@ def test_nothing_ends_in_a_5xx(server: Served) -> None:
     assert statuses[path, 200]
     assert statuses[path, 400]
     assert statuses[path, 404]
-    assert {path for path, _ in statuses} == {path, "/v1/models", "/health", "/ready", "/metrics"}
+    assert {path for path, _ in statuses} == {path, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"}

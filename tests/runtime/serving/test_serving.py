@@ -139,6 +139,8 @@ def test_keys(system: RecursiveMAS, tmp_path: Path) -> None:
             server.client(key).chat.completions.create(model="tiny", messages=asked("fox"))
         with pytest.raises(openai.AuthenticationError):
             server.client("a-key-of-some-lengtH").models.list()
+        with pytest.raises(openai.AuthenticationError):
+            server.client("a-key-of-some-lengtH").models.retrieve("tiny")
         body = json.dumps({"model": "tiny", "messages": asked("fox")}).encode()
         for wrong in ("a-key-of-some-lengtH", "# ours", "", "a-key", "\xff\xfe"):
             status, said = raw(server, body, {"Authorization": f"Bearer {wrong}"})
@@ -469,7 +471,11 @@ def test_the_other_pages(server: Served) -> None:
         text = answer.read().decode()
         assert "http://" not in text
         assert "https://" not in text
-    described = server.client().models.list().data[0].model_extra["recmas"]
+    listed = server.client().models.list().data[0]
+    assert server.client().models.retrieve("tiny") == listed
+    with pytest.raises(openai.NotFoundError, match="model: 'owner/other' is not here; this is 'tiny'"):
+        server.client().models.retrieve("owner/other")
+    described = listed.model_extra["recmas"]
     assert described["stages"] == [["planner"], ["critic"], ["solver"]]
     assert described["rounds"] == 2
 
