@@ -118,10 +118,10 @@ class _Run:
         y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         given = (*self._turns(column), mask)
         self._lent.end += 1  # first: whatever is raised, the position counts as read
-        if not self._layers(x, y, given, column + 1):
+        if not self._layers(x, y, given, column + 1, self._around.norm):
             self._lent.end -= 1
             return None
-        return self._around.normed(y)
+        return y
 
 
 class _Turns:
@@ -160,13 +160,13 @@ class _Around:
 
     Attributes:
         rotary: computes turns.
-        dtype: of the norm's gain.
+        norm: gain, offset and eps.
+        dtype: of the gain.
     """
 
     def __init__(self, model: nn.Module, rotary: nn.Module, norm: nn.Module, rule: tuple[float, float]) -> None:
-        self.rotary, self._rule = rotary, rule
         gain: Any = norm._parameters["weight"]
-        self._gain, self.dtype = gain, gain.dtype
+        self.rotary, self.norm, self.dtype = rotary, (gain, *rule), gain.dtype
         self._model = itself = weakref.ref(model)
         kind = type(model)
         entries: list[Any] = [itself, "forward", _kernel(model), itself, "_modules", model._modules]
@@ -210,7 +210,7 @@ class _Around:
         model = self._model()
         if model is None or not begins_with(model, layers):
             return False
-        gain = self._gain  # its data may have been replaced
+        gain, _, _ = self.norm  # its data may have been replaced
         if gain.dtype is not self.dtype or not (gain.is_cpu and gain.is_contiguous()) or gain.is_neg():
             return False
         same = all(held.dtype is was.dtype and torch.equal(held, was) for held, was in self._values)
@@ -218,7 +218,7 @@ class _Around:
 
     def normed(self, x: Tensor) -> Tensor:
         """What the decoder's norm makes of what its last layer returned, while nothing has changed."""
-        return cpu.rms_norm(x, self._gain, *self._rule)
+        return cpu.rms_norm(x, *self.norm)
 
 
 def _kernel(module: nn.Module) -> Any:

@@ -49,7 +49,8 @@ class Watched:
         stand_ins: Iterable[Any] = (),
     ) -> None:
         self._entries, self._sizes = tuple(entries), tuple(sizes)
-        self._others = tuple(kinds), tuple(classes), tuple(stand_ins)
+        self._others, self._stand_ins = (tuple(kinds), tuple(classes)), tuple(stand_ins)
+        self._stood_in = cpu.stand_ins(self._stand_ins)
         self._places = tuple({id(place): place for place in (*self._entries[::3], *self._sizes[::2])}.values())
         self._versions: bytes | None = None
 
@@ -58,7 +59,7 @@ class Watched:
         """All that these watch, once."""
         groups: tuple[dict[Any, Any], ...] = ({}, {}, {}, {}, {})
         for part in parts:
-            watched = (part._entries, part._sizes, *part._others)
+            watched = (part._entries, part._sizes, *part._others, part._stand_ins)
             for group, row, width in zip(groups, watched, (3, 2, 3, 3, 1), strict=True):
                 for i in range(0, len(row), width):
                     each = row[i : i + width]
@@ -69,8 +70,8 @@ class Watched:
         """Whether all of it is the same."""
         before, now = self._versions, cpu.versions(self._places)  # first: what changes from here on is seen
         if now is not None and now == before:
-            return cpu.unchanged((), (), *self._others)
-        same = cpu.unchanged(self._entries, self._sizes, *self._others)
+            return cpu.unchanged((), (), *self._others, self._stood_in)
+        same = cpu.unchanged(self._entries, self._sizes, *self._others, self._stood_in)
         self._versions = now if same else None
         return same
 

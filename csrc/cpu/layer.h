@@ -149,10 +149,13 @@ struct OutputPlan {
   float* gated;   // [rows][hidden_features]: act(gate)
   // Of each thread:
   int64_t line_floats;
-  float* lines;   // two of line_floats: scores, and what one head attends to
+  float* lines;   // of line_floats: what some heads attend to, and what that takes
   float* middle;  // [rows][features]
   Left normed;    // [rows][features]
 };
+
+// Heads that are attended to side by side.
+inline int64_t heads_together(const LayerOutput& call) { return smaller(call.heads / call.key_heads, kHeads); }
 
 inline OutputPlan plan_output(const LayerOutput& call, int64_t threads, void* base) {
   OutputPlan plan{};
@@ -163,8 +166,8 @@ inline OutputPlan plan_output(const LayerOutput& call, int64_t threads, void* ba
   plan.hidden = take_left(arena, call.rows, call.hidden_features, pairs);
   plan.summed = arena.floats(call.rows * call.features);
   plan.gated = arena.floats(call.rows * call.hidden_features);
-  plan.line_floats = larger(score_floats(call.positions), call.head_features);
-  plan.lines = arena.floats(threads * 2 * plan.line_floats);
+  plan.line_floats = heads_together(call) * (call.head_features + attention_floats(call.positions, call.head_features));
+  plan.lines = arena.floats(threads * plan.line_floats);
   plan.middle = arena.floats(threads * call.rows * call.features);
   plan.normed = take_left(arena, threads * call.rows, call.features, pairs);
   plan.workspace = arena.used();
@@ -187,20 +190,24 @@ inline Vec activate(Vec x, Activation kind) {
 // Attention of this thread's rows and heads.
 inline void attend_heads(const Team& team, const LayerOutput& call, const OutputPlan& plan) {
   const int64_t width = call.head_features, shared = call.heads / call.key_heads;
-  float* const scores = plan.lines + team.rank * 2 * plan.line_floats;
-  float* const line = scores + plan.line_floats;
-  for (int64_t item = team.begin(call.rows * call.heads); item < team.end(call.rows * call.heads); ++item) {
-    const int64_t row = item / call.heads, head = item % call.heads;
+  const int64_t end = team.end(call.rows * call.heads);
+  float* const out = plan.lines + team.rank * plan.line_floats;
+  int64_t item = team.begin(call.rows * call.heads);
+  CacheAhead ahead(call.keys, call.values, call.key_heads, width, call.positions, item / shared,
+                   (end + shared - 1) / shared);
+  while (item < end) {
+    const int64_t row = item / call.heads, head = item % call.heads, key_head = head / shared;
+    const int64_t left = smaller((item / shared + 1) * shared, end) - item, heads = smaller(left, kHeads);
     const uint8_t* const mask = call.mask == nullptr ? nullptr : call.mask + row * call.mask_stride;
     typed(call.keys.data, call.keys.dtype, [&](const auto* keys) {
       const decltype(keys) values = static_cast<decltype(keys)>(call.values.data);
-      attend(call.queries + (row * call.heads + head) * width,
-             keys + row * call.keys.row_stride + head / shared * call.keys.head_stride, call.keys.position_stride,
-             values + row * call.values.row_stride + head / shared * call.values.head_stride,
-             call.values.position_stride, width, call.positions, mask, scores, line);
+      attend(call.queries + item * width, heads, keys + row * call.keys.row_stride + key_head * call.keys.head_stride,
+             call.keys.position_stride, values + row * call.values.row_stride + key_head * call.values.head_stride,
+             call.values.position_stride, width, call.positions, mask, ahead, out + heads_together(call) * width, out);
     });
-    store_left(plan.attended, row, head * width, width, line);
-    if (head == call.heads - 1) pad_left(plan.attended, row, call.heads * width);
+    store_left(plan.attended, row, head * width, heads * width, out);
+    if (head + heads == call.heads) pad_left(plan.attended, row, call.heads * width);
+    item += heads;
   }
 }
 

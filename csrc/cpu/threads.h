@@ -2,7 +2,7 @@
 // arithmetic depends on how many threads there are.
 #pragma once
 
-#include "types.h"
+#include "barrier.h"
 
 #ifdef RECMAS_POSIX_THREADS
 #include "../tests/posix_threads.h"
@@ -16,11 +16,10 @@ namespace recmas::cpu::RECMAS_ISA {
 
 struct Team {
   int64_t rank, size;
+  Barrier* barrier = nullptr;
 
   void wait() const {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+    if (barrier != nullptr) barrier->wait(size);
   }
 
   int64_t begin(int64_t items) const { return items * rank / size; }
@@ -32,8 +31,9 @@ template <class Body>
 void run_team(int64_t threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
+    Barrier barrier;
 #pragma omp parallel num_threads(static_cast<int>(threads))
-    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
     return;
   }
 #else

@@ -114,11 +114,12 @@ PyObject* read_decoder_layers(PyObject* const* values, Py_ssize_t count) {
   return capsule;
 }
 
-// decoder_layers(isa, threads, x, y, queries, given, positions, layers) -> whether all could be read, so that y and the
-// last position of every layer's keys and values were written: of so many, or of all that they have room for if -1.
-// Given are cos, sin and mask or None, three in a row; layers are what read_decoder_layers returned.
+// decoder_layers(isa, threads, x, y, queries, given, positions, gain, offset, eps, layers) -> whether all could be
+// read, so that y and the last position of every layer's keys and values were written: of so many, or of all that they
+// have room for if -1. Given are cos, sin and mask or None, three in a row. With a gain, y is what its norm makes of
+// what the last layer returns. Layers are what read_decoder_layers returned.
 PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
-  LayerArguments in(values, count, 8, "decoder_layers");
+  LayerArguments in(values, count, 11, "decoder_layers");
   int64_t rows = 0;
   MatrixView x = in.rows(&rows);
   if (x.data == nullptr) Py_RETURN_FALSE;
@@ -128,6 +129,8 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
   Operands::expect_float(queries, "queries");
   const std::vector<Given> given = given_of(in.arguments.object());
   const int64_t positions = in.arguments.integer();
+  cpu::RmsGain last;
+  in.norm(last, features, "gain");
   auto* const all = static_cast<DecoderLayers*>(PyCapsule_GetPointer(in.arguments.object(), kName));
   if (all == nullptr) throw py::error_already_set();
   Operands::expect(rows == all->rows && features == all->features, "x");
@@ -159,7 +162,9 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count) {
   const auto layer_count = static_cast<int64_t>(layers.size());
   run_in(cpu::decoder_layers_workspace(layers.data(), layer_count), "decoder_layers",
          [&](void* workspace, int64_t bytes) {
-           return cpu::decoder_layers(layers.data(), layer_count, workspace, bytes);
+           const Status status = cpu::decoder_layers(layers.data(), layer_count, workspace, bytes);
+           if (status != Status::ok || last.gain.data == nullptr) return status;
+           return cpu::rms_norm({rows, features, x, last.gain, last.offset, last.eps, y, in.isa, in.threads});
          });
   Py_RETURN_TRUE;
 }

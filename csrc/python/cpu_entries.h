@@ -28,6 +28,7 @@ PyObject* decoder_layers(PyObject* const* values, Py_ssize_t count);
 
 // unchanged.cpp
 PyObject* unchanged(PyObject* const* values, Py_ssize_t count);
+PyObject* read_stand_ins(PyObject* const* values, Py_ssize_t count);
 PyObject* versions(PyObject* const* values, Py_ssize_t count);
 
 // cpu_packing.cpp

@@ -22,6 +22,7 @@ PyMethodDef fast_entries[] = {
     fast<&read_decoder_layers>("read_decoder_layers"),
     fast<&decoder_layers>("decoder_layers"),
     fast<&unchanged>("unchanged"),
+    fast<&read_stand_ins>("read_stand_ins"),
     fast<&versions>("versions"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -52,6 +52,11 @@ class Reader {
   // Throws TypeError for what is no tensor, and what torch throws for a tensor without memory.
   View read(PyObject* object) const;
 
+  // Where a tensor keeps its sizes and strides side by side, each with room for five dimensions, as torch's do for that
+  // many; null if it does not, or if nobody can tell.
+  static constexpr int kShape = 10;
+  const int64_t* shape_inside(PyObject* object) const;
+
   // link.h's number of a torch.dtype, or View::kOther.
   int32_t dtype_of(PyObject* dtype) const;
 

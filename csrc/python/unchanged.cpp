@@ -1,10 +1,12 @@
 // Whether Python objects are what they were: for modules that a kernel stands for, at every call of it.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "cpu_entries.h"
+#include "stand_ins.h"
 #include "tensors.h"
 
 namespace recmas::python {
@@ -46,7 +48,21 @@ constexpr bool kVersions = false;
 uint64_t version(PyObject*) { return 0; }
 #endif
 
+constexpr const char* kStandIns = "recmas_kernels.stand_ins";
+
 }  // namespace
+
+// read_stand_ins(tensors) -> what unchanged takes, of tensors that hold one element for all.
+PyObject* read_stand_ins(PyObject* const* values, Py_ssize_t count) {
+  if (count != 1) throw py::type_error("read_stand_ins: expected tensors");
+  auto found = std::make_unique<StandIns>(rows(values[0], 1));
+  const auto forget = [](PyObject* capsule) {
+    delete static_cast<StandIns*>(PyCapsule_GetPointer(capsule, kStandIns));
+  };
+  PyObject* const capsule = PyCapsule_New(found.get(), kStandIns, forget);
+  if (capsule != nullptr) static_cast<void>(found.release());
+  return capsule;
+}
 
 // versions(places) -> bytes: of the dictionaries that `places` are or stand for; None if this Python has none.
 PyObject* versions(PyObject* const* values, Py_ssize_t count) {
@@ -65,12 +81,15 @@ PyObject* versions(PyObject* const* values, Py_ssize_t count) {
 // unchanged(entries, sizes, kinds, classes, stand_ins): whether each dictionary still has that very value under that
 // key (entries: three in a row) and as many keys (sizes: two), each object is of that class and has that dictionary, if
 // not None (kinds: three), each class has that attribute (classes: three), and each tensor holds one element for
-// all (stand_ins). A weak reference stands for its object, or for that object's dictionary. 15 ns each, or a miss of
-// the caches; a loop in Python takes five times as long, and a layer has a hundred.
+// all (stand_ins: what read_stand_ins returned). A weak reference stands for its object, or for that object's
+// dictionary. 15 ns each, or a miss of the caches; a loop in Python takes five times as long, and a layer has a
+// hundred.
 PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
   if (count != 5) throw py::type_error("unchanged: expected entries, sizes, kinds, classes and stand-ins");
   PyObject *const entries = rows(values[0], 3), *const sizes = rows(values[1], 2), *const kinds = rows(values[2], 3);
-  PyObject *const classes = rows(values[3], 3), *const stand_ins = rows(values[4], 1);
+  PyObject* const classes = rows(values[3], 3);
+  auto* const stand_ins = static_cast<StandIns*>(PyCapsule_GetPointer(values[4], kStandIns));
+  if (stand_ins == nullptr) throw py::error_already_set();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); i += 2) {
     const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i + 1));
     if (PyDict_Size(dictionary(PyTuple_GET_ITEM(sizes, i)).ptr()) != size) Py_RETURN_FALSE;
@@ -90,10 +109,7 @@ PyObject* unchanged(PyObject* const* values, Py_ssize_t count) {
     Py_XDECREF(found);
     if (!same) Py_RETURN_FALSE;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(stand_ins); ++i) {
-    const View view = reader().read(PyTuple_GET_ITEM(stand_ins, i));
-    if (view.row_stride != 0 || view.column_stride != 0) Py_RETURN_FALSE;
-  }
+  if (!stand_ins->hold()) Py_RETURN_FALSE;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(entries); i += 3) {
     if (!holds(PyTuple_GET_ITEM(entries, i), PyTuple_GET_ITEM(entries, i + 1), PyTuple_GET_ITEM(entries, i + 2))) {
       Py_RETURN_FALSE;

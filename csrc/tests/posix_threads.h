@@ -1,5 +1,5 @@
-// cpu/threads.h for ThreadSanitizer, which cannot see through libgomp: a team is POSIX threads and their barrier, both
-// of which it knows. Same work, same barriers; one of them can be left out, to show that this is reported.
+// cpu/threads.h for ThreadSanitizer, which cannot see through libgomp: a team is POSIX threads, which it knows. Same
+// work, same barriers; one of them can be left out, to show that this is reported.
 #pragma once
 
 #include <pthread.h>
@@ -12,11 +12,11 @@ namespace recmas::cpu::RECMAS_ISA {
 
 struct Team {
   int64_t rank, size;
-  pthread_barrier_t* barrier = nullptr;
+  Barrier* barrier = nullptr;
   int* passed = nullptr;  // barriers that this thread has come to
 
   void wait() const {
-    if (barrier != nullptr && (*passed)++ != tests::skipped_barrier) pthread_barrier_wait(barrier);
+    if (barrier != nullptr && (*passed)++ != tests::skipped_barrier) barrier->wait(size);
   }
 
   int64_t begin(int64_t items) const { return items * rank / size; }
@@ -40,8 +40,7 @@ void run_team(int64_t threads, const Body& body) {
       return nullptr;
     }
   };
-  pthread_barrier_t barrier;
-  pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(threads));
+  Barrier barrier;
   Worker workers[kMost];
   for (int64_t rank = 0; rank < threads; ++rank) {
     Worker& worker = workers[rank];
@@ -49,7 +48,6 @@ void run_team(int64_t threads, const Body& body) {
     if (pthread_create(&worker.thread, nullptr, &Worker::run, &worker) != 0) __builtin_abort();
   }
   for (int64_t rank = 0; rank < threads; ++rank) pthread_join(workers[rank].thread, nullptr);
-  pthread_barrier_destroy(&barrier);
 }
 
 }  // namespace recmas::cpu::RECMAS_ISA

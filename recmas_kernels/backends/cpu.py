@@ -246,7 +246,12 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     return y
 
 
-def unchanged(*watched: tuple[Any, ...]) -> bool:
+def stand_ins(tensors: tuple[Tensor, ...]) -> Any:
+    """What `unchanged` takes, of tensors that hold one element for all."""
+    return _native().read_stand_ins(tensors)
+
+
+def unchanged(*watched: Any) -> bool:
     """Whether Python objects are what they were; see `recmas_kernels.watch`."""
     same: bool = _native().unchanged(*watched)
     return same

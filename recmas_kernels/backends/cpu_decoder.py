@@ -94,7 +94,9 @@ class DecoderLayers:
         self._queries = x.shape[0] * max(heads * features for heads, _, features, *_ in found)
         self._read = _native().read_decoder_layers(_isa(), x.shape[0], x.shape[2], found)
 
-    def __call__(self, x: Tensor, y: Tensor, given: tuple[Any, ...], positions: int = -1) -> bool:
+    def __call__(
+        self, x: Tensor, y: Tensor, given: tuple[Any, ...], positions: int = -1, norm: tuple[Any, ...] = NO_NORM
+    ) -> bool:
         """The layers, into ``y``; False, and nothing done, if the kernels cannot read one of the tensors.
 
         Args:
@@ -102,7 +104,9 @@ class DecoderLayers:
             y: the same.
             given: cos, sin, mask as above, in a row for each number that a layer names.
             positions: that keys and values hold with the last one, which is written; -1 is as many as they have.
+            norm: of what the last layer returns, in the place of that.
         """
         queries = torch.empty(self._queries, dtype=torch.float32, device=_CPU)
         settings = _isa(), torch.get_num_threads()
-        return bool(_native().decoder_layers(*settings, x.contiguous(), y, queries, given, positions, self._read))
+        x = x.contiguous()
+        return bool(_native().decoder_layers(*settings, x, y, queries, given, positions, *norm, self._read))

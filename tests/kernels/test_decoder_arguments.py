@@ -48,11 +48,24 @@ BAD_GIVEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "no tuple given": lambda cos, sin: [cos, sin, None],
 }
 
+BAD_NORM = {"another gain": (torch.ones(47), 0.0, 1e-6), "no eps": (torch.ones(48), 0.0, None)}
 BAD_POSITIONS = {"none": 0, "more than there is room for": 7, "a fraction": 0.5}
 
 
 @pytest.mark.parametrize(
-    "bad", [*BAD, *BAD_GIVEN, *BAD_POSITIONS, "no layer", "no tuple of layers", "not read", "queries", "y", "many rows"]
+    "bad",
+    [
+        *BAD,
+        *BAD_GIVEN,
+        *BAD_NORM,
+        *BAD_POSITIONS,
+        "no layer",
+        "no tuple of layers",
+        "not read",
+        "queries",
+        "y",
+        "many rows",
+    ],
 )
 @torch.no_grad()
 def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
@@ -82,12 +95,13 @@ def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
     if bad == "many rows":
         x, y = x[:1].expand(17, 1, -1).contiguous(), torch.full((17, 1, 48), 5.0)
     queries = queries[:-1] if bad == "queries" else queries
+    last = BAD_NORM.get(bad, cpu_decoder.NO_NORM)
     y = y[..., :-1] if bad == "y" else y
 
     def run() -> None:
         read = native.read_decoder_layers(isa, 2, 48, list(layers) if bad == "no tuple of layers" else layers)
         read = object() if bad == "not read" else read
-        native.decoder_layers(isa, 2, x, y, queries, given, BAD_POSITIONS.get(bad, -1), read)
+        native.decoder_layers(isa, 2, x, y, queries, given, BAD_POSITIONS.get(bad, -1), *last, read)
 
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         run()

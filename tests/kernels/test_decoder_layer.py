@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_norms": True, "activation": ACTIVATIONS["gelu"]},
     "gemma3": {"head_norms": True, "more_norms": True, "offset": 1.0, "activation": ACTIVATIONS["tanh"]},
     "many heads": {"sizes": Sizes(features=130, heads=6, key_heads=6, head=70, hidden=300)},
+    "many heads that share": {"sizes": Sizes(heads=22, key_heads=2, head=10, hidden=40)},
 }
 
 
