@@ -136,6 +136,8 @@ def explain(x: Tensor, panels: Panels) -> str:
     sizes = f"{x.numel() // max(1, x.shape[-1])} x {panels.in_features} -> {panels.out_features}"
     if requested() not in ("auto", "cpu"):
         served = f"reference: serves this call ({requested()!r} was asked for), from an unpacked copy"
+    elif functions_replaced():
+        served = "plain torch: serves this call, whose functions were replaced or may be, from an unpacked copy"
     else:
         stored, isa = str(panels.stored).removeprefix("torch."), cpu.instruction_set()[0]
         served = f"cpu: serves this call ({isa}, panels of {stored}); it was faster for every number of rows measured"

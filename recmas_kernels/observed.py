@@ -5,6 +5,9 @@ A call through the dispatcher costs about 4 us for an op of sixteen arguments. U
 ``make_fx``, FLOP counters), function modes, ``torch.func`` transforms, forward-mode AD, ``torch.jit.trace`` and
 profilers. Gradients whose values are not those in memory (negated views, zeros without memory, the batches of
 ``is_grads_batched``) need the dispatcher as well.
+
+Besides: whether somebody stands in the place of torch's functions, which a kernel would pass over, and which tensors
+only these functions take.
 """
 
 from __future__ import annotations

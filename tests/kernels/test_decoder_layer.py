@@ -15,6 +15,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels import FrozenLinear, accelerate, decoder_kernels, decoder_parts
@@ -470,6 +471,18 @@ def test_code_patched_meanwhile_is_what_runs(place: str, monkeypatch: pytest.Mon
     expected, _ = step.run(layer)
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_functions_of_torch_that_are_replaced_meanwhile_are_called():
+    layer, step = made(), step_of("llama", 2)
+    with accelerate(layer), Served() as served:
+        step.run(layer)
+        with mock.patch.object(F, "silu", lambda x, inplace=False: x.relu()):
+            found, _ = step.run(layer)
+    with mock.patch.object(F, "silu", lambda x, inplace=False: x.relu()):
+        torch.testing.assert_close(found, step.run(layer)[0])
+    assert served.count == 1
 
 
 @torch.no_grad()

@@ -436,6 +436,7 @@ def test_a_function_that_a_mode_or_the_class_of_the_rows_replaces():
     x = make_rows(3, 37)
     with Twice():
         torch.testing.assert_close(frozen(x), linear(x))
+        assert "plain torch: serves this call" in explain(frozen, x)
     torch.testing.assert_close(frozen(x.as_subclass(TwiceOf)), 2 * linear(x))
     with mock.patch.object(F, "linear", twice):
         torch.testing.assert_close(frozen(x), linear(x))
