@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recmas.agents.agent import Agent
-    from recmas.answering.answers import Answer, Answers, Handoff
+    from recmas.answering.answers import Answer, Answers, Handoff, RowsFailedError
     from recmas.answering.options import AnswerOptions
     from recmas.config.pattern import DELIBERATION, DISTILLATION, MIXTURE, SEQUENTIAL, Pattern, Visit
     from recmas.config.system_json import AgentSpec, Decoding, Defaults, PlacementSpec, PromptSpec
@@ -26,6 +26,7 @@ _HOMES = {
         "Answer",
         "Answers",
         "Handoff",
+        "RowsFailedError",
     ),
     "recmas.answering.options": ("AnswerOptions",),
     "recmas.config.pattern": (
@@ -73,6 +74,7 @@ __all__ = [
     "PromptSpec",
     "PythonTool",
     "RecursiveMAS",
+    "RowsFailedError",
     "Tool",
     "ToolCall",
     "Toolbox",

@@ -212,7 +212,8 @@ class RecursiveMAS(System):
             rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages
                 whose last one is the question (`recmas.prompts.rows`).
             options: how; None is `AnswerOptions` with its defaults.
-            on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
+            on_message: may replace each message before it is sent (to zero, shuffle or patch latents). It is called
+                again for a batch that begins again, without the rows that have become too long.
             on_text: called with the number of a row and the next piece of its answer, as it is written.
             on_answers: called with the numbers of a batch's rows and their answers, in this order, when they are done.
             skip: numbers of rows whose answers are known: batches of only such rows are left out, and answers there

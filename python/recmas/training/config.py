@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 SAFE_RATE = 1e-4
 MOST_RATE = 1e6
-"""AdamW moves a parameter by about its rate; a step of more is no number of float32 soon."""
+"""AdamW moves parameters by about the rate: with a higher one they soon exceed float32."""
 LinkInit = Literal["default", "identity", "ridge"]
 Source = Literal["forced", "rollout"]
 

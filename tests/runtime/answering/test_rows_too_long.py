@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from recmas import SEQUENTIAL, RecursiveMAS
-from recmas.answering.answers import RowsFailedError
+from recmas import SEQUENTIAL, RecursiveMAS, RowsFailedError
 from recmas.evaluation import audit, sweep, tune
 from tests.runtime.commands import main
 from tests.runtime.tiny import tiny_agent
