@@ -13,6 +13,9 @@ from recmas import Pattern, RecursiveMAS
 from recmas.config.system_json import PlacementSpec
 from tests.runtime.scheduling.rows import tiny_system
 
+ONE_THREAD = PlacementSpec(threads=1)
+
+
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     """A cluster of this machine, until the last test here: it takes time and memory even when it has nothing to do."""
@@ -76,10 +79,10 @@ def pooled(_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return _pool
 
 
-def saved(folder: Path, pattern: Pattern) -> RecursiveMAS:
-    """A tiny system whose agents compute with one thread each, in `folder` too."""
+def saved(folder: Path, pattern: Pattern, placement: PlacementSpec = ONE_THREAD) -> RecursiveMAS:
+    """A tiny system, in `folder` too."""
     system = tiny_system(pattern)
     for setting in system.settings.values():
-        setting.placement = PlacementSpec(threads=1)
+        setting.placement = placement
     system.save_pretrained(folder)
     return RecursiveMAS.from_pretrained(folder)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,14 @@ class Pair:
         self.writes = Order(
             Task(1, works["learner"], parts["learner"], {}), Stamp("system", "", "learner", 1), [stamp], reads
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """What the tests have imported stays frozen here: every load would look through all of it again, for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent_process, "gc", SimpleNamespace(**vars(gc) | {"unfreeze": lambda: None}))
+        yield
 
 
 @pytest.fixture(scope="module")
