@@ -34,6 +34,11 @@ inline void stream_step(Accumulators<rows, columns>& acc, const void* left, int6
   }
 }
 
+// With more bytes a weight is in no cache. Then one row of it after the other is read faster than some side by side,
+// which are as fast for more left-hand rows, and faster from a cache.
+constexpr int64_t kBeyondCaches = 32 << 20;
+constexpr int64_t kStreamAhead = 4608;  // bytes that are asked for ahead where rows are read one after the other
+
 // out[r][c] += sum_k left[r][k] * right[c][k], out [rows][kPanel].
 template <class Stored, bool bf16_left, int rows, int columns>
 void stream_block(const void* left, int64_t left_stride, const Stored* right, int64_t right_stride, int64_t k,
@@ -47,8 +52,12 @@ void stream_block(const void* left, int64_t left_stride, const Stored* right, in
   static_assert(line % lanes == 0, "whole steps for each cache line");
   int64_t i = 0;
   for (; i + line <= k; i += line) {
-    for (int c = 0; c < columns; ++c) {  // the rows to come, which follow in memory: once for a line
-      __builtin_prefetch(right + (columns + c) * right_stride + i);
+    for (int c = 0; c < columns; ++c) {  // what follows in memory: once for a line
+      if constexpr (columns == 1) {
+        __builtin_prefetch(reinterpret_cast<const char*>(right + i) + kStreamAhead);
+      } else {
+        __builtin_prefetch(right + (columns + c) * right_stride + i);
+      }
     }
     for (int64_t j = i; j < i + line; j += lanes) {
       stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, j, lanes);
@@ -58,6 +67,9 @@ void stream_block(const void* left, int64_t left_stride, const Stored* right, in
     stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, lanes);
   }
   if (i < k) stream_step<Stored, bf16_left, rows, columns>(acc, left, left_stride, right, right_stride, i, k - i);
+#if RECMAS_ISA_LEVEL >= 2
+  if constexpr (rows == 4 && columns == 4) return add_sums(acc.at, out, kPanel);
+#endif
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) out[r * kPanel + c] += sum(acc.at[r][c]);
   }
@@ -90,9 +102,9 @@ void stream_columns(const void* left, int64_t left_stride, int64_t rows, const S
 
 template <class Stored, bool bf16_left>
 void stream_stored(const void* left, int64_t left_stride, int64_t rows, const Stored* right, int64_t right_stride,
-                   int64_t columns, int64_t k, float* out) {
+                   int64_t columns, int64_t k, bool side_by_side, float* out) {
   int64_t c = 0;
-  for (; c + kStreamColumns <= columns; c += kStreamColumns) {
+  for (; side_by_side && c + kStreamColumns <= columns; c += kStreamColumns) {
     stream_columns<Stored, bf16_left, kStreamColumns>(left, left_stride, rows, right + c * right_stride, right_stride,
                                                       k, out + c);
   }
@@ -115,22 +127,26 @@ inline bool streams(const Right& right, bool bf16_left, int64_t rows) {
 inline void stream_tile(const void* left, int64_t left_stride, bool bf16_left, int64_t rows, const Right& right,
                         int64_t first_column, int64_t columns, float* out) {
   const int64_t offset = first_column * right.stride;
+  const bool side_by_side =
+      RECMAS_ISA_LEVEL < 2 || rows > 1 || right.columns * right.k * dtype_bytes(right.dtype) <= kBeyondCaches;
   switch (right.dtype) {
     case Dtype::f32:
       return stream_stored<float, false>(left, left_stride, rows, static_cast<const float*>(right.data) + offset,
-                                         right.stride, columns, right.k, out);
+                                         right.stride, columns, right.k, side_by_side, out);
     case Dtype::bf16: {
       const Bf16* data = static_cast<const Bf16*>(right.data) + offset;
       if constexpr (kDotPairs) {
         if (bf16_left) {
-          return stream_stored<Bf16, true>(left, left_stride, rows, data, right.stride, columns, right.k, out);
+          return stream_stored<Bf16, true>(left, left_stride, rows, data, right.stride, columns, right.k, side_by_side,
+                                           out);
         }
       }
-      return stream_stored<Bf16, false>(left, left_stride, rows, data, right.stride, columns, right.k, out);
+      return stream_stored<Bf16, false>(left, left_stride, rows, data, right.stride, columns, right.k, side_by_side,
+                                        out);
     }
     default:
       return stream_stored<F16, false>(left, left_stride, rows, static_cast<const F16*>(right.data) + offset,
-                                       right.stride, columns, right.k, out);
+                                       right.stride, columns, right.k, side_by_side, out);
   }
 }
 

@@ -1,6 +1,8 @@
 // Native checks of the CPU kernels, for every instruction set this processor has, against plain double precision.
 // Outputs and workspaces start as NaN, so that a value nothing wrote shows, and lie between guard bands that no kernel
 // may touch. Under RECMAS_SANITIZE every buffer has its exact size instead, and AddressSanitizer sees stray reads, too.
+#include <algorithm>
+
 #include "layer_case.h"
 
 namespace {
@@ -218,6 +220,37 @@ void test_frozen(Isa isa) {
   CHECK(cpu::frozen_forward(call, &number, 0) == Status::bad_argument, "rows of a dtype that the kernel does not read");
 }
 
+// A row times a weight that no cache holds, as it lies in memory: the bits of products with parts of it.
+void test_large(Isa isa) {
+  const int64_t in = 8195, out = 1031, part = 500;
+  static const std::vector<float> weight = random_values(static_cast<size_t>(out * in), 1);
+  const std::vector<float> x = random_values(static_cast<size_t>(in), 2);
+  const auto product = [&](int64_t first, int64_t columns) {
+    const Guarded y = Guarded::floats(static_cast<size_t>(columns));
+    const cpu::FrozenForward call{1,
+                                  in,
+                                  columns,
+                                  {x.data(), in, Dtype::f32},
+                                  weight.data() + first * in,
+                                  {},
+                                  {y.get(), Dtype::f32},
+                                  Dtype::f32,
+                                  Form::stored,
+                                  isa,
+                                  2};
+    const int64_t bytes = cpu::frozen_forward_workspace(call);
+    const Guarded workspace = workspace_of(bytes);
+    CHECK(cpu::frozen_forward(call, workspace.get(), bytes) == Status::ok, "a large weight was not streamed");
+    return y.values();
+  };
+  std::vector<float> parts;
+  for (int64_t first = 0; first < out; first += part) {
+    const std::vector<float> found = product(first, std::min(part, out - first));
+    parts.insert(parts.end(), found.begin(), found.end());
+  }
+  CHECK(product(0, out) == parts, "isa %d: a large weight gives other bits", static_cast<int>(isa));
+}
+
 void test_rms_norm(Isa isa) {
   const int64_t rows = 3;
   for (const int64_t columns : {int64_t{1}, int64_t{37}, int64_t{64}, int64_t{200}}) {
@@ -349,6 +382,7 @@ int main() {
     test_link(isa, {300, 256, 270, 130, Residual::linear, false, true});
     test_alignment(isa);
     test_frozen(isa);
+    test_large(isa);
     test_rms_norm(isa);
     test_layer(isa);
   }

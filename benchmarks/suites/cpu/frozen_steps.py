@@ -21,6 +21,7 @@ from benchmarks.peers.compiled_steps import CompiledSteps
 from benchmarks.peers.llama import LlamaSequences
 from benchmarks.suites.cpu.frozen_cases import COLUMNS, PROMPT, STEPS, Case, Shape
 from recmas.agents.agent import Agent
+from recmas.agents.sampling import choose
 from recmas.engine.messages import Prompt
 from recmas.engine.prefill import prefill_all
 from recmas_kernels import LinkConfig
@@ -53,7 +54,7 @@ class Steps:
     def __call__(self) -> None:
         for _ in range(STEPS):
             if self.writes:
-                fed = self.agent.embed(self.logits(self.hidden).argmax(dim=-1))
+                fed = self.agent.embed(choose(self.logits(self.hidden)))
             else:
                 fed = self.link(self.hidden.to(self.link.proj1.weight.dtype)).to(self.hidden.dtype)
             self.hidden = self.feed(fed[:, None])
