@@ -10,7 +10,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 _SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".txt", ".cmake"}
-_CPU = ("python/*operands.h", "python/layer_arguments.h", "python/unchanged.cpp")
+_CPU = ("python/*operands.h", "python/layer_arguments.h", "python/stand_ins.h", "python/unchanged.cpp")
 _READING = ("python/arguments.h", "python/link_arguments.*", "python/tensors.*")
 _PARTS = {
     "tensors": ("link.h", "python/CMakeLists.txt", "python/plain_link.*", "python/tensors_module.cpp", *_READING),

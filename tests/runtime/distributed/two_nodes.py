@@ -1,8 +1,8 @@
 """Answers of a cluster of two machines, imitated on this one, the second of which is lost, and at last for good.
 
-Arguments: folders of systems, whose last agent needs the resource "second", and all others "first". Prints as JSON, of each system, what was
-answered; and of the last one what was answered while the machine was lost and another came, how many processes were
-started again, and what is said when no other one comes.
+Arguments: folders of systems, whose last agent needs the resource "second", and all others "first". Prints as JSON, of
+each system, what was answered; and of the last one what was answered while the machine was lost and another came, how
+many processes were started again, and what is said when no other one comes.
 """
 
 from __future__ import annotations

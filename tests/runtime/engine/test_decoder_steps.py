@@ -70,6 +70,7 @@ class Batch:
             mask[3::4, 3] = 0
         self.past = Continuation(self.decoder, mask, room)
         self.cache: Any = self.past.cache
+        self.other: Tensor | None = None
         self._how = mock.patch.object(GrowingCache, "lend", return_value=None) if called else nullcontext()
         self.hidden = self.past.feed(0.3 * torch.randn(rows, PROMPT, WIDTH, generator=made).to(dtype))
         self.states = [self.hidden]
@@ -167,7 +168,9 @@ def _stand_in(change: Callable[[Tensor, Tensor], Any]) -> Callable[[Batch], Any]
 
     def run(batch: Batch) -> None:
         held = batch.decoder.layers[1].mlp.up_proj._parameters["weight"]
-        change(held, torch.randn(held.shape, generator=torch.Generator().manual_seed(2), dtype=held.dtype))
+        values = torch.randn(held.shape, generator=torch.Generator().manual_seed(2), dtype=held.dtype)
+        batch.other = nn.Parameter(values, requires_grad=False)  # kept, as what is swapped lives on in it
+        change(held, batch.other)
 
     return run
 
@@ -224,11 +227,9 @@ CHANGES: dict[str, Callable[[Batch], Any]] = {
     "gain in place": _write("layers.1.input_layernorm.weight"),
     "data of a gain": _data,
     "weight": _weight("layers.1.mlp.up_proj.weight"),
-    "data of a weight": _stand_in(lambda held, values: setattr(held, "data", values)),
-    "memory of a weight": _stand_in(lambda held, values: held.set_(values)),
-    "swapped weight": _stand_in(
-        lambda held, values: torch.utils.swap_tensors(held, nn.Parameter(values, requires_grad=False))
-    ),
+    "data of a weight": _stand_in(lambda held, other: setattr(held, "data", other)),
+    "memory of a weight": _stand_in(lambda held, other: held.set_(other)),
+    "swapped weight": _stand_in(torch.utils.swap_tensors),
     "norm": _weight("norm.weight"),
     "norm in place": _write("norm.weight"),
     "data of the norm": lambda batch: setattr(batch.decoder.norm.weight, "data", 2 * batch.decoder.norm.weight),
