@@ -40,4 +40,6 @@ def pytest_make_parametrize_id(val: object, argname: str) -> None:
 def pytest_collection_finish() -> None:
     """What was imported until now stays: half a million objects, which no collection need look through again."""
     gc.freeze()
+    # Models are thousands of objects, none of them garbage: by default the looks for it take a tenth of all time.
+    gc.set_threshold(20_000)
     gc.enable()
