@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
-from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from recmas_kernels.decoder_model import ModelKernel
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
+from recmas_kernels.holders import held_outside
 from recmas_kernels.rms_norm import NormKernel
 from recmas_kernels.shared_linear import SharedLinear, share, unshare
 
@@ -55,7 +54,7 @@ class Accelerated:
 
     def _pack(self, model: nn.Module) -> None:
         linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        owners, outside = _owners(model), _held_outside(model, linears.values())
+        owners, outside = _owners(model), held_outside(model, linears.values())
         for name, part in linears.items():
             if isinstance(part, FrozenLinear) and part.packed() is not None:
                 self.packed[name] = freeze(part)
@@ -67,7 +66,7 @@ class Accelerated:
                 self.shared[name] = share(part)
                 self.left[name] = f"it shares its weight with {', '.join(sorted(others))}; few rows read it in place"
             elif id(part.weight) in outside:
-                self.left[name] = "a module outside of the model holds its weight, too"
+                self.left[name] = "a module outside of the model holds its weight, too, or may (gc.freeze)"
             else:
                 self.packed[name] = freeze(part)
 
@@ -145,7 +144,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     A packed weight's own parameter holds NaN, so whoever read the parameters of ``model.parameters()`` for their values
     reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
-    and the layer is left alone; a tensor that only shares its memory keeps that memory, and its values.
+    and the layer is left alone; after ``gc.freeze``, which hides them, so is one whose weight anything unknown refers to,
+    a local variable, too. A tensor that only shares a weight's memory keeps that memory, and its values.
 
     RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for. Decoder layers of known
     classes that compute on random rows what the kernels do run as two, for one position of up to 16 rows. What such a
@@ -179,22 +179,3 @@ def _why_not(linear: nn.Linear) -> str | None:
     """Why a linear layer is left alone, but for who else holds its weight."""
     reason = None if type(linear) is SharedLinear else why_not_frozen(linear)
     return reason or why_not_packed(linear.weight)
-
-
-def _held_outside(model: nn.Module, linears: Iterable[nn.Linear]) -> set[int]:
-    """The ids of those weights that modules outside of ``model`` hold, too: packing would empty them."""
-    weights = [weight for part in linears if (weight := part._parameters.get("weight")) is not None]
-    inside = {id(part._parameters) for part in model.modules()}
-    found: set[int] = set()
-    for held in gc.get_referrers(*weights):
-        if type(held) is dict and id(held) not in inside and _is_of_a_module(held):
-            found.update(id(weight) for weight in held.values())
-    return found
-
-
-def _is_of_a_module(parameters: dict[str, Any]) -> bool:
-    for owner in gc.get_referrers(parameters):
-        attributes = owner if type(owner) is dict else owner.__dict__ if issubclass(type(owner), nn.Module) else {}
-        if attributes.get("_parameters") is parameters:
-            return True
-    return False
