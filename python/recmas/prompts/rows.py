@@ -77,8 +77,9 @@ def text_of(value: object, what: str) -> str:
     """
     if value is None:
         raise ValueError(f"{what} is null; write the text that stands there, or an empty one")
-    number = isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value)
-    if not (isinstance(value, str) or number):
+    number = isinstance(value, Real | Decimal) and not isinstance(value, bool)
+    finite = number and value == value and abs(value) != math.inf  # of any size: a float holds not every integer
+    if not (isinstance(value, str) or finite):
         raise ValueError(f"{what} is {_short(value)}, expected a text or a number")
     return readable(str(value), what)
 
