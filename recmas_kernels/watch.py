@@ -50,7 +50,8 @@ class Watched:
     ) -> None:
         self._entries, self._sizes = tuple(entries), tuple(sizes)
         self._others, self._stand_ins = (tuple(kinds), tuple(classes)), tuple(stand_ins)
-        self._stood_in = cpu.stand_ins(self._stand_ins)
+        # Without kernels nothing stands for a module, and nobody asks whether it is the same.
+        self._stood_in = None if cpu.unavailable() else cpu.stand_ins(self._stand_ins)
         self._places = tuple({id(place): place for place in (*self._entries[::3], *self._sizes[::2])}.values())
         self._versions: bytes | None = None
 

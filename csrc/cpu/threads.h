@@ -16,24 +16,38 @@ namespace recmas::cpu::RECMAS_ISA {
 
 struct Team {
   int64_t rank, size;
-  Barrier* barrier = nullptr;
+  Barrier* barrier = nullptr;  // null: OpenMP's
 
   void wait() const {
-    if (barrier != nullptr) barrier->wait(size);
+    if (barrier != nullptr) {
+      barrier->wait(size);
+    } else if (size > 1) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    }
   }
 
   int64_t begin(int64_t items) const { return items * rank / size; }
   int64_t end(int64_t items) const { return items * (rank + 1) / size; }
 };
 
-// Runs body(team) on `threads` threads, or as many as OpenMP gives.
+#ifdef _OPENMP
+inline int64_t cores() {
+  static const int64_t count = omp_get_num_procs();
+  return count;
+}
+#endif
+
+// Runs body(team) on `threads` threads, or as many as OpenMP gives. Where they are more than there are cores, a thread
+// that spins keeps a missing one from its core: OpenMP's barrier lets it sleep.
 template <class Body>
 void run_team(int64_t threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
     Barrier barrier;
 #pragma omp parallel num_threads(static_cast<int>(threads))
-    body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), threads > cores() ? nullptr : &barrier});
     return;
   }
 #else

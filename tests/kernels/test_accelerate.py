@@ -201,3 +201,19 @@ def test_no_linear_layer_and_no_module():
     accelerate(nn.Sequential(nn.Tanh())).close()
     with pytest.raises(TypeError, match="model is a list, expected a"):
         accelerate([])
+
+
+def test_without_kernels_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """Built without them, or on a processor that they do not know."""
+
+    def native() -> None:
+        raise ImportError("not built")
+
+    monkeypatch.setattr(cpu, "_native", native)
+    monkeypatch.setattr(cpu, "unavailable", lambda: "not built")
+    model = nn.Sequential(make_linear(), nn.RMSNorm(53))
+    x = make_rows(2, 37)
+    expected = model(x)
+    done = accelerate(model)
+    assert (list(done.left.values()), done.packed, done.norms) == (["not built"], {}, {})
+    assert torch.equal(model(x), expected)

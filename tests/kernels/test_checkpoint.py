@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from recmas_kernels import FusedRecursiveLink, RecursiveLink
+from recmas_kernels import FusedRecursiveLink, LinkConfig, RecursiveLink
 from recmas_kernels.testing import check_budget, configs, eager_twin, make_link, make_rows
 
 
@@ -76,6 +76,16 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         link.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_subclass_that_is_made_in_another_way_is_saved(tmp_path):
+    class Square(RecursiveLink):
+        def __init__(self, features: int) -> None:
+            super().__init__(LinkConfig("inner", features, features, features, "identity"))
+
+    link, x = Square(8), make_rows(3, 8)
+    link.save_pretrained(tmp_path)
+    assert torch.equal(RecursiveLink.from_pretrained(tmp_path)(x), link(x))
 
 
 class TestBadFolders:

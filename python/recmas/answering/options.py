@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from recmas.sizing import BATCH_SIZE
@@ -58,7 +59,7 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
-        if self.settle is not None and not (isinstance(self.settle, int | float) and 0 < self.settle <= 1):
+        if self.settle is not None and not (isinstance(self.settle, Real) and 0 < self.settle <= 1):
             raise ValueError(f"settle: {self.settle!r} is not in (0, 1]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not an integer")

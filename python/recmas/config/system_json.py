@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Decoding:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is more than {MAX_TOKENS}")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name}: {value!r} is not a number")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature} is not a finite number >= 0")
@@ -227,7 +228,16 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
     """Write `folder`/system.json atomically; None values are left out.
 
     Raises:
-        ValueError: `read_spec` would not take it, as settings may be that were changed in memory; nothing is written.
+        ValueError: as `spec_text`; nothing is written.
+    """
+    write_atomically(Path(folder) / FILE_NAME, spec_text(folder, spec))
+
+
+def spec_text(folder: str | os.PathLike[str], spec: SystemSpec) -> str:
+    """What `folder`/system.json is to hold.
+
+    Raises:
+        ValueError: `read_spec` would not take it, as settings may be that were changed in memory.
     """
     agents = {}
     for role, agent in spec.agents.items():
@@ -257,10 +267,9 @@ def write_spec(folder: str | os.PathLike[str], spec: SystemSpec) -> None:
         "edge_scores": spec.edge_scores,
         "sha256": spec.sha256 or None,
     }
-    path = Path(folder) / FILE_NAME
     text = json.dumps(without_none(content), indent=2, ensure_ascii=False, default=repr) + "\n"
-    _Reader(path).system(parse_json(text))
-    write_atomically(path, text)
+    _Reader(Path(folder) / FILE_NAME).system(parse_json(text))
+    return text
 
 
 def _changed(part: Any, standard: Any) -> dict[str, Any] | None:

@@ -77,10 +77,15 @@ def text_of(value: object, what: str) -> str:
     """
     if value is None:
         raise ValueError(f"{what} is null; write the text that stands there, or an empty one")
-    number = isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real | Decimal) and not isinstance(value, bool) and _is_finite(value)
     if not (isinstance(value, str) or number):
         raise ValueError(f"{what} is {_short(value)}, expected a text or a number")
     return readable(str(value), what)
+
+
+def _is_finite(number: Real | Decimal) -> bool:
+    """Of any size: `math.isfinite` makes a float of it."""
+    return number == number and abs(number) != math.inf
 
 
 def readable(text: str, what: str) -> str:

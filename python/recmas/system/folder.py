@@ -22,7 +22,7 @@ from recmas.agents.agent import Agent
 from recmas.agents.loading import is_gguf
 from recmas.config.parts import checksums, is_hub_id
 from recmas.config.pattern import LinkKey, Pattern
-from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, write_spec
+from recmas.config.system_json import FILE_NAME, SystemSpec, edge_name, read_spec, spec_text, write_spec
 from recmas.files import replacing, replacing_folder, sync, write_atomically
 from recmas.files.locks import one_writer
 from recmas.files.reading import inside
@@ -91,10 +91,12 @@ def save(system: System, folder: Path, beside: Mapping[str, str | None] | None =
         beside: what a new one begins with: files by their text, and empty folders, None.
 
     Raises:
-        ValueError: as `check_place`, a damaged ``system.json`` in the way, or another process is writing there.
+        ValueError: as `check_place`, settings that could not be read again, a damaged ``system.json`` in the way, or
+            another process is writing there.
         OSError: the disk is full, and so on; names a path. The old system stays.
     """
     check_place(folder)
+    spec_text(folder, describe(system))  # before the parts, which may be large
     if is_new(folder):
         with replacing_folder(folder) as fresh:
             _write(system, describe(system), fresh, SystemSpec(system.pattern, {}))

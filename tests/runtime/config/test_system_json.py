@@ -6,6 +6,7 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 
 from recmas import Pattern
@@ -90,6 +91,7 @@ def test_defaults_are_checked(rounds, steps, message):
 def test_decoding_takes_numbers(name, value):
     with pytest.raises(ValueError, match=f"{name}: {value!r} is not a number"):
         Decoding(**{name: value})
+    assert Decoding(temperature=np.float32(0.5)).temperature == 0.5
 
 
 def test_what_is_left_out_has_its_default(tmp_path):

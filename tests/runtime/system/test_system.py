@@ -214,6 +214,15 @@ def test_what_no_system_can_be_made_with_is_told_before_anything_is_loaded(chang
         RecursiveMAS.create(**arguments)
 
 
+def test_what_could_not_be_loaded_again_is_refused_before_any_part_is_written(tmp_path, monkeypatch):
+    mas = RecursiveMAS.create(agents(), SEQUENTIAL, rounds=1, latent_steps=1)
+    mas.settings["critic"].dtype = "float64"
+    monkeypatch.setattr(Agent, "save_pretrained", lambda *_: pytest.fail("an agent was written"))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/s/system.json: agents.critic.dtype: 'float64' is not one of"):
+        mas.save_pretrained(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_a_folder_is_the_same_one_from_another_working_directory(tmp_path, monkeypatch, made):
     """``models/one`` and ``agents/planner`` could be names of models on the hub."""
