@@ -144,8 +144,9 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     A packed weight's own parameter holds NaN, so whoever read the parameters of ``model.parameters()`` for their values
     reads `named_weights` or a state dict instead. Modules outside of ``model`` that hold the same parameter are found,
-    and the layer is left alone; after ``gc.freeze``, which hides them, so is one whose weight anything unknown refers to,
-    a local variable, too. A tensor that only shares a weight's memory keeps that memory, and its values.
+    and the layer is left alone. After ``gc.freeze``, which hides them, it is also left alone where anything unknown
+    refers to its weight, such as a local variable. A tensor that only shares a weight's memory keeps that memory, and
+    its values.
 
     RMSNorms, recognised by what they compute, run as one kernel where no gradient is asked for. Decoder layers of known
     classes that compute on random rows what the kernels do run as two, for one position of up to 16 rows. What such a

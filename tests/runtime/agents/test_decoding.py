@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from recmas.agents.agent import Agent
-from recmas.agents.sampling import Sampler
+from recmas.agents.sampling import Sampler, choose
 from recmas.engine.messages import Prompt
 from tests.runtime.tiny import prompts, tiny_agent, tiny_model, tiny_tokenizer
 
@@ -24,6 +24,20 @@ def test_greedy_equals_generate(agent):
     for row, ids in zip(found, expected.tolist(), strict=True):
         assert row == ids[: len(row)]
         assert len(row) == 12 or row[-1] in agent.eos_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5, 128, 384, 1000])
+def test_the_most_likely_token_is_the_first_of_the_highest_logits(dtype, vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 3, (64, vocabulary), generator=generator).to(dtype)  # most rows have ties
+    logits[1] = -torch.inf
+    logits[2, -1] = torch.nan
+    logits[3, 1:] = -torch.inf
+    logits[4, vocabulary // 2] = torch.inf
+    expected = [row.index(max(row)) if max(row) < torch.inf else -1 for row in logits.tolist()]
+    expected[1] = expected[2] = -1
+    assert choose(logits).tolist() == expected
 
 
 def test_rows_end_at_any_end_of_text_token_and_leave_the_others_alone():
