@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def _is_of_a_module(parameters: dict[str, Any]) -> bool:
     return False
 
 
-def _with_others(weights: list[Tensor | None], holders: Mapping[int, object]) -> set[int]:
+def _with_others(weights: Sequence[Tensor | None], holders: Mapping[int, object]) -> set[int]:
     """The ids of those weights with more references than ``holders`` have."""
     known = Counter(map(id, gc.get_referents(*holders.values())))
     counted = [*weights, object()]  # the last one shows what counting itself holds
