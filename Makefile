@@ -12,10 +12,10 @@ DEVELOPMENT := $(VENV)/.installed-dev
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test lint format docs bench native sanitize torture gpu clean
+.PHONY: help install demo demo-real test test-slow lint format docs bench bench-runtime native sanitize torture gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,9 +43,13 @@ demo-real: $(DEVELOPMENT) ## MODELS=DIR: the links of examples/trio between the 
 # Three processes, so that on two cores one works while another waits; each with the threads that its share of the
 # processor has. The slowest tests are named at the end.
 WORKERS ?= 3
-test: $(DEVELOPMENT) ## every test that this machine can run
-	OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
+TESTED = OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
+test: $(DEVELOPMENT) ## every test that this machine can run, but for the slow ones
+	$(TESTED) -m 'not slow'
+
+test-slow: $(DEVELOPMENT) ## tests that build, start clusters, and interpret kernels
+	$(TESTED) -m slow
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check .
@@ -63,11 +67,11 @@ docs: $(DEVELOPMENT) ## the documentation as a site, in build/site; warnings are
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-bench: $(DEVELOPMENT) ## measure the full grid here (a quiet quarter of an hour), store it and draw its tables and plots
-	@mkdir -p build
-	@status=0; \
-	$(BIN)/python -m pytest benchmarks --grid full --benchmark-json=build/benchmarks.json || status=$$?; \
-	$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
+bench: $(DEVELOPMENT) ## measure the kernels' full grid here (a quiet quarter of an hour), store it, draw tables and plots
+	$(call measured,not runtime)
+
+bench-runtime: $(DEVELOPMENT) ## the same of agents' steps, systems, training, serving (most of an hour)
+	$(call measured,runtime)
 
 native: $(DEVELOPMENT) ## the native checks, and that no instruction set leaks into another
 	$(call native_checks,build/native,-DRECMAS_SANITIZE=)
@@ -81,6 +85,13 @@ torture: $(DEVELOPMENT) ## 10,000 random calls, 100 kills, every escape and host
 	RECMAS_TORTURE=1 RECMAS_FUZZ_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		tests/torture tests/runtime/sandbox tests/kernels/test_fuzz.py
 	RECMAS_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.torture.conftest tests/runtime/distributed
+
+define measured
+@mkdir -p build
+@status=0; \
+$(BIN)/python -m pytest benchmarks -m '$(1)' --grid full --benchmark-json=build/benchmarks.json || status=$$?; \
+$(BIN)/python -m benchmarks.report build/benchmarks.json && exit $$status
+endef
 
 define native_checks
 	$(BIN)/cmake -S csrc -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \

@@ -14,12 +14,13 @@ import tests.unsynced  # noqa: F401
 # Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell that runs tests in its background has SIGINT ignored; tests of signals send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests of signals send them. A shell that runs tests in its background ignores SIGINT, and nohup SIGHUP.
+for _ignored, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_ignored) is signal.SIG_IGN:
+        signal.signal(_ignored, _usual)
 
-# What takes ten seconds and more begins first, or one worker would wait for the other's at the end.
-LONG = (
+# Builds, clusters and interpreted kernels: `make test-slow`.
+SLOW = (
     "tests/install/",
     "tests/kernels/triton/test_interpreter.py",
     "tests/runtime/distributed/",
@@ -27,8 +28,13 @@ LONG = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
+    # First, or one worker would wait for another's at the end.
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> None:

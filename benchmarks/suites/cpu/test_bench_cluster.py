@@ -38,6 +38,8 @@ from recmas.distributed.cluster import cluster
 from recmas.distributed.order import Loading
 from recmas.distributed.system import RaySystem
 
+pytestmark = pytest.mark.runtime
+
 RELAY = Path(__file__).parents[3] / "examples" / "relay"
 LOCAL, ONE_BY_ONE = "local", "one micro-batch at a time"
 ONE_THREAD = PlacementSpec(threads=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.harness import floors
@@ -16,6 +17,8 @@ from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.fine_tuning import RANK, FineTuning
 from recmas.training import InnerConfig, OuterConfig, inner_loss, train_inner, train_outer
 from recmas.training.pairs import utterances
+
+pytestmark = pytest.mark.runtime
 
 FRESH = "fused, texts run anew"
 LORA, WHOLE = f"LoRA, rank {RANK}", "full fine-tuning"

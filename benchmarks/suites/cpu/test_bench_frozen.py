@@ -29,6 +29,8 @@ from recmas_kernels import packed
 from recmas_kernels.backends import cpu
 from recmas_kernels.testing import relative_error
 
+pytestmark = pytest.mark.runtime
+
 EQUAL = 1e-4  # of the largest entry: float32 sums in two orders, through all layers
 SLACK = 4  # times eager's own error in bfloat16
 GELU_TABLE = 3e-3  # llama.cpp looks GELU up in a table of 16 bits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.harness import floors
@@ -17,6 +18,8 @@ from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_training import reference_inner
 from recmas.training import InnerConfig, train_inner
 from recmas_kernels.testing import eager_twin
+
+pytestmark = pytest.mark.runtime
 
 ROLE = "planner"
 EPOCHS, ROUNDS = 20, 3

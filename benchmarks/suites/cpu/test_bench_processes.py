@@ -26,6 +26,8 @@ from benchmarks.suites.cpu.training_processes import together
 from recmas.training import InnerConfig
 from recmas_kernels import LinkConfig
 
+pytestmark = pytest.mark.runtime
+
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 ALONE = "one process"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from benchmarks.harness import floors
@@ -19,6 +20,8 @@ from benchmarks.harness.time_bound import TimeBound
 from benchmarks.peers.reference_rollout import reference_rollout
 from recmas_kernels import LinkConfig
 from recmas_kernels.testing import eager_twin, make_link, relative_error
+
+pytestmark = pytest.mark.runtime
 
 EQUAL = 1e-5  # of the largest entry, float32
 ROUNDS = 3  # one of the reference algorithm takes many seconds

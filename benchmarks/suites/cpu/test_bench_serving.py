@@ -33,6 +33,8 @@ from benchmarks.harness.time_bound import TimeBound
 from recmas import RecursiveMAS
 from recmas.prompts.template import Template
 
+pytestmark = pytest.mark.runtime
+
 openai = pytest.importorskip("openai", reason="openai is not installed")
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from benchmarks.peers.reference_run import ReferenceRun, reference_run
 from recmas import RecursiveMAS
 from recmas.answering.answers import Answers
 from recmas_kernels.testing import relative_error
+
+pytestmark = pytest.mark.runtime
 
 NO_REUSE = "fused, no prefix reuse"
 RELOADING = "reference algorithm, reloading"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 
 from benchmarks.harness import floors
@@ -21,6 +22,8 @@ from benchmarks.peers.reference_training import recomputing, reference_step
 from recmas.training.recursion import outer_losses
 from recmas.training.teacher import only_trainable
 from recmas_kernels.testing import eager_twin, relative_error
+
+pytestmark = pytest.mark.runtime
 
 FUSED_KEEPING = "fused, keeping activations"
 FUSED_BY_ROW = "fused, a row at a time"  # as the reference goes; "fused" takes the micro-batches of a training run
