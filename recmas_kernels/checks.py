@@ -189,7 +189,7 @@ def outside(name: str, index: Tensor, rows: int, chosen: Tensor | None = None) -
 
 def expect_weights(name: str, weights: Tensor) -> None:
     """Raise ValueError for the first of the weights that is negative, where the host can see it."""
-    if weights.dtype is torch.bool or not reads_at_once(weights) or not bool((wrong := weights < 0).any()):
+    if not weights.dtype.is_signed or not reads_at_once(weights) or not bool((wrong := weights < 0).any()):
         return
     place = wrong.nonzero()[0].tolist()
     raise ValueError(f"{name}{place} is {weights[tuple(place)].item()}, expected a weight >= 0")

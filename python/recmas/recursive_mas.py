@@ -208,12 +208,14 @@ class RecursiveMAS(System):
         of the model, are seen only where `prefix_reuse` is off (`recmas.engine.model_state`): who trains agents here
         switches it off. Links must stay as they are until it returns.
 
+        A batch begins again without the rows that have become too long, and in halves where memory ran out under
+        ``batch_size="auto"``: texts are written, `on_message` is called and tools are run once more.
+
         Args:
             rows: a question each, a mapping with the fields that the templates name, or a chat: a list of messages
                 whose last one is the question (`recmas.prompts.rows`).
             options: how; None is `AnswerOptions` with its defaults.
-            on_message: may replace each message before it is sent (to zero, shuffle or patch latents). It is called
-                again for a batch that begins again, without the rows that have become too long.
+            on_message: may replace each message before it is sent (to zero, shuffle or patch latents).
             on_text: called with the number of a row and the next piece of its answer, as it is written.
             on_answers: called with the numbers of a batch's rows and their answers, in this order, when they are done.
             skip: numbers of rows whose answers are known: batches of only such rows are left out, and answers there
@@ -224,8 +226,9 @@ class RecursiveMAS(System):
         Raises:
             ValueError: wrong options, a field that a row lacks, missing links, or a prompt that is too long for an
                 agent whatever texts it reads; before any model runs.
-            RowsFailedError: at the end, if texts that agents wrote made prompts of some rows too long; the others are
-                answered.
+            RowsFailedError: at the end, if texts that agents wrote, or longer messages that `on_message` put in place,
+                made prompts of some rows too long; the others are answered. At once where `on_text` was shown text of
+                their batch, as it is of rows that settle: then neither this batch nor those to come have answers.
             TypeError: a change that is no option.
         """
         chosen = AnswerOptions.of(options, **changes)

@@ -85,6 +85,12 @@ def test_masked_rows_may_hold_anything(backend):
     assert torch.equal(spoiled[1][1], torch.zeros(8))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=name_of)
+def test_weights_may_be_unsigned(backend, dtype):
+    pred, target, mask = make_rows(3, 8), make_rows(3, 8, seed=2), torch.tensor([1, 0, 2])
+    assert torch.equal(alignment_loss(pred, target, mask=mask.to(dtype)), alignment_loss(pred, target, mask=mask))
+
+
 def test_masked_token_ids_may_be_an_ignore_index(backend):
     pred, table = make_rows(3, 8), make_rows(5, 8, seed=2)
     mask = torch.tensor([True, False, True])

@@ -68,11 +68,15 @@ class Answers(list[Answer]):
             self.reading.setdefault(stage, Reading()).add(reading)
 
 
+class RowError(ValueError):
+    """A row itself, nobody else, is why it is not answered: texts that it was sent exceed a context."""
+
+
 class RowsFailedError(ValueError):
-    """Some rows have no answer; the others do.
+    """Some rows have no answer; the others do, unless one failed when `on_text` had been shown text of its batch.
 
     Attributes:
-        answers: of all rows; those of rows that failed, or were left out, are empty.
+        answers: of all rows; those of rows that failed, were left out, or were still to come, are empty.
         failed: why, by row.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 
-from recmas.answering.answers import Answer, Answers, RowsFailedError
+from recmas.answering.answers import Answer, Answers, RowError, RowsFailedError
 from recmas.answering.batch import Batch, RowsTooLongError
 from recmas.answering.batching import Batches, batches
 from recmas.answering.plan import Plan
@@ -40,7 +40,7 @@ def _answer(
 ) -> None:
     visits = len(list(plan.system.pattern.visits(plan.rounds)))
     advance: Callable[[int], object] = plan.progress or (lambda rows: None)
-    failed: dict[int, str] = {}
+    failed: dict[int, Exception] = {}
     for numbers in queue:
         if all(number in plan.skip for number in numbers):
             advance(len(numbers) * visits)
@@ -62,9 +62,9 @@ def _answer(
                 advance(-batch.visited)
                 break
             except RowsTooLongError as error:  # once more without these rows, on which no other one depends
+                failed |= {number: RowError(problem) for number, problem in error.rows.items()}
                 if shown:
-                    raise
-                failed |= error.rows
+                    raise RowsFailedError(answers, failed) from error
                 advance(visits * len(error.rows) - batch.visited)
                 left = [number for number in left if number not in error.rows]
             else:
@@ -73,7 +73,7 @@ def _answer(
                     plan.on_answers(left, part)
                 break
     if failed:
-        raise RowsFailedError(answers, {number: ValueError(problem) for number, problem in failed.items()})
+        raise RowsFailedError(answers, failed)
 
 
 def check(plan: Plan, rows: Iterable[Question]) -> None:

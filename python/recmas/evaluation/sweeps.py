@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from recmas.answering.answers import RowsFailedError, without_answer
+from recmas.answering.answers import RowError, RowsFailedError, without_answer
 from recmas.answering.manner import Manner
 from recmas.answering.options import AnswerOptions
 from recmas.evaluation import records as record_file
@@ -89,7 +89,8 @@ def sweep(
     Raises:
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
             without an answer or a field or too long for an agent, several samples of greedy answers, or an output file
-            of another run. At the end, rows without an answer; what the others answered is in the output.
+            of another run. At the end, rows that agents' texts made too long; at the end of its batch, a row without
+                an answer for another reason, such as a lost process. What the others answered is in the output.
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
@@ -179,6 +180,8 @@ def sweep(
                 record_file.append(path, made)
             done.update({record.key: record for record in made})
             bar.update(len(missing))
+            if others := {row: why for row, why in unanswered.items() if not isinstance(why, RowError)}:
+                raise ValueError(without_answer(others, len(rows))) from others[min(others)]
     if failed:
         raise ValueError(without_answer(failed, len(rows)))
     records = [done[name] for name in keys.values()]

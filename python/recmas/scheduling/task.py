@@ -10,10 +10,6 @@ from recmas.config.pattern import Visit
 from recmas.prompts.rows import Fields
 
 
-class RowError(ValueError):
-    """A row itself, nobody else, is why it is not answered: texts that it was sent exceed a context."""
-
-
 class Work(NamedTuple):
     """What an agent does; rows of equal work may share a batch, in whichever round each of them is.
 

@@ -12,11 +12,12 @@ import torch
 
 from recmas.agents.detokenizer import Detokenizer
 from recmas.agents.model import PromptTooLongError
+from recmas.answering.answers import RowError
 from recmas.engine.constant_prefixes import ConstantPrefixes
 from recmas.engine.messages import Latents, Message, Prompt
 from recmas.engine.prefill import Prefill
 from recmas.engine.prefix_reuse import PrefixReuse
-from recmas.scheduling.task import Account, Grown, RowError, Task
+from recmas.scheduling.task import Account, Grown, Task
 from recmas.system.member import Member
 from recmas.system.nearest import nearest_tokens
 from recmas.tools import Caller, Toolbox

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from recmas.scheduling.task import RowError
+from recmas.answering.answers import RowError
 
 _LOG = logging.getLogger(__name__)
 

@@ -66,10 +66,12 @@ class LoopConfig:
             check_count(name, getattr(self, name), least)
         if self.patience is not None:
             check_count("patience", self.patience, 1)
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            check_number(name, getattr(self, name))
         if not 0 < self.learning_rate <= MOST_RATE:
             raise ValueError(f"learning_rate must be above 0 and at most {MOST_RATE:g}, got {self.learning_rate}")
-        if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if not (_are_numbers(self.betas) and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
         if not self.clip_norm > 0:
@@ -115,6 +117,8 @@ class AlignmentConfig(LoopConfig):
         check_rounds(self.rounds)
         if self.link_init not in ("default", "identity", "ridge"):
             raise ValueError(f"link_init must be 'default', 'identity' or 'ridge', got {self.link_init!r}")
+        for name in ("cosine_weight", "mse_weight"):
+            check_number(name, getattr(self, name))
         weights = self.cosine_weight, self.mse_weight
         if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(
@@ -186,6 +190,7 @@ class OuterConfig(LoopConfig):
             check_count("micro_batch", self.micro_batch, 1)
         if self.round_weights is not None:
             check_round_weights(self.round_weights, self.most_rounds)
+        check_number("distill", self.distill)
         if not (math.isfinite(self.distill) and self.distill >= 0):
             raise ValueError(f"distill must not be negative, got {self.distill}")
         if self.distill > 0 and self.most_rounds < 2:
@@ -284,6 +289,18 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number."""
+    if not _are_numbers([value]):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+
+
 def each_round_count(rounds: int | Sequence[int]) -> list[int]:
     """All that a step may draw from."""
     return [rounds] if isinstance(rounds, int) else list(rounds)
@@ -291,13 +308,15 @@ def each_round_count(rounds: int | Sequence[int]) -> list[int]:
 
 def check_rounds(rounds: int | Sequence[int]) -> None:
     """Raise ValueError unless ``rounds`` is a positive integer or a sequence of at least one."""
-    several = each_round_count(rounds)
+    several = each_round_count(rounds) if isinstance(rounds, int | Sequence) else []
     if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
         raise ValueError(f"rounds must be one or more positive integers, got {rounds!r}")
 
 
 def check_round_weights(weights: Sequence[float], rounds: int) -> None:
     """Raise ValueError unless these weigh the losses of so many rounds: none negative, the last one positive."""
+    if not _are_numbers(weights):
+        raise ValueError(f"round_weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != rounds:
         raise ValueError(f"round_weights: expected one for each of {rounds} rounds, got {len(weights)}")
     if not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and weights[-1] > 0):

@@ -12,7 +12,7 @@ import torch
 from recmas import Agent, AnswerOptions, RecursiveMAS
 from recmas.agents.chat_template import ChatTemplate
 from recmas.agents.sampling import Sampler
-from recmas.answering.answers import Answer, Answers
+from recmas.answering.answers import Answer, Answers, RowError, RowsFailedError
 from recmas.cli import main
 from recmas.config.pattern import DISTILLATION
 from recmas.config.system_json import Defaults
@@ -141,6 +141,25 @@ def test_tools_run_where_the_model_calls_them(real, monkeypatch):
 def scripted(words):
     left = iter([*words, *[words[0]] * 100])
     return lambda self, logits, uniform: torch.tensor([next(left)] * logits.shape[0])
+
+
+def test_only_rows_that_are_too_long_leave_a_sweep_going_on(tmp_path):
+    """The second batch loses its row 5 with a process; rows 0 and 4 are too long."""
+
+    class Failing(Echo):
+        def answer(self, rows, options):
+            answers = super().answer(rows, options)
+            why = {"0 bako": RowError("long"), "4 bako": RowError("long"), "5 bako": ConnectionError("gone")}
+            raise RowsFailedError(answers, {at: why[row["says"]] for at, row in enumerate(rows) if row["says"] in why})
+
+    system = Failing.create(AGENTS, DISTILLATION, rounds=2, latent_steps=3, seed=0)
+    system.calls, system.breaks_at = [], None
+    with pytest.raises(ValueError, match="^row 5: gone$") as failure:
+        run(system, output=tmp_path / "records.jsonl")
+    assert isinstance(failure.value.__cause__, ConnectionError)
+    assert len(system.calls) == 2
+    lines = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert [line["index"] for line in lines] == [1, 2, 3, 6, 7]
 
 
 def test_every_cell_is_the_system_or_baseline_it_names(real):

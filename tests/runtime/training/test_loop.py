@@ -13,7 +13,7 @@ from torch import nn
 from recmas.devices.failure import DeviceError
 from recmas.prompts.jsonl import read_rows
 from recmas.training.checkpoint import checkpoints, load
-from recmas.training.config import LoopConfig
+from recmas.training.config import AlignmentConfig, LoopConfig, OuterConfig
 from recmas.training.data import DataSource, pick, target_texts
 from recmas.training.loop import train
 from recmas.training.progress import Meter
@@ -227,6 +227,18 @@ def test_trained_parameters_must_be_masters_that_require_grad():
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=field):
         SmallConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("betas", 0.9), ("betas", "ab"), ("learning_rate", "1"), ("weight_decay", "1"), ("clip_norm", None),
+     ("cosine_weight", "1"), ("mse_weight", None), ("distill", "1"), ("rounds", 1.5), ("round_weights", 1.0),
+     ("round_weights", ("1", "1", "1"))],
+)  # fmt: skip
+def test_settings_of_other_types_are_named(field, value):
+    kind = AlignmentConfig if field in ("cosine_weight", "mse_weight") else OuterConfig
+    with pytest.raises(ValueError, match=f"^{field} must be .*got {re.escape(repr(value))}$"):
+        kind(**{field: value})
 
 
 def test_batches_are_a_pure_function_of_seed_and_index():
