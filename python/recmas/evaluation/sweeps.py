@@ -90,7 +90,7 @@ def sweep(
         ValueError: before any model runs: an unknown mode or metric, a cell that the system cannot run, no rows, a row
             without an answer or a field or too long for an agent, several samples of greedy answers, or an output file
             of another run. At the end, rows that agents' texts made too long; at the end of its batch, a row without
-                an answer for another reason, such as a lost process. What the others answered is in the output.
+            an answer for another reason, such as a lost process. What the others answered is in the output.
         ImportError: the metric's library is missing.
     """
     check_metric(metric)
