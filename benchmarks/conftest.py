@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # torch finds again what it compiled while it imitated another processor, and aborts when it runs that without.
+    if (imitated := os.environ.get("ATEN_CPU_CAPABILITY")) is not None:
+        own = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{imitated}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
     config.stash[_MACHINE] = (Device(), Limits())
     compare = config.getoption("compare")
     if compare and config.getoption("grid") == "quick":
