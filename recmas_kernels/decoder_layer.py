@@ -15,8 +15,9 @@ from recmas_kernels.backends.choice import requested
 from recmas_kernels.decoder_parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
 from recmas_kernels.decoder_proof import Proofs
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import functions_replaced, observed
+from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
+from recmas_kernels.replaced import functions_replaced
 from recmas_kernels.watch import Watch, as_written
 
 _TAKEN = {"attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache"}

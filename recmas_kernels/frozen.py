@@ -21,7 +21,8 @@ from recmas_kernels import autograd, checks, ops, serve
 from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.choice import requested
 from recmas_kernels.devices import autocast_enabled
-from recmas_kernels.observed import functions_replaced, has_functions, is_for_torch, observed, traced, transformed
+from recmas_kernels.observed import observed, traced, transformed
+from recmas_kernels.replaced import functions_replaced, has_functions, is_for_torch
 
 _PLAIN = (Parameter, Tensor, type(None))
 _EXACT_CHUNK = 1 << 22  # elements compared at a time

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recmas_kernels import checks, frozen
 from recmas_kernels.frozen import Panels
-from recmas_kernels.observed import has_functions
+from recmas_kernels.replaced import has_functions
 
 NOT_EXPORTED = "a packed layer cannot be exported: its panels fit this processor; unpack it first"
 _PLAIN_FORWARD = nn.Linear.forward

@@ -11,7 +11,7 @@ from torch import Tensor
 from recmas_kernels.functional import forget_packed, recursive_link
 from recmas_kernels.layers import PlainLayers, why_not_plain
 from recmas_kernels.link import RecursiveLink
-from recmas_kernels.observed import has_functions, is_for_torch
+from recmas_kernels.replaced import has_functions, is_for_torch
 
 
 class FusedRecursiveLink(RecursiveLink):

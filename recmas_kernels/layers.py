@@ -14,7 +14,7 @@ import torch.nn.modules.module as modules
 from torch import Tensor, nn
 
 from recmas_kernels.config import NORM_NAMES, LinkConfig
-from recmas_kernels.observed import functions_replaced, has_functions
+from recmas_kernels.replaced import functions_replaced, has_functions
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN = (nn.Parameter, Tensor, type(None))
