@@ -48,7 +48,7 @@ struct Output {  // contiguous; not wanted if data is null
 };
 
 // The instruction sets with kernels of their own, in rising order; a processor that has one has all below it.
-enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 namespace cpu {
 

@@ -3,6 +3,14 @@
 
 #include <initializer_list>
 
+#ifdef RECMAS_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels.h"
 
 namespace recmas::cpu {
@@ -18,6 +26,8 @@ const Kernels* kernels_of(Isa isa) {
       return &kernels_avx512;
     case Isa::avx512_bf16:
       return &kernels_avx512_bf16;
+    case Isa::amx:
+      return &kernels_amx;
 #endif
     default:
       return &kernels_baseline;
@@ -115,6 +125,22 @@ Status check_layers(const DecoderLayer* layers, int64_t count) {
   return Status::ok;
 }
 
+#ifdef RECMAS_X86
+// Whether the processor has AMX with bf16, and the system lets this process use its registers. Linux has to be asked
+// once for a process: their 8 KB are saved from then on wherever a thread that used them is interrupted.
+bool has_tile_registers() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of leaf 7's edx
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 Isa best_isa() {
@@ -124,7 +150,7 @@ Isa best_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return has_tile_registers() ? Isa::amx : Isa::avx512_bf16;
     return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
   }();
   return best;

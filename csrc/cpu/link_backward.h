@@ -226,7 +226,7 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
   const Term terms[1] = {
       {plan.dz, weight_of(call.weights.w2, s.out_features, s.hidden_features, false, config.compute)}};
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
-    alignas(64) float activations[kTileRows * kPanel];
+    alignas(64) float activations[kTallRows * kPanel];
     load_tile(call.pre.data, call.pre.dtype, call.pre.stride, block.first + row, rows, column, columns, activations);
     for (int64_t r = 0; r < rows; ++r) {
       float *gradient = tile + r * kPanel, *line = activations + r * kPanel;
@@ -257,7 +257,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
   const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;
   // A short product is bound by writing its result: the lines of tiles to come are asked for early.
-  const int64_t ahead = resident ? 4 * kPanel : 2 * kTileRows * columns;
+  const int64_t ahead = resident ? 4 * kPanel : 2 * tile_rows(left.bf16) * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     for (int64_t r = 0; r < count; ++r) {
       const char* line = result + ((row + r) * columns + column + ahead) * element_bytes;

@@ -41,20 +41,22 @@ template <class Start, class Finish>
 void multiply_resident(const Team& team, const Term& term, int64_t rows, int64_t columns, char* scratch,
                        const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns), bytes = panel_bytes(term.format(), term.right.k);
-  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
+  const Groups rows_of(rows, term.left.bf16);
+  const int64_t groups = rows_of.count;
   if (team.begin(groups) == team.end(groups)) return;
   for (int64_t panel = 0; panel < panels; ++panel) {
     pack_panel(term.right, panel * kPanel, term.format(), scratch + panel * bytes);
   }
   const Term terms[1] = {term};
+  TileRegisters registers;
   for (int64_t group = team.begin(groups); group < team.end(groups); ++group) {
-    const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
+    const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t column = panel * kPanel, width = smaller(kPanel, columns - column);
       const char* const panels_at[1] = {scratch + panel * bytes};
-      alignas(64) float tile[kTileRows * kPanel];
+      alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh, registers, tile);
       finish(row, count, column, width, tile);
     }
   }

@@ -1,6 +1,7 @@
 // What a matrix product multiplies: left-hand rows, terms of a sum, and the tiles that it hands on.
 #pragma once
 
+#include "amx.h"
 #include "arena.h"
 #include "stream.h"
 #include "threads.h"
@@ -50,6 +51,21 @@ struct Term {
   Format format() const {
     if (right.packed()) return packed_format(right.compute);
     return kDotPairs && left.bf16 ? Format::pairs : Format::f32;
+  }
+};
+
+// A product's rows in groups, each the rows of a tile: equal ones, or as many whole tiles as there are where the tile is
+// made of registers of many rows.
+struct Groups {
+  int64_t rows, count;
+  bool whole;
+
+  Groups(int64_t all, bool bf16_left)
+      : rows(all),
+        count((all + tile_rows(bf16_left) - 1) / tile_rows(bf16_left)),
+        whole(tile_rows(bf16_left) > kTileRows) {}
+  int64_t begin(int64_t group) const {
+    return whole ? smaller(group * kTallRows, rows) : rows * group / count;
   }
 };
 

@@ -10,7 +10,7 @@
 #include "../link.h"
 
 #ifndef RECMAS_ISA
-#error "compile with -DRECMAS_ISA=<namespace> -DRECMAS_ISA_LEVEL=<0..3>"
+#error "compile with -DRECMAS_ISA=<namespace> -DRECMAS_ISA_LEVEL=<0..4>"
 #endif
 
 // For functions whose arrays of vectors must stay in registers: called, they pass through memory.

@@ -14,7 +14,9 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
   if (width <= 0) return {panel, 0, 1, 0};
   if (right.packed()) {
     const int64_t steps = panel_steps(term.format(), right.k);
-    return {panel + panel_bytes(term.format(), right.k) + group * steps * 64, steps, 1, 64};
+    // Few groups of many rows: all of the next panel even so.
+    const int64_t lines = kMatrixTiles && groups < kPanelVecs ? (kPanelVecs * steps + groups - 1) / groups : steps;
+    return {panel + panel_bytes(term.format(), right.k) + group * lines * 64, lines, 1, 64};
   }
   if (right.layout == Layout::turned_panels) return {panel, 0, 1, 0};  // laying it out prefetches
   if (right.layout == Layout::narrow_panels) {
@@ -36,7 +38,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
                            int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, bool fresh,
-                           float* tile) {
+                           TileRegisters& registers, float* tile) {
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     const void* left = term.left.row(row);
@@ -51,8 +53,8 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // after the first; they fetch what the next panel comes from meanwhile, each its own share.
     Ahead ahead{};
     if (groups > 1) ahead = ahead_of(term, panels[i], column + kPanel, group, groups);
-    choose_tile(format, term.left.bf16, rows,
-                columns)({left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
+    multiply_tile(registers, format, term.left.bf16, rows, columns,
+                  {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
   }
 }
 
@@ -62,13 +64,15 @@ template <int term_count, class Start, class Finish>
 void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                     const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns);
-  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
+  const Groups rows_of(rows, terms[0].left.bf16);
+  const int64_t groups = rows_of.count;
   // Cut rows too where panels alone would leave threads idle; a panel packed here is then packed once per cut. Few
   // panels do not divide evenly, so with rows enough each thread takes rows of its own where nothing is packed here.
   bool by_rows = panels < 4 * team.size && groups >= 4 * team.size;
   for (const Term& term : terms) by_rows = by_rows && term.right.packed();
   const int64_t cuts = by_rows ? team.size : larger(smaller(groups, (4 * team.size + panels - 1) / panels), 1);
   int64_t packed_panel = -1;
+  TileRegisters registers;
   for (int64_t item = team.begin(panels * cuts); item < team.end(panels * cuts); ++item) {
     const int64_t panel = by_rows ? item % panels : item / cuts, cut = by_rows ? item / panels : item % cuts;
     const int64_t column = panel * kPanel, width = smaller(kPanel, columns - column);
@@ -90,11 +94,11 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
     packed_panel = panel;
     const int64_t first_group = groups * cut / cuts, last_group = groups * (cut + 1) / cuts;
     for (int64_t group = first_group; group < last_group; ++group) {
-      const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
-      alignas(64) float tile[kTileRows * kPanel];
+      const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
+      alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
       multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, fresh,
-                     tile);
+                     registers, tile);
       finish(row, count, column, width, tile);
     }
   }

@@ -15,7 +15,7 @@ from recmas_kernels.backends import native, packing, pages, settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
 
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/link.h, enum Isa
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/link.h, enum Isa
 _CPU = torch.device("cpu")  # named in every allocation: the default device may be another
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 _VECTORS = ("b1", "b2", "b3", "norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
