@@ -12,7 +12,7 @@
 namespace recmas::cpu::RECMAS_ISA {
 
 // Rows of a block forward: they stay in the second-level cache, or in the shared one where bands keep theirs.
-constexpr int64_t kFrozenRows = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
+constexpr int64_t kFrozenRows = RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles ? 1024 : 128;
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
 
@@ -163,7 +163,9 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   BandRoom room{pairs};
   if (!plan.few) room.add(plan.block, call.in_features, piece_count(plan.depth));
   plan.bands = take_bands(arena, plan.threads, room,
-                          plan.few ? 0 : panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth));
+                          plan.few ? 0
+                                   : layout_bytes(pairs, plan.block, call.in_features,
+                                                  panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth)));
   plan.workspace = arena.used();
   return plan;
 }

@@ -12,7 +12,7 @@
 namespace recmas::cpu::RECMAS_ISA {
 
 // Tokens: the block's activations stay in the shared cache; bands of rows (product.h) keep theirs in a core's own.
-constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : 128;
+constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles ? 1024 : 128;
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
   const Layout stored = transposed ? Layout::columns : Layout::rows;
@@ -110,7 +110,8 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const int64_t first = w.w1.form == Form::packed ? 0 : panel_bytes(fresh, s.in_features);
   const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
                          (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
-  plan.panel_scratch = larger(first, second);
+  plan.panel_scratch = larger(layout_bytes(dot, plan.block, s.hidden_features, first),
+                              layout_bytes(dot, plan.block, s.out_features, second));
   BandRoom bands{dot};
   bands.add(plan.block, s.hidden_features, piece_count(s.in_features));
   bands.add(plan.block, s.out_features,

@@ -2,6 +2,7 @@
 // epilogue on each finished tile. Two terms with a shared result make the linear residual part of the same sum.
 #pragma once
 
+#include "chunks.h"
 #include "in_place.h"
 #include "pieces.h"
 #include "whole.h"
@@ -17,6 +18,8 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   for (const Term& term : terms) pieces += piece_count(term.right.k);
   if (in_place(terms, rows)) {
     multiply_in_place(team, terms, columns, start, finish);
+  } else if (in_chunks(terms[0].left.bf16, rows)) {
+    multiply_chunks(team, terms, rows, columns, scratch, start, finish);
   } else if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
     multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
   } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && transposes(terms, rows)) {
@@ -26,10 +29,6 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
     multiply_whole(team, terms, rows, columns, scratch, start, finish);
   }
 }
-
-// With so few bytes in all panels of the right-hand matrix they stay in the second-level cache together: processors
-// with AVX-512 have 1 MB of it, others down to 256 KB.
-constexpr int64_t kResidentBytes = (RECMAS_ISA_LEVEL >= 2 ? 640 : 256) * 1024;
 
 inline int64_t all_panels_bytes(const Term& term) {
   return panel_count(term.right.columns) * panel_bytes(term.format(), term.right.k);
@@ -56,7 +55,7 @@ void multiply_resident(const Team& team, const Term& term, int64_t rows, int64_t
       const char* const panels_at[1] = {scratch + panel * bytes};
       alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh, registers, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, 1, group, groups, fresh, registers, tile);
       finish(row, count, column, width, tile);
     }
   }

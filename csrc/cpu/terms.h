@@ -99,6 +99,10 @@ inline void clear_tile(int64_t rows, float* tile) {
   for (int64_t i = 0; i < rows * kPanel; i += kWidth) store(tile + i, set1(0.0f));
 }
 
+// With so few bytes in all panels of the right-hand matrix they stay in the second-level cache together: processors
+// with AVX-512 have 1 MB of it, others down to 256 KB.
+constexpr int64_t kResidentBytes = (RECMAS_ISA_LEVEL >= 2 ? 640 : 256) * 1024;
+
 // A product that starts from nothing.
 inline bool start_fresh(int64_t, int64_t, int64_t, int64_t, float*) { return false; }
 

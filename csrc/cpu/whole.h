@@ -5,10 +5,11 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// What one group of rows prefetches for the next panel, which begins at `column`. Of a stored weight, its share of what
+// What one group of rows prefetches for the panel so many further, which begins at `column`. Of a stored weight, its share of what
 // that panel will be laid out from. Of a packed one, a line per step, so that many groups run several panels ahead:
 // what the second-level cache cannot keep that long then waits in the third, no longer in memory.
-inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64_t group, int64_t groups) {
+inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int64_t column, int64_t group,
+                      int64_t groups) {
   const Right& right = term.right;
   const int64_t width = smaller(kPanel, right.columns - column);
   if (width <= 0) return {panel, 0, 1, 0};
@@ -16,7 +17,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
     const int64_t steps = panel_steps(term.format(), right.k);
     // Few groups of many rows: all of the next panel even so.
     const int64_t lines = kMatrixTiles && groups < kPanelVecs ? (kPanelVecs * steps + groups - 1) / groups : steps;
-    return {panel + panel_bytes(term.format(), right.k) + group * lines * 64, lines, 1, 64};
+    return {panel + further * panel_bytes(term.format(), right.k) + group * lines * 64, lines, 1, 64};
   }
   if (right.layout == Layout::turned_panels) return {panel, 0, 1, 0};  // laying it out prefetches
   if (right.layout == Layout::narrow_panels) {
@@ -37,8 +38,8 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t column, int64
 // One tile: the sum over the terms, on top of what start put there; fresh: it put nothing there.
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
-                           int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, bool fresh,
-                           TileRegisters& registers, float* tile) {
+                           int64_t rows, int64_t column, int64_t columns, int64_t further, int64_t group,
+                           int64_t groups, bool fresh, TileRegisters& registers, float* tile) {
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     const void* left = term.left.row(row);
@@ -52,7 +53,7 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
     // after the first; they fetch what the next panel comes from meanwhile, each its own share.
     Ahead ahead{};
-    if (groups > 1) ahead = ahead_of(term, panels[i], column + kPanel, group, groups);
+    if (groups > 1) ahead = ahead_of(term, panels[i], further, column + further * kPanel, group, groups);
     multiply_tile(registers, format, term.left.bf16, rows, columns,
                   {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
   }
@@ -97,8 +98,8 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
       const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
       alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, fresh,
-                     registers, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, 1, group - first_group, last_group - first_group,
+                     fresh, registers, tile);
       finish(row, count, column, width, tile);
     }
   }

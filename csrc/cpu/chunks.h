@@ -1,0 +1,69 @@
+// A product by chunks of panels: as many as stay in the second-level cache while all rows go past them. Tile registers
+// multiply so fast that a panel must be laid out, or fetched from beyond that cache, once for all rows.
+#pragma once
+
+#include "whole.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+template <int term_count>
+inline int64_t panel_set_bytes(const Term (&terms)[term_count]) {
+  int64_t bytes = 0;
+  for (const Term& term : terms) bytes += panel_bytes(term.format(), term.right.k);
+  return bytes;
+}
+
+// Panels of a chunk, each of so many bytes: the next chunk is fetched and rows pass through meanwhile.
+constexpr int64_t chunk_panels(int64_t bytes) { return larger(kResidentBytes / bytes, 1); }
+
+// Whether a product goes through its panels by chunks.
+constexpr bool in_chunks(bool bf16_left, int64_t rows) { return kMatrixTiles && bf16_left && rows > kTallRows; }
+
+// What each thread needs to lay out `bytes` for each panel of a product.
+inline int64_t layout_bytes(bool bf16_left, int64_t rows, int64_t columns, int64_t bytes) {
+  if (bytes == 0 || !in_chunks(bf16_left, rows)) return bytes;
+  return bytes * smaller(chunk_panels(bytes), panel_count(columns));
+}
+
+// scratch: a chunk of the terms that are not packed.
+template <int term_count, class Start, class Finish>
+void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
+                     const Start& start, const Finish& finish) {
+  const int64_t panels = panel_count(columns), chunk = chunk_panels(panel_set_bytes(terms));
+  const Groups groups(rows, terms[0].left.bf16);
+  TileRegisters registers;
+  for (int64_t first = team.begin(panels); first < team.end(panels); first += chunk) {
+    const int64_t count = smaller(chunk, team.end(panels) - first);
+    const char* chunks[term_count];
+    char* scratch_at = scratch;
+    for (int i = 0; i < term_count; ++i) {
+      const Term& term = terms[i];
+      const int64_t bytes = panel_bytes(term.format(), term.right.k);
+      if (term.right.packed()) {
+        chunks[i] = static_cast<const char*>(term.right.data) + first * bytes;
+        continue;
+      }
+      chunks[i] = scratch_at;
+      for (int64_t panel = first; panel < first + count; ++panel, scratch_at += bytes) {
+        pack_panel(term.right, panel * kPanel, term.format(), scratch_at);
+      }
+    }
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t row = groups.begin(group), height = groups.begin(group + 1) - row;
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const int64_t column = (first + panel) * kPanel, width = smaller(kPanel, columns - column);
+        const char* panels_at[term_count];
+        for (int i = 0; i < term_count; ++i) {
+          panels_at[i] = chunks[i] + panel * panel_bytes(terms[i].format(), terms[i].right.k);
+        }
+        alignas(64) float tile[kTallRows * kPanel];
+        const bool fresh = !start(row, height, column, width, tile);
+        multiply_terms(terms, panels_at, row, height, column, width, chunk, group, groups.count, fresh, registers,
+                       tile);
+        finish(row, height, column, width, tile);
+      }
+    }
+  }
+}
+
+}  // namespace recmas::cpu::RECMAS_ISA
