@@ -195,9 +195,9 @@ inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64
     const int64_t count = smaller(rows - row, two ? kTallRows : kRegister);
     registers.shape(smaller(count, kRegister));
     if (two) {
-      multiply_depths<true>(part_of(call, row, 0), depths, columns);
+      multiply_depths<true>(call, depths, columns);
     } else {
-      multiply_depths<false>(part_of(call, row, 0), depths, columns);
+      multiply_depths<false>(row == 0 ? call : part_of(call, row, 0), depths, columns);
     }
     row += count;
   }

@@ -16,6 +16,17 @@ inline int64_t panel_set_bytes(const Term (&terms)[term_count]) {
 // Panels of a chunk, each of so many bytes: the next chunk is fetched and rows pass through meanwhile.
 constexpr int64_t chunk_panels(int64_t bytes) { return larger(kResidentBytes / bytes, 1); }
 
+// The last groups of rows fetch the next chunk; what is fetched earlier does not outlast the rows that pass through.
+// Each of the others fetches the next group's rows, `part` of `parts` of them with each panel: sixteen rows side by side
+// are more streams than the processor follows by itself.
+constexpr int64_t kLastGroups = 2;
+
+inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, int64_t part, int64_t parts) {
+  const int64_t first = groups.begin(group), count = groups.begin(group + 1) - first;
+  const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
+  return {static_cast<const char*>(term.left.row(begin)), end - begin, (term.right.k * 2 + 63) / 64, term.left.bytes()};
+}
+
 // Whether a product goes through its panels by chunks.
 constexpr bool in_chunks(bool bf16_left, int64_t rows) { return kMatrixTiles && bf16_left && rows > kTallRows; }
 
@@ -52,14 +63,19 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
       const int64_t row = groups.begin(group), height = groups.begin(group + 1) - row;
       for (int64_t panel = 0; panel < count; ++panel) {
         const int64_t column = (first + panel) * kPanel, width = smaller(kPanel, columns - column);
-        const char* panels_at[term_count];
-        for (int i = 0; i < term_count; ++i) {
-          panels_at[i] = chunks[i] + panel * panel_bytes(terms[i].format(), terms[i].right.k);
-        }
         alignas(64) float tile[kTallRows * kPanel];
         const bool fresh = !start(row, height, column, width, tile);
-        multiply_terms(terms, panels_at, row, height, column, width, chunk, group, groups.count, fresh, registers,
-                       tile);
+        for (int i = 0; i < term_count; ++i) {
+          const Term& term = terms[i];
+          const char* at = chunks[i] + panel * panel_bytes(term.format(), term.right.k);
+          const int64_t left = groups.count - 1 - group;
+          const Ahead ahead = left < kLastGroups
+                                  ? ahead_of(term, at, chunk, column + chunk * kPanel, kLastGroups - 1 - left, kLastGroups)
+                                  : rows_ahead(term, groups, group + 1, panel, count);
+          multiply_tile(registers, term.format(), true, height, width,
+                        {term.left.row(row), term.left.stride, at, panel_steps(term.format(), term.right.k), tile,
+                         fresh && i == 0, ahead});
+        }
         finish(row, height, column, width, tile);
       }
     }

@@ -38,8 +38,8 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int6
 // One tile: the sum over the terms, on top of what start put there; fresh: it put nothing there.
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
-                           int64_t rows, int64_t column, int64_t columns, int64_t further, int64_t group,
-                           int64_t groups, bool fresh, TileRegisters& registers, float* tile) {
+                           int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, bool fresh,
+                           TileRegisters& registers, float* tile) {
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     const void* left = term.left.row(row);
@@ -53,7 +53,7 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // One group of rows reads each panel once, so the panel itself is prefetched. Several groups find it in the cache
     // after the first; they fetch what the next panel comes from meanwhile, each its own share.
     Ahead ahead{};
-    if (groups > 1) ahead = ahead_of(term, panels[i], further, column + further * kPanel, group, groups);
+    if (groups > 1) ahead = ahead_of(term, panels[i], 1, column + kPanel, group, groups);
     multiply_tile(registers, format, term.left.bf16, rows, columns,
                   {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
   }
@@ -98,7 +98,7 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
       const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
       alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, 1, group - first_group, last_group - first_group,
+      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group,
                      fresh, registers, tile);
       finish(row, count, column, width, tile);
     }
