@@ -14,7 +14,7 @@ constexpr int64_t tile_rows(bool bf16_left) { return bf16_left ? kTallRows : kTi
 
 #if RECMAS_ISA_LEVEL >= 4
 
-constexpr int64_t kFewRows = 8;     // AVX-512 multiplies so few as fast: both wait for the panel
+constexpr int64_t kFewRows = 4;
 constexpr int64_t kDepth = 16;      // steps of a panel that one register holds
 constexpr int64_t kRegister = 16;   // rows of a register, and columns of its sums
 static_assert(kPanel == 3 * kRegister && kTallRows == 2 * kRegister, "six registers of sums");

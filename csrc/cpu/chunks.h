@@ -27,13 +27,21 @@ inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, i
   return {static_cast<const char*>(term.left.row(begin)), end - begin, (term.right.k * 2 + 63) / 64, term.left.bytes()};
 }
 
-// Whether a product goes through its panels by chunks.
-constexpr bool in_chunks(bool bf16_left, int64_t rows) { return kMatrixTiles && bf16_left && rows > kTallRows; }
+// Whether a product goes through its panels by chunks: one tile of rows reads packed ones once anyway.
+template <int term_count>
+inline bool in_chunks(const Term (&terms)[term_count], int64_t rows) {
+  if (!kMatrixTiles || !terms[0].left.bf16) return false;
+  bool lays_out = false;
+  for (const Term& term : terms) {
+    if (streams(term.right, true, rows)) return false;
+    lays_out = lays_out || !term.right.packed();
+  }
+  return lays_out || rows > kTallRows;
+}
 
 // What each thread needs to lay out `bytes` for each panel of a product.
-inline int64_t layout_bytes(bool bf16_left, int64_t rows, int64_t columns, int64_t bytes) {
-  if (bytes == 0 || !in_chunks(bf16_left, rows)) return bytes;
-  return bytes * smaller(chunk_panels(bytes), panel_count(columns));
+inline int64_t layout_bytes(bool bf16_left, int64_t columns, int64_t bytes) {
+  return bytes == 0 || !kMatrixTiles || !bf16_left ? bytes : bytes * smaller(chunk_panels(bytes), panel_count(columns));
 }
 
 // scratch: a chunk of the terms that are not packed.
@@ -55,9 +63,8 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
         continue;
       }
       chunks[i] = scratch_at;
-      for (int64_t panel = first; panel < first + count; ++panel, scratch_at += bytes) {
-        pack_panel(term.right, panel * kPanel, term.format(), scratch_at);
-      }
+      pack_panels(term.right, first * kPanel, count, term.format(), scratch_at);
+      scratch_at += count * bytes;
     }
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t row = groups.begin(group), height = groups.begin(group + 1) - row;

@@ -78,7 +78,11 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   room.add(plan.block, call.out_features, piece_count(call.in_features));
   plan.widens = RECMAS_ISA_LEVEL <= 1 && plan.block >= kWidened && call.form == Form::packed &&
                 call.stored != Dtype::f32 && !pairs;
-  plan.bands = take_bands(arena, plan.threads, room, plan.widens ? panel_bytes(Format::f32, call.in_features) : 0);
+  int64_t layout = plan.widens ? panel_bytes(Format::f32, call.in_features) : 0;
+  if (call.form == Form::stored && pairs) {  // more rows than are streamed
+    layout = layout_bytes(true, call.out_features, panel_bytes(Format::pairs, call.in_features));
+  }
+  plan.bands = take_bands(arena, plan.threads, room, layout);
   plan.workspace = arena.used();
   return plan;
 }
@@ -164,7 +168,7 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   if (!plan.few) room.add(plan.block, call.in_features, piece_count(plan.depth));
   plan.bands = take_bands(arena, plan.threads, room,
                           plan.few ? 0
-                                   : layout_bytes(pairs, plan.block, call.in_features,
+                                   : layout_bytes(pairs, call.in_features,
                                                   panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth)));
   plan.workspace = arena.used();
   return plan;

@@ -66,9 +66,10 @@ inline void store_step(char* panel, Format format, int64_t column, Vec value) {
 
 constexpr int64_t kPackAhead = 12;  // steps between prefetching a piece of memory and packing it
 
-// Memory holds [k][columns]: rows of the panel are pieces of rows of memory.
+// Memory holds [k][columns]: rows of a panel are pieces of rows of memory. Panels side by side are laid out together,
+// `apart` bytes from each other, since a short piece wastes what is fetched with it.
 template <class Stored>
-void pack_rows(const Right& m, const Stored* from, int64_t columns, Format format, char* out) {
+void pack_rows(const Right& m, const Stored* from, int64_t columns, Format format, char* out, int64_t apart) {
   const int64_t steps = panel_steps(format, m.k), bytes = step_bytes(format);
   const int64_t width = columns * static_cast<int64_t>(sizeof(Stored));
   for (int64_t step = 0; step < steps; ++step, out += bytes) {
@@ -80,20 +81,20 @@ void pack_rows(const Right& m, const Stored* from, int64_t columns, Format forma
         __builtin_prefetch(reinterpret_cast<const char*>(from + (ahead - (ahead > 0)) * m.stride) + byte);
       }
     }
-    for (int64_t c = round_up(columns, kWidth); c < kPanel; c += kWidth) store_step(out, format, c, set1(0.0f));
-    if (format != Format::pairs) {
-      each_vector(columns, [&](int64_t c, auto lanes) {
-        store_step(out, format, c, load_rounded(from + step * m.stride + c, m.compute, lanes));
-      });
-      continue;
-    }
-    const Stored* row = from + 2 * step * m.stride;
+    const int64_t per_step = format == Format::pairs ? 2 : 1;
     const bool second = 2 * step + 1 < m.k;
-    each_vector(columns, [&](int64_t c, auto lanes) {
-      const Vec low = load_rounded(row + c, Dtype::bf16, lanes);
-      const Vec high = second ? load_rounded(row + m.stride + c, Dtype::bf16, lanes) : set1(0.0f);
-      store_step(out, format, c, join_pairs(low, high));
-    });
+    char* panel = out;
+    for (int64_t first = 0; first < columns; first += kPanel, panel += apart) {
+      const Stored* row = from + per_step * step * m.stride + first;
+      const int64_t present = smaller(kPanel, columns - first);
+      for (int64_t c = round_up(present, kWidth); c < kPanel; c += kWidth) store_step(panel, format, c, set1(0.0f));
+      each_vector(present, [&](int64_t c, auto lanes) {
+        if (format != Format::pairs) return store_step(panel, format, c, load_rounded(row + c, m.compute, lanes));
+        const Vec low = load_rounded(row + c, Dtype::bf16, lanes);
+        const Vec high = second ? load_rounded(row + m.stride + c, Dtype::bf16, lanes) : set1(0.0f);
+        store_step(panel, format, c, join_pairs(low, high));
+      });
+    }
   }
 }
 
@@ -233,9 +234,22 @@ inline void pack_panel(const Right& m, int64_t first_column, Format format, char
       if (format == Format::f16) return pack_transposed<Format::f16>(m, rows, columns, panel);
       pack_transposed<Format::f32>(m, rows, columns, panel);
     } else {
-      pack_rows(m, data + first_column, columns, format, panel);
+      pack_rows(m, data + first_column, columns, format, panel, 0);
     }
   });
+}
+
+// As many panels one after the other.
+inline void pack_panels(const Right& m, int64_t first_column, int64_t panels, Format format, char* out) {
+  const int64_t bytes = panel_bytes(format, m.k);
+  if (m.layout == Layout::rows) {
+    const int64_t columns = smaller(panels * kPanel, m.columns - first_column);
+    return typed(m.data, m.dtype,
+                 [&](const auto* data) { pack_rows(m, data + first_column, columns, format, out, bytes); });
+  }
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    pack_panel(m, first_column + panel * kPanel, format, out + panel * bytes);
+  }
 }
 
 // The rows [rows][k] of a weight that one of its panels holds, in the dtype that the panel holds them in.

@@ -18,7 +18,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   for (const Term& term : terms) pieces += piece_count(term.right.k);
   if (in_place(terms, rows)) {
     multiply_in_place(team, terms, columns, start, finish);
-  } else if (in_chunks(terms[0].left.bf16, rows)) {
+  } else if (in_chunks(terms, rows)) {
     multiply_chunks(team, terms, rows, columns, scratch, start, finish);
   } else if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
     multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
