@@ -80,7 +80,8 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
                 call.stored != Dtype::f32 && !pairs;
   int64_t layout = plan.widens ? panel_bytes(Format::f32, call.in_features) : 0;
   if (call.form == Form::stored && pairs) {  // more rows than are streamed
-    layout = layout_bytes(true, call.out_features, panel_bytes(Format::pairs, call.in_features));
+    layout = larger(as_stored_bytes(true, call.tokens, call.in_features),
+                    layout_bytes(true, call.out_features, panel_bytes(Format::pairs, call.in_features)));
   }
   plan.bands = take_bands(arena, plan.threads, room, layout);
   plan.workspace = arena.used();

@@ -112,8 +112,10 @@ void pack_transposed(const Right& m, const Stored* from, int64_t columns, char* 
       const Stored* rows = from + c * stride + k;
       Vec block[kWidth];
       if (present_columns >= kWidth && count >= per_step * kWidth) {
-        for (int64_t i = 0; i < kWidth; ++i) {
-          const Stored* row = rows + i * stride;
+        int64_t apart = stride;
+        __asm__("" : "+r"(apart));  // else each row gets a pointer of its own, which lies in memory
+        const Stored* row = rows;
+        for (int64_t i = 0; i < kWidth; ++i, row += apart) {
           __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead, 0, 2);
           if constexpr (format == Format::pairs) {
             block[i] = load_pair_line(row, 2 * kWidth);

@@ -2,6 +2,7 @@
 // epilogue on each finished tile. Two terms with a shared result make the linear residual part of the same sum.
 #pragma once
 
+#include "as_stored.h"
 #include "chunks.h"
 #include "in_place.h"
 #include "pieces.h"
@@ -18,6 +19,8 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   for (const Term& term : terms) pieces += piece_count(term.right.k);
   if (in_place(terms, rows)) {
     multiply_in_place(team, terms, columns, start, finish);
+  } else if (as_stored(terms, rows)) {
+    multiply_as_stored(team, terms, rows, columns, scratch, start, finish);
   } else if (in_chunks(terms, rows)) {
     multiply_chunks(team, terms, rows, columns, scratch, start, finish);
   } else if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
