@@ -2,58 +2,21 @@
 // (tile.h) hold 16 steps one after the other as a register wants them, so packed weights are those of AVX512-BF16.
 #pragma once
 
-#include "tile.h"
+#include "tile_registers.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
 constexpr bool kMatrixTiles = RECMAS_ISA_LEVEL >= 4;
 constexpr int64_t kTallRows = kMatrixTiles ? 32 : kTileRows;  // the most rows of any tile
+constexpr int64_t kFewRows = 2;  // AVX-512 multiplies up to so many as fast: both wait for the panel
 
-// The most rows of a product's tiles.
-constexpr int64_t tile_rows(bool bf16_left) { return bf16_left ? kTallRows : kTileRows; }
+// Whether a product of so many rows uses tile registers, all of it: a last tile of few rows alone would round
+// otherwise.
+constexpr bool in_registers(bool bf16_left, int64_t rows) { return kMatrixTiles && bf16_left && rows > kFewRows; }
 
 #if RECMAS_ISA_LEVEL >= 4
 
-constexpr int64_t kFewRows = 4;
-constexpr int64_t kDepth = 16;      // steps of a panel that one register holds
-constexpr int64_t kRegister = 16;   // rows of a register, and columns of its sums
 static_assert(kPanel == 3 * kRegister && kTallRows == 2 * kRegister, "six registers of sums");
-
-// This thread's tile registers: 0 to 5 hold sums, 6 left-hand rows, 7 a piece of the panel.
-class TileRegisters {
- public:
-  TileRegisters() = default;
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-  ~TileRegisters() {
-    if (rows_ != 0) _tile_release();
-  }
-
-  // Sums and left-hand rows get `rows` <= kRegister rows each; 70 ns where that is another number than before.
-  void shape(int64_t rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
-    alignas(64) Layout layout{};
-    layout.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      layout.row_bytes[i] = 64;
-      layout.rows[i] = static_cast<uint8_t>(i == 7 ? kDepth : rows);
-    }
-    read_all(&layout);
-    _tile_loadconfig(&layout);
-  }
-
-  // The intrinsics do not tell the compiler what memory they read.
-  static void read_all(const void* data) { __asm__ volatile("" : : "r"(data) : "memory"); }
-
- private:
-  struct Layout {  // as LDTILECFG reads it
-    uint8_t palette, first_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  int64_t rows_ = 0;
-};
 
 // Prefetches what a call wants ahead, in as many turns of equal length.
 class Prefetcher {
@@ -76,60 +39,26 @@ class Prefetcher {
   int64_t left_, each_, line_ = 0;
 };
 
-// Sums of registers 0 to 2 (second: 3 to 5) from and to rows of [kPanel] floats. The number of a register is part of
-// the instruction.
-template <bool second, int vecs>
-inline void load_sums(const float* sums) {
-  constexpr int64_t stride = kPanel * sizeof(float);
-  if constexpr (second) {
-    _tile_loadd(3, sums, stride);
-    if constexpr (vecs > 1) _tile_loadd(4, sums + kRegister, stride);
-    if constexpr (vecs > 2) _tile_loadd(5, sums + 2 * kRegister, stride);
-  } else {
-    _tile_loadd(0, sums, stride);
-    if constexpr (vecs > 1) _tile_loadd(1, sums + kRegister, stride);
-    if constexpr (vecs > 2) _tile_loadd(2, sums + 2 * kRegister, stride);
-  }
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+// Calls body(c) for c = 0 to vecs - 1, as constants.
+template <int vecs, class Body>
+inline void each_sum(const Body& body) {
+  body(Constant<0>{});
+  if constexpr (vecs > 1) body(Constant<1>{});
+  if constexpr (vecs > 2) body(Constant<2>{});
 }
-template <bool second, int vecs>
-inline void store_sums(float* sums) {
-  constexpr int64_t stride = kPanel * sizeof(float);
-  if constexpr (second) {
-    _tile_stored(3, sums, stride);
-    if constexpr (vecs > 1) _tile_stored(4, sums + kRegister, stride);
-    if constexpr (vecs > 2) _tile_stored(5, sums + 2 * kRegister, stride);
-  } else {
-    _tile_stored(0, sums, stride);
-    if constexpr (vecs > 1) _tile_stored(1, sums + kRegister, stride);
-    if constexpr (vecs > 2) _tile_stored(2, sums + 2 * kRegister, stride);
-  }
-}
-template <bool second, int vecs>
+
+// Sums `first` and the next, of 16 rows: += left x panel, kDepth steps.
+template <int first, int vecs>
 inline void multiply_registers(const char* left, int64_t left_bytes, const char* panel) {
-  constexpr int64_t stride = step_bytes(Format::pairs);
   _tile_loadd(6, left, left_bytes);
-  _tile_loadd(7, panel, stride);
-  if constexpr (second) {
-    _tile_dpbf16ps(3, 6, 7);
-    if constexpr (vecs > 1) {
-      _tile_loadd(7, panel + 64, stride);
-      _tile_dpbf16ps(4, 6, 7);
-    }
-    if constexpr (vecs > 2) {
-      _tile_loadd(7, panel + 128, stride);
-      _tile_dpbf16ps(5, 6, 7);
-    }
-  } else {
-    _tile_dpbf16ps(0, 6, 7);
-    if constexpr (vecs > 1) {
-      _tile_loadd(7, panel + 64, stride);
-      _tile_dpbf16ps(1, 6, 7);
-    }
-    if constexpr (vecs > 2) {
-      _tile_loadd(7, panel + 128, stride);
-      _tile_dpbf16ps(2, 6, 7);
-    }
-  }
+  each_sum<vecs>([&](auto c) {
+    _tile_loadd(7, panel + 64 * c.value, step_bytes(Format::pairs));
+    add_product<first + c.value>();
+  });
 }
 
 // call.out (+)= left x panel over the first `depths` times kDepth steps; two: kTallRows rows, else those of `shape`.
@@ -141,19 +70,10 @@ void multiply_depths(const TileCall& call, int64_t depths) {
   float* const lower = call.out + kRegister * kPanel;
   Prefetcher prefetcher(call.ahead, depths);
   TileRegisters::read_all(left);
-  if (call.fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    if constexpr (two) {
-      _tile_zero(3);
-      _tile_zero(4);
-      _tile_zero(5);
-    }
-  } else {
-    load_sums<false, vecs>(call.out);
-    if constexpr (two) load_sums<true, vecs>(lower);
-  }
+  each_sum<vecs>([&](auto c) {
+    call.fresh ? zero_sum<c.value>() : load_sum<c.value>(call.out + kRegister * c.value);
+    if constexpr (two) call.fresh ? zero_sum<3 + c.value>() : load_sum<3 + c.value>(lower + kRegister * c.value);
+  });
   for (int64_t depth = 0; depth < depths; ++depth, left += 64, panel += kDepth * step_bytes(Format::pairs)) {
     if (call.ahead.at == nullptr) {
       for (int64_t line = 0; line < kDepth * step_bytes(Format::pairs); line += 64) {
@@ -162,11 +82,13 @@ void multiply_depths(const TileCall& call, int64_t depths) {
     } else {
       prefetcher.advance();
     }
-    multiply_registers<false, vecs>(left, left_bytes, panel);
-    if constexpr (two) multiply_registers<true, vecs>(left + kRegister * left_bytes, left_bytes, panel);
+    multiply_registers<0, vecs>(left, left_bytes, panel);
+    if constexpr (two) multiply_registers<3, vecs>(left + kRegister * left_bytes, left_bytes, panel);
   }
-  store_sums<false, vecs>(call.out);
-  if constexpr (two) store_sums<true, vecs>(lower);
+  each_sum<vecs>([&](auto c) {
+    store_sum<c.value>(call.out + kRegister * c.value);
+    if constexpr (two) store_sum<3 + c.value>(lower + kRegister * c.value);
+  });
 }
 
 template <bool two>
@@ -175,6 +97,7 @@ void multiply_depths(const TileCall& call, int64_t depths, int64_t columns) {
   if (columns <= 2 * kRegister) return multiply_depths<two, 2>(call, depths);
   multiply_depths<two, 3>(call, depths);
 }
+
 // What of a call concerns its rows from `row` on, and the steps from `step` on.
 inline TileCall part_of(const TileCall& call, int64_t row, int64_t step) {
   TileCall part = call;
@@ -210,11 +133,11 @@ inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64
 class TileRegisters {};
 #endif
 
-// One tile of a product: `rows` <= tile_rows left-hand rows and `columns` <= kPanel columns.
-inline void multiply_tile([[maybe_unused]] TileRegisters& registers, Format format, bool bf16_left, int64_t rows,
+// One tile of a product: `rows` left-hand rows and `columns` <= kPanel columns. registers: null where it uses none.
+inline void multiply_tile([[maybe_unused]] TileRegisters* registers, Format format, bool bf16_left, int64_t rows,
                           int64_t columns, const TileCall& call) {
 #if RECMAS_ISA_LEVEL >= 4
-  if (bf16_left && rows > kFewRows) return multiply_pairs(registers, call, rows, columns);
+  if (registers != nullptr) return multiply_pairs(*registers, call, rows, columns);
 #endif
   choose_tile(format, bf16_left, rows, columns)(call);
 }

@@ -1,5 +1,6 @@
-// Some rows times weights that tile registers read as nn.Linear stores them: rows of a weight become the left-hand side,
-// and the rows, of which there are fewer, are laid out as its panels. Sums are those of packed weights, bit for bit.
+// Some rows times weights that tile registers read as nn.Linear stores them: rows of a weight become the left-hand
+// side, and the rows, of which there are fewer, are laid out as its panels. Sums are those of packed weights, bit for
+// bit.
 #pragma once
 
 #include "terms.h"
@@ -11,11 +12,11 @@ constexpr int64_t kAsStoredRows = 128;
 
 template <int term_count>
 inline bool as_stored(const Term (&terms)[term_count], int64_t rows) {
-  bool all = kMatrixTiles && rows <= kAsStoredRows;
+  bool all = rows <= kAsStoredRows;
   for (const Term& term : terms) {
     const Right& right = term.right;
-    all = all && term.left.bf16 && right.layout == Layout::columns && right.dtype == Dtype::bf16 && right.k % 2 == 0 &&
-          !streams(right, true, rows);
+    all = all && in_registers(term.left.bf16, rows) && right.layout == Layout::columns && right.dtype == Dtype::bf16 &&
+          right.k % 2 == 0;
   }
   return all;
 }
@@ -53,8 +54,8 @@ void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     laid_out[i] = scratch;
-    const Right turned{term.left.data, Dtype::bf16,  term.left.stride, Layout::columns,
-                       Form::stored,   term.right.k, rows,             Dtype::bf16};
+    const Right turned{term.left.data, Dtype::bf16, term.left.stride, Layout::columns, Form::stored,
+                       term.right.k,   rows,        Dtype::bf16};
     for (int64_t panel = 0; panel < panels; ++panel, scratch += panel_bytes(Format::pairs, term.right.k)) {
       pack_panel(turned, panel * kPanel, Format::pairs, scratch);
     }
@@ -78,10 +79,9 @@ void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64
         const Ahead ahead{static_cast<const char*>(weight.row(next + wanted * panel / panels)),
                           wanted * (panel + 1) / panels - wanted * panel / panels, (right.k * 2 + 63) / 64,
                           weight.bytes()};
-        multiply_tile(registers, Format::pairs, true, width, height,
-                      {weight.row(column), right.stride,
-                       laid_out[i] + panel * panel_bytes(Format::pairs, right.k), panel_steps(Format::pairs, right.k),
-                       turned, fresh && i == 0, ahead});
+        multiply_tile(&registers, Format::pairs, true, width, height,
+                      {weight.row(column), right.stride, laid_out[i] + panel * panel_bytes(Format::pairs, right.k),
+                       panel_steps(Format::pairs, right.k), turned, fresh && i == 0, ahead});
       }
       turn_tile(turned, width, height, tile);
       each_tile(height, [&](int64_t first, int64_t count) {

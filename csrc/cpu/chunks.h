@@ -17,8 +17,8 @@ inline int64_t panel_set_bytes(const Term (&terms)[term_count]) {
 constexpr int64_t chunk_panels(int64_t bytes) { return larger(kResidentBytes / bytes, 1); }
 
 // The last groups of rows fetch the next chunk; what is fetched earlier does not outlast the rows that pass through.
-// Each of the others fetches the next group's rows, `part` of `parts` of them with each panel: sixteen rows side by side
-// are more streams than the processor follows by itself.
+// Each of the others fetches the next group's rows, `part` of `parts` of them with each panel: sixteen rows side by
+// side are more streams than the processor follows by itself.
 constexpr int64_t kLastGroups = 2;
 
 inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, int64_t part, int64_t parts) {
@@ -30,12 +30,9 @@ inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, i
 // Whether a product goes through its panels by chunks: one tile of rows reads packed ones once anyway.
 template <int term_count>
 inline bool in_chunks(const Term (&terms)[term_count], int64_t rows) {
-  if (!kMatrixTiles || !terms[0].left.bf16) return false;
+  if (!in_registers(terms[0].left.bf16, rows)) return false;
   bool lays_out = false;
-  for (const Term& term : terms) {
-    if (streams(term.right, true, rows)) return false;
-    lays_out = lays_out || !term.right.packed();
-  }
+  for (const Term& term : terms) lays_out = lays_out || !term.right.packed();
   return lays_out || rows > kTallRows;
 }
 
@@ -76,10 +73,10 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
           const Term& term = terms[i];
           const char* at = chunks[i] + panel * panel_bytes(term.format(), term.right.k);
           const int64_t left = groups.count - 1 - group;
-          const Ahead ahead = left < kLastGroups
-                                  ? ahead_of(term, at, chunk, column + chunk * kPanel, kLastGroups - 1 - left, kLastGroups)
-                                  : rows_ahead(term, groups, group + 1, panel, count);
-          multiply_tile(registers, term.format(), true, height, width,
+          const Ahead ahead = left < kLastGroups ? ahead_of(term, at, chunk, column + chunk * kPanel,
+                                                            kLastGroups - 1 - left, kLastGroups)
+                                                 : rows_ahead(term, groups, group + 1, panel, count);
+          multiply_tile(&registers, term.format(), true, height, width,
                         {term.left.row(row), term.left.stride, at, panel_steps(term.format(), term.right.k), tile,
                          fresh && i == 0, ahead});
         }

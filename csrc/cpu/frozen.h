@@ -167,10 +167,10 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   }
   BandRoom room{pairs};
   if (!plan.few) room.add(plan.block, call.in_features, piece_count(plan.depth));
-  plan.bands = take_bands(arena, plan.threads, room,
-                          plan.few ? 0
-                                   : layout_bytes(pairs, call.in_features,
-                                                  panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth)));
+  plan.bands = take_bands(
+      arena, plan.threads, room,
+      plan.few ? 0
+               : layout_bytes(pairs, call.in_features, panel_bytes(pairs ? Format::pairs : Format::f32, plan.depth)));
   plan.workspace = arena.used();
   return plan;
 }

@@ -110,8 +110,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const int64_t first = w.w1.form == Form::packed ? 0 : panel_bytes(fresh, s.in_features);
   const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
                          (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
-  plan.panel_scratch = larger(layout_bytes(dot, s.hidden_features, first),
-                              layout_bytes(dot, s.out_features, second));
+  plan.panel_scratch = larger(layout_bytes(dot, s.hidden_features, first), layout_bytes(dot, s.out_features, second));
   plan.panel_scratch = larger(plan.panel_scratch, as_stored_bytes(dot, plan.block, s.hidden_features + s.in_features));
   BandRoom bands{dot};
   bands.add(plan.block, s.hidden_features, piece_count(s.in_features));

@@ -58,7 +58,8 @@ void multiply_resident(const Team& team, const Term& term, int64_t rows, int64_t
       const char* const panels_at[1] = {scratch + panel * bytes};
       alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh, registers, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, group, groups, fresh,
+                     rows_of.whole ? &registers : nullptr, tile);
       finish(row, count, column, width, tile);
     }
   }

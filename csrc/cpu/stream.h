@@ -2,6 +2,7 @@
 // every left-hand row. Nothing is packed, so the cost is that of reading the weight.
 #pragma once
 
+#include "amx.h"
 #include "pack.h"
 
 namespace recmas::cpu::RECMAS_ISA {
@@ -113,12 +114,13 @@ void stream_stored(const void* left, int64_t left_stride, int64_t rows, const St
   }
 }
 
-// More left-hand rows than this pay for packing the weight. Tile registers multiply a packed one many times as fast.
-constexpr int64_t stream_limit(bool bf16_left) { return RECMAS_ISA_LEVEL >= 4 && bf16_left ? 2 : 16; }
+// More left-hand rows than this pay for packing the weight.
+constexpr int64_t kStreamLimit = 16;
 
 // Whether a product reads `right` in place instead of packing it.
 inline bool streams(const Right& right, bool bf16_left, int64_t rows) {
-  if (right.form != Form::stored || right.layout != Layout::columns || rows > stream_limit(bf16_left)) return false;
+  if (right.form != Form::stored || right.layout != Layout::columns || rows > kStreamLimit) return false;
+  if (in_registers(bf16_left, rows)) return false;
   if (bf16_left) return right.dtype == Dtype::bf16;
   return right.dtype == right.compute || right.dtype != Dtype::f32;
 }

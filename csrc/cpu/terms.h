@@ -1,7 +1,6 @@
 // What a matrix product multiplies: left-hand rows, terms of a sum, and the tiles that it hands on.
 #pragma once
 
-#include "amx.h"
 #include "arena.h"
 #include "stream.h"
 #include "threads.h"
@@ -54,19 +53,17 @@ struct Term {
   }
 };
 
-// A product's rows in groups, each the rows of a tile: equal ones, or as many whole tiles as there are where the tile is
-// made of registers of many rows.
+// A product's rows in groups, each the rows of a tile: equal ones, or as many whole tiles as there are where these are
+// registers.
 struct Groups {
   int64_t rows, count;
   bool whole;
 
-  Groups(int64_t all, bool bf16_left)
-      : rows(all),
-        count((all + tile_rows(bf16_left) - 1) / tile_rows(bf16_left)),
-        whole(tile_rows(bf16_left) > kTileRows) {}
-  int64_t begin(int64_t group) const {
-    return whole ? smaller(group * kTallRows, rows) : rows * group / count;
+  Groups(int64_t all, bool bf16_left) : rows(all), whole(in_registers(bf16_left, all)) {
+    const int64_t most = whole ? kTallRows : kTileRows;
+    count = (all + most - 1) / most;
   }
+  int64_t begin(int64_t group) const { return whole ? smaller(group * kTallRows, rows) : rows * group / count; }
 };
 
 // A tile's rows as rows of a matrix of any storage type, and back.

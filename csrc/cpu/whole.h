@@ -5,9 +5,9 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// What one group of rows prefetches for the panel so many further, which begins at `column`. Of a stored weight, its share of what
-// that panel will be laid out from. Of a packed one, a line per step, so that many groups run several panels ahead:
-// what the second-level cache cannot keep that long then waits in the third, no longer in memory.
+// What one group of rows prefetches for the panel so many further, which begins at `column`. Of a stored weight, its
+// share of what that panel will be laid out from. Of a packed one, a line per step, so that many groups run several
+// panels ahead: what the second-level cache cannot keep that long then waits in the third, no longer in memory.
 inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int64_t column, int64_t group,
                       int64_t groups) {
   const Right& right = term.right;
@@ -39,7 +39,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int6
 template <int term_count>
 inline void multiply_terms(const Term (&terms)[term_count], const char* const (&panels)[term_count], int64_t row,
                            int64_t rows, int64_t column, int64_t columns, int64_t group, int64_t groups, bool fresh,
-                           TileRegisters& registers, float* tile) {
+                           TileRegisters* registers, float* tile) {
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
     const void* left = term.left.row(row);
@@ -98,8 +98,8 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
       const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
       alignas(64) float tile[kTallRows * kPanel];
       const bool fresh = !start(row, count, column, width, tile);
-      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group,
-                     fresh, registers, tile);
+      multiply_terms(terms, panels_at, row, count, column, width, group - first_group, last_group - first_group, fresh,
+                     rows_of.whole ? &registers : nullptr, tile);
       finish(row, count, column, width, tile);
     }
   }

@@ -76,6 +76,20 @@ def test_products_in_bands(isa, hidden, dtype, norm):
         check(found)
 
 
+@pytest.mark.parametrize("tokens", [33, 100, 130, 1026])
+def test_products_in_chunks(isa, tokens):
+    """A few panels of 2100 k fill the cache that a chunk may take (csrc/cpu/chunks.h); 300 columns are several chunks."""
+    config = LinkConfig("outer", 2100, 300, 330, "linear")
+    link, x, dy, check = judged(config, tokens, torch.bfloat16)
+    with threads(1), guarded_allocations():
+        found = run(link, x, dy)
+        with torch.no_grad():
+            stored = link(x)
+            with packed(link):
+                assert torch.equal(link(x), stored)
+    check(found)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_threads_wait_for_each_other_between_blocks(norm):
     """A linear residual reads the rows that the next block of tokens overwrites."""
@@ -162,7 +176,7 @@ def test_every_16_bit_value_passes_through(isa, dtype):
     ones = torch.ones(32, 32, dtype=dtype)
     x = x.where(torch.isfinite(x), 0)
     kept = torch.ones_like(x, dtype=torch.bool)
-    if isa == "avx512_bf16" and dtype is torch.bfloat16:  # the hardware's conversion takes subnormals as 0
+    if isa in ("avx512_bf16", "amx") and dtype is torch.bfloat16:  # the hardware's conversion takes subnormals as 0
         kept = x.abs() >= torch.finfo(dtype).tiny
     assert torch.equal(recursive_link(x, zero, zero)[kept], x[kept] + 0)
     assert torch.isnan(recursive_link(torch.full((1, 32), float("nan"), dtype=dtype), ones, ones)).all()
