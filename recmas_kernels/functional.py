@@ -166,7 +166,7 @@ def recursive_link(
     elif not (records and _any_requires_grad(arguments[:11])):
         y = serve.link_fwd(arguments) if direct else ops.link_fwd(*arguments, False)
     elif direct:
-        y = autograd.Link.apply(recompute, *arguments)
+        y = autograd.link(recompute, *arguments)
     else:
         y = ops.link_fwd(*arguments, True) if recompute else ops.link_fwd_train(*arguments)[0]
     return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], w2.shape[0]))
@@ -290,7 +290,7 @@ def alignment_loss(
         return reference.alignment_loss(rows, table, ids, mask, *weights)
     if _direct(rows, table, ids, mask):
         try:
-            return autograd.Alignment.apply(rows, table, ids, mask, *weights)
+            return autograd.alignment(rows, table, ids, mask, *weights)
         except IndexError:
             if ids is None:
                 raise
