@@ -74,13 +74,13 @@ else:
         return forward_ad._current_level >= 0
 
     @cache
-    def _ordinary_keys(device_type: str) -> int:
+    def _ordinary_keys(device: torch.device) -> int:
         with torch.inference_mode(False):
-            return _dispatch_keys(torch.zeros(0, device=device_type)).raw_repr()
+            return _dispatch_keys(torch.zeros(0, device=device)).raw_repr()
 
     def is_ordinary(tensor: Tensor) -> bool:
         """Whether a tensor is no subclass and its memory holds its values: not negated, no implied zeros, no batch."""
-        return type(tensor) is Tensor and not _dispatch_keys(tensor).raw_repr() & ~_ordinary_keys(tensor.device.type)
+        return type(tensor) is Tensor and not _dispatch_keys(tensor).raw_repr() & ~_ordinary_keys(tensor.device)
 
 
 def function_without_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
