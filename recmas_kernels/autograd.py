@@ -15,7 +15,7 @@ from recmas_kernels.derivatives import (
     keep_link,
     link_gradients,
 )
-from recmas_kernels.observed import is_ordinary, observed
+from recmas_kernels.observed import function_without_transforms, is_ordinary, observed
 from recmas_kernels.reference import LinkArguments
 
 
@@ -69,3 +69,6 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return frozen_linear_backward(ctx, dy)
+
+
+link, alignment, frozen = map(function_without_transforms, (Link, Alignment, Frozen))

@@ -6,6 +6,7 @@ The ops check as well, since they are public, too: no backend sees tensors whose
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def checked_link(arguments: LinkArguments, shape: torch.Size, mixed: bool = Fals
     return LinkArguments._make((x, *parameters, *arguments.settings))
 
 
+@lru_cache(maxsize=256, typed=True)  # errors are not remembered
 def check_link_settings(gelu: str, eps: float, dtype: torch.dtype) -> None:
     """Raise unless an op of a link can compute with these settings."""
     if gelu not in ACTIVATIONS.values():

@@ -1,4 +1,4 @@
-"""Derivatives of the ops, as ``torch.library.register_autograd`` takes them: ``setup(ctx, inputs, output)``, backward.
+"""Derivatives of the ops, as `autograd_keys.records` takes them: ``setup(ctx, inputs, output)`` and backward.
 
 They belong to the ops themselves, so that traced, exported and compiled modules have them. A first derivative runs the
 backward op. Where a graph of it is asked for (``create_graph``), it is plain torch over the saved inputs, which torch
@@ -193,29 +193,3 @@ def alignment_gradients(inputs: Sequence[Any], weights: tuple[float, ...], grad:
 
         return *composed(loss, [pred], [True], dloss), *nothing
     return (grad * dloss).to(grad.dtype), *nothing
-
-
-def refuse_autograd(op: str) -> Callable[..., Any]:
-    """An Autograd kernel for an op that writes into its argument: RuntimeError instead of a silent zero."""
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
-            raise RuntimeError(f"recmas::{op} has no derivative: run it under torch.no_grad()")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.recmas, op).default.redispatch(
-                keyset & torch._C._after_autograd_keyset, *arguments
-            )
-
-    return kernel
-
-
-def bump_version(op: str, written: int) -> Callable[..., Any]:
-    """An ADInplaceOrView kernel for an op that writes into its argument number ``written``: it shows in the version."""
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        torch.autograd.graph.increment_version(arguments[written])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            overload = getattr(torch.ops.recmas, op).default
-            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
-
-    return kernel

@@ -211,7 +211,7 @@ def _product(x: Tensor, panels: Panels, bias: Tensor | None, ordinary: bool) -> 
         y: Tensor = ops.frozen_linear(*arguments)
         return y
     if x.requires_grad and torch.is_grad_enabled():
-        return autograd.Frozen.apply(*arguments)
+        return autograd.frozen(*arguments)
     return serve.frozen_linear(*arguments)
 
 

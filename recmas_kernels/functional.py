@@ -18,7 +18,7 @@ from recmas_kernels.backends import packing
 from recmas_kernels.backends.choice import expect_reference
 from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.config import ACTIVATIONS
-from recmas_kernels.devices import autocast_enabled, compute_dtype
+from recmas_kernels.devices import autocast_enabled, compute_dtype, device_type
 from recmas_kernels.observed import is_ordinary, observed, traced, transformed
 from recmas_kernels.reference import LinkArguments
 
@@ -137,7 +137,7 @@ def recursive_link(
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if not isinstance(x, Tensor) or x.is_nested:
         raise TypeError(f"x is a {'nested tensor' if isinstance(x, Tensor) else type(x).__name__}, expected a tensor")
-    autocast = autocast_enabled(x.device.type)
+    autocast = autocast_enabled(device_type(x))
     arguments = LinkArguments(
         _flattened(x),
         w1,
@@ -166,7 +166,7 @@ def recursive_link(
     elif not (records and _any_requires_grad(arguments[:11])):
         y = serve.link_fwd(arguments) if direct else ops.link_fwd(*arguments, False)
     elif direct:
-        y = autograd.Link.apply(recompute, *arguments)
+        y = autograd.link(recompute, *arguments)
     else:
         y = ops.link_fwd(*arguments, True) if recompute else ops.link_fwd_train(*arguments)[0]
     return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], w2.shape[0]))
@@ -290,7 +290,7 @@ def alignment_loss(
         return reference.alignment_loss(rows, table, ids, mask, *weights)
     if _direct(rows, table, ids, mask):
         try:
-            return autograd.Alignment.apply(rows, table, ids, mask, *weights)
+            return autograd.alignment(rows, table, ids, mask, *weights)
         except IndexError:
             if ids is None:
                 raise

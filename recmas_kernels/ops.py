@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels import checks, derivatives, flops, serve
+from recmas_kernels import autograd_keys, checks, derivatives, flops, serve
 from recmas_kernels.backends.tensors import is_plain_link
 from recmas_kernels.reference import LinkArguments, accumulator
 
@@ -223,11 +223,11 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"recmas::{_op}", _fake, lib=_library)
     if _op in _WRITES:
-        _library.impl(_op, derivatives.refuse_autograd(_op), "Autograd", with_keyset=True)
-        _library.impl(_op, derivatives.bump_version(_op, _WRITES[_op]), "ADInplaceOrView", with_keyset=True)
+        _library.impl(_op, autograd_keys.refuses(_op), "Autograd", with_keyset=True)
+        _library.impl(_op, autograd_keys.bumps_version(_op, _WRITES[_op]), "ADInplaceOrView", with_keyset=True)
     elif _op not in _CONSTANT:
         _setup, _backward = (getattr(derivatives, f"{_op}_{part}") for part in ("setup", "backward"))
-        torch.library.register_autograd(f"recmas::{_op}", _backward, setup_context=_setup, lib=_library)
+        _library.impl(_op, autograd_keys.records(_op, _run, _setup, _backward), "Autograd", with_keyset=True)
 flops.register()
 
 link_fwd = torch.ops.recmas.link_fwd.default

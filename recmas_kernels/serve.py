@@ -13,7 +13,7 @@ from torch import Tensor
 from recmas_kernels.backends import cpu, settings
 from recmas_kernels.backends.call import Call
 from recmas_kernels.backends.choice import choose
-from recmas_kernels.devices import autocast_enabled
+from recmas_kernels.devices import autocast_enabled, device_type
 from recmas_kernels.reference import LinkArguments
 
 
@@ -30,13 +30,13 @@ def _serve(call: Call, *arguments: Any) -> Any:
 def _link_call(op: str, arguments: LinkArguments, training: bool) -> Call:
     x = arguments.x
     tokens, in_features = x.shape
-    hidden_features, out_features = arguments.w1.shape[0], arguments.w2.shape[0]
-    return Call(op, x.device.type, arguments.dtype, tokens, in_features, hidden_features, out_features, training)
+    out_features, hidden_features = arguments.w2.shape
+    return Call(op, device_type(x), arguments.dtype, tokens, in_features, hidden_features, out_features, training)
 
 
 def _row_call(op: str, rows: Tensor, training: bool = False) -> Call:
     tokens, width = rows.shape
-    return Call(op, rows.device.type, rows.dtype, tokens, width, 0, width, training)
+    return Call(op, device_type(rows), rows.dtype, tokens, width, 0, width, training)
 
 
 def link_fwd(arguments: LinkArguments) -> Tensor:

@@ -55,7 +55,11 @@ def _known(name: str) -> str:
 
 def requested() -> str:
     """The backend asked for: by the innermost ``use_backend``, else by ``RECMAS_BACKEND``, else "auto"."""
-    return _known(_requests[-1].name if _requests else settings.backend() or "auto")
+    return _known(_asked_for())
+
+
+def _asked_for() -> str:
+    return _requests[-1].name if _requests else settings.backend() or "auto"
 
 
 @contextmanager
@@ -114,12 +118,12 @@ def choose(call: Call) -> ModuleType:
         BackendUnavailableError: the backend that was asked for cannot serve it.
         ValueError: ``RECMAS_BACKEND`` names no backend.
     """
-    return _serving(requested(), call, order(call.device))
+    return _serving(_asked_for(), call, order(call.device))
 
 
 @lru_cache(maxsize=4096)
 def _serving(name: str, call: Call, candidates: tuple[str, ...]) -> ModuleType:
-    if name != "auto":
+    if _known(name) != "auto":
         reason = refusal(name, call)
         if reason is not None:
             raise BackendUnavailableError(

@@ -127,14 +127,15 @@ def _forward(
     """
     x, w1, w2 = arguments.x, arguments.w1, arguments.w2
     isa, tokens, out_features = _isa(), x.shape[0], w2.shape[0]
-    y = torch.empty(tokens, out_features, dtype=x.dtype, device=_CPU)
+    y = x.new_empty(tokens, out_features)
     if tokens == 0:
         return y
     threads, run = torch.get_num_threads(), _native().link_forward
     forms: tuple[Tensor | bool, ...] = (False, False, False)
-    if not in_place or tokens > MOST_STREAMED:
+    most = MOST_STREAMED if in_place else MOST_IN_PLACE
+    if tokens > most or (packing.in_scope() and not in_place):
         compute = arguments.dtype
-        forms = tuple(_form(weight, compute, isa, tokens) for weight in (w1, w2, arguments.w3))
+        forms = tuple([_form(weight, compute, isa, tokens) for weight in (w1, w2, arguments.w3)])
     if run(isa, threads, arguments, *forms, y, pre, z, stats):
         return y
     readable = _readable(arguments)
@@ -162,16 +163,21 @@ def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Te
     return y, pre, z, stats
 
 
+def _gradient_of(tensor: Tensor) -> Tensor:
+    """Where the kernels write a gradient: in fp32, bf16 or fp16, so that one of another dtype leaves through fp32."""
+    if tensor.dtype in _DTYPES and tensor.is_contiguous():
+        return torch.empty_like(tensor)  # half the time of naming everything, and a link has ten
+    dtype = tensor.dtype if tensor.dtype in _DTYPES else torch.float32
+    return torch.empty(tensor.shape, dtype=dtype, device=_CPU)
+
+
 def link_bwd(
     arguments: LinkArguments, dy: Tensor, pre: Tensor, z: Tensor, stats: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of ``arguments.tensors``, in that order and in their dtypes; ``[0]`` where ``needs`` is False."""
     x, tensors = arguments.x, arguments.tensors
-    # The kernels write fp32, bf16 and fp16; a gradient of another dtype leaves through fp32.
     outputs = [
-        torch.empty(tensor.shape, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32, device=_CPU)
-        if need and tensor is not None
-        else None
+        _gradient_of(tensor) if need and tensor is not None else None
         for need, tensor in zip(needs, tensors, strict=True)
     ]
     if x.shape[0] == 0:

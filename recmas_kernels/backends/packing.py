@@ -88,6 +88,11 @@ def _weights(links: object) -> Iterator[tuple[str, Tensor]]:
         raise TypeError(f"packed() was given a {type(links).__name__}, expected modules or tensors")
 
 
+def in_scope() -> bool:
+    """Whether any weight is inside a scope, so that `lookup` may find something."""
+    return bool(_entries)
+
+
 def lookup(weight: Tensor, layout: Layout, pack: Callable[[Tensor, Layout], Tensor]) -> Tensor | None:
     """The packed form of a contiguous CPU weight in ``layout``, made by ``pack``; None outside of its scopes."""
     entry = _entries.get(id(weight))

@@ -53,13 +53,13 @@ def repeated(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def bare_op(link: FusedRecursiveLink, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The op itself, its arguments ready: neither module nor checks."""
+    """The op that a module without gradients runs, its arguments ready: neither module nor functions."""
     pairs = [(layer.weight, layer.bias) for layer in (link.proj1, link.proj2)]
     norms = (getattr(link, name) for name in NORM_NAMES["inner"])
     pairs += [(norm.weight, norm.bias) for norm in norms]
     tensors = (*pairs[0], *pairs[1], None, None, *pairs[2], *pairs[3])
     op = torch.ops.recmas.link_fwd.default
-    return partial(op, x, *tensors, "identity", "none", link.config.eps, x.dtype, True)
+    return partial(op, x, *tensors, "identity", "none", link.config.eps, x.dtype, False)
 
 
 def test_overhead(case: Case, bench: Bench) -> None:
