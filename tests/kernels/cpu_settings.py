@@ -38,7 +38,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def guarded_allocations(expected: bool = True) -> Iterator[None]:
-    """Every ``torch.empty`` starts as NaN between guard bands, which are checked at the end.
+    """What is allocated without values starts as NaN between guard bands, which are checked at the end.
 
     If none is ``expected``, there may be none.
     """
@@ -54,7 +54,17 @@ def guarded_allocations(expected: bool = True) -> Iterator[None]:
         guarded.append((band, start, start + size))
         return band[start : start + size].view(dtype).view(shape)
 
-    with mock.patch.object(torch, "empty", empty):
+    def empty_like(tensor: Tensor) -> Tensor:
+        return empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def new_empty(tensor: Tensor, *sizes: int) -> Tensor:
+        return empty(*sizes, dtype=tensor.dtype, device=tensor.device)
+
+    with (
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(Tensor, "new_empty", new_empty),
+    ):
         yield
     assert guarded or not expected
     for band, start, end in guarded:
