@@ -11,8 +11,8 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// Rows of a block forward: they stay in the second-level cache, or in the shared one where bands keep theirs.
-constexpr int64_t kFrozenRows = RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles ? 1024 : 128;
+// Rows of a block forward: they stay in the second-level cache, or in the shared one where bands or chunks keep theirs.
+constexpr int64_t frozen_rows(bool pairs) { return RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles && pairs ? 1024 : 128; }
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
 
@@ -70,7 +70,7 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   Arena arena(base);
   const bool pairs = multiplies_pairs(call.stored, call.x.dtype);
   plan.threads = frozen_threads(call.threads, call.tokens, call.in_features, call.out_features, call.stored);
-  plan.block = smaller(call.tokens, kFrozenRows);
+  plan.block = smaller(call.tokens, frozen_rows(pairs));
   plan.in_place = reads_in_place(call, pairs);
   plan.rows = {nullptr, left_stride(call.in_features, pairs), pairs};
   if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
