@@ -1,71 +1,131 @@
-// One left-hand row times a weight [k][columns] as it lies in memory: its rows are read in order, and the sums wait in
-// the first-level cache. Panels would be laid out to be read once.
+// Few left-hand rows times a weight [k][columns] as it lies in memory: its rows are read in order, and sums wait in the
+// cache. Laying panels out takes longer: their columns are short pieces, each of another page.
 #pragma once
 
 #include "terms.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kSpan = 32 * kPanel;  // columns at a time
+constexpr int64_t kInPlaceRows = 32;
+constexpr int kRowsAtOnce =
+    RECMAS_ISA_LEVEL >= 2 ? 8 : 4;  // rows of the weight that add to a sum while it is in a register
 
 // Whether multiply_in_place serves a product of these terms.
 template <int term_count>
 inline bool in_place(const Term (&terms)[term_count], int64_t rows) {
-  bool all = rows == 1;
+  bool all = rows <= kInPlaceRows;
   for (const Term& term : terms) all = all && term.right.layout == Layout::rows && !term.left.bf16;
   return all;
 }
 
-// chain [columns] += (fresh: =) left [depth] x right [depth][columns].
+// Columns at a time, whole panels: sums and chains of all rows are kResidentBytes at most.
+constexpr int64_t span_columns(int64_t rows) {
+  return kResidentBytes / static_cast<int64_t>(2 * sizeof(float)) / rows / kPanel * kPanel;
+}
+static_assert(span_columns(kInPlaceRows) > 0, "a panel at least");
+
+// What is multiplied: rows from `left` on, `left_stride` apart, and rows from `right` on.
+template <class Stored>
+struct Strip {
+  const float* left;
+  int64_t left_stride, rows;
+  const Stored* right;
+  int64_t right_stride;
+  Dtype compute;
+};
+
+// chain [rows][span] += (fresh: =) left [rows][depth] x right [depth][vecs * kWidth].
+template <int depth, int vecs, class Stored, class Lanes>
+RECMAS_ALWAYS_INLINE void add_block(const Strip<Stored>& strip, bool fresh, float* chain, int64_t span, Lanes lanes) {
+  Vec w[depth][vecs];
+  for (int i = 0; i < depth; ++i) {
+    for (int v = 0; v < vecs; ++v) {
+      w[i][v] = load_rounded(strip.right + i * strip.right_stride + v * kWidth, strip.compute, lanes);
+    }
+  }
+  const float* left = strip.left;
+  for (int64_t r = 0; r < strip.rows; ++r, left += strip.left_stride, chain += span) {
+    Vec sum[vecs];
+    for (int v = 0; v < vecs; ++v) sum[v] = fresh ? set1(0.0f) : load(chain + v * kWidth);
+    for (int i = 0; i < depth; ++i) {
+      const Vec value = set1(left[i]);
+      for (int v = 0; v < vecs; ++v) sum[v] = fma(value, w[i][v], sum[v]);
+    }
+    for (int v = 0; v < vecs; ++v) store(chain + v * kWidth, sum[v]);
+  }
+}
+
 template <int depth, class Stored>
-inline void add_rows(const float* left, const Stored* right, int64_t stride, Dtype compute, int64_t columns, bool fresh,
-                     float* chain) {
-  Vec value[depth];
-  for (int i = 0; i < depth; ++i) value[i] = set1(left[i]);
-  each_vector(columns, [&](int64_t c, auto lanes) {
-    Vec sum = fresh ? set1(0.0f) : load(chain + c);
-    for (int i = 0; i < depth; ++i) sum = fma(value[i], load_rounded(right + i * stride + c, compute, lanes), sum);
-    store(chain + c, sum);
+inline void add_rows(Strip<Stored> strip, int64_t columns, bool fresh, float* chain, int64_t span) {
+  int64_t c = 0;
+  for (; c + 2 * kWidth <= columns; c += 2 * kWidth, strip.right += 2 * kWidth) {
+    add_block<depth, 2>(strip, fresh, chain + c, span, Whole{});
+  }
+  each_vector(columns - c, [&](int64_t at, auto lanes) {
+    Strip<Stored> rest = strip;
+    rest.right += at;
+    add_block<depth, 1>(rest, fresh, chain + c + at, span, lanes);
   });
 }
 
-// sums [columns] += left [k] x columns [first_column, first_column + columns) of right.
-inline void add_product(const float* left, const Right& right, int64_t first_column, int64_t columns, float* sums) {
-  alignas(64) float chain[kSpan];
-  typed(right.data, right.dtype, [&](const auto* data) {
-    for (int64_t first = 0; first < right.k; first += kChain) {
-      const int64_t last = smaller(first + kChain, right.k);
-      int64_t k = first;
-      const auto* row = data + first * right.stride + first_column;
-      for (; k + 4 <= last; k += 4, row += 4 * right.stride) {
-        add_rows<4>(left + k, row, right.stride, right.compute, columns, k == first, chain);
-      }
-      for (; k < last; ++k, row += right.stride) {
-        add_rows<1>(left + k, row, right.stride, right.compute, columns, k == first, chain);
-      }
-      for (int64_t c = 0; c < columns; c += kWidth) store(sums + c, add(load(sums + c), load(chain + c)));
+// sums [rows][span] += left [rows][k] x columns [0, columns) of the matrix [k][...] that begins at data.
+template <class Stored>
+inline void add_product(const Left& left, int64_t rows, const Right& right, const Stored* data, int64_t columns,
+                        int64_t span, float* sums, float* chain) {
+  Strip<Stored> strip{static_cast<const float*>(left.data), left.stride, rows, data, right.stride, right.compute};
+  for (int64_t first = 0; first < right.k; first += kChain) {
+    const int64_t last = smaller(first + kChain, right.k);
+    int64_t k = first;
+    for (; k + kRowsAtOnce <= last; k += kRowsAtOnce, strip.left += kRowsAtOnce, strip.right += kRowsAtOnce * right.stride) {
+      add_rows<kRowsAtOnce>(strip, columns, k == first, chain, span);
     }
-  });
+    for (; k < last; ++k, ++strip.left, strip.right += right.stride) {
+      add_rows<1>(strip, columns, k == first, chain, span);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float *sum = sums + r * span, *line = chain + r * span;
+      for (int64_t c = 0; c < columns; c += kWidth) store(sum + c, add(load(sum + c), load(line + c)));
+    }
+  }
 }
 
+// scratch: kResidentBytes.
 template <int term_count, class Start, class Finish>
-void multiply_in_place(const Team& team, const Term (&terms)[term_count], int64_t columns, const Start& start,
-                       const Finish& finish) {
+void multiply_in_place(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
+                       const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns), end = team.end(panels) * kPanel;
-  for (int64_t first = team.begin(panels) * kPanel; first < end; first += kSpan) {
-    const int64_t last = smaller(smaller(first + kSpan, end), columns);
-    alignas(64) float sums[kSpan];
-    for (int64_t c = 0; c < kSpan; c += kPanel) {
-      if (first + c >= last || !start(0, 1, first + c, smaller(kPanel, last - first - c), sums + c)) {
-        clear_tile(1, sums + c);
+  const int64_t span = smaller(span_columns(rows), end - team.begin(panels) * kPanel);
+  float *const sums = reinterpret_cast<float*>(scratch), *const chain = sums + rows * span;
+  for (int64_t first = team.begin(panels) * kPanel; first < end; first += span) {
+    const int64_t last = smaller(smaller(first + span, end), columns);
+    const auto each_tile = [&](const auto& body) {
+      for (int64_t column = first; column < last; column += kPanel) {
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          body(row, smaller(kTileRows, rows - row), column, smaller(kPanel, last - column));
+        }
       }
-    }
+    };
+    const auto each_line = [&](int64_t row, int64_t count, int64_t column, const auto& body) {
+      for (int64_t r = 0; r < count; ++r) body(sums + (row + r) * span + column - first, r * kPanel);
+    };
+    alignas(64) float tile[kTileRows * kPanel];
+    each_tile([&](int64_t row, int64_t count, int64_t column, int64_t width) {
+      if (!start(row, count, column, width, tile)) clear_tile(count, tile);
+      each_line(row, count, column, [&](float* line, int64_t at) {
+        for (int64_t c = 0; c < kPanel; c += kWidth) store(line + c, load(tile + at + c));
+      });
+    });
     for (const Term& term : terms) {
-      add_product(static_cast<const float*>(term.left.row(0)), term.right, first, last - first, sums);
+      typed(term.right.data, term.right.dtype, [&](const auto* data) {
+        add_product(term.left, rows, term.right, data + first, last - first, span, sums, chain);
+      });
     }
-    for (int64_t column = first; column < last; column += kPanel) {
-      finish(0, 1, column, smaller(kPanel, last - column), sums + (column - first));
-    }
+    each_tile([&](int64_t row, int64_t count, int64_t column, int64_t width) {
+      each_line(row, count, column, [&](const float* line, int64_t at) {
+        for (int64_t c = 0; c < kPanel; c += kWidth) store(tile + at + c, load(line + c));
+      });
+      finish(row, count, column, width, tile);
+    });
   }
 }
 

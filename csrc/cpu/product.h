@@ -18,7 +18,7 @@ void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, i
   int64_t pieces = 0;
   for (const Term& term : terms) pieces += piece_count(term.right.k);
   if (in_place(terms, rows)) {
-    multiply_in_place(team, terms, columns, start, finish);
+    multiply_in_place(team, terms, rows, columns, scratch, start, finish);
   } else if (as_stored(terms, rows)) {
     multiply_as_stored(team, terms, rows, columns, scratch, start, finish);
   } else if (in_chunks(terms, rows)) {
