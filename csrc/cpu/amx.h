@@ -110,7 +110,8 @@ inline TileCall part_of(const TileCall& call, int64_t row, int64_t step) {
   return part;
 }
 
-// The product of rows and pairs in bf16: whole registers, then the steps that are left.
+// The product of rows and pairs in bf16: whole registers, then the steps that are left. Which side of the product the
+// rows are on, and how many, changes no bit: packed weights and stored ones (as_stored.h) must give the same.
 inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64_t rows, int64_t columns) {
   const int64_t depths = call.steps / kDepth, whole = depths * kDepth;
   for (int64_t row = 0; depths > 0 && row < rows;) {
@@ -126,7 +127,7 @@ inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64
   }
   for (int64_t row = 0; whole < call.steps && row < rows; row += kTileRows) {
     const int64_t count = smaller(kTileRows, rows - row);
-    tile_of<Format::pairs, true>(count, columns)(part_of(call, row, whole));
+    tile_of<Format::pairs, true, true>(count, columns)(part_of(call, row, whole));
   }
 }
 #else

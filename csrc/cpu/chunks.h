@@ -36,9 +36,10 @@ inline bool in_chunks(const Term (&terms)[term_count], int64_t rows) {
   return lays_out || rows > kTallRows;
 }
 
-// What each thread needs to lay out `bytes` for each panel of a product.
+// What each thread needs to lay out at most `bytes` for each panel of a product; of fewer a chunk has more panels.
 inline int64_t layout_bytes(bool bf16_left, int64_t columns, int64_t bytes) {
-  return bytes == 0 || !kMatrixTiles || !bf16_left ? bytes : bytes * smaller(chunk_panels(bytes), panel_count(columns));
+  if (bytes == 0 || !kMatrixTiles || !bf16_left) return bytes;
+  return smaller(larger(kResidentBytes, bytes), panel_count(columns) * bytes);
 }
 
 // scratch: a chunk of the terms that are not packed.

@@ -105,13 +105,14 @@ struct TileCall {
   Ahead ahead;
 };
 
-// out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth].
-template <Format format, bool bf16_left, int rows, int vecs>
+// out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth]. in_order: every sum goes through k one by
+// one, so that its bits do not depend on how many rows and columns the tile has.
+template <Format format, bool bf16_left, int rows, int vecs, bool in_order = false>
 void multiply_tile(const TileCall& call) {
   constexpr int64_t chain_steps = format != Format::pairs ? kChain : (bf16_left ? kDotChain : kChain) / 2;
   // Few accumulators would wait for each other's additions: even and odd k get their own. Both halves of a pair of
   // fp32 products are k even and k odd, so that packed pairs and fp32 panels still give the same bits.
-  constexpr bool few = rows * vecs <= 6;
+  constexpr bool few = rows * vecs <= 6 && !in_order;
   constexpr int sets = few ? 2 : 1;
   constexpr bool both_k = format == Format::pairs && !bf16_left;
   const char* at = call.panel;
@@ -166,41 +167,41 @@ void multiply_tile(const TileCall& call) {
 
 using TileFunction = void (*)(const TileCall& call);
 
-template <Format format, bool bf16_left, int vecs>
+template <Format format, bool bf16_left, int vecs, bool in_order>
 TileFunction tile_of_rows(int64_t rows) {
   switch (rows) {
     case 1:
-      return multiply_tile<format, bf16_left, 1, vecs>;
+      return multiply_tile<format, bf16_left, 1, vecs, in_order>;
     case 2:
-      return multiply_tile<format, bf16_left, 2, vecs>;
+      return multiply_tile<format, bf16_left, 2, vecs, in_order>;
     case 3:
-      return multiply_tile<format, bf16_left, 3, vecs>;
+      return multiply_tile<format, bf16_left, 3, vecs, in_order>;
     case 4:
-      return multiply_tile<format, bf16_left, 4, vecs>;
+      return multiply_tile<format, bf16_left, 4, vecs, in_order>;
 #if RECMAS_ISA_LEVEL >= 1
     case 5:
-      return multiply_tile<format, bf16_left, 5, vecs>;
+      return multiply_tile<format, bf16_left, 5, vecs, in_order>;
     case 6:
-      return multiply_tile<format, bf16_left, 6, vecs>;
+      return multiply_tile<format, bf16_left, 6, vecs, in_order>;
 #endif
 #if RECMAS_ISA_LEVEL >= 2
     case 7:
-      return multiply_tile<format, bf16_left, 7, vecs>;
+      return multiply_tile<format, bf16_left, 7, vecs, in_order>;
     case 8:
-      return multiply_tile<format, bf16_left, 8, vecs>;
+      return multiply_tile<format, bf16_left, 8, vecs, in_order>;
 #endif
     default:
       return nullptr;
   }
 }
 
-template <Format format, bool bf16_left>
+template <Format format, bool bf16_left, bool in_order = false>
 TileFunction tile_of(int64_t rows, int64_t columns) {
-  if (columns <= kWidth) return tile_of_rows<format, bf16_left, 1>(rows);
+  if (columns <= kWidth) return tile_of_rows<format, bf16_left, 1, in_order>(rows);
 #if RECMAS_ISA_LEVEL >= 2
-  if (columns > 2 * kWidth) return tile_of_rows<format, bf16_left, 3>(rows);
+  if (columns > 2 * kWidth) return tile_of_rows<format, bf16_left, 3, in_order>(rows);
 #endif
-  return tile_of_rows<format, bf16_left, 2>(rows);
+  return tile_of_rows<format, bf16_left, 2, in_order>(rows);
 }
 
 // The kernel for `rows` <= kTileRows left-hand rows and `columns` <= kPanel columns.

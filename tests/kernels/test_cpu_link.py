@@ -78,7 +78,7 @@ def test_products_in_bands(isa, hidden, dtype, norm):
 
 @pytest.mark.parametrize("tokens", [33, 100, 130, 1026])
 def test_products_in_chunks(isa, tokens):
-    """A few panels of 2100 k fill the cache that a chunk may take (csrc/cpu/chunks.h); 300 columns are several chunks."""
+    """A few panels of 2100 k fill the cache of a chunk (csrc/cpu/chunks.h): 300 columns are several chunks."""
     config = LinkConfig("outer", 2100, 300, 330, "linear")
     link, x, dy, check = judged(config, tokens, torch.bfloat16)
     with threads(1), guarded_allocations():
@@ -88,6 +88,18 @@ def test_products_in_chunks(isa, tokens):
             with packed(link):
                 assert torch.equal(link(x), stored)
     check(found)
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 17, 33, 49, 65, 130, 1027])
+def test_packed_weights_change_no_bit(isa, tokens):
+    """Results in fp32 show what rounding to bf16 hides; sizes are no whole number of any kernel's steps."""
+    for sizes in ((80, 100, 106), (188, 270, 276), (90, 94, 110)):
+        link, x = make_link(LinkConfig("outer", *sizes, "linear"), torch.bfloat16), make_rows(tokens, sizes[0])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            stored = link(x)
+            assert stored.dtype is torch.float32
+            with packed(link):
+                assert torch.equal(link(x), stored)
 
 
 @pytest.mark.parametrize("norm", [False, True])

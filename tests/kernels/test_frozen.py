@@ -100,6 +100,18 @@ def test_many_rows_in_bands(isa: str, stored: torch.dtype):
             assert error(dx, dy.double() @ weight.double()) <= budget(torch.float32, 1930)
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_a_shallow_rest_of_the_weight_takes_no_more_memory(isa: str):
+    """Out features are laid out 1920 at a time (csrc/cpu/frozen.h); of the 1442 left a chunk has more panels."""
+    linear = make_linear(192, 1920 + 1442, dtype=torch.bfloat16)
+    dy = make_rows(40, 1920 + 1442, dtype=torch.bfloat16)
+    with instruction_set(isa), threads(1), guarded_allocations():
+        frozen = FrozenLinear.from_linear(linear)
+        x = make_rows(40, 192, dtype=torch.bfloat16).requires_grad_()
+        (dx,) = torch.autograd.grad(frozen(x), x, dy)
+    assert error(dx, dy.double() @ linear.weight.double()) <= budget(torch.bfloat16, 1920 + 1442)
+
+
 def test_panels_made_in_inference_mode_serve_gradients():
     linear = make_linear()
     with torch.inference_mode():
