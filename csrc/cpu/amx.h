@@ -39,10 +39,6 @@ class Prefetcher {
   int64_t left_, each_, line_ = 0;
 };
 
-template <int number>
-struct Constant {
-  static constexpr int value = number;
-};
 // Calls body(c) for c = 0 to vecs - 1, as constants.
 template <int vecs, class Body>
 inline void each_sum(const Body& body) {

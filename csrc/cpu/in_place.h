@@ -6,9 +6,9 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kInPlaceRows = 32;
-constexpr int kRowsAtOnce =
-    RECMAS_ISA_LEVEL >= 2 ? 8 : 4;  // rows of the weight that add to a sum while it is in a register
+constexpr int64_t kInPlaceRows = 48;
+// Rows of the weight that add to a sum while it is in a register.
+constexpr int kRowsAtOnce = RECMAS_ISA_LEVEL >= 2 ? 8 : 4;
 
 // Whether multiply_in_place serves a product of these terms.
 template <int term_count>
@@ -76,12 +76,14 @@ inline void add_product(const Left& left, int64_t rows, const Right& right, cons
   for (int64_t first = 0; first < right.k; first += kChain) {
     const int64_t last = smaller(first + kChain, right.k);
     int64_t k = first;
-    for (; k + kRowsAtOnce <= last; k += kRowsAtOnce, strip.left += kRowsAtOnce, strip.right += kRowsAtOnce * right.stride) {
-      add_rows<kRowsAtOnce>(strip, columns, k == first, chain, span);
-    }
-    for (; k < last; ++k, ++strip.left, strip.right += right.stride) {
-      add_rows<1>(strip, columns, k == first, chain, span);
-    }
+    const auto advance = [&](auto count) {
+      add_rows<count.value>(strip, columns, k == first, chain, span);
+      k += count.value;
+      strip.left += count.value;
+      strip.right += count.value * right.stride;
+    };
+    while (k + kRowsAtOnce <= last) advance(Constant<kRowsAtOnce>{});
+    while (k < last) advance(Constant<1>{});
     for (int64_t r = 0; r < rows; ++r) {
       float *sum = sums + r * span, *line = chain + r * span;
       for (int64_t c = 0; c < columns; c += kWidth) store(sum + c, add(load(sum + c), load(line + c)));

@@ -25,6 +25,12 @@ struct F16 {
   uint16_t bits;
 };
 
+// A number that a lambda gets as a constant.
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
