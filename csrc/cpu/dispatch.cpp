@@ -3,12 +3,10 @@
 
 #include <initializer_list>
 
-#ifdef RECMAS_X86
+#if defined(RECMAS_AMX) && defined(__linux__)
 #include <cpuid.h>
-#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 #include "kernels.h"
@@ -26,6 +24,8 @@ const Kernels* kernels_of(Isa isa) {
       return &kernels_avx512;
     case Isa::avx512_bf16:
       return &kernels_avx512_bf16;
+#endif
+#ifdef RECMAS_AMX
     case Isa::amx:
       return &kernels_amx;
 #endif
@@ -129,7 +129,7 @@ Status check_layers(const DecoderLayer* layers, int64_t count) {
 // Whether the processor has AMX with bf16, and the system lets this process use its registers. Linux has to be asked
 // once for a process: their 8 KB are saved from then on wherever a thread that used them is interrupted.
 bool has_tile_registers() {
-#ifdef __linux__
+#if defined(RECMAS_AMX) && defined(__linux__)
   unsigned a, b, c, d;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of leaf 7's edx
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;

@@ -32,7 +32,10 @@ struct Kernels {
 
 extern const Kernels kernels_baseline;
 #ifdef RECMAS_X86
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+#ifdef RECMAS_AMX
+extern const Kernels kernels_amx;
 #endif
 
 }  // namespace recmas::cpu

@@ -15,6 +15,8 @@ const cpu::Kernels* kernels_of([[maybe_unused]] Isa isa) {
   if (isa == Isa::avx2) return &cpu::kernels_avx2;
   if (isa == Isa::avx512) return &cpu::kernels_avx512;
   if (isa == Isa::avx512_bf16) return &cpu::kernels_avx512_bf16;
+#endif
+#ifdef RECMAS_AMX
   if (isa == Isa::amx) return &cpu::kernels_amx;
 #endif
   return &cpu::kernels_baseline;
