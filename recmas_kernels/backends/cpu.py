@@ -107,8 +107,16 @@ def _form(weight: Tensor | None, compute: torch.dtype, isa: int, tokens: int) ->
     """How the kernel reads a weight matrix: its packed panels; or, as it is stored, summed in panel order or not."""
     if weight is None or weight.numel() < _LEAST_PACKED or weight.dtype not in _DTYPES or not weight.is_contiguous():
         return False
+    if tokens <= MOST_IN_PLACE and _reads_faster_in_place(compute, isa):
+        return False
     panels = packing.lookup(weight, (compute, isa), _pack)
     return tokens > MOST_IN_PLACE if panels is None else panels
+
+
+def _reads_faster_in_place(compute: torch.dtype, isa: int) -> bool:
+    """Whether one or two rows leave packed weights aside: Intel's processors read four rows of a weight side by side
+    faster than panels, which are one stream (docs/kernels.md, Streaming)."""
+    return compute is torch.float32 and ISAS[isa] == "amx"
 
 
 def _pack(weight: Tensor, layout: packing.Layout, memory: Callable[[int], Tensor] = pages.alone) -> Tensor:
