@@ -246,6 +246,15 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
   multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), plan.own_sums(team), start_fresh, finish);
 }
 
+// From here on a finished gradient is written past the caches, which would read each line before it is written, and not
+// keep it for the optimizer.
+constexpr int64_t kPastCaches = 8 << 20;  // bytes
+
+inline bool past_caches(const Output& output, int64_t rows, int64_t columns) {
+  return output.dtype == Dtype::f32 && rows * columns * 4 >= kPastCaches && columns % kWidth == 0 &&
+         reinterpret_cast<uintptr_t>(output.data) % (kWidth * sizeof(float)) == 0;
+}
+
 // sum [rows][columns] (+)= left [rows][tokens] x right [tokens][columns], rounded to the output after the last block.
 inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, const Sum& gradient, const Left& left,
                                 const Matrix& right, int64_t rows, int64_t columns, const BackwardBlock& block,
@@ -257,9 +266,10 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
   const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;
   // A short product is bound by writing its result: the lines of tiles to come are asked for early.
+  const bool past = last && past_caches(gradient.output, rows, columns);
   const int64_t ahead = resident ? 4 * kPanel : 2 * (in_registers(left.bf16, rows) ? kTallRows : kTileRows) * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < count && !past; ++r) {
       const char* line = result + ((row + r) * columns + column + ahead) * element_bytes;
       for (int64_t byte = 0; byte < kPanel * element_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
     }
@@ -267,6 +277,11 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
     return block.accumulate;
   };
   const auto finish = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
+    for (int64_t r = 0; r < count && past; ++r) {
+      float* line = reinterpret_cast<float*>(result) + (row + r) * columns + column;
+      for (int64_t c = 0; c < width; c += kWidth) store_past_caches(line + c, load(tile + r * kPanel + c));
+    }
+    if (past) return;
     store_tile(result, last ? gradient.output.dtype : Dtype::f32, columns, row, count, column, width, tile);
   };
   if (resident) {
@@ -274,6 +289,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   } else {
     multiply(team, terms, rows, columns, plan.panels(team), plan.own_sums(team), start, finish);
   }
+  if (past) fence_stores();
 }
 
 inline void backward_in(const Team& team, const LinkBackward& call, const BackwardPlan& plan,

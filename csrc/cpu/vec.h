@@ -4,6 +4,7 @@
 //     set1 add sub mul div fma min max abs select_greater round_nearest scale_exp2
 //     load(p) / load(p, count)         fp32, bf16 or fp16 -> fp32; lanes beyond count read as 0 and touch no memory
 //     store(p, v) / store(p, v, count)  rounds to the type of p, to nearest even, NaN stays NaN
+//     store_past_caches(p, v)          to a whole vector's address; before others read it, fence_stores()
 //     low_halves, high_halves, join_pairs   the [k/2][column][2] bf16 layout: two bf16 in each 32-bit lane
 //     dot_pairs                        acc + a_low * b_low + a_high * b_high (Isa::avx512_bf16 only)
 //     transpose(rows)                  kWidth x kWidth in place
@@ -21,6 +22,13 @@
 #endif
 
 namespace recmas::cpu::RECMAS_ISA {
+
+// Stores past the caches are seen by whoever sees what this thread writes next.
+inline void fence_stores() {
+#if RECMAS_ISA_LEVEL >= 1
+  _mm_sfence();
+#endif
+}
 
 // How many lanes of a vector exist: loops run over whole vectors, then once over the part that is left.
 struct Whole {

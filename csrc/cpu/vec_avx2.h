@@ -75,6 +75,7 @@ inline __m128i narrow_bf16(Vec a) {
 inline __m128i narrow_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store_past_caches(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 inline void store(float* p, Vec a, int64_t count) {
   if (count >= kWidth) return _mm256_storeu_ps(p, a.v);
   _mm256_maskstore_ps(p, first(count), a.v);

@@ -61,6 +61,7 @@ inline __m256i narrow_bf16(Vec a) {
 inline __m256i narrow_f16(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store_past_caches(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 inline void store(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, first(count), a.v); }
 inline void store(Bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 inline void store(Bf16* p, Vec a, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(a)); }

@@ -118,6 +118,7 @@ inline Vec load(const F16* p, int64_t count) {
 inline Vec load(const F16* p) { return load(p, kWidth); }
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+inline void store_past_caches(float* p, Vec a) { store(p, a); }
 inline void store(float* p, Vec a, int64_t count) {
   for (int i = 0; i < kWidth; ++i) {
     if (i < count) p[i] = a.v[i];

@@ -102,6 +102,15 @@ def test_packed_weights_change_no_bit(isa, tokens):
                 assert torch.equal(link(x), stored)
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 200])
+def test_gradients_written_past_the_caches(isa, tokens):
+    """That of proj1.weight has 8 MB (csrc/cpu/link_backward.h); 1040 columns are no whole number of panels."""
+    link, x, dy, check = judged(LinkConfig("outer", 1040, 2064, 24, "linear"), tokens, torch.float32)
+    with threads(2), guarded_allocations():
+        found = run(link, x, dy)
+    check(found)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_threads_wait_for_each_other_between_blocks(norm):
     """A linear residual reads the rows that the next block of tokens overwrites."""
