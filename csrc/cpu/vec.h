@@ -6,7 +6,7 @@
 //     store(p, v) / store(p, v, count)  rounds to the type of p, to nearest even, NaN stays NaN
 //     store_past_caches(p, v)          to a whole vector's address; before others read it, fence_stores()
 //     low_halves, high_halves, join_pairs   the [k/2][column][2] bf16 layout: two bf16 in each 32-bit lane
-//     dot_pairs                        acc + a_low * b_low + a_high * b_high (Isa::avx512_bf16 only)
+//     dot_pairs                        acc + a_low * b_low + a_high * b_high (Isa::avx512_bf16 and amx)
 //     transpose(rows)                  kWidth x kWidth in place
 //     sum(v)                           lanes added in a fixed order
 #pragma once

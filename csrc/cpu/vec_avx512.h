@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ (Isa::avx512), and AVX512-BF16 on top of it (Isa::avx512_bf16). See vec.h.
+// AVX-512 F, BW, VL, DQ (Isa::avx512), and AVX512-BF16 on top of it (Isa::avx512_bf16, amx). See vec.h.
 #pragma once
 
 #include <immintrin.h>
