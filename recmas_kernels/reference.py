@@ -72,6 +72,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+def _whole_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x ``[T, n]`` in ``dtype`` and contiguous. torch's bf16 product in AMX registers reads on after the end of a row and
+    multiplies what it finds there by 0, which is NaN where memory between rows holds NaN or infinity."""
+    return x.to(dtype).contiguous()
+
+
 def _layer_norm(
     rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +127,7 @@ def link_fwd_train(arguments: LinkArguments) -> tuple[Tensor, Tensor, Tensor, Te
     rstd_out in float32 (float64 for float64), zero where a norm is absent.
     """
     x, w1, b1, w2, b2, w3, b3, gain_in, bias_in, gain_out, bias_out, residual, gelu, eps, dtype = arguments
-    raw = x.to(dtype)
+    raw = _whole_rows(x, dtype)
     absent = torch.zeros(x.shape[0], dtype=accumulator(dtype), device=x.device)
     u, mean_in, rstd_in, mean_out, rstd_out = raw, absent, absent, absent, absent
     if gain_in is not None:
@@ -158,7 +164,7 @@ def link_bwd(
     acc = accumulator(dtype)
     dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = dgain_in = dbias_in = dgain_out = dbias_out = None
 
-    raw, dz_acc = x.to(dtype), dy.to(acc)
+    raw, dz_acc = _whole_rows(x, dtype), dy.to(acc)
     if gain_out is not None:
         dz_acc, dgain_out, dbias_out = _layer_norm_backward(dz_acc, z, stats[2], stats[3], gain_out, bias_out)
     dz = dz_acc.to(dtype)

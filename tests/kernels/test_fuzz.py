@@ -138,9 +138,9 @@ STEPS = 8 * 70**0.5
 
 def link_case(random: Random) -> Case:
     dtype, residual = random.chance.choice(DTYPES), random.chance.choice(("identity", "linear", "none"))
-    norm, least = random.flag(), 0
-    tokens, hidden = random.size(), random.size(1)
-    least = 7 if norm else 1  # a norm of one or two features is nothing but rounding
+    norm, tokens = random.flag(), random.size()
+    least = 7 if norm else 1  # a norm of one or two features is nothing but rounding, and so is that of their products
+    hidden = max(least if residual == "none" else 1, random.size(1))
     inner = max(least, random.size(1))
     outer = inner if residual == "identity" else max(least, random.size(1))
     arguments: dict[str, Any] = {

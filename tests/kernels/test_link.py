@@ -133,6 +133,20 @@ def test_inputs_of_any_layout(backend):
         assert link(x).shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+def test_what_lies_between_rows_is_not_read(backend, dtype):
+    """Tiles of a product end at multiples of 32 elements, and rows of 70 do not."""
+    link = make_link(LinkConfig("outer", 70, 33, 70, "linear"), dtype)
+    x, dy = (torch.full((17, 73), float("nan"), dtype=dtype)[:, :70] for _ in range(2))
+    x.copy_(make_rows(17, 70, dtype=dtype))
+    dy.copy_(make_rows(17, 70, dtype=dtype, seed=2))
+    actual, expected = run(link, x, dy), run(link, x.contiguous(), dy.contiguous())
+    assert torch.isfinite(expected.y).all()
+    assert torch.equal(actual.y, expected.y)
+    for name, grad in expected.grads.items():
+        assert torch.equal(actual.grads[name], grad), name
+
+
 def test_weights_of_any_layout(backend):
     link = make_link(CONFIGS["inner"])
     x = make_rows(3, link.config.in_features)
