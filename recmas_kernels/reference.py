@@ -73,8 +73,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _whole_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x ``[T, n]`` in ``dtype`` and contiguous. torch's bf16 product in AMX registers reads on after the end of a row and
-    multiplies what it finds there by 0, which is NaN where memory between rows holds NaN or infinity."""
+    """x ``[T, n]`` in ``dtype`` and contiguous: in AMX registers, torch's bf16 product reads on after the end of a row
+    and multiplies what it finds there by 0, which is NaN where memory between rows holds NaN or infinity."""
     return x.to(dtype).contiguous()
 
 
