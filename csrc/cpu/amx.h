@@ -18,40 +18,11 @@ constexpr bool in_registers(bool bf16_left, int64_t rows) { return kMatrixTiles 
 
 static_assert(kPanel == 3 * kRegister && kTallRows == 2 * kRegister, "six registers of sums");
 
-// Prefetches what a call wants ahead, in as many turns of equal length.
-class Prefetcher {
- public:
-  Prefetcher(const Ahead& ahead, int64_t turns)
-      : ahead_(ahead), left_(ahead.rows * ahead.row_lines), each_((left_ + turns - 1) / turns) {}
-
-  void advance() {
-    for (int64_t lines = smaller(each_, left_); lines > 0; --lines, --left_) {
-      __builtin_prefetch(ahead_.at + 64 * line_, 0, 2);
-      if (++line_ == ahead_.row_lines) {
-        line_ = 0;
-        ahead_.at += ahead_.stride;
-      }
-    }
-  }
-
- private:
-  Ahead ahead_;
-  int64_t left_, each_, line_ = 0;
-};
-
-// Calls body(c) for c = 0 to vecs - 1, as constants.
-template <int vecs, class Body>
-inline void each_sum(const Body& body) {
-  body(Constant<0>{});
-  if constexpr (vecs > 1) body(Constant<1>{});
-  if constexpr (vecs > 2) body(Constant<2>{});
-}
-
 // Sums `first` and the next, of 16 rows: += left x panel, kDepth steps.
 template <int first, int vecs>
 inline void multiply_registers(const char* left, int64_t left_bytes, const char* panel) {
   _tile_loadd(6, left, left_bytes);
-  each_sum<vecs>([&](auto c) {
+  unrolled<vecs>([&](auto c) {
     _tile_loadd(7, panel + 64 * c.value, step_bytes(Format::pairs));
     add_product<first + c.value>();
   });
@@ -64,9 +35,10 @@ void multiply_depths(const TileCall& call, int64_t depths) {
   const int64_t left_bytes = call.left_stride * 2;
   const char* panel = call.panel;
   float* const lower = call.out + kRegister * kPanel;
-  Prefetcher prefetcher(call.ahead, depths);
+  Prefetcher prefetcher(call.ahead);
+  const int64_t lines = (prefetcher.left() + depths - 1) / depths;  // with each depth
   TileRegisters::read_all(left);
-  each_sum<vecs>([&](auto c) {
+  unrolled<vecs>([&](auto c) {
     call.fresh ? zero_sum<c.value>() : load_sum<c.value>(call.out + kRegister * c.value);
     if constexpr (two) call.fresh ? zero_sum<3 + c.value>() : load_sum<3 + c.value>(lower + kRegister * c.value);
   });
@@ -76,12 +48,12 @@ void multiply_depths(const TileCall& call, int64_t depths) {
         __builtin_prefetch(panel + kFarPrefetch + line, 0, 2);
       }
     } else {
-      prefetcher.advance();
+      prefetcher.advance(lines);
     }
     multiply_registers<0, vecs>(left, left_bytes, panel);
     if constexpr (two) multiply_registers<3, vecs>(left + kRegister * left_bytes, left_bytes, panel);
   }
-  each_sum<vecs>([&](auto c) {
+  unrolled<vecs>([&](auto c) {
     store_sum<c.value>(call.out + kRegister * c.value);
     if constexpr (two) store_sum<3 + c.value>(lower + kRegister * c.value);
   });

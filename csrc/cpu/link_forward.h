@@ -13,9 +13,7 @@ namespace recmas::cpu::RECMAS_ISA {
 
 // Tokens of a block: its activations stay in the shared cache; bands and chunks (product.h) take rows through a core's
 // own, and lay a weight out once for a block.
-constexpr int64_t forward_block(bool bf16_left) {
-  return RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles && bf16_left ? 1024 : 128;
-}
+constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles ? 1024 : 128;
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
   const Layout stored = transposed ? Layout::columns : Layout::rows;
@@ -104,7 +102,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   plan.identity = config.residual == Residual::identity;
   plan.linear = config.residual == Residual::linear;
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
-  plan.block = smaller(s.tokens, forward_block(dot));
+  plan.block = smaller(s.tokens, kForwardBlock);
   plan.u = take_left(arena, plan.block, s.in_features, dot);
   plan.x = plan.linear && plan.norm_in ? take_left(arena, plan.block, s.in_features, dot) : plan.u;
   plan.hidden = take_left(arena, plan.block, s.hidden_features, dot);

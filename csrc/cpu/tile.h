@@ -31,50 +31,73 @@ struct Accumulators {
   Vec at[rows][vecs];
 };
 
+// The left-hand rows of a tile from some k on. Rows are addressed from every third of them, with displacements for k:
+// one pointer for all takes an addition per row and step, and those take slots from the multiply-adds.
+template <bool bf16_left, int rows>
+struct LeftRows {
+  static constexpr int count = (rows + 2) / 3, bytes = bf16_left ? 2 : 4;
+  const char* at[count];
+  int64_t stride;
+
+  LeftRows(const void* left, int64_t elements) : stride(elements * bytes) {
+    for (int i = 0; i < count; ++i) at[i] = static_cast<const char*>(left) + 3 * i * stride;
+  }
+  // An fp32 element, or a pair of bf16 as one.
+  float value(int row, int64_t k) const {
+    float bits;
+    __builtin_memcpy(&bits, at[row / 3] + row % 3 * stride + k * bytes, sizeof bits);
+    return bits;
+  }
+  void advance(int64_t k) {
+    for (int i = 0; i < count; ++i) {
+      at[i] += k * bytes;
+      asm("" : "+r"(at[i]));  // else the compiler keeps a pointer per row and step, more than there are registers
+    }
+  }
+};
+
 // acc += left[r][k] * panel[k][c] for the one or two k of a step; with two fp32 products the second goes to `odd`.
+// left, panel: of the first of some steps, of which this is number `step`.
 template <Format format, bool bf16_left, int rows, int vecs>
-inline void multiply_step(Accumulators<rows, vecs>& acc, Accumulators<rows, vecs>& odd, const void* left,
-                          int64_t left_stride, const char* panel, int64_t step) {
+RECMAS_ALWAYS_INLINE void multiply_step(Accumulators<rows, vecs>& acc, Accumulators<rows, vecs>& odd,
+                                        const LeftRows<bf16_left, rows>& left, const char* panel, int step) {
+  panel += step * step_bytes(format);
+  Vec w[vecs];
   if constexpr (format == Format::pairs && bf16_left) {
 #if RECMAS_ISA_LEVEL >= 3
-    Vec w[vecs];
-    for (int c = 0; c < vecs; ++c) w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
-    for (int r = 0; r < rows; ++r) {
-      float pair;
-      __builtin_memcpy(&pair, static_cast<const Bf16*>(left) + r * left_stride + 2 * step, sizeof pair);
-      const Vec a = set1(pair);
-      for (int c = 0; c < vecs; ++c) acc.at[r][c] = dot_pairs(acc.at[r][c], a, w[c]);
-    }
+    unrolled<vecs>([&](auto c) RECMAS_INLINED { w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth); });
+    unrolled<rows>([&](auto r) RECMAS_INLINED {
+      const Vec pair = set1(left.value(r, 2 * step));
+      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = dot_pairs(acc.at[r][c], pair, w[c]); });
+    });
 #endif
   } else if constexpr (format == Format::pairs) {
     // One k after the other: with both halves of the pairs widened at once, 6 x 16 sums left AVX2 two registers short
     // (docs/kernels.md, Pairs without native products).
-    const float* a = static_cast<const float*>(left) + 2 * step;
-    Vec w[vecs];
-    for (int c = 0; c < vecs; ++c) w[c] = low_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth));
-    for (int r = 0; r < rows; ++r) {
-      const Vec value = set1(a[r * left_stride]);
-      for (int c = 0; c < vecs; ++c) acc.at[r][c] = fma(value, w[c], acc.at[r][c]);
-    }
-    for (int c = 0; c < vecs; ++c) w[c] = high_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth));
-    for (int r = 0; r < rows; ++r) {
-      const Vec value = set1(a[r * left_stride + 1]);
-      for (int c = 0; c < vecs; ++c) odd.at[r][c] = fma(value, w[c], odd.at[r][c]);
-    }
+    unrolled<vecs>([&](auto c)
+                       RECMAS_INLINED { w[c] = low_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth)); });
+    unrolled<rows>([&](auto r) RECMAS_INLINED {
+      const Vec value = set1(left.value(r, 2 * step));
+      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = fma(value, w[c], acc.at[r][c]); });
+    });
+    unrolled<vecs>(
+        [&](auto c) RECMAS_INLINED { w[c] = high_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth)); });
+    unrolled<rows>([&](auto r) RECMAS_INLINED {
+      const Vec value = set1(left.value(r, 2 * step + 1));
+      unrolled<vecs>([&](auto c) RECMAS_INLINED { odd.at[r][c] = fma(value, w[c], odd.at[r][c]); });
+    });
   } else {
-    Vec w[vecs];
-    for (int c = 0; c < vecs; ++c) {
+    unrolled<vecs>([&](auto c) RECMAS_INLINED {
       if constexpr (format == Format::f16) {
         w[c] = load(reinterpret_cast<const F16*>(panel) + c * kWidth);
       } else {
         w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
       }
-    }
-    const float* a = static_cast<const float*>(left) + step;
-    for (int r = 0; r < rows; ++r) {
-      const Vec value = set1(a[r * left_stride]);
-      for (int c = 0; c < vecs; ++c) acc.at[r][c] = fma(value, w[c], acc.at[r][c]);
-    }
+    });
+    unrolled<rows>([&](auto r) RECMAS_INLINED {
+      const Vec value = set1(left.value(r, step));
+      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = fma(value, w[c], acc.at[r][c]); });
+    });
   }
 }
 
@@ -105,6 +128,28 @@ struct TileCall {
   Ahead ahead;
 };
 
+// Prefetches an Ahead, some lines at a time.
+class Prefetcher {
+ public:
+  explicit Prefetcher(const Ahead& ahead)
+      : ahead_(ahead), left_(ahead.at == nullptr ? 0 : ahead.rows * ahead.row_lines) {}
+
+  int64_t left() const { return left_; }
+  void advance(int64_t lines) {
+    for (; lines > 0 && left_ > 0; --lines, --left_) {
+      __builtin_prefetch(ahead_.at + 64 * line_, 0, 2);
+      if (++line_ == ahead_.row_lines) {
+        line_ = 0;
+        ahead_.at += ahead_.stride;
+      }
+    }
+  }
+
+ private:
+  Ahead ahead_;
+  int64_t left_, line_ = 0;
+};
+
 // out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth]. in_order: every sum goes through k one by
 // one, so that its bits do not depend on how many rows and columns the tile has.
 template <Format format, bool bf16_left, int rows, int vecs, bool in_order = false>
@@ -115,53 +160,51 @@ void multiply_tile(const TileCall& call) {
   constexpr bool few = rows * vecs <= 6 && !in_order;
   constexpr int sets = few ? 2 : 1;
   constexpr bool both_k = format == Format::pairs && !bf16_left;
+  LeftRows<bf16_left, rows> left(call.left, call.left_stride);
   const char* at = call.panel;
-  const char* ahead = call.ahead.at;
-  int64_t ahead_lines = ahead == nullptr ? 0 : call.ahead.rows * call.ahead.row_lines, ahead_line = 0;
+  const bool own = call.ahead.at == nullptr;
+  Prefetcher prefetcher(call.ahead);
   for (int64_t first = 0; first < call.steps; first += chain_steps) {
     Accumulators<rows, vecs> acc[sets];
-    for (int set = 0; set < sets; ++set) {
-      for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < vecs; ++c) acc[set].at[r][c] = set1(0.0f);
-      }
-    }
-    const int64_t last = smaller(first + chain_steps, call.steps);
-    const auto advance = [&](int64_t step, Accumulators<rows, vecs>& even, Accumulators<rows, vecs>& odd) {
-      if (ahead == nullptr) {
-        for (int64_t line = 0; line < step_bytes(format); line += 64) {
+    unrolled<sets>([&](auto set) RECMAS_INLINED {
+      unrolled<rows>([&](auto r) RECMAS_INLINED {
+        unrolled<vecs>([&](auto c) RECMAS_INLINED { acc[set].at[r][c] = set1(0.0f); });
+      });
+    });
+    const auto advance = [&](auto count) RECMAS_INLINED {
+      unrolled<count>([&](auto step) RECMAS_INLINED {
+        constexpr int even = both_k ? 0 : step % sets, odd = sets - 1;
+        multiply_step<format, bf16_left>(acc[even], acc[odd], left, at, step);
+      });
+      left.advance(count * (format == Format::pairs ? 2 : 1));
+      at += count * step_bytes(format);
+    };
+    // Two steps at a time: additions and branches take slots from the multiply-adds where two threads share a core.
+    int64_t steps = smaller(chain_steps, call.steps - first);
+    for (; steps >= 2; steps -= 2) {
+      if (own) {
+        for (int64_t line = 0; line < 2 * step_bytes(format); line += 64) {
           if constexpr (few) {
             __builtin_prefetch(at + kFarPrefetch + line, 0, 2);
           } else {
             __builtin_prefetch(at + kPrefetch + line);
           }
         }
-      } else if (ahead_lines > 0) {
-        --ahead_lines;
-        __builtin_prefetch(ahead + 64 * ahead_line, 0, 2);
-        if (++ahead_line == call.ahead.row_lines) {
-          ahead_line = 0;
-          ahead += call.ahead.stride;
-        }
+      } else {
+        prefetcher.advance(2);
       }
-      multiply_step<format, bf16_left, rows, vecs>(even, odd, call.left, call.left_stride, at, step);
-      at += step_bytes(format);
-    };
-    int64_t step = first;
-    if constexpr (sets == 2 && !both_k) {
-      for (; step + 1 < last; step += 2) {
-        advance(step, acc[0], acc[0]);
-        advance(step + 1, acc[1], acc[1]);
-      }
+      advance(Constant<2>{});
     }
-    for (; step < last; ++step) advance(step, acc[0], acc[sets - 1]);
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < vecs; ++c) {
+    if (steps == 1) advance(Constant<1>{});
+    const bool write = call.fresh && first == 0;
+    unrolled<rows>([&](auto r) RECMAS_INLINED {
+      unrolled<vecs>([&](auto c) RECMAS_INLINED {
         Vec total = acc[0].at[r][c];
         if constexpr (sets == 2) total = add(total, acc[1].at[r][c]);
         float* sum = call.out + r * kPanel + c * kWidth;
-        store(sum, call.fresh && first == 0 ? total : add(load(sum), total));
-      }
-    }
+        store(sum, write ? total : add(load(sum), total));
+      });
+    });
   }
 }
 

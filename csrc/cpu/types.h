@@ -14,7 +14,8 @@
 #endif
 
 // For functions whose arrays of vectors must stay in registers: called, they pass through memory.
-#define RECMAS_ALWAYS_INLINE inline __attribute__((always_inline))
+#define RECMAS_INLINED __attribute__((always_inline))  // of a lambda
+#define RECMAS_ALWAYS_INLINE inline RECMAS_INLINED
 
 namespace recmas::cpu::RECMAS_ISA {
 
@@ -29,7 +30,18 @@ struct F16 {
 template <int number>
 struct Constant {
   static constexpr int value = number;
+  constexpr operator int() const { return number; }
 };
+
+// Calls body(i) for i from `first` to count - 1, as constants. Sums in an array that a loop indexes leave the
+// registers: compilers unroll loops after they have given arrays their place.
+template <int count, int first = 0, class Body>
+RECMAS_ALWAYS_INLINE void unrolled(const Body& body) {
+  if constexpr (first < count) {
+    body(Constant<first>{});
+    unrolled<count, first + 1>(body);
+  }
+}
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

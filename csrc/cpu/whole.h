@@ -7,7 +7,8 @@ namespace recmas::cpu::RECMAS_ISA {
 
 // What one group of rows prefetches for the panel so many further, which begins at `column`. Of a stored weight, its
 // share of what that panel will be laid out from. Of a packed one, a line per step, so that many groups run several
-// panels ahead: what the second-level cache cannot keep that long then waits in the third, no longer in memory.
+// panels ahead: what the second-level cache cannot keep that long then waits in the third, no longer in memory. Where
+// pieces pass (below), its share of one panel.
 inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int64_t column, int64_t group,
                       int64_t groups) {
   const Right& right = term.right;
@@ -15,8 +16,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int6
   if (width <= 0) return {panel, 0, 1, 0};
   if (right.packed()) {
     const int64_t steps = panel_steps(term.format(), right.k);
-    // Few groups of many rows: all of the next panel even so.
-    const int64_t lines = kMatrixTiles && groups < kPanelVecs ? (kPanelVecs * steps + groups - 1) / groups : steps;
+    const int64_t lines = kMatrixTiles ? (kPanelVecs * steps + groups - 1) / groups : steps;
     return {panel + further * panel_bytes(term.format(), right.k) + group * lines * 64, lines, 1, 64};
   }
   if (right.layout == Layout::turned_panels) return {panel, 0, 1, 0};  // laying it out prefetches
@@ -59,6 +59,48 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
   }
 }
 
+// Rows in fp32 pass a panel by pieces of k, so many groups of them one after the other, where a processor's cores share
+// their caches among two threads each: a piece is then read from the first level.
+constexpr int64_t kPassingPiece = 128, kPassingGroups = 8;
+static_assert(kPassingPiece % kChain == 0, "sums keep their bits");
+
+// Groups [first, last) of rows pass the panels of one column.
+template <int term_count, class Start, class Finish>
+void pass_by_pieces(const Term (&terms)[term_count], const char* const (&panels)[term_count], const Groups& rows_of,
+                    int64_t first, int64_t last, int64_t column, int64_t columns, const Start& start,
+                    const Finish& finish) {
+  for (int64_t begin = first; begin < last; begin += kPassingGroups) {
+    const int64_t end = smaller(begin + kPassingGroups, last);
+    alignas(64) float tiles[kPassingGroups][kTileRows * kPanel];
+    bool fresh[kPassingGroups];
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = rows_of.begin(group), rows = rows_of.begin(group + 1) - row;
+      fresh[group - begin] = !start(row, rows, column, columns, tiles[group - begin]);
+    }
+    for (int i = 0; i < term_count; ++i) {
+      const Term& term = terms[i];
+      const Format format = term.format();
+      const int64_t k = term.right.k, pieces = (k + kPassingPiece - 1) / kPassingPiece;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t from = piece * kPassingPiece, count = smaller(kPassingPiece, k - from);
+        const char* at = panels[i] + panel_steps(format, from) * step_bytes(format);
+        for (int64_t group = begin; group < end; ++group) {
+          const int64_t row = rows_of.begin(group), rows = rows_of.begin(group + 1) - row;
+          const int64_t parts = (last - first) * pieces;
+          const Ahead ahead = ahead_of(term, panels[i], 1, column + kPanel, (group - first) * pieces + piece, parts);
+          choose_tile(format, false, rows, columns)(
+              {static_cast<const float*>(term.left.row(row)) + from, term.left.stride, at, panel_steps(format, count),
+               tiles[group - begin], fresh[group - begin] && i == 0 && piece == 0, ahead});
+        }
+      }
+    }
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = rows_of.begin(group), rows = rows_of.begin(group + 1) - row;
+      finish(row, rows, column, columns, tiles[group - begin]);
+    }
+  }
+}
+
 // scratch: this thread's own, a panel of each term that is not packed.
 // start(row, rows, column, columns, tile) -> whether it filled tile [rows][kPanel]; finish(...) consumes the tile.
 template <int term_count, class Start, class Finish>
@@ -72,6 +114,7 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
   bool by_rows = panels < 4 * team.size && groups >= 4 * team.size;
   for (const Term& term : terms) by_rows = by_rows && term.right.packed();
   const int64_t cuts = by_rows ? team.size : larger(smaller(groups, (4 * team.size + panels - 1) / panels), 1);
+  const bool by_pieces = kMatrixTiles && !terms[0].left.bf16 && rows > kStreamLimit;  // with fewer, weights may stream
   int64_t packed_panel = -1;
   TileRegisters registers;
   for (int64_t item = team.begin(panels * cuts); item < team.end(panels * cuts); ++item) {
@@ -94,6 +137,10 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
     }
     packed_panel = panel;
     const int64_t first_group = groups * cut / cuts, last_group = groups * (cut + 1) / cuts;
+    if (by_pieces && last_group - first_group > 1) {
+      pass_by_pieces(terms, panels_at, rows_of, first_group, last_group, column, width, start, finish);
+      continue;
+    }
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t row = rows_of.begin(group), count = rows_of.begin(group + 1) - row;
       alignas(64) float tile[kTallRows * kPanel];

@@ -76,11 +76,13 @@ def test_products_in_bands(isa, hidden, dtype, norm):
         check(found)
 
 
-@pytest.mark.parametrize("tokens", [33, 100, 130, 1026])
-def test_products_in_chunks(isa, tokens):
-    """A few panels of 2100 k fill the cache of a chunk (csrc/cpu/chunks.h): 300 columns are several chunks."""
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("tokens", [12, 33, 130, 1026])
+def test_long_sums(isa, tokens, dtype):
+    """A few panels of 2100 k fill the cache of a chunk (csrc/cpu/chunks.h): 300 columns are several chunks. Rows pass a
+    panel in 17 pieces (csrc/cpu/whole.h)."""
     config = LinkConfig("outer", 2100, 300, 330, "linear")
-    link, x, dy, check = judged(config, tokens, torch.bfloat16)
+    link, x, dy, check = judged(config, tokens, dtype)
     with threads(1), guarded_allocations():
         found = run(link, x, dy)
         with torch.no_grad():
