@@ -74,6 +74,21 @@ def declines(call: Call) -> str | None:
     return None
 
 
+def yields(call: Call) -> str | None:
+    """Why plain torch serves ``call`` faster than these kernels, which could serve it; None if it does not.
+
+    Its library multiplies fp32 faster on Intel's processors with AMX; from these sizes on that is more than what fused
+    passes save (docs/kernels.md, Float32 with AMX).
+    """
+    if call.dtype is not torch.float32 or not call.op.startswith("link") or settings.cpu_isa() is not None:
+        return None
+    products = call.tokens * call.hidden_features * (call.in_features + call.out_features)
+    least_tokens, least_products = (128, 250e6) if call.training else (512, 500e6)
+    if call.tokens < least_tokens or products < least_products or ISAS[_native().best_isa()] != "amx":
+        return None
+    return "the library is faster at so large products in float32 on this processor"
+
+
 def _matrix(weight: Tensor | None, compute: torch.dtype) -> Tensor | None:
     """A weight matrix that the kernels can read: contiguous, in fp32 or the compute dtype."""
     if weight is None:

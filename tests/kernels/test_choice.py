@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from recmas_kernels import BackendUnavailableError, use_backend
-from recmas_kernels.backends import choice
+from recmas_kernels.backends import choice, cpu
 from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.explain import explain_call
 from recmas_kernels.testing import configs, make_link, make_rows
 
 CALL = Call("link_fwd", "cpu", torch.float32, 4, 8, 8, 8, training=False)
@@ -52,3 +55,40 @@ def test_a_block_of_another_thread_may_end_first():
     first.__exit__(None, None, None)
     assert choice.requested() == "auto"
     second.__exit__(None, None, None)
+
+
+@pytest.fixture
+def processor_with_amx(monkeypatch):
+    monkeypatch.delenv("RECMAS_CPU_ISA", raising=False)
+    monkeypatch.setattr(cpu, "_native", lambda: SimpleNamespace(best_isa=lambda: cpu.ISAS.index("amx")))
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    choice._serving.cache_clear()
+    yield
+    choice._serving.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "server"),
+    [
+        ({"op": "link_fwd_train", "training": True}, "recmas_kernels.reference"),
+        ({"op": "link_bwd", "training": True}, "recmas_kernels.reference"),
+        ({"tokens": 512}, "recmas_kernels.reference"),
+        ({}, "recmas_kernels.backends.cpu"),
+        ({"op": "link_fwd_train", "training": True, "tokens": 127}, "recmas_kernels.backends.cpu"),
+        ({"op": "link_fwd_train", "training": True, "hidden_features": 128}, "recmas_kernels.backends.cpu"),
+        ({"op": "link_bwd", "training": True, "dtype": torch.bfloat16}, "recmas_kernels.backends.cpu"),
+        ({"op": "alignment_fwd", "training": True}, "recmas_kernels.backends.cpu"),
+    ],
+    ids=str,
+)
+def test_the_library_gets_what_it_does_faster(processor_with_amx, monkeypatch, change, server):
+    """What a backend yields is served by the next; a backend that was named, or an instruction set, keeps it."""
+    call = Call("link_fwd", "cpu", torch.float32, 128, 2048, 2048, 2048, training=False)._replace(**change)
+    assert choice.choose(call).__name__ == server
+    yielded = "the library is faster at so large products in float32 on this processor"
+    assert (f"cpu: {yielded}\n  reference: serves" in explain_call(call)) == server.endswith("reference")
+    with use_backend("cpu"):
+        assert choice.choose(call) is cpu
+        assert yielded not in explain_call(call)
+    monkeypatch.setenv("RECMAS_CPU_ISA", "amx")
+    assert choice.choose(call) is cpu
