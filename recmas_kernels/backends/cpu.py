@@ -83,7 +83,7 @@ def yields(call: Call) -> str | None:
     if call.dtype is not torch.float32 or not call.op.startswith("link") or settings.cpu_isa() is not None:
         return None
     products = call.tokens * call.hidden_features * (call.in_features + call.out_features)
-    least_tokens, least_products = (128, 250e6) if call.training else (512, 500e6)
+    least_tokens, least_products = (128, 250e6) if call.training else (256, 1500e6)
     if call.tokens < least_tokens or products < least_products or ISAS[_native().best_isa()] != "amx":
         return None
     return "the library is faster at so large products in float32 on this processor"

@@ -72,7 +72,7 @@ def processor_with_amx(monkeypatch):
     [
         ({"op": "link_fwd_train", "training": True}, "recmas_kernels.reference"),
         ({"op": "link_bwd", "training": True}, "recmas_kernels.reference"),
-        ({"tokens": 512}, "recmas_kernels.reference"),
+        ({"tokens": 256}, "recmas_kernels.reference"),
         ({}, "recmas_kernels.backends.cpu"),
         ({"op": "link_fwd_train", "training": True, "tokens": 127}, "recmas_kernels.backends.cpu"),
         ({"op": "link_fwd_train", "training": True, "hidden_features": 128}, "recmas_kernels.backends.cpu"),
