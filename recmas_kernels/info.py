@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
         "requested_backend": choice.requested(),
         "backends": {device: _backends(device) for device in _device_types()},
         "chosen": {device: _chosen(device) for device in _device_types()},
+        "yielded": {device: _yielded(device) for device in _device_types()},
         "packed_weight_bytes": packing.packed_bytes(),
     }
 
@@ -142,6 +143,17 @@ def _chosen(device: str) -> dict[str, dict[str, str]]:
     }
 
 
+def _yielded(device: str) -> dict[str, str]:
+    """For each backend that leaves one of the sampled calls to a later one, the reason."""
+    calls = [_call(op, device, dtype, tokens) for op in ROWS for dtype in DTYPES for tokens in TOKENS]
+    found = {}
+    for name in choice.order(device):
+        for call in calls:
+            if choice.refusal(name, call) is None and (reason := choice.reservation(name, call)) is not None:
+                found[name] = reason
+    return found
+
+
 def _choice(call: Call) -> str:
     try:
         return choice.choose(call).__name__.rpartition(".")[2]
@@ -187,6 +199,10 @@ def render(info: dict[str, Any]) -> str:
         lines.append("  " + " " * 29 + "".join(f"{column:<16}" for column in columns))
         lines += [f"  {ROWS[op]:<29}" + "".join(f"{table[op][column]:<16}" for column in columns) for op in table]
         lines += [f"  {name} cannot serve: {reason}" for name, reason in reasons.items() if reason]
+        if info["requested_backend"] == "auto":
+            lines += [
+                f"  {name} leaves what others serve: {reason}" for name, reason in info["yielded"][device].items()
+            ]
     return "\n".join(line.rstrip() for line in lines)
 
 

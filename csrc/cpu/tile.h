@@ -65,38 +65,36 @@ RECMAS_ALWAYS_INLINE void multiply_step(Accumulators<rows, vecs>& acc, Accumulat
   Vec w[vecs];
   if constexpr (format == Format::pairs && bf16_left) {
 #if RECMAS_ISA_LEVEL >= 3
-    unrolled<vecs>([&](auto c) RECMAS_INLINED { w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth); });
+    for (int c = 0; c < vecs; ++c) w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
     unrolled<rows>([&](auto r) RECMAS_INLINED {
       const Vec pair = set1(left.value(r, 2 * step));
-      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = dot_pairs(acc.at[r][c], pair, w[c]); });
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = dot_pairs(acc.at[r][c], pair, w[c]);
     });
 #endif
   } else if constexpr (format == Format::pairs) {
     // One k after the other: with both halves of the pairs widened at once, 6 x 16 sums left AVX2 two registers short
     // (docs/kernels.md, Pairs without native products).
-    unrolled<vecs>([&](auto c)
-                       RECMAS_INLINED { w[c] = low_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth)); });
+    for (int c = 0; c < vecs; ++c) w[c] = low_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth));
     unrolled<rows>([&](auto r) RECMAS_INLINED {
       const Vec value = set1(left.value(r, 2 * step));
-      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = fma(value, w[c], acc.at[r][c]); });
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = fma(value, w[c], acc.at[r][c]);
     });
-    unrolled<vecs>(
-        [&](auto c) RECMAS_INLINED { w[c] = high_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth)); });
+    for (int c = 0; c < vecs; ++c) w[c] = high_halves(load(reinterpret_cast<const float*>(panel) + c * kWidth));
     unrolled<rows>([&](auto r) RECMAS_INLINED {
       const Vec value = set1(left.value(r, 2 * step + 1));
-      unrolled<vecs>([&](auto c) RECMAS_INLINED { odd.at[r][c] = fma(value, w[c], odd.at[r][c]); });
+      for (int c = 0; c < vecs; ++c) odd.at[r][c] = fma(value, w[c], odd.at[r][c]);
     });
   } else {
-    unrolled<vecs>([&](auto c) RECMAS_INLINED {
+    for (int c = 0; c < vecs; ++c) {
       if constexpr (format == Format::f16) {
         w[c] = load(reinterpret_cast<const F16*>(panel) + c * kWidth);
       } else {
         w[c] = load(reinterpret_cast<const float*>(panel) + c * kWidth);
       }
-    });
+    }
     unrolled<rows>([&](auto r) RECMAS_INLINED {
       const Vec value = set1(left.value(r, step));
-      unrolled<vecs>([&](auto c) RECMAS_INLINED { acc.at[r][c] = fma(value, w[c], acc.at[r][c]); });
+      for (int c = 0; c < vecs; ++c) acc.at[r][c] = fma(value, w[c], acc.at[r][c]);
     });
   }
 }
@@ -168,7 +166,7 @@ void multiply_tile(const TileCall& call) {
     Accumulators<rows, vecs> acc[sets];
     unrolled<sets>([&](auto set) RECMAS_INLINED {
       unrolled<rows>([&](auto r) RECMAS_INLINED {
-        unrolled<vecs>([&](auto c) RECMAS_INLINED { acc[set].at[r][c] = set1(0.0f); });
+        for (int c = 0; c < vecs; ++c) acc[set].at[r][c] = set1(0.0f);
       });
     });
     const auto advance = [&](auto count) RECMAS_INLINED {
@@ -198,12 +196,12 @@ void multiply_tile(const TileCall& call) {
     if (steps == 1) advance(Constant<1>{});
     const bool write = call.fresh && first == 0;
     unrolled<rows>([&](auto r) RECMAS_INLINED {
-      unrolled<vecs>([&](auto c) RECMAS_INLINED {
+      for (int c = 0; c < vecs; ++c) {
         Vec total = acc[0].at[r][c];
         if constexpr (sets == 2) total = add(total, acc[1].at[r][c]);
         float* sum = call.out + r * kPanel + c * kWidth;
         store(sum, write ? total : add(load(sum), total));
-      });
+      }
     });
   }
 }

@@ -33,8 +33,8 @@ struct Constant {
   constexpr operator int() const { return number; }
 };
 
-// Calls body(i) for i from `first` to count - 1, as constants. Sums in an array that a loop indexes leave the
-// registers: compilers unroll loops after they have given arrays their place.
+// Calls body(i) for i from `first` to count - 1, as constants. Sums in an array that the outer of two loops indexes
+// leave the registers: compilers unroll it after they have given arrays their place.
 template <int count, int first = 0, class Body>
 RECMAS_ALWAYS_INLINE void unrolled(const Body& body) {
   if constexpr (first < count) {

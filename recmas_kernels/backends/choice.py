@@ -8,7 +8,7 @@ A backend is a module with
 - one function per op, named as the op and called as the function of that name in ``recmas_kernels.reference``;
 - optionally, for `explain`, ``describe(call) -> facts`` and ``variants(call, residual, norm, device) -> lines``.
 
-The reasons depend on nothing that changes while a process runs, but for the variables of `settings`, so choices are
+The reasons depend on nothing that changes while a process runs, but for `float32_products` in training, so choices are
 remembered. The reference serves every call.
 """
 
@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 from types import ModuleType
 
 from recmas_kernels.backends import settings
-from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.call import Call, float32_products
 
 # Tried in this order for tensors on a device; the first that is available and does not decline serves the call.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -126,11 +126,12 @@ def choose(call: Call) -> ModuleType:
         BackendUnavailableError: the backend that was asked for cannot serve it.
         ValueError: ``RECMAS_BACKEND`` names no backend.
     """
-    return _serving(_asked_for(), call, order(call.device), settings.cpu_isa())
+    # Asked for in training alone: it takes 1.3 us.
+    return _serving(_asked_for(), call, order(call.device), float32_products() if call.training else None)
 
 
 @lru_cache(maxsize=4096)
-def _serving(name: str, call: Call, candidates: tuple[str, ...], cpu_isa: str | None) -> ModuleType:
+def _serving(name: str, call: Call, candidates: tuple[str, ...], float32: str | None) -> ModuleType:
     if _known(name) != "auto":
         reason = refusal(name, call)
         if reason is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recmas_kernels import reference
 from recmas_kernels.backends import native, packing, pages, settings
-from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.call import Call, float32_products
 from recmas_kernels.reference import LinkArguments
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/link.h, enum Isa
@@ -77,14 +77,16 @@ def declines(call: Call) -> str | None:
 def yields(call: Call) -> str | None:
     """Why plain torch serves ``call`` faster than these kernels, which could serve it; None if it does not.
 
-    Its library multiplies fp32 faster on Intel's processors with AMX; from these sizes on that is more than what fused
-    passes save (docs/kernels.md, Float32 with AMX).
+    Its library multiplies fp32 faster on Intel's processors with AMX; in training from these sizes on that is more than
+    what fused passes save (docs/kernels.md, Float32 with AMX). Where torch may round fp32 to less, it is not faster at
+    the same.
     """
-    if call.dtype is not torch.float32 or not call.op.startswith("link") or settings.cpu_isa() is not None:
+    if not call.training or not call.op.startswith("link") or call.dtype is not torch.float32:
         return None
     products = call.tokens * call.hidden_features * (call.in_features + call.out_features)
-    least_tokens, least_products = (128, 250e6) if call.training else (256, 1500e6)
-    if call.tokens < least_tokens or products < least_products or ISAS[_native().best_isa()] != "amx":
+    if call.tokens < 128 or products < 250e6 or settings.cpu_isa() is not None or ISAS[_native().best_isa()] != "amx":
+        return None
+    if float32_products() not in ("none", "ieee"):
         return None
     return "the library is faster at so large products in float32 on this processor"
 
