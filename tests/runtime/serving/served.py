@@ -34,11 +34,11 @@ class Served:
         self._server.should_exit = True
 
     def client(self, key: str = "no key", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.at}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **options})
+        return openai.OpenAI(base_url=f"{self.at}/v1", api_key=key, **{"max_retries": 0, "timeout": 300, **options})
 
     def get(self, path: str) -> int:
         """The status of a page."""
-        connection = http.client.HTTPConnection(self.at.removeprefix("http://"), timeout=60)
+        connection = http.client.HTTPConnection(self.at.removeprefix("http://"), timeout=300)
         connection.request("GET", path)
         return connection.getresponse().status
 
