@@ -201,7 +201,7 @@ def render(info: dict[str, Any]) -> str:
         lines += [f"  {name} cannot serve: {reason}" for name, reason in reasons.items() if reason]
         if info["requested_backend"] == "auto":
             lines += [
-                f"  {name} leaves what others serve: {reason}" for name, reason in info["yielded"][device].items()
+                f"  {name} leaves some calls to the next: {reason}" for name, reason in info["yielded"][device].items()
             ]
     return "\n".join(line.rstrip() for line in lines)
 

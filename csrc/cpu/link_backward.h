@@ -265,8 +265,8 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   const bool resident = all_panels_bytes(terms[0]) <= kResidentBytes;
   char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
   const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;
-  // A short product is bound by writing its result: the lines of tiles to come are asked for early.
   const bool past = last && past_caches(gradient.output, rows, columns);
+  // A short product is bound by writing its result: the lines of tiles to come are asked for early.
   const int64_t ahead = resident ? 4 * kPanel : 2 * (in_registers(left.bf16, rows) ? kTallRows : kTileRows) * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     for (int64_t r = 0; r < count && !past; ++r) {

@@ -59,8 +59,8 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
   }
 }
 
-// Rows in fp32 pass a panel by pieces of k, so many groups of them one after the other, where a processor's cores share
-// their caches among two threads each: a piece is then read from the first level.
+// With AMX, rows in fp32 pass a panel by pieces of k, so many groups of rows one after the other: a piece is then read
+// from the first level, where whole panels lie in the second (docs/kernels.md, Float32 with AMX).
 constexpr int64_t kPassingPiece = 128, kPassingGroups = 8;
 static_assert(kPassingPiece % kChain == 0, "sums keep their bits");
 

@@ -132,6 +132,7 @@ def choose(call: Call) -> ModuleType:
 
 @lru_cache(maxsize=4096)
 def _serving(name: str, call: Call, candidates: tuple[str, ...], float32: str | None) -> ModuleType:
+    """See `choose`; ``float32`` is there to be remembered with the choice, which depends on it."""
     if _known(name) != "auto":
         reason = refusal(name, call)
         if reason is not None:

@@ -88,7 +88,7 @@ def yields(call: Call) -> str | None:
         return None
     if float32_products() not in ("none", "ieee"):
         return None
-    return "the library is faster at so large products in float32 on this processor"
+    return "plain torch is faster in training with float32 products of this size on this processor"
 
 
 def _matrix(weight: Tensor | None, compute: torch.dtype) -> Tensor | None:

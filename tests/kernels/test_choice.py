@@ -60,7 +60,7 @@ def test_a_block_of_another_thread_may_end_first():
     second.__exit__(None, None, None)
 
 
-YIELDED = "the library is faster at so large products in float32 on this processor"
+YIELDED = "plain torch is faster in training with float32 products of this size on this processor"
 
 
 @pytest.fixture
