@@ -47,6 +47,13 @@ struct Output {  // contiguous; not wanted if data is null
   Dtype dtype;
 };
 
+// BLAS's sgemm, called as Fortran does, of columns; from several threads at once. Sizes have 64 bits, of which a
+// library with 32 reads the lower half.
+using Sgemm = void(const char* turn_left, const char* turn_right, const int64_t* rows, const int64_t* columns,
+                   const int64_t* k, const float* factor, const float* left, const int64_t* left_stride,
+                   const float* right, const int64_t* right_stride, const float* keep, float* result,
+                   const int64_t* result_stride);
+
 // The instruction sets with kernels of their own, in rising order; a processor that has one has all below it.
 enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
@@ -64,6 +71,7 @@ struct Weight {  // absent if data is null
   const void* data;
   Dtype dtype;
   Form form;
+  const void* packed_from = nullptr;  // packed, of fp32: the weight itself, which a library's product reads; or null
 };
 
 struct LinkWeights {
@@ -83,6 +91,7 @@ struct LinkConfig {
   Dtype compute;  // inputs and weights are rounded to it
   Isa isa;
   int32_t threads;  // >= 1
+  Sgemm* sgemm;     // for large products in fp32, with instruction sets that multiply those slower; or null
 };
 
 struct LinkForward {

@@ -54,7 +54,6 @@ def collect() -> dict[str, Any]:
         "requested_backend": choice.requested(),
         "backends": {device: _backends(device) for device in _device_types()},
         "chosen": {device: _chosen(device) for device in _device_types()},
-        "yielded": {device: _yielded(device) for device in _device_types()},
         "packed_weight_bytes": packing.packed_bytes(),
     }
 
@@ -104,12 +103,13 @@ def _devices() -> list[str]:
 
 
 def _instruction_set() -> dict[str, str | None]:
-    """The CPU kernels' variant in use, and why that one."""
+    """The CPU kernels' variant in use, why that one, and the library that it leaves products to."""
     reason = choice.load("cpu").unavailable()
     if reason is not None:
-        return {"used": None, "reason": reason}
-    used, why = choice.load("cpu").instruction_set()
-    return {"used": used, "reason": why}
+        return {"used": None, "reason": reason, "large_float32_products": None}
+    cpu = choice.load("cpu")
+    used, why = cpu.instruction_set()
+    return {"used": used, "reason": why, "large_float32_products": cpu.library()}
 
 
 def _call(op: str, device: str, dtype: torch.dtype, tokens: int) -> Call:
@@ -143,17 +143,6 @@ def _chosen(device: str) -> dict[str, dict[str, str]]:
     }
 
 
-def _yielded(device: str) -> dict[str, str]:
-    """For each backend that leaves one of the sampled calls to a later one, the reason."""
-    calls = [_call(op, device, dtype, tokens) for op in ROWS for dtype in DTYPES for tokens in TOKENS]
-    found = {}
-    for name in choice.order(device):
-        for call in calls:
-            if choice.refusal(name, call) is None and (reason := choice.reservation(name, call)) is not None:
-                found[name] = reason
-    return found
-
-
 def _choice(call: Call) -> str:
     try:
         return choice.choose(call).__name__.rpartition(".")[2]
@@ -185,11 +174,10 @@ def render(info: dict[str, Any]) -> str:
             lines.append(f"    {module['load_error']}")
         lines += [f"    | {line}" for line in module.get("log", []) if not module["loads"]]
     isa = info["instruction_set"]
-    lines += [
-        "",
-        f"instruction set: {isa['used'] or 'none'} ({isa['reason']})",
-        f"packed weights: {info['packed_weight_bytes']} bytes",
-    ]
+    lines += ["", f"instruction set: {isa['used'] or 'none'} ({isa['reason']})"]
+    if isa["large_float32_products"]:
+        lines.append(f"large float32 products: {isa['large_float32_products']}")
+    lines.append(f"packed weights: {info['packed_weight_bytes']} bytes")
     if info["requested_backend"] != "auto":
         lines.append(f"backend asked for: {info['requested_backend']}")
     for device, reasons in info["backends"].items():
@@ -199,10 +187,6 @@ def render(info: dict[str, Any]) -> str:
         lines.append("  " + " " * 29 + "".join(f"{column:<16}" for column in columns))
         lines += [f"  {ROWS[op]:<29}" + "".join(f"{table[op][column]:<16}" for column in columns) for op in table]
         lines += [f"  {name} cannot serve: {reason}" for name, reason in reasons.items() if reason]
-        if info["requested_backend"] == "auto":
-            lines += [
-                f"  {name} leaves some calls to the next: {reason}" for name, reason in info["yielded"][device].items()
-            ]
     return "\n".join(line.rstrip() for line in lines)
 
 

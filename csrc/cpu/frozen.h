@@ -46,8 +46,7 @@ struct Bands {
   float* sums;
   char* scratch;
 
-  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
-  char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
+  Room room(const Team& team) const { return {scratch + team.rank * scratch_each, sums + team.rank * sum_floats}; }
 };
 
 inline Bands take_bands(Arena& arena, int64_t threads, const BandRoom& room, int64_t panel_scratch) {
@@ -104,7 +103,7 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Fr
   const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
     store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
   };
-  multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
+  multiply(team, terms, count, columns, plan.bands.room(team), start, finish);
 }
 
 // Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
@@ -249,7 +248,7 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
     }
   };
   if (!plan.few) {
-    return multiply(team, terms, count, columns, plan.bands.panels(team), plan.bands.own_sums(team), start, finish);
+    return multiply(team, terms, count, columns, plan.bands.room(team), start, finish);
   }
   const Format format = packed_format(call.stored);
   for (int64_t strip = team.begin(panel_count(columns)); strip < team.end(panel_count(columns)); ++strip) {

@@ -19,16 +19,19 @@ struct Sum {
   float* values;
 };
 
-inline Sum take_weight_sum(Arena& arena, const Output& output, int64_t count, bool several_blocks) {
-  if (output.data == nullptr || !several_blocks) return {output, nullptr};
-  if (output.dtype == Dtype::f32) return {output, static_cast<float*>(output.data)};
-  return {output, arena.floats(count)};
-}
 inline Sum take_sum(Arena& arena, const Output& output, int64_t count) {
   if (output.data == nullptr) return {output, nullptr};
   if (output.dtype == Dtype::f32) return {output, static_cast<float*>(output.data)};
   return {output, arena.floats(count)};
 }
+
+// The gradient of a weight, a product of two transposed matrices.
+struct WeightSum {
+  Sum sum;
+  bool by_library;  // which transposes while it multiplies
+
+  bool reads_transposed() const { return sum.output.data != nullptr && !by_library; }
+};
 
 struct BackwardPlan {
   int64_t threads, block, workspace;
@@ -40,26 +43,38 @@ struct BackwardPlan {
   Left dp, dp_transposed;  // [block][hidden], [hidden][block]
   Left u, activation;      // [block][in], [block][hidden]
   float *du, *residual;    // [block][in]: gradient at u, and dz W3 where an input norm keeps the two apart
-  Sum w1, b1, w2, b2, w3, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias;
+  WeightSum w1, w2, w3;
+  Sum b1, b2, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias;
   Output b3;
   float* sums;         // of products in bands
   int64_t sum_floats;  // each thread's
+  Sgemm* sgemm;
   char* scratch;
   int64_t scratch_each;  // panels being packed, then three lines
   int64_t panel_scratch, line_floats;
 
   char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
   float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
-  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
+  Room room(const Team& team) const { return {panels(team), sums + team.rank * sum_floats, sgemm}; }
   float* second_line(const Team& team) const { return line(team) + line_floats; }
   float* third_line(const Team& team) const { return line(team) + 2 * line_floats; }
 };
+
+// right: of the elements that the product reads, [tokens][columns].
+inline WeightSum take_weight_sum(Arena& arena, const BackwardPlan& plan, const Output& output, int64_t rows,
+                                 int64_t columns, Dtype right, bool several_blocks) {
+  const bool by_library = plan.sgemm != nullptr && !plan.dz.bf16 && right == Dtype::f32 && output.dtype == Dtype::f32 &&
+                          library_multiplies(rows, columns, plan.block);
+  if (by_library) return {{output, static_cast<float*>(output.data)}, true};
+  return {several_blocks ? take_sum(arena, output, rows * columns) : Sum{output, nullptr}, false};
+}
 
 inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
   Arena arena(base);
   BackwardPlan plan{};
+  plan.sgemm = config.sgemm;
   plan.threads = useful_threads(config.threads, 2.0 * link_flops(s, config.residual));
   plan.block = smaller(s.tokens, kBackwardBlock);
   plan.vectors = plan_vectors(arena, call.weights, s);
@@ -71,27 +86,26 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   plan.needs_dp = plan.needs_du || call.dw1.data != nullptr || call.db1.data != nullptr;
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
   plan.dz = take_left(arena, plan.block, s.out_features, dot);
-  if (call.dw2.data != nullptr || call.dw3.data != nullptr) {
+  const bool several_blocks = s.tokens > plan.block;
+  const Dtype inputs = plan.norm_in ? plan.dz.dtype() : call.x.dtype;
+  plan.w1 = take_weight_sum(arena, plan, call.dw1, s.hidden_features, s.in_features, inputs, several_blocks);
+  plan.w2 = take_weight_sum(arena, plan, call.dw2, s.out_features, s.hidden_features, plan.dz.dtype(), several_blocks);
+  plan.w3 = take_weight_sum(arena, plan, call.dw3, s.out_features, s.in_features, call.x.dtype, several_blocks);
+  if (plan.w2.reads_transposed() || plan.w3.reads_transposed()) {
     plan.dz_transposed = take_left(arena, s.out_features, plan.block, dot);
   }
   if (plan.needs_dp) plan.dp = take_left(arena, plan.block, s.hidden_features, dot);
-  if (call.dw1.data != nullptr) {
-    plan.dp_transposed = take_left(arena, s.hidden_features, plan.block, dot);
-    if (plan.norm_in) plan.u = take_left(arena, plan.block, s.in_features, dot);
-  }
+  if (plan.w1.reads_transposed()) plan.dp_transposed = take_left(arena, s.hidden_features, plan.block, dot);
+  if (call.dw1.data != nullptr && plan.norm_in) plan.u = take_left(arena, plan.block, s.in_features, dot);
   if (call.dw2.data != nullptr) plan.activation = take_left(arena, plan.block, s.hidden_features, dot);
   if (plan.needs_du && plan.norm_in) {
     plan.du = arena.floats(plan.block * s.in_features);
     if (plan.linear && call.dx.data != nullptr) plan.residual = arena.floats(plan.block * s.in_features);
   }
-  const bool several_blocks = s.tokens > plan.block;
-  plan.w1 = take_weight_sum(arena, call.dw1, s.hidden_features * s.in_features, several_blocks);
   plan.b1 = take_sum(arena, call.db1, s.hidden_features);
-  plan.w2 = take_weight_sum(arena, call.dw2, s.out_features * s.hidden_features, several_blocks);
   const bool shared_bias = call.db2.data == nullptr && call.db3.data != nullptr;  // db3 = db2
   plan.b2 = take_sum(arena, shared_bias ? call.db3 : call.db2, s.out_features);
   plan.b3 = shared_bias ? Output{nullptr, Dtype::f32} : call.db3;
-  plan.w3 = take_weight_sum(arena, call.dw3, s.out_features * s.in_features, several_blocks);
   plan.norm_in_weight = take_sum(arena, call.dnorm_in_weight, s.in_features);
   plan.norm_in_bias = take_sum(arena, call.dnorm_in_bias, s.in_features);
   plan.norm_out_weight = take_sum(arena, call.dnorm_out_weight, s.out_features);
@@ -107,6 +121,10 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   if (call.dw2.data != nullptr) bands.add(s.out_features, s.hidden_features, piece_count(plan.block));
   if (call.dw3.data != nullptr) bands.add(s.out_features, s.in_features, piece_count(plan.block));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
+  LibraryRoom library{config.sgemm, dot, plan.threads};
+  library.add(plan.block, s.hidden_features, s.out_features);
+  library.add(plan.block, s.in_features, s.hidden_features);
+  plan.panel_scratch = larger(plan.panel_scratch, library.bytes);
   plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.line_floats = round_up(larger(larger(s.in_features, s.out_features), s.hidden_features), 16);
@@ -243,7 +261,7 @@ inline void backward_hidden(const Team& team, const LinkBackward& call, const Ba
       pad_left(plan.dp, r, s.hidden_features);
     }
   };
-  multiply(team, terms, block.tokens, s.hidden_features, plan.panels(team), plan.own_sums(team), start_fresh, finish);
+  multiply(team, terms, block.tokens, s.hidden_features, plan.room(team), start_fresh, finish);
 }
 
 // From here on a finished gradient is written past the caches, which would read each line before it is written, and not
@@ -255,19 +273,27 @@ inline bool past_caches(const Output& output, int64_t rows, int64_t columns) {
          reinterpret_cast<uintptr_t>(output.data) % (kWidth * sizeof(float)) == 0;
 }
 
-// sum [rows][columns] (+)= left [rows][tokens] x right [tokens][columns], rounded to the output after the last block.
-inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, const Sum& gradient, const Left& left,
-                                const Matrix& right, int64_t rows, int64_t columns, const BackwardBlock& block,
-                                Dtype compute, bool last) {
+// sum [rows][columns] (+)= left [tokens][rows] transposed x right [tokens][columns], rounded to the output after the
+// last block.
+inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, const WeightSum& weight, const Left& left,
+                                const Left& left_transposed, const Matrix& right, int64_t rows, int64_t columns,
+                                const BackwardBlock& block, Dtype compute, bool last) {
+  const Sum& gradient = weight.sum;
   if (gradient.output.data == nullptr) return;
   const Term terms[1] = {
-      {left, {right.data, right.dtype, right.stride, Layout::rows, Form::stored, block.tokens, columns, compute}}};
+      {left_transposed,
+       {right.data, right.dtype, right.stride, Layout::rows, Form::stored, block.tokens, columns, compute}}};
+  if (weight.by_library) {
+    add_by_library(team, plan.sgemm, left, terms[0].right, rows, columns, block.accumulate, gradient.values);
+    return;
+  }
   const bool resident = all_panels_bytes(terms[0]) <= kResidentBytes;
   char* result = static_cast<char*>(last ? gradient.output.data : gradient.values);
   const int64_t element_bytes = last ? dtype_bytes(gradient.output.dtype) : 4;
   const bool past = last && past_caches(gradient.output, rows, columns);
   // A short product is bound by writing its result: the lines of tiles to come are asked for early.
-  const int64_t ahead = resident ? 4 * kPanel : 2 * (in_registers(left.bf16, rows) ? kTallRows : kTileRows) * columns;
+  const int64_t ahead =
+      resident ? 4 * kPanel : 2 * (in_registers(left_transposed.bf16, rows) ? kTallRows : kTileRows) * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     for (int64_t r = 0; r < count && !past; ++r) {
       const char* line = result + ((row + r) * columns + column + ahead) * element_bytes;
@@ -287,7 +313,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   if (resident) {
     multiply_resident(team, terms[0], rows, columns, plan.panels(team), start, finish);
   } else {
-    multiply(team, terms, rows, columns, plan.panels(team), plan.own_sums(team), start, finish);
+    multiply(team, terms, rows, columns, plan.room(team), start, finish);
   }
   if (past) fence_stores();
 }
@@ -305,11 +331,9 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
       };
     };
     const Term first[1] = {hidden}, second[1] = {residual};
-    multiply(team, first, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start_fresh,
-             keep(plan.du));
+    multiply(team, first, block.tokens, s.in_features, plan.room(team), start_fresh, keep(plan.du));
     if (plan.residual != nullptr) {
-      multiply(team, second, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start_fresh,
-               keep(plan.residual));
+      multiply(team, second, block.tokens, s.in_features, plan.room(team), start_fresh, keep(plan.residual));
     }
     return;
   }
@@ -324,10 +348,10 @@ inline void backward_in(const Team& team, const LinkBackward& call, const Backwa
   };
   if (plan.linear) {
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.room(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, block.tokens, s.in_features, plan.panels(team), plan.own_sums(team), start, finish);
+    multiply(team, terms, block.tokens, s.in_features, plan.room(team), start, finish);
   }
 }
 
@@ -379,13 +403,13 @@ inline void link_backward(const LinkBackward& call, void* workspace) {
         transpose_left(team, plan.dp, block.tokens, s.hidden_features, plan.dp_transposed);
       }
       sum_gradient(team, plan, block, as_matrix(plan.dp), s.hidden_features, plan.b1.values);
-      add_weight_gradient(team, plan, plan.w2, plan.dz_transposed, as_matrix(plan.activation), s.out_features,
+      add_weight_gradient(team, plan, plan.w2, plan.dz, plan.dz_transposed, as_matrix(plan.activation), s.out_features,
                           s.hidden_features, block, compute, last);
-      add_weight_gradient(team, plan, plan.w3, plan.dz_transposed, x, s.out_features, s.in_features, block, compute,
-                          last);
+      add_weight_gradient(team, plan, plan.w3, plan.dz, plan.dz_transposed, x, s.out_features, s.in_features, block,
+                          compute, last);
       if (plan.needs_du) backward_in(team, call, plan, block);
       team.wait();
-      add_weight_gradient(team, plan, plan.w1, plan.dp_transposed, plan.norm_in ? as_matrix(plan.u) : x,
+      add_weight_gradient(team, plan, plan.w1, plan.dp, plan.dp_transposed, plan.norm_in ? as_matrix(plan.u) : x,
                           s.hidden_features, s.in_features, block, compute, last);
       if (plan.needs_du && plan.norm_in) backward_norm_in(team, call, plan, block);
       team.wait();

@@ -77,16 +77,18 @@ struct ForwardPlan {
   Vectors vectors;
   bool norm_in, norm_out, identity, linear;
   Left u, x, hidden;   // x: what W3 reads, the raw rows; the same as u without an input norm
-  float* z;            // [block][out], with an output norm
+  bool keeps_z;        // what the output norm reads is not kept in fp32 for the backward pass
+  float* z;            // [block][out] then
   float* sums;         // of products in bands
   int64_t sum_floats;  // each thread's
+  Sgemm* sgemm;
   char* scratch;
   int64_t scratch_each;  // panels being packed, then one line
   int64_t panel_scratch;
 
   char* panels(const Team& team) const { return scratch + team.rank * scratch_each; }
   float* line(const Team& team) const { return reinterpret_cast<float*>(panels(team) + panel_scratch); }
-  float* own_sums(const Team& team) const { return sums + team.rank * sum_floats; }
+  Room room(const Team& team) const { return {panels(team), sums + team.rank * sum_floats, sgemm}; }
 };
 
 inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
@@ -95,6 +97,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const LinkShape& s = config.shape;
   Arena arena(base);
   ForwardPlan plan{};
+  plan.sgemm = config.sgemm;
   plan.threads = useful_threads(config.threads, link_flops(s, config.residual));
   plan.vectors = plan_vectors(arena, w, s);
   plan.norm_in = w.norm_in_weight.data != nullptr;
@@ -106,11 +109,15 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   plan.u = take_left(arena, plan.block, s.in_features, dot);
   plan.x = plan.linear && plan.norm_in ? take_left(arena, plan.block, s.in_features, dot) : plan.u;
   plan.hidden = take_left(arena, plan.block, s.hidden_features, dot);
-  if (plan.norm_out) plan.z = arena.floats(plan.block * s.out_features);
+  plan.keeps_z = plan.norm_out && (call.z.data == nullptr || call.z.dtype != Dtype::f32);
+  if (plan.keeps_z) plan.z = arena.floats(plan.block * s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;
-  const int64_t first = w.w1.form == Form::packed ? 0 : panel_bytes(fresh, s.in_features);
-  const int64_t second = (w.w2.form == Form::packed ? 0 : panel_bytes(fresh, s.hidden_features)) +
-                         (plan.linear && w.w3.form != Form::packed ? panel_bytes(fresh, s.in_features) : 0);
+  const auto fresh_bytes = [&](const Weight& weight, int64_t k) {
+    const bool laid_out = weight.data != nullptr && (weight.form != Form::packed || config.sgemm != nullptr);
+    return laid_out ? panel_bytes(fresh, k) : 0;
+  };
+  const int64_t first = fresh_bytes(w.w1, s.in_features);
+  const int64_t second = fresh_bytes(w.w2, s.hidden_features) + fresh_bytes(w.w3, s.in_features);
   plan.panel_scratch = larger(layout_bytes(dot, s.hidden_features, first), layout_bytes(dot, s.out_features, second));
   plan.panel_scratch = larger(plan.panel_scratch, as_stored_bytes(dot, plan.block, s.hidden_features + s.in_features));
   BandRoom bands{dot};
@@ -118,6 +125,10 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   bands.add(plan.block, s.out_features,
             piece_count(s.hidden_features) + (plan.linear ? piece_count(s.in_features) : 0));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
+  LibraryRoom library{config.sgemm, dot, plan.threads};
+  library.add(plan.block, s.hidden_features, s.in_features);
+  library.add(plan.block, s.out_features, s.hidden_features);
+  plan.panel_scratch = larger(plan.panel_scratch, library.bytes);
   plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);
   plan.scratch_each = plan.panel_scratch + round_up(larger(s.in_features, s.out_features) * 4, 64) + 64;
@@ -150,11 +161,20 @@ inline void forward_rows(const Team& team, const LinkForward& call, const Forwar
   }
 }
 
+// The weight as the product of `tokens` rows reads it: the library what was packed, too, so that both give the same
+// bits. k: the least of the product's sums.
+inline Weight chosen(const ForwardPlan& plan, const Weight& weight, int64_t tokens, int64_t columns, int64_t k) {
+  if (plan.sgemm == nullptr || plan.u.bf16 || !library_multiplies(tokens, columns, k)) return weight;
+  const Weight stored = for_library(weight);
+  return stored.data == nullptr ? weight : stored;
+}
+
 inline void forward_hidden(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
                            int64_t tokens) {
   const LinkConfig& config = call.config;
   const LinkShape& s = config.shape;
-  const Term terms[1] = {{plan.u, weight_of(call.weights.w1, s.hidden_features, s.in_features, true, config.compute)}};
+  const Weight w1 = chosen(plan, call.weights.w1, tokens, s.hidden_features, s.in_features);
+  const Term terms[1] = {{plan.u, weight_of(w1, s.hidden_features, s.in_features, true, config.compute)}};
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) {
     for (int64_t r = 0; r < rows && plan.vectors.b1 != nullptr; ++r) {
       add_line(tile + r * kPanel, plan.vectors.b1 + column, columns);
@@ -173,7 +193,7 @@ inline void forward_hidden(const Team& team, const LinkForward& call, const Forw
       pad_left(plan.hidden, r, s.hidden_features);
     }
   };
-  multiply(team, terms, tokens, s.hidden_features, plan.panels(team), plan.own_sums(team), start_fresh, finish);
+  multiply(team, terms, tokens, s.hidden_features, plan.room(team), start_fresh, finish);
 }
 
 inline void forward_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
@@ -198,29 +218,34 @@ inline void forward_out(const Team& team, const LinkForward& call, const Forward
     if (call.z.data != nullptr) {
       store_tile(call.z.data, call.z.dtype, s.out_features, first + row, rows, column, columns, tile);
     }
-    if (plan.norm_out) {
+    if (plan.keeps_z) {
       store_tile(plan.z, Dtype::f32, s.out_features, row, rows, column, columns, tile);
-    } else {
+    } else if (!plan.norm_out) {
       store_tile(call.y.data, call.y.dtype, s.out_features, first + row, rows, column, columns, tile);
     }
   };
   const LinkWeights& w = call.weights;
-  const Term hidden{plan.hidden, weight_of(w.w2, s.out_features, s.hidden_features, true, config.compute)};
+  const int64_t least = plan.linear ? smaller(s.hidden_features, s.in_features) : s.hidden_features;
+  const Weight w2 = chosen(plan, w.w2, tokens, s.out_features, least);
+  const Term hidden{plan.hidden, weight_of(w2, s.out_features, s.hidden_features, true, config.compute)};
   if (plan.linear) {
-    const Term residual{plan.x, weight_of(w.w3, s.out_features, s.in_features, true, config.compute)};
+    const Weight w3 = chosen(plan, w.w3, tokens, s.out_features, least);
+    const Term residual{plan.x, weight_of(w3, s.out_features, s.in_features, true, config.compute)};
     const Term terms[2] = {hidden, residual};
-    multiply(team, terms, tokens, s.out_features, plan.panels(team), plan.own_sums(team), start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.room(team), start, finish);
   } else {
     const Term terms[1] = {hidden};
-    multiply(team, terms, tokens, s.out_features, plan.panels(team), plan.own_sums(team), start, finish);
+    multiply(team, terms, tokens, s.out_features, plan.room(team), start, finish);
   }
 }
 
 inline void forward_norm_out(const Team& team, const LinkForward& call, const ForwardPlan& plan, int64_t first,
                              int64_t tokens) {
   const LinkShape& s = call.config.shape;
+  const float* from = plan.keeps_z ? plan.z : static_cast<const float*>(call.z.data) + first * s.out_features;
+  float* z = plan.line(team);
   for (int64_t r = team.begin(tokens); r < team.end(tokens); ++r) {
-    float* z = plan.z + r * s.out_features;
+    load_line(from, Dtype::f32, r * s.out_features, s.out_features, z);
     const RowStatistics row = row_statistics(z, s.out_features, call.config.eps);
     if (call.stats != nullptr) {
       call.stats[2 * s.tokens + first + r] = row.mean;

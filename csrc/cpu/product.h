@@ -5,26 +5,36 @@
 #include "as_stored.h"
 #include "chunks.h"
 #include "in_place.h"
+#include "library.h"
 #include "pieces.h"
 #include "whole.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// By the size of the product: in place, in bands, in pieces for few rows, or in whole panels. scratch and sums are this
-// thread's.
+// What a thread's products may use: its own memory, and a library's product.
+struct Room {
+  char* scratch;
+  float* sums;  // of products in bands
+  Sgemm* sgemm = nullptr;
+};
+
+// By the size of the product: by the library, in place, in bands, in pieces for few rows, or in whole panels.
 template <int term_count, class Start, class Finish>
-void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
-              float* sums, const Start& start, const Finish& finish) {
+void multiply(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, const Room& room,
+              const Start& start, const Finish& finish) {
+  char* const scratch = room.scratch;
   int64_t pieces = 0;
   for (const Term& term : terms) pieces += piece_count(term.right.k);
-  if (in_place(terms, rows)) {
+  if (by_library(room.sgemm, terms, rows, columns)) {
+    multiply_by_library(team, terms, rows, columns, room.sgemm, reinterpret_cast<float*>(scratch), start, finish);
+  } else if (in_place(terms, rows)) {
     multiply_in_place(team, terms, rows, columns, scratch, start, finish);
   } else if (as_stored(terms, rows)) {
     multiply_as_stored(team, terms, rows, columns, scratch, start, finish);
   } else if (in_chunks(terms, rows)) {
     multiply_chunks(team, terms, rows, columns, scratch, start, finish);
   } else if (in_bands(terms[0].left.bf16, rows, columns, pieces)) {
-    multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, sums, start, finish);
+    multiply_pieces(team, terms, rows, columns, kPiecePanels, scratch, room.sums, start, finish);
   } else if (rows < kManyRows && panel_count(columns) >= 2 * team.size && transposes(terms, rows)) {
     alignas(64) float few[kManyRows * kPanel];
     multiply_pieces(team, terms, rows, columns, 1, scratch, few, start, finish);

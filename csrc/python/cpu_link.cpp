@@ -9,6 +9,7 @@
 #include "cpu_run.h"
 #include "link_arguments.h"
 #include "operands.h"
+#include "torch_library.h"
 
 namespace recmas::python {
 
@@ -43,7 +44,8 @@ cpu::LinkConfig config_of(const LinkSettings& settings, const LinkShape& shape, 
           settings.eps,
           settings.compute,
           static_cast<Isa>(isa),
-          static_cast<int32_t>(threads)};
+          static_cast<int32_t>(threads),
+          torch_sgemm()};
 }
 
 }  // namespace

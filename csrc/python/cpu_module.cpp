@@ -5,7 +5,9 @@
 #include "../link.h"
 #include "arguments.h"
 #include "cpu_entries.h"
+#include "cpu_run.h"
 #include "tensors.h"
+#include "torch_library.h"
 
 namespace {
 
@@ -35,6 +37,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("connect", [](const py::module_& torch, const py::object& table) { reader().connect(torch, table); });
   if (PyModule_AddFunctions(module.ptr(), fast_entries) != 0) throw py::error_already_set();
   module.def("best_isa", [] { return static_cast<int>(recmas::cpu::best_isa()); });
+  module.def("multiplies_by_library", [] { return torch_sgemm() != nullptr; });
+  module.def("keep_scratch", &Scratch::keep);
   module.def("packed_bytes", &packed_bytes);
   module.def("pack_weight", &pack_weight);
   module.def("unpack_weight", &unpack_weight);

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace recmas::python {
 
@@ -25,6 +26,18 @@ void check(Status status, const char* entry) {
   }
 }
 
+namespace {
+
+int64_t most_kept = 64 << 20;
+
+struct Piece {
+  PyObject* tensor = nullptr;
+  int64_t bytes = 0;
+};
+Piece kept;  // the GIL guards it
+
+// Advice that memory be mapped in pages of 2 MB where the C library maps it anew each time: a link of 1024 tokens, 2048
+// wide, spent a tenth of its backward pass on small ones.
 void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kAlwaysMapped = 32 << 20;  // the most that glibc keeps for the next allocation
@@ -34,6 +47,36 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // without them small pages serve
 #endif
+}
+
+}  // namespace
+
+int64_t Scratch::keep(int64_t most_bytes) {
+  Py_XDECREF(std::exchange(kept, {}).tensor);
+  return std::exchange(most_kept, most_bytes);
+}
+
+Scratch::Scratch(int64_t bytes) {
+  if (kept.bytes >= bytes) {
+    tensor_ = kept.tensor;
+    bytes_ = kept.bytes;
+    kept = {};
+    data_ = reader().read(tensor_).data;
+    return;
+  }
+  py::object tensor = reader().allocate(bytes);
+  data_ = reader().read(tensor.ptr()).data;
+  ask_for_large_pages(data_, bytes);
+  bytes_ = bytes;
+  tensor_ = tensor.release().ptr();
+}
+
+Scratch::~Scratch() {
+  if (bytes_ <= most_kept && bytes_ > kept.bytes) {
+    std::swap(tensor_, kept.tensor);
+    kept.bytes = bytes_;
+  }
+  Py_XDECREF(tensor_);
 }
 
 }  // namespace recmas::python

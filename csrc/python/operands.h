@@ -41,7 +41,10 @@ struct Operands {
     if (object == Py_None) return {};
     const View view = described(object, name);
     expect(view.is_matrix(rows, columns), name);
-    if (!PyBool_Check(form)) return {described(form, name).data, Dtype::f32, cpu::Form::packed};
+    if (!PyBool_Check(form)) {
+      const bool fp32 = view.dtype == static_cast<int32_t>(Dtype::f32) && view.is_contiguous();
+      return {described(form, name).data, Dtype::f32, cpu::Form::packed, fp32 ? view.data : nullptr};
+    }
     require((view.dtype == static_cast<int32_t>(Dtype::f32) || view.dtype == static_cast<int32_t>(compute)) &&
             view.is_contiguous());
     return {view.data, view.kernel_dtype(), form == Py_True ? cpu::Form::stored_panel_order : cpu::Form::stored};

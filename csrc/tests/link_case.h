@@ -106,6 +106,16 @@ inline double gelu_exact(double x, Gelu kind, double* slope) {
   return 0.5 * x * (1.0 + t);
 }
 
+inline double largest_error(const std::vector<float>& actual, const std::vector<double>& exact) {
+  double error = 0.0, scale = 1e-300;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (!std::isfinite(actual[i])) return std::numeric_limits<double>::infinity();
+    error = std::fmax(error, std::fabs(static_cast<double>(actual[i]) - exact[i]));
+    scale = std::fmax(scale, std::fabs(exact[i]));
+  }
+  return error / scale;
+}
+
 struct Shape {
   int64_t tokens, in, hidden, out;
   Residual residual;
@@ -115,6 +125,7 @@ struct Shape {
 // Everything one link call needs, in fp32, with its exact result in double.
 struct Case {
   Shape s;
+  Sgemm* sgemm = nullptr;
   std::vector<float> x, w1, b1, w2, b2, w3, b3, gi, ci, go, co, dy;
 
   explicit Case(const Shape& shape) : s(shape) {
@@ -134,7 +145,7 @@ struct Case {
   }
 
   cpu::LinkConfig config(Isa isa, int threads) const {
-    return {{s.tokens, s.in, s.hidden, s.out}, s.residual, Gelu::erf, 1e-5f, Dtype::f32, isa, threads};
+    return {{s.tokens, s.in, s.hidden, s.out}, s.residual, Gelu::erf, 1e-5f, Dtype::f32, isa, threads, sgemm};
   }
 
   cpu::LinkWeights weights(Form form = Form::stored) const {
@@ -142,9 +153,9 @@ struct Case {
       return VectorView{present ? v.data() : nullptr, Dtype::f32};
     };
     const bool linear = s.residual == Residual::linear;
-    return {{w1.data(), Dtype::f32, form},
-            {w2.data(), Dtype::f32, form},
-            {linear ? w3.data() : nullptr, Dtype::f32, form},
+    return {{w1.data(), Dtype::f32, form, nullptr},
+            {w2.data(), Dtype::f32, form, nullptr},
+            {linear ? w3.data() : nullptr, Dtype::f32, form, nullptr},
             vector(b1, s.biases),
             vector(b2, s.biases),
             vector(b3, s.biases && linear),

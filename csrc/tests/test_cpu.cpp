@@ -47,16 +47,6 @@ void test_gelu(Isa isa, Gelu kind) {
         special_value[1], special_value[2]);
 }
 
-double largest_error(const std::vector<float>& actual, const std::vector<double>& exact) {
-  double error = 0.0, scale = 1e-300;
-  for (size_t i = 0; i < exact.size(); ++i) {
-    if (!std::isfinite(actual[i])) return std::numeric_limits<double>::infinity();
-    error = std::fmax(error, std::fabs(static_cast<double>(actual[i]) - exact[i]));
-    scale = std::fmax(scale, std::fabs(exact[i]));
-  }
-  return error / scale;
-}
-
 // fp32 sums of n terms of random sign: about sqrt(n) roundings, and a norm divides by the spread.
 double tolerance(const Shape& s) {
   return 16.0 * std::sqrt(static_cast<double>(s.in + s.hidden + 16)) * std::ldexp(1.0, -24);

@@ -1,4 +1,4 @@
-"""The facts about one op call that the choice of a backend depends on: `Call`, and how torch multiplies float32."""
+"""`Call`: the facts about one op call that the choice of a backend depends on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,3 @@ class Call(NamedTuple):
     hidden_features: int
     out_features: int
     training: bool
-
-
-def float32_products() -> str:
-    """How torch multiplies float32 on a CPU: "none" and "ieee" as float32, "bf16" and "tf32" with less precision."""
-    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    return precision

@@ -4,12 +4,11 @@ A backend is a module with
 
 - ``unavailable() -> reason | None``: why it cannot serve any call on this machine,
 - ``declines(call) -> reason | None``: why it does not serve this call,
-- optionally ``yields(call) -> reason | None``: why a later backend serves this call faster; asked where none was named,
 - one function per op, named as the op and called as the function of that name in ``recmas_kernels.reference``;
 - optionally, for `explain`, ``describe(call) -> facts`` and ``variants(call, residual, norm, device) -> lines``.
 
-The reasons depend on nothing that changes while a process runs, but for `float32_products` in training, so choices are
-remembered. The reference serves every call.
+Both reasons depend on nothing that changes while a process runs, so choices are remembered. The reference serves every
+call.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from functools import cache, lru_cache
 from types import ModuleType
 
 from recmas_kernels.backends import settings
-from recmas_kernels.backends.call import Call, float32_products
+from recmas_kernels.backends.call import Call
 
 # Tried in this order for tensors on a device; the first that is available and does not decline serves the call.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -112,13 +111,6 @@ def refusal(name: str, call: Call) -> str | None:
     return module.unavailable() or module.declines(call)
 
 
-def reservation(name: str, call: Call) -> str | None:
-    """Why backend ``name`` leaves ``call`` to a later one where none was asked for by name; None if it serves it."""
-    yields = getattr(load(name), "yields", None)
-    reason: str | None = None if yields is None else yields(call)
-    return reason
-
-
 def choose(call: Call) -> ModuleType:
     """The backend module that serves ``call``, by the table and the user's request.
 
@@ -126,13 +118,11 @@ def choose(call: Call) -> ModuleType:
         BackendUnavailableError: the backend that was asked for cannot serve it.
         ValueError: ``RECMAS_BACKEND`` names no backend.
     """
-    # Asked for in training alone: it takes 1.3 us.
-    return _serving(_asked_for(), call, order(call.device), float32_products() if call.training else None)
+    return _serving(_asked_for(), call, order(call.device))
 
 
 @lru_cache(maxsize=4096)
-def _serving(name: str, call: Call, candidates: tuple[str, ...], float32: str | None) -> ModuleType:
-    """See `choose`; ``float32`` is there to be remembered with the choice, which depends on it."""
+def _serving(name: str, call: Call, candidates: tuple[str, ...]) -> ModuleType:
     if _known(name) != "auto":
         reason = refusal(name, call)
         if reason is not None:
@@ -142,7 +132,7 @@ def _serving(name: str, call: Call, candidates: tuple[str, ...], float32: str | 
             )
         return load(name)
     for candidate in candidates:
-        if refusal(candidate, call) is None and reservation(candidate, call) is None:
+        if refusal(candidate, call) is None:
             return load(candidate)
     raise AssertionError("the reference backend serves every call")
 

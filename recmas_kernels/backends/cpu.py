@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recmas_kernels import reference
 from recmas_kernels.backends import native, packing, pages, settings
-from recmas_kernels.backends.call import Call, float32_products
+from recmas_kernels.backends.call import Call
 from recmas_kernels.reference import LinkArguments
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/link.h, enum Isa
@@ -61,6 +61,11 @@ def instruction_set() -> tuple[str, str]:
     return ISAS[_isa()], "the best that this processor and build have"
 
 
+def library() -> str | None:
+    """What multiplies large fp32 matrices in the kernels' place (csrc/cpu/library.h); None if nothing does."""
+    return "MKL, as loaded by torch" if ISAS[_isa()] == "amx" and _native().multiplies_by_library() else None
+
+
 def declines(call: Call) -> str | None:
     """Why ``call`` is not served; None if it is."""
     if call.op in _ROW_OPS:
@@ -72,23 +77,6 @@ def declines(call: Call) -> str | None:
     ):
         return "a size is 0"
     return None
-
-
-def yields(call: Call) -> str | None:
-    """Why plain torch serves ``call`` faster than these kernels, which could serve it; None if it does not.
-
-    Its library multiplies fp32 faster on Intel's processors with AMX; in training from these sizes on that is more than
-    what fused passes save (docs/kernels.md, Float32 with AMX). Where torch may round fp32 to less, it is not faster at
-    the same.
-    """
-    if not call.training or not call.op.startswith("link") or call.dtype is not torch.float32:
-        return None
-    products = call.tokens * call.hidden_features * (call.in_features + call.out_features)
-    if call.tokens < 128 or products < 250e6 or settings.cpu_isa() is not None or ISAS[_native().best_isa()] != "amx":
-        return None
-    if float32_products() not in ("none", "ieee"):
-        return None
-    return "plain torch is faster in training with float32 products of this size on this processor"
 
 
 def _matrix(weight: Tensor | None, compute: torch.dtype) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from recmas_kernels.backends.call import Call
-from recmas_kernels.backends.choice import load, order, refusal, requested, reservation
+from recmas_kernels.backends.choice import load, order, refusal, requested
 from recmas_kernels.config import LinkConfig
 from recmas_kernels.devices import compute_dtype
 from recmas_kernels.layers import why_not_plain
@@ -74,8 +74,6 @@ def explain_call(call: Call, variants: _Variants = lambda module: []) -> str:
     name, chosen = requested(), None
     for candidate in order(call.device):
         reason = refusal(candidate, call)
-        if reason is None and name == "auto":
-            reason = reservation(candidate, call)
         if reason is None and chosen is None and name in ("auto", candidate):
             chosen = candidate
             lines.append(f"  {candidate}: serves this call{_facts(candidate, call)}")

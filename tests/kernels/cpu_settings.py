@@ -40,7 +40,7 @@ def threads(count: int) -> Iterator[None]:
 def guarded_allocations(expected: bool = True) -> Iterator[None]:
     """What is allocated without values starts as NaN between guard bands, which are checked at the end.
 
-    If none is ``expected``, there may be none.
+    If none is ``expected``, there may be none. No scratch memory is kept from one call to the next meanwhile.
     """
     allocate, guarded = torch.empty, []
 
@@ -60,12 +60,17 @@ def guarded_allocations(expected: bool = True) -> Iterator[None]:
     def new_empty(tensor: Tensor, *sizes: int) -> Tensor:
         return empty(*sizes, dtype=tensor.dtype, device=tensor.device)
 
+    native = cpu._native()
+    kept = native.keep_scratch(0)
     with (
         mock.patch.object(torch, "empty", empty),
         mock.patch.object(torch, "empty_like", empty_like),
         mock.patch.object(Tensor, "new_empty", new_empty),
     ):
-        yield
+        try:
+            yield
+        finally:
+            native.keep_scratch(kept)
     assert guarded or not expected
     for band, start, end in guarded:
         assert (band[:start] == 0xAA).all(), "a kernel wrote before its buffer"

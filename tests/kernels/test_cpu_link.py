@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -80,7 +83,7 @@ def test_products_in_bands(isa, hidden, dtype, norm):
 @pytest.mark.parametrize("tokens", [12, 33, 130, 1026])
 def test_long_sums(isa, tokens, dtype):
     """A few panels of 2100 k fill the cache of a chunk (csrc/cpu/chunks.h): 300 columns are several chunks. Rows pass a
-    panel in 17 pieces (csrc/cpu/whole.h)."""
+    panel in 17 pieces (csrc/cpu/whole.h). With AMX a library multiplies 130 and more in fp32 (csrc/cpu/library.h)."""
     config = LinkConfig("outer", 2100, 300, 330, "linear")
     link, x, dy, check = judged(config, tokens, dtype)
     with threads(1), guarded_allocations():
@@ -102,6 +105,23 @@ def test_packed_weights_change_no_bit(isa, tokens):
             assert stored.dtype is torch.float32
             with packed(link):
                 assert torch.equal(link(x), stored)
+
+
+def test_float32_stays_float32_where_torch_rounds_it():
+    """A switch that programs set for their GPU; with AMX, torch's products of float32 on a CPU are in bf16 then."""
+    code = """
+        import torch
+        from recmas_kernels import LinkConfig
+        from recmas_kernels.testing import eager_twin, make_link, make_rows, relative_error, run
+        link, x = make_link(LinkConfig("inner", 1024, 1024, 1024, "identity")), make_rows(128, 1024)
+        dy = make_rows(128, 1024, seed=2)
+        exact = run(eager_twin(link, torch.float64), x.double(), dy.double())
+        torch.set_float32_matmul_precision("medium")
+        found = run(link, x, dy)
+        assert relative_error(found.y, exact.y) < 1e-5
+        assert all(relative_error(grad, exact.grads[name]) < 1e-5 for name, grad in found.grads.items())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 200])
