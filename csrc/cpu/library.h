@@ -54,16 +54,17 @@ struct LibraryBlocks {
   int64_t stride() const { return left_stride(width, false); }
 };
 
-// What each thread needs for those products of a call that the library may do.
+// What each thread needs for the products of a call by the library, which has a part in each: k or rows are its tokens.
 struct LibraryRoom {
-  Sgemm* sgemm;
-  bool bf16_left;
   int64_t threads;
+  bool used;  // whether any product may be the library's
   int64_t bytes = 0;
 
-  void add(int64_t rows, int64_t columns, int64_t k) {
-    if (sgemm == nullptr || bf16_left || !library_multiplies(rows, columns, k)) return;
-    for (int64_t team = 1; team <= threads; ++team) {  // OpenMP may give fewer
+  LibraryRoom(Sgemm* sgemm, bool bf16_left, int64_t tokens, int64_t team)
+      : threads(team), used(kMatrixTiles && sgemm != nullptr && !bf16_left && tokens >= kLibraryFewest) {}
+
+  void add(int64_t rows, int64_t columns) {
+    for (int64_t team = 1; used && team <= threads; ++team) {  // OpenMP may give fewer
       const LibraryBlocks blocks(rows, columns, team, kLibraryRows);
       bytes = larger(bytes, smaller(rows, kLibraryRows) * blocks.stride() * 4);
     }

@@ -121,9 +121,13 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   if (call.dw2.data != nullptr) bands.add(s.out_features, s.hidden_features, piece_count(plan.block));
   if (call.dw3.data != nullptr) bands.add(s.out_features, s.in_features, piece_count(plan.block));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
-  LibraryRoom library{config.sgemm, dot, plan.threads};
-  library.add(plan.block, s.hidden_features, s.out_features);
-  library.add(plan.block, s.in_features, s.hidden_features);
+  LibraryRoom library(config.sgemm, dot, plan.block, plan.threads);
+  library.add(plan.block, s.hidden_features);
+  library.add(plan.block, s.in_features);
+  // Gradients that the library does not write in place.
+  if (plan.w1.reads_transposed()) library.add(s.hidden_features, s.in_features);
+  if (plan.w2.reads_transposed()) library.add(s.out_features, s.hidden_features);
+  if (plan.w3.reads_transposed()) library.add(s.out_features, s.in_features);
   plan.panel_scratch = larger(plan.panel_scratch, library.bytes);
   plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);

@@ -125,9 +125,9 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   bands.add(plan.block, s.out_features,
             piece_count(s.hidden_features) + (plan.linear ? piece_count(s.in_features) : 0));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
-  LibraryRoom library{config.sgemm, dot, plan.threads};
-  library.add(plan.block, s.hidden_features, s.in_features);
-  library.add(plan.block, s.out_features, s.hidden_features);
+  LibraryRoom library(config.sgemm, dot, plan.block, plan.threads);
+  library.add(plan.block, s.hidden_features);
+  library.add(plan.block, s.out_features);
   plan.panel_scratch = larger(plan.panel_scratch, library.bytes);
   plan.sum_floats = bands.sums;
   plan.sums = arena.floats(plan.threads * plan.sum_floats);

@@ -6,10 +6,10 @@
 #include "../link.h"
 #include "arguments.h"
 #include "cpu_entries.h"
+#include "cpu_library.h"
 #include "cpu_run.h"
 #include "link_arguments.h"
 #include "operands.h"
-#include "torch_library.h"
 
 namespace recmas::python {
 

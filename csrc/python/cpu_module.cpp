@@ -5,9 +5,9 @@
 #include "../link.h"
 #include "arguments.h"
 #include "cpu_entries.h"
+#include "cpu_library.h"
 #include "cpu_run.h"
 #include "tensors.h"
-#include "torch_library.h"
 
 namespace {
 

@@ -121,6 +121,7 @@ int main() {
   }
   test_link({600, 230, 300, 250, Residual::none, false, false}, 3);
   test_link({300, 2100, 130, 2100, Residual::linear, false, true}, 3);      // blocks of columns
+  test_link({300, 400, 90, 410, Residual::linear, true, true}, 3, false);   // the residual's product alone, backward
   test_link({300, 100, 400, 600, Residual::linear, true, true}, 3, false);  // one term of few
   if (failures == 0) std::printf("all checks of products by a library passed\n");
   return failures == 0 ? 0 : 1;

@@ -95,6 +95,22 @@ def test_long_sums(isa, tokens, dtype):
     check(found)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("sizes", [(300, 400, 90, 410), (1100, 330, 140, 300), (300, 100, 400, 600)])
+def test_products_by_a_library(isa, sizes, dtype):
+    """With AMX, products of enough rows, columns and k in fp32 (csrc/cpu/library.h), among others that are too small;
+    of gradients in 16 bits too."""
+    tokens, *features = sizes
+    link, x, dy, check = judged(LinkConfig("outer", *features, "linear"), tokens, dtype)
+    with threads(3), guarded_allocations():
+        found = run(link, x, dy)
+        with torch.no_grad():
+            stored = link(x)
+            with packed(link):
+                assert torch.equal(link(x), stored)
+    check(found)
+
+
 @pytest.mark.parametrize("tokens", [3, 5, 17, 33, 49, 65, 130, 1027])
 def test_packed_weights_change_no_bit(isa, tokens):
     """Results in fp32 show what rounding to bf16 hides; sizes are no whole number of any kernel's steps."""

@@ -1,4 +1,4 @@
-#include "torch_library.h"
+#include "cpu_library.h"
 
 #ifdef __linux__
 #include <dlfcn.h>
