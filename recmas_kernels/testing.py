@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from recmas_kernels.backends import cpu
 from recmas_kernels.config import LinkConfig
 from recmas_kernels.fused_link import FusedRecursiveLink
 from recmas_kernels.link import RecursiveLink
@@ -188,6 +189,7 @@ def poisoned_allocations() -> Iterator[None]:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
 
     with (
+        cpu.fresh_scratch(),
         mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
         mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
         mock.patch.object(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k))),

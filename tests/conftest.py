@@ -13,8 +13,6 @@ import tests.unsynced  # noqa: F401
 
 # Read when torch is loaded. Threads that wait for each other would spin, on processors that another worker needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Ray starts its workers with a niceness of 15: beside a compiler they had 3% of a processor, and clients timed out.
-os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Tests of signals send them. A shell that runs tests in its background ignores SIGINT, and nohup SIGHUP.
 for _ignored, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -11,9 +11,22 @@ constexpr int64_t kLibraryFewest = 128;  // rows, columns and k
 constexpr double kLibraryFlops = 6e7;
 constexpr int64_t kLibraryRows = 512, kLibraryColumns = 1024;  // of a block, at most
 
+// The library of a link's products, if any of them may be its own: in fp32, where it is the faster.
+inline Sgemm* library_of(const LinkConfig& config) {
+  const bool faster = kMatrixTiles && config.compute == Dtype::f32 && config.shape.tokens >= kLibraryFewest;
+  return faster ? config.sgemm : nullptr;
+}
+
 inline bool library_multiplies(int64_t rows, int64_t columns, int64_t k) {
-  return kMatrixTiles && rows >= kLibraryFewest && columns >= kLibraryFewest && k >= kLibraryFewest &&
+  constexpr int64_t kMost = 0x7fffffff;  // its sizes have 32 bits
+  return rows >= kLibraryFewest && columns >= kLibraryFewest && k >= kLibraryFewest && rows <= kMost &&
+         columns <= kMost && k <= kMost &&
          2.0 * static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(k) >= kLibraryFlops;
+}
+
+// Rows of memory that overlap, or are too far apart, it does not take.
+inline bool library_reads(Dtype dtype, int64_t stride, int64_t row) {
+  return dtype == Dtype::f32 && stride >= row && stride <= 0x7fffffff;
 }
 
 template <int term_count>
@@ -21,8 +34,9 @@ inline bool by_library(Sgemm* sgemm, const Term (&terms)[term_count], int64_t ro
   bool all = sgemm != nullptr;
   for (const Term& term : terms) {
     const Right& right = term.right;
-    all = all && !term.left.bf16 && right.form == Form::stored && right.dtype == Dtype::f32 &&
-          (right.layout == Layout::rows || right.layout == Layout::columns) &&
+    const bool in_rows = right.layout == Layout::rows, in_columns = right.layout == Layout::columns;
+    all = all && (in_rows || in_columns) && right.form == Form::stored &&
+          library_reads(right.dtype, right.stride, in_rows ? columns : right.k) &&
           library_multiplies(rows, columns, right.k);
   }
   return all;
@@ -44,7 +58,7 @@ struct LibraryBlocks {
     const int64_t widest = larger(smaller((columns + threads - 1) / threads, kLibraryColumns), kLibraryFewest);
     across = (columns + widest - 1) / widest;
     width = round_up((columns + across - 1) / across, kWidth);
-    down = larger((rows + most_rows - 1) / most_rows, smaller((threads + across - 1) / across, rows / kTallRows));
+    down = larger((rows + most_rows - 1) / most_rows, smaller(threads / across, rows / kTallRows));
     height = (rows + down - 1) / down;
   }
 
@@ -54,17 +68,14 @@ struct LibraryBlocks {
   int64_t stride() const { return left_stride(width, false); }
 };
 
-// What each thread needs for the products of a call by the library, which has a part in each: k or rows are its tokens.
+// What each thread needs for the products of a call by the library, if there is one, of any k.
 struct LibraryRoom {
+  Sgemm* sgemm;
   int64_t threads;
-  bool used;  // whether any product may be the library's
   int64_t bytes = 0;
 
-  LibraryRoom(Sgemm* sgemm, bool bf16_left, int64_t tokens, int64_t team)
-      : threads(team), used(kMatrixTiles && sgemm != nullptr && !bf16_left && tokens >= kLibraryFewest) {}
-
   void add(int64_t rows, int64_t columns) {
-    for (int64_t team = 1; used && team <= threads; ++team) {  // OpenMP may give fewer
+    for (int64_t team = 1; sgemm != nullptr && team <= threads; ++team) {  // OpenMP may give fewer
       const LibraryBlocks blocks(rows, columns, team, kLibraryRows);
       bytes = larger(bytes, smaller(rows, kLibraryRows) * blocks.stride() * 4);
     }

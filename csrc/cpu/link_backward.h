@@ -60,11 +60,11 @@ struct BackwardPlan {
   float* third_line(const Team& team) const { return line(team) + 2 * line_floats; }
 };
 
-// right: of the elements that the product reads, [tokens][columns].
+// right: what the product reads, [tokens][columns].
 inline WeightSum take_weight_sum(Arena& arena, const BackwardPlan& plan, const Output& output, int64_t rows,
-                                 int64_t columns, Dtype right, bool several_blocks) {
-  const bool by_library = plan.sgemm != nullptr && !plan.dz.bf16 && right == Dtype::f32 && output.dtype == Dtype::f32 &&
-                          library_multiplies(rows, columns, plan.block);
+                                 int64_t columns, const Matrix& right, bool several_blocks) {
+  const bool by_library = plan.sgemm != nullptr && library_reads(right.dtype, right.stride, columns) &&
+                          output.dtype == Dtype::f32 && library_multiplies(rows, columns, plan.block);
   if (by_library) return {{output, static_cast<float*>(output.data)}, true};
   return {several_blocks ? take_sum(arena, output, rows * columns) : Sum{output, nullptr}, false};
 }
@@ -74,7 +74,7 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   const LinkShape& s = config.shape;
   Arena arena(base);
   BackwardPlan plan{};
-  plan.sgemm = config.sgemm;
+  plan.sgemm = library_of(config);
   plan.threads = useful_threads(config.threads, 2.0 * link_flops(s, config.residual));
   plan.block = smaller(s.tokens, kBackwardBlock);
   plan.vectors = plan_vectors(arena, call.weights, s);
@@ -87,10 +87,13 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
   plan.dz = take_left(arena, plan.block, s.out_features, dot);
   const bool several_blocks = s.tokens > plan.block;
-  const Dtype inputs = plan.norm_in ? plan.dz.dtype() : call.x.dtype;
+  const Matrix x{nullptr, call.x.dtype, call.x.stride};
+  const Matrix u{nullptr, plan.dz.dtype(), left_stride(s.in_features, dot)};
+  const Matrix activation{nullptr, plan.dz.dtype(), left_stride(s.hidden_features, dot)};
+  const Matrix& inputs = plan.norm_in ? u : x;
   plan.w1 = take_weight_sum(arena, plan, call.dw1, s.hidden_features, s.in_features, inputs, several_blocks);
-  plan.w2 = take_weight_sum(arena, plan, call.dw2, s.out_features, s.hidden_features, plan.dz.dtype(), several_blocks);
-  plan.w3 = take_weight_sum(arena, plan, call.dw3, s.out_features, s.in_features, call.x.dtype, several_blocks);
+  plan.w2 = take_weight_sum(arena, plan, call.dw2, s.out_features, s.hidden_features, activation, several_blocks);
+  plan.w3 = take_weight_sum(arena, plan, call.dw3, s.out_features, s.in_features, x, several_blocks);
   if (plan.w2.reads_transposed() || plan.w3.reads_transposed()) {
     plan.dz_transposed = take_left(arena, s.out_features, plan.block, dot);
   }
@@ -121,7 +124,7 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   if (call.dw2.data != nullptr) bands.add(s.out_features, s.hidden_features, piece_count(plan.block));
   if (call.dw3.data != nullptr) bands.add(s.out_features, s.in_features, piece_count(plan.block));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
-  LibraryRoom library(config.sgemm, dot, plan.block, plan.threads);
+  LibraryRoom library{plan.sgemm, plan.threads};
   library.add(plan.block, s.hidden_features);
   library.add(plan.block, s.in_features);
   // Gradients that the library does not write in place.

@@ -97,7 +97,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   const LinkShape& s = config.shape;
   Arena arena(base);
   ForwardPlan plan{};
-  plan.sgemm = config.sgemm;
+  plan.sgemm = library_of(config);
   plan.threads = useful_threads(config.threads, link_flops(s, config.residual));
   plan.vectors = plan_vectors(arena, w, s);
   plan.norm_in = w.norm_in_weight.data != nullptr;
@@ -113,7 +113,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   if (plan.keeps_z) plan.z = arena.floats(plan.block * s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;
   const auto fresh_bytes = [&](const Weight& weight, int64_t k) {
-    const bool laid_out = weight.data != nullptr && (weight.form != Form::packed || config.sgemm != nullptr);
+    const bool laid_out = weight.data != nullptr && (weight.form != Form::packed || plan.sgemm != nullptr);
     return laid_out ? panel_bytes(fresh, k) : 0;
   };
   const int64_t first = fresh_bytes(w.w1, s.in_features);
@@ -125,7 +125,7 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   bands.add(plan.block, s.out_features,
             piece_count(s.hidden_features) + (plan.linear ? piece_count(s.in_features) : 0));
   plan.panel_scratch = larger(plan.panel_scratch, bands.scratch);
-  LibraryRoom library(config.sgemm, dot, plan.block, plan.threads);
+  LibraryRoom library{plan.sgemm, plan.threads};
   library.add(plan.block, s.hidden_features);
   library.add(plan.block, s.out_features);
   plan.panel_scratch = larger(plan.panel_scratch, library.bytes);
@@ -164,7 +164,7 @@ inline void forward_rows(const Team& team, const LinkForward& call, const Forwar
 // The weight as the product of `tokens` rows reads it: the library what was packed, too, so that both give the same
 // bits. k: the least of the product's sums.
 inline Weight chosen(const ForwardPlan& plan, const Weight& weight, int64_t tokens, int64_t columns, int64_t k) {
-  if (plan.sgemm == nullptr || plan.u.bf16 || !library_multiplies(tokens, columns, k)) return weight;
+  if (plan.sgemm == nullptr || !library_multiplies(tokens, columns, k)) return weight;
   const Weight stored = for_library(weight);
   return stored.data == nullptr ? weight : stored;
 }

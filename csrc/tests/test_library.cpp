@@ -73,7 +73,6 @@ void test_link(const Shape& s, int threads, bool forward = true) {
   const std::vector<float> found = run_forward(c, c.weights(), isa, threads, &by_library);
   CHECK((products > 0) == forward, "%d products of the forward pass went to the library", products.load());
   products = 0;
-  products = 0;
   const Gradients others = run_backward(c, c.weights(), kept, isa, threads);
   CHECK(products > 0, "no product of the backward pass went to the library");
   products = 0;
@@ -101,8 +100,8 @@ void test_link(const Shape& s, int threads, bool forward = true) {
   pack(packed.w2, s.out, s.hidden, panels2);
   pack(packed.w3, s.out, s.in, panels3);
   const std::vector<float> from_panels = run_forward(c, packed, isa, threads);
-  const std::vector<float> in_order = run_forward(c, c.weights(Form::stored_panel_order), isa, threads);
   CHECK((products > 0) == forward, "%d products of packed weights went to the library", products.load());
+  const std::vector<float> in_order = run_forward(c, c.weights(Form::stored_panel_order), isa, threads);
   products = 0;
   CHECK(std::memcmp(from_panels.data(), in_order.data(), from_panels.size() * sizeof(float)) == 0,
         "packed and stored weights give other bits");

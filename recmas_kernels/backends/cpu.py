@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,19 @@ def instruction_set() -> tuple[str, str]:
     if settings.cpu_isa() is not None:
         return ISAS[_isa()], "asked for by RECMAS_CPU_ISA"
     return ISAS[_isa()], "the best that this processor and build have"
+
+
+@contextmanager
+def fresh_scratch() -> Iterator[None]:
+    """Within, each call gets scratch memory of its own: none is kept for the next."""
+    if unavailable() is not None:
+        yield
+        return
+    kept = _native().keep_scratch(0)
+    try:
+        yield
+    finally:
+        _native().keep_scratch(kept)
 
 
 def library() -> str | None:

@@ -60,17 +60,13 @@ def guarded_allocations(expected: bool = True) -> Iterator[None]:
     def new_empty(tensor: Tensor, *sizes: int) -> Tensor:
         return empty(*sizes, dtype=tensor.dtype, device=tensor.device)
 
-    native = cpu._native()
-    kept = native.keep_scratch(0)
     with (
+        cpu.fresh_scratch(),
         mock.patch.object(torch, "empty", empty),
         mock.patch.object(torch, "empty_like", empty_like),
         mock.patch.object(Tensor, "new_empty", new_empty),
     ):
-        try:
-            yield
-        finally:
-            native.keep_scratch(kept)
+        yield
     assert guarded or not expected
     for band, start, end in guarded:
         assert (band[:start] == 0xAA).all(), "a kernel wrote before its buffer"

@@ -29,6 +29,7 @@ from recmas_kernels.testing import (
     make_link,
     make_rows,
     name_of,
+    relative_error,
     run,
 )
 from tests.kernels.cpu_settings import AVAILABLE, LAYOUTS, guarded_allocations, instruction_set, laid_out, threads
@@ -96,7 +97,7 @@ def test_long_sums(isa, tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
-@pytest.mark.parametrize("sizes", [(300, 400, 90, 410), (1100, 330, 140, 300), (300, 100, 400, 600)])
+@pytest.mark.parametrize("sizes", [(300, 400, 64, 410), (1100, 330, 140, 300), (300, 100, 400, 600)])
 def test_products_by_a_library(isa, sizes, dtype):
     """With AMX, products of enough rows, columns and k in fp32 (csrc/cpu/library.h), among others that are too small;
     of gradients in 16 bits too."""
@@ -109,6 +110,33 @@ def test_products_by_a_library(isa, sizes, dtype):
             with packed(link):
                 assert torch.equal(link(x), stored)
     check(found)
+
+
+def test_a_library_is_found():
+    """Where torch multiplies with MKL, which this torch says."""
+    assert cpu._native().multiplies_by_library() == torch.backends.mkl.is_available()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_rows_that_overlap_or_lie_apart(isa, norm):
+    """A library takes no matrix whose rows overlap, and none of more than 2^31 elements from row to row."""
+    link = make_link(LinkConfig("outer", 512, 512, 400, "linear", norm=norm))
+    repeated, shifted = make_rows(1, 512).expand(300, 512), make_rows(1, 900)[0].unfold(0, 512, 1)[:300]
+    for x in (repeated, shifted):
+        dy = make_rows(300, 400, seed=2)
+        found, copied = run(link, x, dy), run(link, x.contiguous(), dy)
+        for name, grad in copied.grads.items():
+            assert relative_error(found.grads[name], grad) < 1e-5, name
+
+
+def test_a_link_of_half_precision_rounds_weights_at_any_size(isa):
+    """Masters in fp32 are rounded to the compute dtype by every product: 70000 is infinite in fp16."""
+    link = make_link(LinkConfig("inner", 512, 512, 512, "identity", norm=False))
+    with torch.no_grad():
+        link.proj1.weight[0, 0] = 70000
+        for tokens in (64, 512):
+            with torch.autocast("cpu", torch.float16):
+                assert torch.isinf(link(torch.ones(tokens, 512))).any(), tokens
 
 
 @pytest.mark.parametrize("tokens", [3, 5, 17, 33, 49, 65, 130, 1027])

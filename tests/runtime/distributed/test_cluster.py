@@ -97,6 +97,13 @@ def test_a_new_cluster_has_no_process_for_tasks_that_nobody_has() -> None:
     assert not [title for title in titles if "IDLE" in title or "default_worker" in title]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_processes_of_a_new_cluster_yield_to_nothing() -> None:
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 @pytest.mark.usefixtures("pooled")
 def test_the_key_is_in_no_file_command_line_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
