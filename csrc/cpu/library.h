@@ -48,15 +48,15 @@ inline Weight for_library(const Weight& weight) {
   return {weight.dtype == Dtype::f32 ? weight.data : nullptr, Dtype::f32, Form::stored};
 }
 
-// Blocks of equal size, as many as there are threads or more.
+// Blocks of equal size, as many for each thread.
 struct LibraryBlocks {
   int64_t rows, columns, width, height, across, down;
 
   // most_rows: of a block that waits in the cache to be finished.
   LibraryBlocks(int64_t all_rows, int64_t all_columns, int64_t threads, int64_t most_rows)
       : rows(all_rows), columns(all_columns) {
-    const int64_t widest = larger(smaller((columns + threads - 1) / threads, kLibraryColumns), kLibraryFewest);
-    across = (columns + widest - 1) / widest;
+    const int64_t fewest = (columns + kLibraryColumns - 1) / kLibraryColumns;
+    across = smaller(round_up(fewest, threads), larger(columns / kLibraryFewest, 1));
     width = round_up((columns + across - 1) / across, kWidth);
     down = larger((rows + most_rows - 1) / most_rows, smaller(threads / across, rows / kTallRows));
     height = (rows + down - 1) / down;

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from recmas_kernels import alignment_loss, use_backend
+from recmas_kernels.backends import cpu
 from recmas_kernels.testing import LOW_PRECISION, check_budget, make_rows, name_of, poisoned_allocations
 
 
@@ -43,7 +44,7 @@ def test_loss_and_gradient_stay_in_the_error_budget(backend, tokens, width, gath
             return alignment_loss(pred, table, token_ids=ids, embed_scale=scale, **options)
         return alignment_loss(pred, target, **options)
 
-    with poisoned_allocations():
+    with cpu.fresh_scratch(), poisoned_allocations():
         loss, grad = loss_and_grad(fused, pred)
     wanted = target.double() * scale
     exact = loss_and_grad(lambda p: plain(p, wanted, mask, *weights), pred.double())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recmas_kernels import LinkConfig, recursive_link, use_backend
+from recmas_kernels.backends import cpu
 from recmas_kernels.testing import (
     LOW_PRECISION,
     check_budget,
@@ -34,7 +35,7 @@ def test_outputs_and_gradients_stay_in_the_error_budget(backend, kind, dtype, to
     link = make_link(config, dtype)
     x = make_rows(tokens, config.in_features, dtype=dtype)
     dy = make_rows(tokens, config.out_features, dtype=dtype, seed=2)
-    with poisoned_allocations():
+    with cpu.fresh_scratch(), poisoned_allocations():
         check_link(link, x, dy)
 
 
