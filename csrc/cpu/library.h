@@ -6,27 +6,27 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-// From these sizes on, on processors with AMX, whose library multiplies fp32 faster (docs/kernels.md).
-constexpr int64_t kLibraryFewest = 128;  // rows, columns and k
+// On processors with AMX, MKL multiplies fp32 faster than our tiles from these sizes on (docs/kernels.md).
+constexpr int64_t kLibraryFewest = 128;       // rows, columns and k
+constexpr int64_t kLibraryMost = 0x7fffffff;  // and strides: it takes numbers of 32 bits
 constexpr double kLibraryFlops = 6e7;
 constexpr int64_t kLibraryRows = 512, kLibraryColumns = 1024;  // of a block, at most
 
-// The library of a link's products, if any of them may be its own: in fp32, where it is the faster.
+// The library, where it may multiply for this link; else null.
 inline Sgemm* library_of(const LinkConfig& config) {
   const bool faster = kMatrixTiles && config.compute == Dtype::f32 && config.shape.tokens >= kLibraryFewest;
   return faster ? config.sgemm : nullptr;
 }
 
 inline bool library_multiplies(int64_t rows, int64_t columns, int64_t k) {
-  constexpr int64_t kMost = 0x7fffffff;  // its sizes have 32 bits
-  return rows >= kLibraryFewest && columns >= kLibraryFewest && k >= kLibraryFewest && rows <= kMost &&
-         columns <= kMost && k <= kMost &&
+  return rows >= kLibraryFewest && columns >= kLibraryFewest && k >= kLibraryFewest && rows <= kLibraryMost &&
+         columns <= kLibraryMost && k <= kLibraryMost &&
          2.0 * static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(k) >= kLibraryFlops;
 }
 
-// Rows of memory that overlap, or are too far apart, it does not take.
+// It takes no rows of memory that overlap, and none too far apart. row: elements of one.
 inline bool library_reads(Dtype dtype, int64_t stride, int64_t row) {
-  return dtype == Dtype::f32 && stride >= row && stride <= 0x7fffffff;
+  return dtype == Dtype::f32 && stride >= row && stride <= kLibraryMost;
 }
 
 template <int term_count>
@@ -48,7 +48,7 @@ inline Weight for_library(const Weight& weight) {
   return {weight.dtype == Dtype::f32 ? weight.data : nullptr, Dtype::f32, Form::stored};
 }
 
-// Blocks of equal size, as many for each thread.
+// Blocks of the result, of nearly equal size, and as many for each thread where there are columns enough.
 struct LibraryBlocks {
   int64_t rows, columns, width, height, across, down;
 
