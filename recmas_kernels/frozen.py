@@ -99,15 +99,21 @@ def pack(weight: Tensor) -> Panels:
 def _narrowed(weight: Tensor) -> Tensor:
     """``weight`` in the smallest dtype that holds every value of it exactly.
 
-    Bits are compared, not values: processors may be set to take denormal numbers for zero.
+    Bits are compared, not values: processors may be set to take denormal numbers for zero. A matrix with
+    what is not finite is not kept in bfloat16: rows may be split (csrc/cpu/split.h), and a part that is zero would be
+    multiplied by it.
     """
     if weight.dtype is torch.float32:
         parts = [part.view(torch.int32) for part in weight.view(-1).split(_EXACT_CHUNK)]
-        if not any(bool((bits & 0xFFFF).any()) for bits in parts):
+        if all(_fits_bfloat16(bits) for bits in parts):
             return torch.cat([(bits >> 16).to(torch.int16) for bits in parts]).view(torch.bfloat16).view(weight.shape)
         if all(_fits_float16(bits) for bits in parts):
             return weight.half()
     return weight
+
+
+def _fits_bfloat16(bits: Tensor) -> bool:
+    return not bool((bits & 0xFFFF).any()) and bool(bits.view(torch.float32).isfinite().all())
 
 
 def _fits_float16(bits: Tensor) -> bool:

@@ -2,17 +2,19 @@
 // (tile.h) hold 16 steps one after the other as a register wants them, so packed weights are those of AVX512-BF16.
 #pragma once
 
+#include "left.h"
 #include "tile_registers.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr bool kMatrixTiles = RECMAS_ISA_LEVEL >= 4;
 constexpr int64_t kTallRows = kMatrixTiles ? 32 : kTileRows;  // the most rows of any tile
 constexpr int64_t kFewRows = 2;  // AVX-512 multiplies up to so many as fast: both wait for the panel
 
 // Whether a product of so many rows uses tile registers, all of it: a last tile of few rows alone would round
 // otherwise.
-constexpr bool in_registers(bool bf16_left, int64_t rows) { return kMatrixTiles && bf16_left && rows > kFewRows; }
+inline bool in_registers(const Left& left, int64_t rows) {
+  return kMatrixTiles && left.bf16 && (left.parts > 1 || rows > kFewRows);
+}
 
 #if RECMAS_ISA_LEVEL >= 4
 
@@ -28,8 +30,19 @@ inline void multiply_registers(const char* left, int64_t left_bytes, const char*
   });
 }
 
+// The same of the parts of 16 rows, in registers of their own beside three sums: a piece of the panel is read once.
+template <int vecs>
+inline void multiply_parts(const char* left, int64_t left_bytes, int64_t part_bytes, const char* panel) {
+  unrolled<kParts>([&](auto part) { load_part<part.value>(left + part * part_bytes, left_bytes); });
+  unrolled<vecs>([&](auto c) {
+    _tile_loadd(7, panel + 64 * c.value, step_bytes(Format::pairs));
+    unrolled<kParts>([&](auto part) { add_part<c.value, part.value>(); });
+  });
+}
+
 // call.out (+)= left x panel over the first `depths` times kDepth steps; two: kTallRows rows, else those of `shape`.
-template <bool two, int vecs>
+// One instruction sums its kDepth steps before it adds them, so a sum over all k is two sums of short chains.
+template <bool two, int vecs, int parts>
 void multiply_depths(const TileCall& call, int64_t depths) {
   const char* left = static_cast<const char*>(call.left);
   const int64_t left_bytes = call.left_stride * 2;
@@ -50,8 +63,15 @@ void multiply_depths(const TileCall& call, int64_t depths) {
     } else {
       prefetcher.advance(lines);
     }
-    multiply_registers<0, vecs>(left, left_bytes, panel);
-    if constexpr (two) multiply_registers<3, vecs>(left + kRegister * left_bytes, left_bytes, panel);
+    if constexpr (parts > 1 && !two) {
+      multiply_parts<vecs>(left, left_bytes, call.part * 2, panel);
+      continue;
+    }
+    for (int part = 0; part < parts; ++part) {
+      const char* at = left + part * call.part * 2;
+      multiply_registers<0, vecs>(at, left_bytes, panel);
+      if constexpr (two) multiply_registers<3, vecs>(at + kRegister * left_bytes, left_bytes, panel);
+    }
   }
   unrolled<vecs>([&](auto c) {
     store_sum<c.value>(call.out + kRegister * c.value);
@@ -59,11 +79,16 @@ void multiply_depths(const TileCall& call, int64_t depths) {
   });
 }
 
+template <bool two, int parts>
+void multiply_depths(const TileCall& call, int64_t depths, int64_t columns) {
+  if (columns <= kRegister) return multiply_depths<two, 1, parts>(call, depths);
+  if (columns <= 2 * kRegister) return multiply_depths<two, 2, parts>(call, depths);
+  multiply_depths<two, 3, parts>(call, depths);
+}
 template <bool two>
 void multiply_depths(const TileCall& call, int64_t depths, int64_t columns) {
-  if (columns <= kRegister) return multiply_depths<two, 1>(call, depths);
-  if (columns <= 2 * kRegister) return multiply_depths<two, 2>(call, depths);
-  multiply_depths<two, 3>(call, depths);
+  if (call.parts == 1) return multiply_depths<two, 1>(call, depths, columns);
+  multiply_depths<two, kParts>(call, depths, columns);
 }
 
 // What of a call concerns its rows from `row` on, and the steps from `step` on.
@@ -94,8 +119,12 @@ inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64
     row += count;
   }
   for (int64_t row = 0; whole < call.steps && row < rows; row += kTileRows) {
-    const int64_t count = smaller(kTileRows, rows - row);
-    tile_of<Format::pairs, true, true>(count, columns)(part_of(call, row, whole));
+    const TileFunction rest = tile_of<Format::pairs, true, true>(smaller(kTileRows, rows - row), columns);
+    TileCall part = part_of(call, row, whole);
+    for (int i = 0; i < call.parts; ++i, part.fresh = false) {
+      rest(part);
+      part.left = static_cast<const Bf16*>(part.left) + call.part;
+    }
   }
 }
 #else

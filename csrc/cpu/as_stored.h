@@ -15,8 +15,8 @@ inline bool as_stored(const Term (&terms)[term_count], int64_t rows) {
   bool all = rows <= kAsStoredRows;
   for (const Term& term : terms) {
     const Right& right = term.right;
-    all = all && in_registers(term.left.bf16, rows) && right.layout == Layout::columns && right.dtype == Dtype::bf16 &&
-          right.k % 2 == 0;
+    all = all && in_registers(term.left, rows) && term.left.parts == 1 && right.layout == Layout::columns &&
+          right.dtype == Dtype::bf16 && right.k % 2 == 0;
   }
   return all;
 }
@@ -49,7 +49,7 @@ template <int term_count, class Start, class Finish>
 void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                         const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(rows);
-  const Groups groups(columns, true);
+  const Groups groups(columns, terms[0].left);
   const char* laid_out[term_count];
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];

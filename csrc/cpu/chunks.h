@@ -24,13 +24,14 @@ constexpr int64_t kLastGroups = 2;
 inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, int64_t part, int64_t parts) {
   const int64_t first = groups.begin(group), count = groups.begin(group + 1) - first;
   const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
-  return {static_cast<const char*>(term.left.row(begin)), end - begin, (term.right.k * 2 + 63) / 64, term.left.bytes()};
+  return {static_cast<const char*>(term.left.row(begin)), end - begin, (term.left.parts * term.right.k * 2 + 63) / 64,
+          term.left.bytes()};
 }
 
 // Whether a product goes through its panels by chunks: one tile of rows reads packed ones once anyway.
 template <int term_count>
 inline bool in_chunks(const Term (&terms)[term_count], int64_t rows) {
-  if (!in_registers(terms[0].left.bf16, rows)) return false;
+  if (!in_registers(terms[0].left, rows)) return false;
   bool lays_out = false;
   for (const Term& term : terms) lays_out = lays_out || !term.right.packed();
   return lays_out || rows > kTallRows;
@@ -47,7 +48,7 @@ template <int term_count, class Start, class Finish>
 void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                      const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns), chunk = chunk_panels(panel_set_bytes(terms));
-  const Groups groups(rows, terms[0].left.bf16);
+  const Groups groups(rows, terms[0].left);
   TileRegisters registers;
   for (int64_t first = team.begin(panels); first < team.end(panels); first += chunk) {
     const int64_t count = smaller(chunk, team.end(panels) - first);
@@ -55,7 +56,7 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
     char* scratch_at = scratch;
     for (int i = 0; i < term_count; ++i) {
       const Term& term = terms[i];
-      const int64_t bytes = panel_bytes(term.format(), term.right.k);
+      const int64_t bytes = term.right.panel_pitch(term.format());
       if (term.right.packed()) {
         chunks[i] = static_cast<const char*>(term.right.data) + first * bytes;
         continue;
@@ -72,14 +73,14 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
         const bool fresh = !start(row, height, column, width, tile);
         for (int i = 0; i < term_count; ++i) {
           const Term& term = terms[i];
-          const char* at = chunks[i] + panel * panel_bytes(term.format(), term.right.k);
+          const char* at = chunks[i] + panel * term.right.panel_pitch(term.format());
           const int64_t left = groups.count - 1 - group;
           const Ahead ahead = left < kLastGroups ? ahead_of(term, at, chunk, column + chunk * kPanel,
                                                             kLastGroups - 1 - left, kLastGroups)
                                                  : rows_ahead(term, groups, group + 1, panel, count);
           multiply_tile(&registers, term.format(), true, height, width,
                         {term.left.row(row), term.left.stride, at, panel_steps(term.format(), term.right.k), tile,
-                         fresh && i == 0, ahead});
+                         fresh && i == 0, ahead, term.left.parts, term.left.part()});
         }
         finish(row, height, column, width, tile);
       }

@@ -16,6 +16,11 @@ constexpr int64_t frozen_rows(bool pairs) { return RECMAS_ISA_LEVEL == 1 ? 512 :
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
 
+// Bytes of a row that tile registers multiply in one pass: those of a tile's rows stay in the second-level cache beside
+// a chunk of panels.
+constexpr int64_t kPassBytes = 12288;
+
+constexpr int64_t kSplitFewest = 9;  // rows in fp32 that are split for tile registers; fewer wait for memory anyway
 constexpr int64_t kWidened = 24;     // rows from which on 16-bit panels are widened once, not in each tile
 constexpr int64_t kGradientFew = 4;  // rows whose gradients need no other layout
 
@@ -26,14 +31,23 @@ inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t 
   return useful_threads(threads, elements * (flops > 6.0 * bytes ? flops : 6.0 * bytes));
 }
 
-inline bool multiplies_pairs(Dtype stored, Dtype rows) {
-  return kDotPairs && stored == Dtype::bf16 && rows == Dtype::bf16;
+// How a product reads its left-hand rows.
+struct LeftKind {
+  bool pairs;
+  int parts;
+};
+
+// Of `rows` rows that have `dtype`, by weights in bf16 alone or others.
+inline LeftKind left_kind(bool bf16_weights, Dtype dtype, int64_t rows) {
+  if (!kDotPairs || !bf16_weights) return {false, 1};
+  if (dtype == Dtype::bf16) return {true, 1};
+  return kMatrixTiles && dtype == Dtype::f32 && rows >= kSplitFewest ? LeftKind{true, kParts} : LeftKind{false, 1};
 }
 
 // Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond k to read, and
 // not a multiple of 2 KB apart, where eight of them would share few sets of the first-level cache.
-inline bool reads_in_place(const FrozenForward& call, bool pairs) {
-  if (call.x.dtype != (pairs ? Dtype::bf16 : Dtype::f32)) return false;
+inline bool reads_in_place(const FrozenForward& call, LeftKind kind) {
+  if (call.x.dtype != (kind.pairs ? Dtype::bf16 : Dtype::f32)) return false;
   // Streaming reads whole vectors, packed pairs whole pairs.
   const int64_t whole = call.form == Form::stored ? 2 * kWidth : packed_format(call.stored) == Format::pairs ? 2 : 1;
   if (call.in_features % whole != 0) return false;
@@ -57,9 +71,10 @@ inline Bands take_bands(Arena& arena, int64_t threads, const BandRoom& room, int
 }
 
 struct FrozenPlan {
-  int64_t threads, block, workspace;
+  int64_t threads, block, depth, workspace;
   bool in_place;
   Left rows;
+  float* sums;  // [block][out_features], null where one pass gives y or y itself is fp32
   bool widens;
   Bands bands;
 };
@@ -67,12 +82,23 @@ struct FrozenPlan {
 inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   FrozenPlan plan{};
   Arena arena(base);
-  const bool pairs = multiplies_pairs(call.stored, call.x.dtype);
+  // A weight as it lies streams past rows in fp32.
+  const bool bf16_weights = call.stored == Dtype::bf16 && (call.form == Form::packed || call.x.dtype == Dtype::bf16);
+  const LeftKind kind = left_kind(bf16_weights, call.x.dtype, call.tokens);
+  const bool pairs = kind.pairs;
   plan.threads = frozen_threads(call.threads, call.tokens, call.in_features, call.out_features, call.stored);
   plan.block = smaller(call.tokens, frozen_rows(pairs));
-  plan.in_place = reads_in_place(call, pairs);
-  plan.rows = {nullptr, left_stride(call.in_features, pairs), pairs};
+  plan.in_place = reads_in_place(call, kind);
+  plan.depth = call.in_features;
+  if (kMatrixTiles && pairs && call.form == Form::packed && plan.block > kTallRows) {
+    const int64_t passes = (2 * kind.parts * call.in_features + kPassBytes - 1) / kPassBytes;
+    plan.depth = round_up((call.in_features + passes - 1) / passes, 32);
+  }
+  plan.rows = {nullptr, left_stride(plan.depth, pairs, kind.parts), pairs, kind.parts};
   if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
+  if (plan.depth < call.in_features && call.y.dtype != Dtype::f32) {
+    plan.sums = arena.floats(plan.block * call.out_features);
+  }
   BandRoom room{pairs};
   room.add(plan.block, call.out_features, piece_count(call.in_features));
   plan.widens = RECMAS_ISA_LEVEL <= 1 && plan.block >= kWidened && call.form == Form::packed &&
@@ -87,21 +113,52 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   return plan;
 }
 
+// What a result gathers in several passes: all but the last keep sums in fp32.
+struct Gathered {
+  Output result;
+  int64_t columns, first;  // of all, the row where this block begins
+  float* sums;             // of this block
+  bool begun, ends;
+
+  Gathered(const Output& to, int64_t stride, int64_t row, float* own, bool begun_before, bool ends_now)
+      : result(to), columns(stride), first(row), begun(begun_before), ends(ends_now) {
+    sums = own != nullptr ? own : static_cast<float*>(to.data) + row * stride;
+  }
+  void load(int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) const {
+    load_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+  }
+  void store(int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) const {
+    if (ends) {
+      store_tile(result.data, result.dtype, columns, first + row, rows, column, width, tile);
+    } else {
+      store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    }
+  }
+};
+
+// Adds what in features [from, from + depth) give to rows [first, first + count).
 inline void frozen_product(const Team& team, const FrozenForward& call, const FrozenPlan& plan, const Left& rows,
-                           int64_t first, int64_t count) {
+                           int64_t first, int64_t count, int64_t from, int64_t depth) {
   const int64_t columns = call.out_features;
   const Layout layout = plan.widens                 ? Layout::narrow_panels
                         : call.form == Form::packed ? Layout::panels
                                                     : Layout::columns;
+  const Format format = packed_format(call.stored);
+  const char* weight = static_cast<const char*>(call.weight) + panel_steps(format, from) * step_bytes(format);
   const Term terms[1] = {
-      {rows, {call.weight, call.stored, call.in_features, layout, call.form, call.in_features, columns, call.stored}}};
-  const auto start = [&](int64_t, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
-    if (call.bias.data == nullptr) return false;
-    load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
+      {rows, {weight, call.stored, call.in_features, layout, call.form, depth, columns, call.stored}}};
+  const Gathered y(call.y, columns, first, plan.sums, from > 0, from + depth == call.in_features);
+  const auto start = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
+    if (!y.begun && call.bias.data == nullptr) return false;
+    if (y.begun) {
+      y.load(row, tile_rows, column, width, tile);
+    } else {
+      load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
+    }
     return true;
   };
   const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
-    store_tile(call.y.data, call.y.dtype, columns, first + row, tile_rows, column, width, tile);
+    y.store(row, tile_rows, column, width, tile);
   };
   multiply(team, terms, count, columns, plan.bands.room(team), start, finish);
 }
@@ -109,11 +166,10 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Fr
 // Rows [first, first + count) of a matrix, columns [column, column + columns), as a product reads them.
 inline void copy_rows(const Team& team, const MatrixView& from, int64_t first, int64_t count, int64_t column,
                       int64_t columns, const Left& to) {
-  const Dtype dtype = to.dtype();
   for (int64_t r = team.begin(count); r < team.end(count); ++r) {
     const int64_t at = (first + r) * from.stride + column;
     typed(from.data, from.dtype, [&](const auto* p) {
-      typed(to.row(r), dtype, [&](auto* row) {
+      write_row(to, r, [&](auto row) {
         each_vector(columns, [&](int64_t c, auto lanes) { store(row + c, load(p + at + c, lanes), lanes); });
       });
     });
@@ -129,16 +185,20 @@ inline void frozen_forward(const FrozenForward& call, void* workspace) {
   run_team(plan.threads, [&](const Team& team) {
     for (int64_t first = 0; first < call.tokens; first += plan.block) {
       const int64_t count = smaller(plan.block, call.tokens - first);
-      Left rows = plan.rows;
-      if (plan.in_place) {
-        rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + first * row_bytes;  // only read
-        rows.stride = call.x.stride;
-      } else {
-        copy_rows(team, call.x, first, count, 0, call.in_features, rows);
-        team.wait();
+      for (int64_t from = 0; from < call.in_features; from += plan.depth) {
+        const int64_t depth = smaller(plan.depth, call.in_features - from);
+        Left rows = plan.rows;
+        if (plan.in_place) {
+          const int64_t at = first * row_bytes + from * rows.element_bytes();
+          rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + at;  // only read
+          rows.stride = call.x.stride;
+        } else {
+          copy_rows(team, call.x, first, count, from, depth, rows);
+          team.wait();
+        }
+        frozen_product(team, call, plan, rows, first, count, from, depth);
+        if (!plan.in_place) team.wait();  // the next ones overwrite the rows
       }
-      frozen_product(team, call, plan, rows, first, count);
-      if (!plan.in_place) team.wait();  // the next block overwrites the rows
     }
   });
 }
@@ -155,11 +215,12 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   FrozenGradientPlan plan{};
   Arena arena(base);
   plan.few = call.tokens <= kGradientFew;
-  const bool pairs = multiplies_pairs(call.stored, call.dy.dtype) && !plan.few;
+  const LeftKind kind = left_kind(call.stored == Dtype::bf16 && !plan.few, call.dy.dtype, call.tokens);
+  const bool pairs = kind.pairs;
   plan.threads = frozen_threads(call.threads, call.tokens, call.out_features, call.in_features, call.stored);
   plan.block = smaller(call.tokens, kGradientRows);
   plan.depth = smaller(call.out_features, kGradientDepth);
-  plan.rows = {nullptr, left_stride(round_up(plan.depth, kPanel), pairs), pairs};
+  plan.rows = {nullptr, left_stride(round_up(plan.depth, kPanel), pairs, kind.parts), pairs, kind.parts};
   plan.rows.data = arena.take(plan.block * plan.rows.bytes());
   if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
     plan.sums = arena.floats(plan.block * call.in_features);
@@ -233,19 +294,13 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
       static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
   const Term terms[1] = {
       {plan.rows, {panels, call.stored, 0, Layout::turned_panels, Form::stored, depth, columns, call.stored}}};
-  const bool last = out + depth == call.out_features;
-  float* const sums = plan.sums != nullptr ? plan.sums : static_cast<float*>(call.dx.data) + first * columns;
+  const Gathered dx(call.dx, columns, first, plan.sums, out > 0, out + depth == call.out_features);
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
-    if (out == 0) return false;
-    load_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
-    return true;
+    if (dx.begun) dx.load(row, rows, column, width, tile);
+    return dx.begun;
   };
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
-    if (last) {
-      store_tile(call.dx.data, call.dx.dtype, columns, first + row, rows, column, width, tile);
-    } else {
-      store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
-    }
+    dx.store(row, rows, column, width, tile);
   };
   if (!plan.few) {
     return multiply(team, terms, count, columns, plan.bands.room(team), start, finish);

@@ -27,13 +27,29 @@ void multiply_frozen(const Team& team, const Left& left, const FrozenWeight& wei
   multiply_whole(team, terms, rows, columns, nullptr, start, finish);
 }
 
-// to[0, columns) = norm of from[0, columns) of any types.
-inline void norm_row(const void* from, Dtype dtype, const RmsGain& norm, int64_t columns, void* to, Dtype result) {
+// to[0, columns) = norm of from[0, columns) of any type.
+template <class Result>
+inline void norm_row(const void* from, Dtype dtype, const RmsGain& norm, int64_t columns, Result to) {
   typed(norm.gain.data, norm.gain.dtype, [&](const auto* gain) {
-    typed(from, dtype, [&](const auto* x) {
-      typed(to, result, [&](auto* y) { rms_norm_row(x, gain, columns, norm.offset, norm.eps, y); });
-    });
+    typed(from, dtype, [&](const auto* x) { rms_norm_row(x, gain, columns, norm.offset, norm.eps, to); });
   });
+}
+
+// The same as a row that products read.
+inline void norm_row(const void* from, Dtype dtype, const RmsGain& norm, int64_t columns, const Left& to, int64_t r) {
+  write_row(to, r, [&](auto row) { norm_row(from, dtype, norm, columns, row); });
+  pad_left(to, r, columns);
+}
+
+// Rows that all of `weights` multiply.
+template <int count>
+inline LeftKind left_kind(const FrozenWeight* const (&weights)[count], Dtype dtype, int64_t rows) {
+  bool bf16 = true;
+  for (const FrozenWeight* weight : weights) bf16 = bf16 && weight->stored == Dtype::bf16;
+  return left_kind(bf16, dtype, rows);
+}
+inline Left take_left(Arena& arena, int64_t rows, int64_t k, LeftKind kind) {
+  return take_left(arena, rows, k, kind.pairs, kind.parts);
 }
 
 inline const void* row_of(const MatrixView& view, int64_t row) {
@@ -41,7 +57,9 @@ inline const void* row_of(const MatrixView& view, int64_t row) {
 }
 
 // Thread `rank`'s own of as many equal pieces.
-inline Left own(const Left& all, int64_t rank, int64_t rows) { return {all.row(rank * rows), all.stride, all.bf16}; }
+inline Left own(const Left& all, int64_t rank, int64_t rows) {
+  return {all.row(rank * rows), all.stride, all.bf16, all.parts};
+}
 
 inline int64_t useful_threads(const LayerInputs& call) {
   const int64_t columns = (call.heads + 2 * call.key_heads) * call.head_features;
@@ -63,8 +81,8 @@ inline InputsPlan plan_inputs(const LayerInputs& call, int64_t threads, void* ba
   InputsPlan plan{};
   Arena arena(base);
   plan.columns = (call.heads + 2 * call.key_heads) * call.head_features;
-  const bool pairs = multiplies_pairs(call.query.stored, call.x.dtype);
-  plan.normed = take_left(arena, threads * call.rows, call.features, pairs);
+  const LeftKind kind = left_kind({&call.query, &call.key, &call.value}, call.x.dtype, call.rows);
+  plan.normed = take_left(arena, threads * call.rows, call.features, kind);
   plan.heads = arena.floats(call.rows * plan.columns);
   plan.workspace = arena.used();
   return plan;
@@ -89,7 +107,7 @@ void turn_head(const float* head, const Angle* cos, const Angle* sin, int64_t ha
 // Norms and turns one head of `line` into its place.
 inline void finish_head(const LayerInputs& call, float* line, const RmsGain& norm, int64_t row, float scale, void* to,
                         Dtype dtype) {
-  if (norm.gain.data != nullptr) norm_row(line, Dtype::f32, norm, call.head_features, line, Dtype::f32);
+  if (norm.gain.data != nullptr) norm_row(line, Dtype::f32, norm, call.head_features, line);
   typed(row_of(call.cos, row), call.cos.dtype, [&](const auto* cos) {
     const decltype(cos) sin = static_cast<decltype(cos)>(row_of(call.sin, row));
     typed(to, dtype, [&](auto* result) { turn_head(line, cos, sin, call.head_features / 2, scale, result); });
@@ -105,8 +123,7 @@ inline void layer_inputs(const Team& team, const LayerInputs& call, const Inputs
   const int64_t width = call.head_features, queries = call.heads * width, keys = call.key_heads * width;
   const Left normed = own(plan.normed, team.rank, call.rows);
   for (int64_t r = 0; r < call.rows; ++r) {
-    norm_row(row_of(call.x, r), call.x.dtype, call.norm, call.features, normed.row(r), normed.dtype());
-    pad_left(normed, r, call.features);
+    norm_row(row_of(call.x, r), call.x.dtype, call.norm, call.features, normed, r);
   }
   const auto to_heads = [&](int64_t first) {
     return [&plan, first](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
@@ -161,15 +178,16 @@ inline OutputPlan plan_output(const LayerOutput& call, int64_t threads, void* ba
   OutputPlan plan{};
   Arena arena(base);
   const int64_t inner = call.heads * call.head_features;
-  const bool pairs = multiplies_pairs(call.gate.stored, call.x.dtype);
-  plan.attended = take_left(arena, call.rows, inner, pairs);
-  plan.hidden = take_left(arena, call.rows, call.hidden_features, pairs);
+  const Dtype dtype = call.x.dtype;
+  plan.attended = take_left(arena, call.rows, inner, left_kind({&call.out}, dtype, call.rows));
+  plan.hidden = take_left(arena, call.rows, call.hidden_features, left_kind({&call.down}, dtype, call.rows));
   plan.summed = arena.floats(call.rows * call.features);
   plan.gated = arena.floats(call.rows * call.hidden_features);
   plan.line_floats = heads_together(call) * (call.head_features + attention_floats(call.positions, call.head_features));
   plan.lines = arena.floats(threads * plan.line_floats);
   plan.middle = arena.floats(threads * call.rows * call.features);
-  plan.normed = take_left(arena, threads * call.rows, call.features, pairs);
+  plan.normed =
+      take_left(arena, threads * call.rows, call.features, left_kind({&call.gate, &call.up}, dtype, call.rows));
   plan.workspace = arena.used();
   return plan;
 }
@@ -217,7 +235,7 @@ inline void finish_attention(const LayerOutput& call, const OutputPlan& plan, fl
     float* const line = middle + r * call.features;
     const float* added = plan.summed + r * call.features;
     if (call.after_attention.gain.data != nullptr) {
-      norm_row(added, Dtype::f32, call.after_attention, call.features, line, Dtype::f32);
+      norm_row(added, Dtype::f32, call.after_attention, call.features, line);
       added = line;
     }
     typed(row_of(call.x, r), call.x.dtype, [&](const auto* x) {
@@ -225,8 +243,7 @@ inline void finish_attention(const LayerOutput& call, const OutputPlan& plan, fl
         store(line + c, add(load(x + c, lanes), load(added + c, lanes)), lanes);
       });
     });
-    norm_row(line, Dtype::f32, call.before_feed, call.features, normed.row(r), normed.dtype());
-    pad_left(normed, r, call.features);
+    norm_row(line, Dtype::f32, call.before_feed, call.features, normed, r);
   }
 }
 
@@ -283,7 +300,7 @@ inline void layer_output(const Team& team, const LayerOutput& call, const Output
   team.wait();
   for (int64_t r = team.begin(call.rows); r < team.end(call.rows); ++r) {
     float *const line = middle + r * features, *const added = plan.summed + r * features;
-    norm_row(added, Dtype::f32, call.after_feed, features, added, Dtype::f32);
+    norm_row(added, Dtype::f32, call.after_feed, features, added);
     add_line(line, added, features);
     store_line(call.y.data, call.y.dtype, r * features, features, line);
   }

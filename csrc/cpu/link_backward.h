@@ -300,7 +300,7 @@ inline void add_weight_gradient(const Team& team, const BackwardPlan& plan, cons
   const bool past = last && past_caches(gradient.output, rows, columns);
   // A short product is bound by writing its result: the lines of tiles to come are asked for early.
   const int64_t ahead =
-      resident ? 4 * kPanel : 2 * (in_registers(left_transposed.bf16, rows) ? kTallRows : kTileRows) * columns;
+      resident ? 4 * kPanel : 2 * (in_registers(left_transposed, rows) ? kTallRows : kTileRows) * columns;
   const auto start = [&](int64_t row, int64_t count, int64_t column, int64_t width, float* tile) {
     for (int64_t r = 0; r < count && !past; ++r) {
       const char* line = result + ((row + r) * columns + column + ahead) * element_bytes;

@@ -16,10 +16,12 @@ namespace recmas::cpu::RECMAS_ISA {
 constexpr int64_t kForwardBlock = RECMAS_ISA_LEVEL == 1 ? 512 : kMatrixTiles ? 1024 : 128;
 
 inline Right weight_of(const Weight& weight, int64_t rows, int64_t columns, bool transposed, Dtype compute) {
-  const Layout stored = transposed ? Layout::columns : Layout::rows;
-  const Layout layout = weight.form == Form::packed ? Layout::panels : stored;
-  return transposed ? Right{weight.data, weight.dtype, columns, layout, weight.form, columns, rows, compute}
-                    : Right{weight.data, weight.dtype, columns, layout, weight.form, rows, columns, compute};
+  const int64_t k = transposed ? columns : rows, others = transposed ? rows : columns;
+  if (weight.form == Form::packed) {
+    return {weight.data, weight.dtype, k, Layout::panels, weight.form, k, others, compute};
+  }
+  const Layout layout = transposed ? Layout::columns : Layout::rows;
+  return {weight.data, weight.dtype, columns, layout, weight.form, k, others, compute};
 }
 
 inline double link_flops(const LinkShape& s, Residual residual) {

@@ -10,7 +10,7 @@ namespace recmas::cpu::RECMAS_ISA {
 enum class Layout {
   rows,           // [k][columns]
   columns,        // [columns][k]: a weight as nn.Linear stores it
-  panels,         // in packed_format(compute)
+  panels,         // in packed_format(compute), of `stride` k, of which a product may read some in the middle
   turned_panels,  // panels of the transpose, in packed_format(compute), the first k columns of it
   narrow_panels,  // panels of 16-bit elements, [stride][columns], that are laid out in fp32
 };
@@ -26,6 +26,7 @@ struct Right {
   int64_t ahead = 256;  // bytes from a place in memory that is laid out to the one that is prefetched with it
 
   bool packed() const { return layout == Layout::panels; }
+  int64_t panel_pitch(Format format) const { return panel_bytes(format, packed() ? stride : k); }
 };
 
 template <class Lanes>

@@ -69,7 +69,7 @@ inline bool transposes(const Term (&terms)[term_count], int64_t rows) {
   bool all = true;
   for (const Term& term : terms) {
     const Right& right = term.right;
-    all = all && right.layout == Layout::columns && !streams(right, term.left.bf16, rows) && !term.left.bf16;
+    all = all && right.layout == Layout::columns && !streams(right, term.left, rows) && !term.left.bf16;
   }
   return all;
 }
@@ -80,7 +80,7 @@ void multiply_piece(const Term& term, Format format, int64_t k, bool first, bool
                     int64_t last_panel, int64_t rows, int64_t columns, char* scratch, float* sums, const Start& start,
                     const Finish& finish) {
   const int64_t count = smaller(kPiece, term.right.k - k), steps = panel_steps(format, count);
-  const int64_t bytes = panel_bytes(format, term.right.packed() ? term.right.k : kPiece);
+  const int64_t bytes = term.right.packed() ? term.right.panel_pitch(format) : panel_bytes(format, kPiece);
   const char* pieces = scratch;
   if (term.right.packed()) {
     pieces =

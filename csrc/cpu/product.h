@@ -53,7 +53,7 @@ template <class Start, class Finish>
 void multiply_resident(const Team& team, const Term& term, int64_t rows, int64_t columns, char* scratch,
                        const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns), bytes = panel_bytes(term.format(), term.right.k);
-  const Groups rows_of(rows, term.left.bf16);
+  const Groups rows_of(rows, term.left);
   const int64_t groups = rows_of.count;
   if (team.begin(groups) == team.end(groups)) return;
   for (int64_t panel = 0; panel < panels; ++panel) {

@@ -6,8 +6,9 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
+// y: a pointer, or where the parts of a row lie.
 template <class Stored, class Gain, class Result>
-void rms_norm_row(const Stored* x, const Gain* gain, int64_t columns, float offset, float eps, Result* y) {
+void rms_norm_row(const Stored* x, const Gain* gain, int64_t columns, float offset, float eps, Result y) {
   // Four sums side by side, since a lone one would wait for each of its additions.
   constexpr int64_t stride = 4 * kWidth;
   const int64_t whole = columns / stride * stride;

@@ -118,10 +118,10 @@ void stream_stored(const void* left, int64_t left_stride, int64_t rows, const St
 constexpr int64_t kStreamLimit = 16;
 
 // Whether a product reads `right` in place instead of packing it.
-inline bool streams(const Right& right, bool bf16_left, int64_t rows) {
+inline bool streams(const Right& right, const Left& left, int64_t rows) {
   if (right.form != Form::stored || right.layout != Layout::columns || rows > kStreamLimit) return false;
-  if (in_registers(bf16_left, rows)) return false;
-  if (bf16_left) return right.dtype == Dtype::bf16;
+  if (in_registers(left, rows)) return false;
+  if (left.bf16) return right.dtype == Dtype::bf16;
   return right.dtype == right.compute || right.dtype != Dtype::f32;
 }
 

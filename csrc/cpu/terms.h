@@ -1,47 +1,10 @@
 // What a matrix product multiplies: left-hand rows, terms of a sum, and the tiles that it hands on.
 #pragma once
 
-#include "arena.h"
 #include "stream.h"
 #include "threads.h"
 
 namespace recmas::cpu::RECMAS_ISA {
-
-struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
-  void* data;
-  int64_t stride;
-  bool bf16;
-
-  Dtype dtype() const { return bf16 ? Dtype::bf16 : Dtype::f32; }
-  int64_t element_bytes() const { return bf16 ? 2 : 4; }
-  int64_t bytes() const { return stride * element_bytes(); }
-  void* row(int64_t r) const { return static_cast<char*>(data) + r * bytes(); }
-};
-
-// Whole vectors, and an odd number of cache lines: rows a power of two apart would share cache sets.
-constexpr int64_t left_stride(int64_t k, bool bf16) {
-  const int64_t line = bf16 ? 32 : 16;
-  return (round_up(k, line) / line | 1) * line;
-}
-
-inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16) {
-  Left left{nullptr, left_stride(k, bf16), bf16};
-  left.data = arena.take(rows * left.bytes());
-  return left;
-}
-
-// Columns [column, column + columns) of row r from an fp32 line; what is stored is what the next product reads.
-inline void store_left(const Left& left, int64_t r, int64_t column, int64_t columns, const float* line) {
-  store_line(left.row(r), left.dtype(), column, columns, line);
-}
-inline void load_left(const Left& left, int64_t r, int64_t column, int64_t columns, float* line) {
-  load_line(left.row(r), left.dtype(), column, columns, line);
-}
-// Zeroes what lies between k and the stride, which the last step of a product may read.
-inline void pad_left(const Left& left, int64_t r, int64_t k) {
-  __builtin_memset(static_cast<char*>(left.row(r)) + k * left.element_bytes(), 0,
-                   static_cast<size_t>((left.stride - k) * left.element_bytes()));
-}
 
 struct Term {
   Left left;
@@ -59,7 +22,7 @@ struct Groups {
   int64_t rows, count;
   bool whole;
 
-  Groups(int64_t all, bool bf16_left) : rows(all), whole(in_registers(bf16_left, all)) {
+  Groups(int64_t all, const Left& left) : rows(all), whole(in_registers(left, all)) {
     const int64_t most = whole ? kTallRows : kTileRows;
     count = (all + most - 1) / most;
   }
@@ -89,7 +52,7 @@ inline void load_tile(const void* data, Dtype dtype, int64_t stride, int64_t row
 }
 inline void store_tile(const Left& left, int64_t row, int64_t rows, int64_t column, int64_t columns,
                        const float* tile) {
-  store_tile(left.data, left.dtype(), left.stride, row, rows, column, columns, tile);
+  for (int64_t r = 0; r < rows; ++r) store_left(left, row + r, column, columns, tile + r * kPanel);
 }
 
 inline void clear_tile(int64_t rows, float* tile) {

@@ -124,6 +124,8 @@ struct TileCall {
   float* out;  // [rows][kPanel]
   bool fresh;  // out holds nothing yet: it is written, not added to
   Ahead ahead;
+  int parts = 1;     // of each left-hand row
+  int64_t part = 0;  // elements from one to the next
 };
 
 // Prefetches an Ahead, some lines at a time.

@@ -56,6 +56,8 @@ template <int sum>
 void store_sum(float* to);
 template <int sum>
 void add_product();  // of registers 6 and 7
+template <int sum, int part>
+void add_part();  // of registers 3 + part and 7
 #define RECMAS_SUM(sum)                          \
   template <>                                    \
   inline void zero_sum<sum>() {                  \
@@ -80,6 +82,30 @@ RECMAS_SUM(3)
 RECMAS_SUM(4)
 RECMAS_SUM(5)
 #undef RECMAS_SUM
+
+template <int part>
+void load_part(const void* rows, int64_t bytes);
+#define RECMAS_PART(part, in)                                    \
+  template <>                                                    \
+  inline void load_part<part>(const void* rows, int64_t bytes) { \
+    _tile_loadd(in, rows, bytes);                                \
+  }                                                              \
+  template <>                                                    \
+  inline void add_part<0, part>() {                              \
+    _tile_dpbf16ps(0, in, 7);                                    \
+  }                                                              \
+  template <>                                                    \
+  inline void add_part<1, part>() {                              \
+    _tile_dpbf16ps(1, in, 7);                                    \
+  }                                                              \
+  template <>                                                    \
+  inline void add_part<2, part>() {                              \
+    _tile_dpbf16ps(2, in, 7);                                    \
+  }
+RECMAS_PART(0, 3)
+RECMAS_PART(1, 4)
+RECMAS_PART(2, 5)
+#undef RECMAS_PART
 
 }  // namespace recmas::cpu::RECMAS_ISA
 

@@ -17,7 +17,7 @@ inline Ahead ahead_of(const Term& term, const char* panel, int64_t further, int6
   if (right.packed()) {
     const int64_t steps = panel_steps(term.format(), right.k);
     const int64_t lines = kMatrixTiles ? (kPanelVecs * steps + groups - 1) / groups : steps;
-    return {panel + further * panel_bytes(term.format(), right.k) + group * lines * 64, lines, 1, 64};
+    return {panel + further * right.panel_pitch(term.format()) + group * lines * 64, lines, 1, 64};
   }
   if (right.layout == Layout::turned_panels) return {panel, 0, 1, 0};  // laying it out prefetches
   if (right.layout == Layout::narrow_panels) {
@@ -54,8 +54,9 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // after the first; they fetch what the next panel comes from meanwhile, each its own share.
     Ahead ahead{};
     if (groups > 1) ahead = ahead_of(term, panels[i], 1, column + kPanel, group, groups);
-    multiply_tile(registers, format, term.left.bf16, rows, columns,
-                  {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead});
+    multiply_tile(
+        registers, format, term.left.bf16, rows, columns,
+        {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead, term.left.parts, term.left.part()});
   }
 }
 
@@ -107,7 +108,7 @@ template <int term_count, class Start, class Finish>
 void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                     const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(columns);
-  const Groups rows_of(rows, terms[0].left.bf16);
+  const Groups rows_of(rows, terms[0].left);
   const int64_t groups = rows_of.count;
   // Cut rows too where panels alone would leave threads idle; a panel packed here is then packed once per cut. Few
   // panels do not divide evenly, so with rows enough each thread takes rows of its own where nothing is packed here.
@@ -124,10 +125,10 @@ void multiply_whole(const Team& team, const Term (&terms)[term_count], int64_t r
     char* scratch_at = scratch;
     for (int i = 0; i < term_count; ++i) {
       const Term& term = terms[i];
-      const int64_t bytes = panel_bytes(term.format(), term.right.k);
+      const int64_t bytes = term.right.panel_pitch(term.format());
       if (term.right.packed()) {
         panels_at[i] = static_cast<const char*>(term.right.data) + panel * bytes;
-      } else if (streams(term.right, term.left.bf16, rows)) {
+      } else if (streams(term.right, term.left, rows)) {
         panels_at[i] = nullptr;
       } else {
         if (packed_panel != panel) pack_panel(term.right, column, term.format(), scratch_at);

@@ -62,6 +62,9 @@ def test_every_bit_comes_back(isa: str, dtype: torch.dtype, low: int, flushing: 
         with pytest.raises(ValueError, match="it holds NaN"):
             pack(weight)
         weight = torch.where(weight.isnan(), 1.0, weight)
+    narrows = dtype is torch.float32 and low == 0
+    if narrows:
+        weight = torch.where(weight.isfinite(), weight, 1.0)
     kind = torch.int16 if dtype.itemsize == 2 else torch.int32
     torch.set_flush_denormal(flushing)
     try:
@@ -70,8 +73,64 @@ def test_every_bit_comes_back(isa: str, dtype: torch.dtype, low: int, flushing: 
             back = panels.weight()
     finally:
         torch.set_flush_denormal(False)
-    assert panels.stored is (torch.bfloat16 if dtype is torch.float32 and low == 0 else dtype)
+    assert panels.stored is (torch.bfloat16 if narrows else dtype)
     assert torch.equal(back.view(kind), weight.view(kind))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_kept_in_bfloat16(value: float):
+    """Bit by bit, and in results: rows that are split have parts that are zero."""
+    weight = make_linear(96, 50).weight.bfloat16().float()
+    weight[3, 5] = value
+    panels = pack(weight)
+    assert panels.stored is not torch.bfloat16
+    assert torch.equal(panels.weight().view(torch.int32), weight.view(torch.int32))
+    x = torch.ones(20, 96)
+    torch.testing.assert_close(frozen_linear(x, panels), F.linear(x, weight), equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_no_bit_of_float32_rows_is_lost(isa: str):
+    """Whole numbers of 22 bits times weights of 16 bits: every product and sum is exact, so the result is, too."""
+    torch.manual_seed(0)
+    weight = torch.zeros(70, 100)
+    for row in weight:
+        row[torch.randperm(100)[:2]] = torch.tensor([1.0, -1.0])
+    with instruction_set(isa), guarded_allocations():
+        panels = pack(weight)
+        assert panels.stored is torch.bfloat16
+        for tokens in (1, 3, 17, 40):
+            x = torch.randint(-(2**22), 2**22, (tokens, 100)).float().requires_grad_()
+            y = frozen_linear(x, panels)
+            assert torch.equal(y, F.linear(x.double(), weight.double()).float())
+            dy = torch.randint(-(2**20), 2**20, (tokens, 70)).float()
+            (dx,) = torch.autograd.grad(y, x, dy)
+            assert torch.equal(dx, (dy.double() @ weight.double()).float())
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_rows_that_are_not_finite_and_the_largest_ones(isa: str):
+    weight = make_linear(100, 70).weight.bfloat16().float()
+    largest = torch.finfo(torch.float32).max
+    low_payload = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32).item()
+    with instruction_set(isa):
+        panels = pack(weight)
+        for value in (torch.inf, -torch.inf, torch.nan, low_payload, largest, -largest):
+            x = make_rows(20, 100)
+            x[2, 7] = value
+            x[5, 99] = value
+            y = frozen_linear(x, panels)
+            exact = F.linear(x.double(), weight.double())
+            torch.testing.assert_close(y, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_a_last_block_of_one_row(isa: str):
+    weight = make_linear(40, 60).weight.bfloat16().float()
+    x = make_rows(1025, 40)
+    with instruction_set(isa), guarded_allocations():
+        y = frozen_linear(x, pack(weight))
+    assert error(y, F.linear(x.double(), weight.double())) <= budget(torch.float32, 40)
 
 
 def test_float16_is_chosen_by_bits():

@@ -1,0 +1,43 @@
+// fp32 numbers as sums of three in bf16, for AMX, which multiplies no fp32 and bf16 several times as fast as other
+// units do. A number of fp32 has 24 bits, one of bf16 8: cut off from the top, three hold it exactly, and their
+// products with a number of bf16 are exact in fp32. So rows in fp32 times a weight that bf16 holds are three products
+// of bf16, whose sums are as good as those of fp32 (docs/frozen.md, Float32 rows with AMX).
+#pragma once
+
+#include "vec.h"
+
+namespace recmas::cpu::RECMAS_ISA {
+
+constexpr bool kMatrixTiles = RECMAS_ISA_LEVEL >= 4;
+constexpr int kParts = 3;
+
+// Where the parts of one row lie, so many elements apart.
+struct SplitRow {
+  Bf16* first;
+  int64_t apart;
+
+  SplitRow operator+(int64_t column) const { return {first + column, apart}; }
+};
+
+#if RECMAS_ISA_LEVEL >= 4
+// What is infinite or no number is in the first part alone.
+template <class Lanes>
+inline void store(SplitRow to, Vec value, Lanes lanes) {
+  const __mmask16 finite = _mm512_cmp_ps_mask(abs(value).v, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+  const auto part = [&](Vec rest) {
+    return Vec{_mm512_and_ps(rest.v, _mm512_castsi512_ps(_mm512_set1_epi32(~0xffff)))};
+  };
+  Vec rest = value;
+  for (int i = 0; i < kParts - 1; ++i) {
+    const Vec cut = part(rest);
+    store(to.first + i * to.apart, Vec{_mm512_mask_mov_ps(rest.v, finite, cut.v)}, lanes);
+    rest.v = _mm512_maskz_sub_ps(finite, rest.v, cut.v);
+  }
+  store(to.first + (kParts - 1) * to.apart, rest, lanes);
+}
+#else
+template <class Lanes>
+inline void store(SplitRow, Vec, Lanes) {}  // never called
+#endif
+
+}  // namespace recmas::cpu::RECMAS_ISA
