@@ -204,6 +204,7 @@ void test_frozen(Isa isa) {
       test_frozen(isa, stored, rows, 2, 50, 1950);    // several passes over the out features
       test_frozen(isa, stored, rows, 515, 19, 1930);  // and several blocks of rows
       test_frozen(isa, stored, rows, 513, 19, 1930);  // the last of them a single row
+      test_frozen(isa, stored, rows, 40, 6200, 19);   // several passes over the in features
     }
   }
   float number = 1.0f;

@@ -133,6 +133,19 @@ def test_a_last_block_of_one_row(isa: str):
     assert error(y, F.linear(x.double(), weight.double())) <= budget(torch.float32, 40)
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_take_several_passes(isa: str, dtype: torch.dtype):
+    """With AMX features pass by shares of 12 KB; the last block is one row."""
+    linear = make_linear(6200, 60, dtype=torch.bfloat16).to(dtype)
+    exact_weight, exact_bias = linear.weight.double(), linear.bias.double()
+    with instruction_set(isa), guarded_allocations():
+        frozen = FrozenLinear.from_linear(linear)
+        for tokens in (33, 1025):
+            x = make_rows(tokens, 6200, dtype=dtype)
+            assert error(frozen(x), F.linear(x.double(), exact_weight, exact_bias)) <= budget(dtype, 6200)
+
+
 def test_float16_is_chosen_by_bits():
     """Denormal float16 values are kept, NaN is not narrowed."""
     weight = torch.arange(1, 2049, dtype=torch.float32).view(32, 64) * 2.0**-24
