@@ -99,9 +99,8 @@ def pack(weight: Tensor) -> Panels:
 def _narrowed(weight: Tensor) -> Tensor:
     """``weight`` in the smallest dtype that holds every value of it exactly.
 
-    Bits are compared, not values: processors may be set to take denormal numbers for zero. A matrix with
-    what is not finite is not kept in bfloat16: rows may be split (csrc/cpu/split.h), and a part that is zero would be
-    multiplied by it.
+    Bits are compared, not values: processors may be set to take denormal numbers for zero. bfloat16 is for finite
+    values alone: its products may split rows into parts (csrc/cpu/split.h), and a part that is 0 times infinity is NaN.
     """
     if weight.dtype is torch.float32:
         parts = [part.view(torch.int32) for part in weight.view(-1).split(_EXACT_CHUNK)]
@@ -222,8 +221,10 @@ def _product(x: Tensor, panels: Panels, bias: Tensor | None, ordinary: bool) -> 
 
 
 def _autocast(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    """Rows and result are rounded as autocast does; the weight is not rounded."""
+    """Rows and result are rounded as autocast does; a float32 weight is not rounded."""
     dtype = torch.get_autocast_dtype("cpu")
+    if panels.dtype not in (dtype, torch.float32):  # a weight of the other 16 bits may become infinite
+        return F.linear(x, panels.weight(), bias)
     with torch.autocast("cpu", enabled=False):
         rows = x.to(dtype)
         return _product(rows if dtype is panels.stored else rows.float(), panels, bias, ordinary=False).to(dtype)

@@ -30,7 +30,7 @@ inline void multiply_registers(const char* left, int64_t left_bytes, const char*
   });
 }
 
-// The same of the parts of 16 rows, in registers of their own beside three sums: a piece of the panel is read once.
+// The same for 16 rows that are split: registers 3 to 5 hold their parts, so that a piece of the panel is read once.
 template <int vecs>
 inline void multiply_parts(const char* left, int64_t left_bytes, int64_t part_bytes, const char* panel) {
   unrolled<kParts>([&](auto part) { load_part<part.value>(left + part * part_bytes, left_bytes); });
@@ -41,7 +41,8 @@ inline void multiply_parts(const char* left, int64_t left_bytes, int64_t part_by
 }
 
 // call.out (+)= left x panel over the first `depths` times kDepth steps; two: kTallRows rows, else those of `shape`.
-// One instruction sums its kDepth steps before it adds them, so a sum over all k is two sums of short chains.
+// An instruction adds the kDepth steps in two chains, of even and of odd k, and these to the sum: so all k of a row are
+// chains of 16 and one as long as there are instructions, more accurate than one over all k.
 template <bool two, int vecs, int parts>
 void multiply_depths(const TileCall& call, int64_t depths) {
   const char* left = static_cast<const char*>(call.left);
@@ -92,15 +93,15 @@ void multiply_depths(const TileCall& call, int64_t depths, int64_t columns) {
 }
 
 // What of a call concerns its rows from `row` on, and the steps from `step` on.
-inline TileCall part_of(const TileCall& call, int64_t row, int64_t step) {
-  TileCall part = call;
-  part.left = static_cast<const Bf16*>(call.left) + row * call.left_stride + 2 * step;
-  part.panel += step * step_bytes(Format::pairs);
-  part.steps -= step;
-  part.out += row * kPanel;
-  part.fresh = call.fresh && step == 0;
-  if (row > 0 || step > 0) part.ahead = {call.panel, 0, 1, 0};  // asked for already
-  return part;
+inline TileCall rest_of(const TileCall& call, int64_t row, int64_t step) {
+  TileCall rest = call;
+  rest.left = static_cast<const Bf16*>(call.left) + row * call.left_stride + 2 * step;
+  rest.panel += step * step_bytes(Format::pairs);
+  rest.steps -= step;
+  rest.out += row * kPanel;
+  rest.fresh = call.fresh && step == 0;
+  if (row > 0 || step > 0) rest.ahead = {call.panel, 0, 1, 0};  // asked for already
+  return rest;
 }
 
 // The product of rows and pairs in bf16: whole registers, then the steps that are left. Which side of the product the
@@ -114,16 +115,16 @@ inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64
     if (two) {
       multiply_depths<true>(call, depths, columns);
     } else {
-      multiply_depths<false>(row == 0 ? call : part_of(call, row, 0), depths, columns);
+      multiply_depths<false>(row == 0 ? call : rest_of(call, row, 0), depths, columns);
     }
     row += count;
   }
   for (int64_t row = 0; whole < call.steps && row < rows; row += kTileRows) {
-    const TileFunction rest = tile_of<Format::pairs, true, true>(smaller(kTileRows, rows - row), columns);
-    TileCall part = part_of(call, row, whole);
-    for (int i = 0; i < call.parts; ++i, part.fresh = false) {
-      rest(part);
-      part.left = static_cast<const Bf16*>(part.left) + call.part;
+    const TileFunction multiply = tile_of<Format::pairs, true, true>(smaller(kTileRows, rows - row), columns);
+    TileCall rest = rest_of(call, row, whole);
+    for (int part = 0; part < call.parts; ++part, rest.fresh = false) {
+      multiply(rest);
+      rest.left = static_cast<const Bf16*>(rest.left) + call.part;
     }
   }
 }

@@ -49,7 +49,7 @@ template <int term_count, class Start, class Finish>
 void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                         const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(rows);
-  const Groups groups(columns, terms[0].left);
+  const Groups groups(columns, terms[0].left);  // rows of the weight, of the same kind
   const char* laid_out[term_count];
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];

@@ -48,9 +48,6 @@ inline LeftKind left_kind(const FrozenWeight* const (&weights)[count], Dtype dty
   for (const FrozenWeight* weight : weights) bf16 = bf16 && weight->stored == Dtype::bf16;
   return left_kind(bf16, dtype, rows);
 }
-inline Left take_left(Arena& arena, int64_t rows, int64_t k, LeftKind kind) {
-  return take_left(arena, rows, k, kind.pairs, kind.parts);
-}
 
 inline const void* row_of(const MatrixView& view, int64_t row) {
   return static_cast<const char*>(view.data) + row * view.stride * dtype_bytes(view.dtype);

@@ -19,6 +19,12 @@ struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
   void* row(int64_t r) const { return static_cast<char*>(data) + r * bytes(); }
 };
 
+// How a product reads its left-hand rows.
+struct LeftKind {
+  bool bf16;
+  int parts;
+};
+
 // Whole vectors, and an odd number of cache lines: rows a power of two apart would share cache sets.
 constexpr int64_t left_stride(int64_t k, bool bf16, int parts = 1) {
   const int64_t line = bf16 ? 32 : 16;
@@ -31,10 +37,16 @@ inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16, int part
   return left;
 }
 
+inline Left take_left(Arena& arena, int64_t rows, int64_t k, LeftKind kind) {
+  return take_left(arena, rows, k, kind.bf16, kind.parts);
+}
+
 // Calls body(pointer), which stores what the next product reads: of fp32, of bf16, or to parts.
 template <class Body>
 inline void write_row(const Left& left, int64_t r, const Body& body) {
-  if (kMatrixTiles && left.parts > 1) return body(SplitRow{static_cast<Bf16*>(left.row(r)), left.part()});
+  if constexpr (kMatrixTiles) {
+    if (left.parts > 1) return body(SplitRow{static_cast<Bf16*>(left.row(r)), left.part()});
+  }
   if (left.bf16) return body(static_cast<Bf16*>(left.row(r)));
   body(static_cast<float*>(left.row(r)));
 }

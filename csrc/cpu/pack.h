@@ -10,7 +10,7 @@ namespace recmas::cpu::RECMAS_ISA {
 enum class Layout {
   rows,           // [k][columns]
   columns,        // [columns][k]: a weight as nn.Linear stores it
-  panels,         // in packed_format(compute), of `stride` k, of which a product may read some in the middle
+  panels,         // in packed_format(compute), of `stride` k, of which a product reads k, from any one on
   turned_panels,  // panels of the transpose, in packed_format(compute), the first k columns of it
   narrow_panels,  // panels of 16-bit elements, [stride][columns], that are laid out in fp32
 };

@@ -1,14 +1,13 @@
-// fp32 numbers as sums of three in bf16, for AMX, which multiplies no fp32 and bf16 several times as fast as other
-// units do. A number of fp32 has 24 bits, one of bf16 8: cut off from the top, three hold it exactly, and their
-// products with a number of bf16 are exact in fp32. So rows in fp32 times a weight that bf16 holds are three products
-// of bf16, whose sums are as good as those of fp32 (docs/frozen.md, Float32 rows with AMX).
+// Numbers of fp32 as sums of three in bf16, for AMX: it multiplies bf16 alone. A number of fp32 has 24 bits, one of
+// bf16 8: cut off from the top, three hold it exactly, and their products with a number of bf16 are exact in fp32. So
+// rows in fp32 times a weight that bf16 holds are three products of bf16 (docs/frozen.md, Float32 rows with AMX). AMX
+// takes denormal numbers for zero: a part below 2^-126 is lost.
 #pragma once
 
 #include "vec.h"
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr bool kMatrixTiles = RECMAS_ISA_LEVEL >= 4;
 constexpr int kParts = 3;
 
 // Where the parts of one row lie, so many elements apart.
@@ -35,9 +34,6 @@ inline void store(SplitRow to, Vec value, Lanes lanes) {
   }
   store(to.first + (kParts - 1) * to.apart, rest, lanes);
 }
-#else
-template <class Lanes>
-inline void store(SplitRow, Vec, Lanes) {}  // never called
 #endif
 
 }  // namespace recmas::cpu::RECMAS_ISA

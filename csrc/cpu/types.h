@@ -26,6 +26,8 @@ struct F16 {
   uint16_t bits;
 };
 
+constexpr bool kMatrixTiles = RECMAS_ISA_LEVEL >= 4;  // AMX
+
 // A number that a lambda gets as a constant.
 template <int number>
 struct Constant {

@@ -79,7 +79,7 @@ def test_every_bit_comes_back(isa: str, dtype: torch.dtype, low: int, flushing: 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_not_kept_in_bfloat16(value: float):
-    """Bit by bit, and in results: rows that are split have parts that are zero."""
+    """Rows may be split, and a part that is 0 times infinity is NaN."""
     weight = make_linear(96, 50).weight.bfloat16().float()
     weight[3, 5] = value
     panels = pack(weight)
@@ -121,7 +121,25 @@ def test_rows_that_are_not_finite_and_the_largest_ones(isa: str):
             x[5, 99] = value
             y = frozen_linear(x, panels)
             exact = F.linear(x.double(), weight.double())
-            torch.testing.assert_close(y, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-5)
+            for result, wanted in zip(y, exact, strict=True):
+                if wanted.isfinite().all():
+                    assert error(result, wanted) <= budget(torch.float32, 100)
+                else:
+                    assert torch.equal(result.isnan(), wanted.isnan())
+                    assert torch.equal(result.isposinf(), wanted.isposinf())
+                    assert torch.equal(result.isneginf(), wanted.isneginf())
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_rows_of_any_size_keep_their_bits(isa: str):
+    """A power of two scales the result exactly, as long as no part of a row is denormal."""
+    weight = make_linear(100, 70).weight.bfloat16().float()
+    x = make_rows(20, 100)
+    with instruction_set(isa):
+        panels = pack(weight)
+        y = frozen_linear(x, panels)
+        for scale in (2.0**-60, 2.0**100):
+            assert torch.equal(frozen_linear(x * scale, panels), y * scale)
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -249,6 +267,17 @@ def test_autocast_gives_autocasts_dtype(stored: torch.dtype):
         y, expected = frozen(x), linear(x)
     assert y.dtype is expected.dtype is torch.bfloat16
     assert error(y, linear.double()(x.double())) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_other_16_bits_is_that_of_plain_torch(dtype: torch.dtype):
+    """Which rounds the weight: what the other dtype cannot hold is an infinity there."""
+    linear = make_linear(dtype=dtype)
+    linear.weight.data[3, 5] = torch.finfo(dtype).max
+    frozen = FrozenLinear.from_linear(linear)
+    x = torch.ones(20, 37, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.float16 if dtype is torch.bfloat16 else torch.bfloat16):
+        torch.testing.assert_close(frozen(x), linear(x), rtol=0, atol=0)
 
 
 def test_plain_torch_on_request():
