@@ -63,8 +63,9 @@ format: $(DEVELOPMENT) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# With --quiet, mkdocs would not count the warnings.
 docs: $(DEVELOPMENT) ## the documentation as a site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 bench: $(DEVELOPMENT) ## measure the kernels' full grid here (a quiet quarter of an hour), store it, draw tables and plots

@@ -87,7 +87,8 @@ class RecursiveMAS(System):
             dtype: of the agents loaded here; "auto" is the checkpoint's.
             trust_remote_code: for transformers.
             seed: of the links; None draws from torch's global generator.
-            compile, accelerate: as for `Agent`, of the agents loaded here.
+            compile: as for `Agent`, of the agents loaded here.
+            accelerate: as for `Agent`, of the agents loaded here.
 
         Raises:
             ValueError: an unknown role, setting or dtype, or a model that cannot be loaded; one line that names it.
@@ -157,7 +158,8 @@ class RecursiveMAS(System):
             trust_remote_code: for transformers.
             offload: keep weights in host memory and copy each agent's to its device for its visits alone, so that a
                 device holds one agent at a time. For answering; training refuses it.
-            compile, accelerate: as for `Agent`; under offload nothing is accelerated.
+            compile: as for `Agent`.
+            accelerate: as for `Agent`; under offload nothing is accelerated.
             allow_outside: load models and links from other folders, too, where the system names any.
             allow_hub: load models from the hub, too, where the system names any; else the hub is never asked.
 

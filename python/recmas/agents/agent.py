@@ -88,7 +88,8 @@ class Agent(FrozenModel):
             device: where the model is to be.
             trust_remote_code: for transformers.
             name: begins error messages.
-            compile, accelerate: as for `Agent`.
+            compile: as for `Agent`.
+            accelerate: as for `Agent`.
             root: a folder that holds the model's and that nobody vouches for: nothing outside of it is read, and
                 nothing is allocated that its files do not hold (`recmas.agents.model_folder`).
             offline: never ask the hub.
@@ -180,7 +181,8 @@ class Agent(FrozenModel):
             rows: name of each row in the run, usually its number; None counts from 0.
             reply: what a row reads after a token that it wrote (`recmas.agents.decoding.Reply`); such ids are part of
                 the row, and do not count as written.
-            prefill, weights_stay: as for `think`.
+            prefill: as for `think`.
+            weights_stay: as for `think`.
 
         Raises:
             ValueError: a prompt beyond the model's context, at once.

@@ -20,7 +20,8 @@ def read_data(
 
     Args:
         source: path or hub id.
-        split, subset: of the hub's data set; None is its only subset.
+        split: of the hub's data set.
+        subset: of the hub's data set; None is its only one.
         question_field: field of a row that becomes its "question".
         limit: the first so many rows; None is all.
 

@@ -114,7 +114,8 @@ def tune(
         metric: name of one of `METRICS`.
         answer_field: field of the row that holds the answer.
         modes: "latent" and "text"; a text system is tried once per number of rounds.
-        rounds, latent_steps: what is tried; those whose links are missing are an error.
+        rounds: what is tried; those whose links are missing are an error.
+        latent_steps: what is tried, too.
         seed: of the order of the questions.
         options: how questions are answered, but for what is searched; answers are greedy.
         progress: show a bar where stderr is a terminal.

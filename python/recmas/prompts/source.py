@@ -18,7 +18,8 @@ def read_source(source: str, split: str, subset: str | None = None) -> list[dict
 
     Args:
         source: path or hub id; what ends in ``.parquet`` is read as parquet.
-        split, subset: of the hub's data set; None is its only subset.
+        split: of the hub's data set.
+        subset: of the hub's data set; None is its only one.
 
     Raises:
         ValueError: a broken file or data set, or no rows.

@@ -142,7 +142,8 @@ def load_agents(
         models: folder or hub id, and dtype, by role.
         placement: device by role.
         trust_remote_code: for transformers.
-        compile, accelerate: as for `Agent`.
+        compile: as for `Agent`.
+        accelerate: as for `Agent`.
         root, offline: as for `Agent.from_pretrained`.
     """
     shared: dict[tuple[str, str | torch.dtype, torch.device], Agent] = {}
