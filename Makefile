@@ -48,7 +48,7 @@ TESTED = OMP_NUM_THREADS=$$(( ($$(nproc) + $(WORKERS) - 1) / $(WORKERS) )) \
 test: $(DEVELOPMENT) ## every test that this machine can run, but for the slow ones
 	$(TESTED) -m 'not slow'
 
-test-slow: $(DEVELOPMENT) ## tests that build, start clusters, and interpret kernels
+test-slow: $(DEVELOPMENT) ## tests that build, start clusters, and compile or interpret Triton kernels
 	$(TESTED) -m slow
 
 lint: $(DEVELOPMENT) ## ruff, mypy, import contracts, clang-format

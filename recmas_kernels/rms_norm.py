@@ -27,7 +27,7 @@ def recognised(norm: nn.Module) -> tuple[float, float] | None:
     value decides; None for every other module, and for one whose ``forward`` takes more than the rows.
     """
     weight, eps = norm._parameters.get("weight"), _eps_of(norm)
-    if weight is None or eps is None or norm._parameters.keys() != {"weight"} or norm._modules or norm._buffers:
+    if not _has_a_norms_parts(norm) or weight is None or eps is None:
         return None
     if weight.dim() != 1 or weight.requires_grad or weight.device.type != "cpu" or not cpu.reads(weight.dtype):
         return None
@@ -47,6 +47,11 @@ def recognised(norm: nn.Module) -> tuple[float, float] | None:
         if bool(((found.double() - exact).abs() <= 4 * torch.finfo(weight.dtype).eps * exact.abs()).all()):
             return offset, eps
     return None
+
+
+def _has_a_norms_parts(module: nn.Module) -> bool:
+    alone = module._parameters.keys() == {"weight"} and not module._modules and not module._buffers
+    return alone and _eps_of(module) is not None
 
 
 def _takes_rows_alone(forward: Any) -> bool:
@@ -113,6 +118,9 @@ class NormKernel(OwnForward):
         return cpu.rms_norm(x, weight, *self.computes)
 
     def look(self) -> bool:
+        if not _has_a_norms_parts(self.module):  # most modules of a model: a watch of each would take 0.4 ms
+            self.computes = None
+            return False
         watch = Watch(self.module)  # first: what changes from here on is seen
         self.computes = recognised(self.module)  # before the watch, for threads that find the norm unchanged meanwhile
         weight = self.module._parameters.get("weight")

@@ -19,9 +19,12 @@ for _ignored, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SI
     if signal.getsignal(_ignored) is signal.SIG_IGN:
         signal.signal(_ignored, _usual)
 
-# Builds, clusters and interpreted kernels: `make test-slow`.
+# Builds, clusters, and Triton's kernels compiled or interpreted: `make test-slow`.
 SLOW = (
+    "tests/benchmarks/test_gpu_bench.py",
     "tests/install/",
+    "tests/kernels/test_processors.py",
+    "tests/kernels/triton/test_compiled.py",
     "tests/kernels/triton/test_interpreter.py",
     "tests/runtime/distributed/",
     "tests/runtime/training/test_processes.py",
