@@ -124,8 +124,8 @@ struct FrozenForward {
   const void* weight;  // [out_features, in_features] as panels, from pack_weight in the stored dtype; or as it lies
   VectorView bias;     // [out_features]
   Output y;            // [tokens, out_features]
-  Dtype stored;
-  Form form;  // packed; or stored, which takes up to 16 tokens
+  Dtype stored;        // bf16 panels are of finite values: parts of fp32 rows may be 0 (cpu/split.h)
+  Form form;           // packed; or stored, which takes up to 16 tokens
   Isa isa;
   int32_t threads;
 };
@@ -135,8 +135,8 @@ struct FrozenBackward {
   int64_t tokens, in_features, out_features;
   MatrixView dy;  // [tokens, out_features], fp32 or of the stored dtype
   const void* panels;
-  Output dx;  // [tokens, in_features]
-  Dtype stored;
+  Output dx;     // [tokens, in_features]
+  Dtype stored;  // as for FrozenForward
   Isa isa;
   int32_t threads;
 };
@@ -144,7 +144,7 @@ struct FrozenBackward {
 // A frozen weight [out, in] as panels of the stored dtype, and its bias.
 struct FrozenWeight {
   const void* panels;
-  Dtype stored;
+  Dtype stored;  // as for FrozenForward
   VectorView bias;
 };
 

@@ -40,13 +40,13 @@ inline void multiply_parts(const char* left, int64_t left_bytes, int64_t part_by
   });
 }
 
-// call.out (+)= left x panel over the first `depths` times kDepth steps; two: kTallRows rows, else those of `shape`.
+// call.out (+)= left x panel over the first `depths` times the steps of `shape`; two: kTallRows rows, else its rows.
 // An instruction adds the kDepth steps in two chains, of even and of odd k, and these to the sum: so all k of a row are
 // chains of 16 and one as long as there are instructions, more accurate than one over all k.
 template <bool two, int vecs, int parts>
 void multiply_depths(const TileCall& call, int64_t depths) {
   const char* left = static_cast<const char*>(call.left);
-  const int64_t left_bytes = call.left_stride * 2;
+  const int64_t left_bytes = call.left_stride * 2, part_bytes = call.part_stride * 2;
   const char* panel = call.panel;
   float* const lower = call.out + kRegister * kPanel;
   Prefetcher prefetcher(call.ahead);
@@ -65,11 +65,11 @@ void multiply_depths(const TileCall& call, int64_t depths) {
       prefetcher.advance(lines);
     }
     if constexpr (parts > 1 && !two) {
-      multiply_parts<vecs>(left, left_bytes, call.part * 2, panel);
+      multiply_parts<vecs>(left, left_bytes, part_bytes, panel);
       continue;
     }
     for (int part = 0; part < parts; ++part) {
-      const char* at = left + part * call.part * 2;
+      const char* at = left + part * part_bytes;
       multiply_registers<0, vecs>(at, left_bytes, panel);
       if constexpr (two) multiply_registers<3, vecs>(at + kRegister * left_bytes, left_bytes, panel);
     }
@@ -97,36 +97,32 @@ inline TileCall rest_of(const TileCall& call, int64_t row, int64_t step) {
   TileCall rest = call;
   rest.left = static_cast<const Bf16*>(call.left) + row * call.left_stride + 2 * step;
   rest.panel += step * step_bytes(Format::pairs);
-  rest.steps -= step;
   rest.out += row * kPanel;
   rest.fresh = call.fresh && step == 0;
   if (row > 0 || step > 0) rest.ahead = {call.panel, 0, 1, 0};  // asked for already
   return rest;
 }
 
-// The product of rows and pairs in bf16: whole registers, then the steps that are left. Which side of the product the
-// rows are on, and how many, changes no bit: packed weights and stored ones (as_stored.h) must give the same.
-inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64_t rows, int64_t columns) {
-  const int64_t depths = call.steps / kDepth, whole = depths * kDepth;
-  for (int64_t row = 0; depths > 0 && row < rows;) {
+// The same for all rows, `depths` times `depth_steps` from `step` on.
+inline void multiply_steps(TileRegisters& registers, const TileCall& call, int64_t rows, int64_t columns, int64_t step,
+                           int64_t depths, int64_t depth_steps) {
+  for (int64_t row = 0; row < rows;) {
     const bool two = rows - row >= kTallRows;
     const int64_t count = smaller(rows - row, two ? kTallRows : kRegister);
-    registers.shape(smaller(count, kRegister));
-    if (two) {
-      multiply_depths<true>(call, depths, columns);
-    } else {
-      multiply_depths<false>(row == 0 ? call : rest_of(call, row, 0), depths, columns);
-    }
+    registers.shape(smaller(count, kRegister), depth_steps, !two && call.parts > 1);
+    const TileCall rest = rest_of(call, row, step);
+    two ? multiply_depths<true>(rest, depths, columns) : multiply_depths<false>(rest, depths, columns);
     row += count;
   }
-  for (int64_t row = 0; whole < call.steps && row < rows; row += kTileRows) {
-    const TileFunction multiply = tile_of<Format::pairs, true, true>(smaller(kTileRows, rows - row), columns);
-    TileCall rest = rest_of(call, row, whole);
-    for (int part = 0; part < call.parts; ++part, rest.fresh = false) {
-      multiply(rest);
-      rest.left = static_cast<const Bf16*>(rest.left) + call.part;
-    }
-  }
+}
+
+// The product of rows and pairs in bf16: whole registers, then shorter ones with the steps that are left. Which side of
+// the product the rows are on, and how many, changes no bit: packed weights and stored ones (as_stored.h) must give the
+// same.
+inline void multiply_pairs(TileRegisters& registers, const TileCall& call, int64_t rows, int64_t columns) {
+  const int64_t depths = call.steps / kDepth, left = call.steps % kDepth;
+  if (depths > 0) multiply_steps(registers, call, rows, columns, 0, depths, kDepth);
+  if (left > 0) multiply_steps(registers, call, rows, columns, depths * kDepth, 1, left);
 }
 #else
 class TileRegisters {};

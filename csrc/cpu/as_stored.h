@@ -49,7 +49,7 @@ template <int term_count, class Start, class Finish>
 void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64_t rows, int64_t columns, char* scratch,
                         const Start& start, const Finish& finish) {
   const int64_t panels = panel_count(rows);
-  const Groups groups(columns, terms[0].left);  // rows of the weight, of the same kind
+  const Groups groups(columns, terms[0].left);  // of the weight's rows, which are multiplied as the left ones
   const char* laid_out[term_count];
   for (int i = 0; i < term_count; ++i) {
     const Term& term = terms[i];
@@ -73,7 +73,7 @@ void multiply_as_stored(const Team& team, const Term (&terms)[term_count], int64
       if (!fresh) turn_tile(tile, height, width, turned);
       for (int i = 0; i < term_count; ++i) {
         const Right& right = terms[i].right;
-        const Left weight{const_cast<void*>(right.data), right.stride, true};  // only read
+        const Left weight{{true}, const_cast<void*>(right.data), right.stride};  // only read
         const int64_t next = groups.begin(group + 1);
         const int64_t wanted = smaller(groups.rows - next, kTallRows);
         const Ahead ahead{static_cast<const char*>(weight.row(next + wanted * panel / panels)),

@@ -24,8 +24,8 @@ constexpr int64_t kLastGroups = 2;
 inline Ahead rows_ahead(const Term& term, const Groups& groups, int64_t group, int64_t part, int64_t parts) {
   const int64_t first = groups.begin(group), count = groups.begin(group + 1) - first;
   const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
-  return {static_cast<const char*>(term.left.row(begin)), end - begin, (term.left.parts * term.right.k * 2 + 63) / 64,
-          term.left.bytes()};
+  const int64_t bytes = term.left.parts > 1 ? term.left.bytes() : term.right.k * 2;
+  return {static_cast<const char*>(term.left.row(begin)), end - begin, (bytes + 63) / 64, term.left.bytes()};
 }
 
 // Whether a product goes through its panels by chunks: one tile of rows reads packed ones once anyway.
@@ -80,7 +80,7 @@ void multiply_chunks(const Team& team, const Term (&terms)[term_count], int64_t 
                                                  : rows_ahead(term, groups, group + 1, panel, count);
           multiply_tile(&registers, term.format(), true, height, width,
                         {term.left.row(row), term.left.stride, at, panel_steps(term.format(), term.right.k), tile,
-                         fresh && i == 0, ahead, term.left.parts, term.left.part()});
+                         fresh && i == 0, ahead, term.left.parts, term.left.part_stride()});
         }
         finish(row, height, column, width, tile);
       }

@@ -16,13 +16,14 @@ constexpr int64_t frozen_rows(bool pairs) { return RECMAS_ISA_LEVEL == 1 ? 512 :
 constexpr int64_t kGradientRows = 512;    // and backward, where each block lays the weight out anew
 constexpr int64_t kGradientDepth = 1920;  // out features laid out at a time, whole panels: at most 360 KB
 
-// Tile registers multiply at most so many bytes of each row in one pass. A tile's rows of that length stay in the
-// second-level cache beside a chunk of panels: 512 rows of 4864 split features took 18 to 20 ms, whole ones 42 to 48.
+// Of split rows (split.h), blocks of more than a tile's pass by shares of at most so many bytes of each row: those of a
+// tile then stay in the second-level cache beside a chunk of panels. 512 rows of 4864 took 18 to 20 ms, whole 42 to 48.
 constexpr int64_t kPassBytes = 12288;
 
-constexpr int64_t kSplitFewest = 9;  // rows in fp32 that are split for tile registers; fewer wait for memory anyway
-constexpr int64_t kWidened = 24;     // rows from which on 16-bit panels are widened once, not in each tile
-constexpr int64_t kGradientFew = 4;  // rows whose gradients need no other layout
+constexpr int64_t kWholeFeatures = 32;  // of bf16, which one tile register multiplies; passes take whole ones
+constexpr int64_t kSplitFewest = 9;     // rows in fp32 that are split for tile registers; fewer wait for memory anyway
+constexpr int64_t kWidened = 24;        // rows from which on 16-bit panels are widened once, not in each tile
+constexpr int64_t kGradientFew = 4;     // rows whose gradients need no other layout
 
 // Threads that are worth starting: a byte from memory takes as long as 6 flops.
 inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t columns, Dtype stored) {
@@ -31,11 +32,12 @@ inline int64_t frozen_threads(int64_t threads, int64_t rows, int64_t k, int64_t 
   return useful_threads(threads, elements * (flops > 6.0 * bytes ? flops : 6.0 * bytes));
 }
 
-// Of `rows` rows that have `dtype`, by weights in bf16 alone or others.
-inline LeftKind left_kind(bool bf16_weights, Dtype dtype, int64_t rows) {
-  if (!kDotPairs || !bf16_weights) return {false, 1};
-  if (dtype == Dtype::bf16) return {true, 1};
-  return kMatrixTiles && dtype == Dtype::f32 && rows >= kSplitFewest ? LeftKind{true, kParts} : LeftKind{false, 1};
+// How `rows` rows that have `dtype` are read by a product with panels of bf16, or others, for `columns` columns.
+inline LeftKind left_kind(bool bf16_panels, Dtype dtype, int64_t rows, int64_t columns) {
+  if (!kDotPairs || !bf16_panels) return {false};
+  if (dtype == Dtype::bf16) return {true};
+  const bool many = rows >= kSplitFewest && columns > kPanel;  // one panel takes less time than splitting its rows
+  return kMatrixTiles && dtype == Dtype::f32 && many ? LeftKind{true, kParts} : LeftKind{false};
 }
 
 // Whether a product can read the rows as they lie: in the type it multiplies, with nothing beyond k to read, and
@@ -65,10 +67,10 @@ inline Bands take_bands(Arena& arena, int64_t threads, const BandRoom& room, int
 }
 
 struct FrozenPlan {
-  int64_t threads, block, depth, workspace;
+  int64_t threads, block, workspace;
+  int64_t depth;  // features of a pass; y keeps the sums
   bool in_place;
   Left rows;
-  float* sums;  // [block][out_features], null where one pass gives y or y itself is fp32
   bool widens;
   Bands bands;
 };
@@ -77,22 +79,19 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   FrozenPlan plan{};
   Arena arena(base);
   // A weight as it lies streams past rows in fp32.
-  const bool bf16_weights = call.stored == Dtype::bf16 && (call.form == Form::packed || call.x.dtype == Dtype::bf16);
-  const LeftKind kind = left_kind(bf16_weights, call.x.dtype, call.tokens);
+  const bool bf16_panels = call.stored == Dtype::bf16 && (call.form == Form::packed || call.x.dtype == Dtype::bf16);
+  const LeftKind kind = left_kind(bf16_panels, call.x.dtype, call.tokens, call.out_features);
   const bool pairs = kind.bf16;
   plan.threads = frozen_threads(call.threads, call.tokens, call.in_features, call.out_features, call.stored);
   plan.block = smaller(call.tokens, frozen_rows(pairs));
   plan.in_place = reads_in_place(call, kind);
   plan.depth = call.in_features;
-  if (kMatrixTiles && pairs && call.form == Form::packed && plan.block > kTallRows) {
-    const int64_t passes = (2 * kind.parts * call.in_features + kPassBytes - 1) / kPassBytes;
-    plan.depth = round_up((call.in_features + passes - 1) / passes, 32);
+  if (kind.parts > 1 && plan.block > kTallRows && call.y.dtype == Dtype::f32) {
+    const int64_t passes = (kind.parts * call.in_features * dtype_bytes(Dtype::bf16) + kPassBytes - 1) / kPassBytes;
+    plan.depth = round_up((call.in_features + passes - 1) / passes, kWholeFeatures);
   }
-  plan.rows = {nullptr, left_stride(plan.depth, pairs, kind.parts), pairs, kind.parts};
+  plan.rows = {kind, nullptr, left_stride(plan.depth, kind)};
   if (!plan.in_place) plan.rows.data = arena.take(plan.block * plan.rows.bytes());
-  if (plan.depth < call.in_features && call.y.dtype != Dtype::f32) {
-    plan.sums = arena.floats(plan.block * call.out_features);
-  }
   BandRoom room{pairs};
   room.add(plan.block, call.out_features, piece_count(call.in_features));
   plan.widens = RECMAS_ISA_LEVEL <= 1 && plan.block >= kWidened && call.form == Form::packed &&
@@ -107,25 +106,22 @@ inline FrozenPlan plan_frozen(const FrozenForward& call, void* base) {
   return plan;
 }
 
-// What a result gathers in several passes: all but the last keep sums in fp32.
+// What a block of a result gathers in several passes: all but the last keep sums in fp32.
 struct Gathered {
   Output result;
   int64_t columns, first;  // of all, the row where this block begins
-  float* sums;             // of this block
+  float* own;              // for the block's sums; null where the result keeps them
   bool begun, ends;
 
-  Gathered(const Output& to, int64_t stride, int64_t row, float* own, bool begun_before, bool ends_now)
-      : result(to), columns(stride), first(row), begun(begun_before), ends(ends_now) {
-    sums = own != nullptr ? own : static_cast<float*>(to.data) + row * stride;
-  }
+  float* sums() const { return own != nullptr ? own : static_cast<float*>(result.data) + first * columns; }
   void load(int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) const {
-    load_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+    load_tile(sums(), Dtype::f32, columns, row, rows, column, width, tile);
   }
   void store(int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) const {
     if (ends) {
       store_tile(result.data, result.dtype, columns, first + row, rows, column, width, tile);
     } else {
-      store_tile(sums, Dtype::f32, columns, row, rows, column, width, tile);
+      store_tile(sums(), Dtype::f32, columns, row, rows, column, width, tile);
     }
   }
 };
@@ -141,14 +137,14 @@ inline void frozen_product(const Team& team, const FrozenForward& call, const Fr
   const char* weight = static_cast<const char*>(call.weight) + panel_steps(format, from) * step_bytes(format);
   const Term terms[1] = {
       {rows, {weight, call.stored, call.in_features, layout, call.form, depth, columns, call.stored}}};
-  const Gathered y(call.y, columns, first, plan.sums, from > 0, from + depth == call.in_features);
+  const Gathered y{call.y, columns, first, nullptr, from > 0, from + depth == call.in_features};
   const auto start = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
-    if (!y.begun && call.bias.data == nullptr) return false;
     if (y.begun) {
       y.load(row, tile_rows, column, width, tile);
-    } else {
-      load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
+      return true;
     }
+    if (call.bias.data == nullptr) return false;
+    load_tile(call.bias.data, call.bias.dtype, 0, 0, tile_rows, column, width, tile);
     return true;
   };
   const auto finish = [&](int64_t row, int64_t tile_rows, int64_t column, int64_t width, float* tile) {
@@ -182,9 +178,8 @@ inline void frozen_forward(const FrozenForward& call, void* workspace) {
       for (int64_t from = 0; from < call.in_features; from += plan.depth) {
         const int64_t depth = smaller(plan.depth, call.in_features - from);
         Left rows = plan.rows;
-        if (plan.in_place) {
-          const int64_t at = first * row_bytes + from * rows.element_bytes();
-          rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + at;  // only read
+        if (plan.in_place) {  // in one pass: split rows are copies
+          rows.data = const_cast<char*>(static_cast<const char*>(call.x.data)) + first * row_bytes;  // only read
           rows.stride = call.x.stride;
         } else {
           copy_rows(team, call.x, first, count, from, depth, rows);
@@ -209,12 +204,13 @@ inline FrozenGradientPlan plan_frozen_gradient(const FrozenBackward& call, void*
   FrozenGradientPlan plan{};
   Arena arena(base);
   plan.few = call.tokens <= kGradientFew;
-  const LeftKind kind = left_kind(call.stored == Dtype::bf16 && !plan.few, call.dy.dtype, call.tokens);
+  const bool bf16_panels = call.stored == Dtype::bf16 && !plan.few;  // a few rows are fp32 beside any panels
+  const LeftKind kind = left_kind(bf16_panels, call.dy.dtype, call.tokens, call.in_features);
   const bool pairs = kind.bf16;
   plan.threads = frozen_threads(call.threads, call.tokens, call.out_features, call.in_features, call.stored);
   plan.block = smaller(call.tokens, kGradientRows);
   plan.depth = smaller(call.out_features, kGradientDepth);
-  plan.rows = {nullptr, left_stride(round_up(plan.depth, kPanel), pairs, kind.parts), pairs, kind.parts};
+  plan.rows = {kind, nullptr, left_stride(round_up(plan.depth, kPanel), kind)};
   plan.rows.data = arena.take(plan.block * plan.rows.bytes());
   if (plan.depth < call.out_features && call.dx.dtype != Dtype::f32) {
     plan.sums = arena.floats(plan.block * call.in_features);
@@ -288,7 +284,7 @@ inline void frozen_gradient(const Team& team, const FrozenBackward& call, const 
       static_cast<const char*>(call.panels) + out / kPanel * panel_bytes(packed_format(call.stored), columns);
   const Term terms[1] = {
       {plan.rows, {panels, call.stored, 0, Layout::turned_panels, Form::stored, depth, columns, call.stored}}};
-  const Gathered dx(call.dx, columns, first, plan.sums, out > 0, out + depth == call.out_features);
+  const Gathered dx{call.dx, columns, first, plan.sums, out > 0, out + depth == call.out_features};
   const auto start = [&](int64_t row, int64_t rows, int64_t column, int64_t width, float* tile) {
     if (dx.begun) dx.load(row, rows, column, width, tile);
     return dx.begun;

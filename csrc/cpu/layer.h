@@ -41,12 +41,12 @@ inline void norm_row(const void* from, Dtype dtype, const RmsGain& norm, int64_t
   pad_left(to, r, columns);
 }
 
-// Rows that all of `weights` multiply.
+// How rows are read that all of `weights` multiply; columns: of the first.
 template <int count>
-inline LeftKind left_kind(const FrozenWeight* const (&weights)[count], Dtype dtype, int64_t rows) {
+inline LeftKind left_kind(const FrozenWeight* const (&weights)[count], Dtype dtype, int64_t rows, int64_t columns) {
   bool bf16 = true;
   for (const FrozenWeight* weight : weights) bf16 = bf16 && weight->stored == Dtype::bf16;
-  return left_kind(bf16, dtype, rows);
+  return left_kind(bf16, dtype, rows, columns);
 }
 
 inline const void* row_of(const MatrixView& view, int64_t row) {
@@ -55,7 +55,9 @@ inline const void* row_of(const MatrixView& view, int64_t row) {
 
 // Thread `rank`'s own of as many equal pieces.
 inline Left own(const Left& all, int64_t rank, int64_t rows) {
-  return {all.row(rank * rows), all.stride, all.bf16, all.parts};
+  Left piece = all;
+  piece.data = all.row(rank * rows);
+  return piece;
 }
 
 inline int64_t useful_threads(const LayerInputs& call) {
@@ -78,7 +80,8 @@ inline InputsPlan plan_inputs(const LayerInputs& call, int64_t threads, void* ba
   InputsPlan plan{};
   Arena arena(base);
   plan.columns = (call.heads + 2 * call.key_heads) * call.head_features;
-  const LeftKind kind = left_kind({&call.query, &call.key, &call.value}, call.x.dtype, call.rows);
+  const LeftKind kind =
+      left_kind({&call.query, &call.key, &call.value}, call.x.dtype, call.rows, call.heads * call.head_features);
   plan.normed = take_left(arena, threads * call.rows, call.features, kind);
   plan.heads = arena.floats(call.rows * plan.columns);
   plan.workspace = arena.used();
@@ -176,15 +179,16 @@ inline OutputPlan plan_output(const LayerOutput& call, int64_t threads, void* ba
   Arena arena(base);
   const int64_t inner = call.heads * call.head_features;
   const Dtype dtype = call.x.dtype;
-  plan.attended = take_left(arena, call.rows, inner, left_kind({&call.out}, dtype, call.rows));
-  plan.hidden = take_left(arena, call.rows, call.hidden_features, left_kind({&call.down}, dtype, call.rows));
+  plan.attended = take_left(arena, call.rows, inner, left_kind({&call.out}, dtype, call.rows, call.features));
+  plan.hidden =
+      take_left(arena, call.rows, call.hidden_features, left_kind({&call.down}, dtype, call.rows, call.features));
   plan.summed = arena.floats(call.rows * call.features);
   plan.gated = arena.floats(call.rows * call.hidden_features);
   plan.line_floats = heads_together(call) * (call.head_features + attention_floats(call.positions, call.head_features));
   plan.lines = arena.floats(threads * plan.line_floats);
   plan.middle = arena.floats(threads * call.rows * call.features);
-  plan.normed =
-      take_left(arena, threads * call.rows, call.features, left_kind({&call.gate, &call.up}, dtype, call.rows));
+  plan.normed = take_left(arena, threads * call.rows, call.features,
+                          left_kind({&call.gate, &call.up}, dtype, call.rows, call.hidden_features));
   plan.workspace = arena.used();
   return plan;
 }

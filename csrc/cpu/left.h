@@ -6,46 +6,40 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-struct Left {  // [rows][stride], fp32 or bf16; zero from k up to the stride
-  void* data;
-  int64_t stride;
+// How a product reads its left-hand rows.
+struct LeftKind {
   bool bf16;
   int parts = 1;  // kParts: a row is so many of bf16, one after the other, which add up to one of fp32 (split.h)
+};
+
+struct Left : LeftKind {  // [rows][stride], fp32 or bf16; zero from k up to the stride
+  void* data;
+  int64_t stride;
 
   Dtype dtype() const { return bf16 ? Dtype::bf16 : Dtype::f32; }  // of each part
   int64_t element_bytes() const { return bf16 ? 2 : 4; }
   int64_t bytes() const { return stride * element_bytes(); }
-  int64_t part() const { return stride / parts; }  // elements
+  int64_t part_stride() const { return stride / parts; }  // elements
   void* row(int64_t r) const { return static_cast<char*>(data) + r * bytes(); }
 };
 
-// How a product reads its left-hand rows.
-struct LeftKind {
-  bool bf16;
-  int parts;
-};
-
 // Whole vectors, and an odd number of cache lines: rows a power of two apart would share cache sets.
-constexpr int64_t left_stride(int64_t k, bool bf16, int parts = 1) {
-  const int64_t line = bf16 ? 32 : 16;
-  return parts * (round_up(k, line) / line | 1) * line;
-}
-
-inline Left take_left(Arena& arena, int64_t rows, int64_t k, bool bf16, int parts = 1) {
-  Left left{nullptr, left_stride(k, bf16, parts), bf16, parts};
-  left.data = arena.take(rows * left.bytes());
-  return left;
+constexpr int64_t left_stride(int64_t k, LeftKind kind) {
+  const int64_t line = kind.bf16 ? 32 : 16;
+  return kind.parts * (round_up(k, line) / line | 1) * line;
 }
 
 inline Left take_left(Arena& arena, int64_t rows, int64_t k, LeftKind kind) {
-  return take_left(arena, rows, k, kind.bf16, kind.parts);
+  Left left{kind, nullptr, left_stride(k, kind)};
+  left.data = arena.take(rows * left.bytes());
+  return left;
 }
 
 // Calls body(pointer), which stores what the next product reads: of fp32, of bf16, or to parts.
 template <class Body>
 inline void write_row(const Left& left, int64_t r, const Body& body) {
   if constexpr (kMatrixTiles) {
-    if (left.parts > 1) return body(SplitRow{static_cast<Bf16*>(left.row(r)), left.part()});
+    if (left.parts > 1) return body(SplitRow{static_cast<Bf16*>(left.row(r)), left.part_stride()});
   }
   if (left.bf16) return body(static_cast<Bf16*>(left.row(r)));
   body(static_cast<float*>(left.row(r)));
@@ -64,8 +58,8 @@ inline void load_left(const Left& left, int64_t r, int64_t column, int64_t colum
 // Zeroes what lies between k and the stride, which the last step of a product may read.
 inline void pad_left(const Left& left, int64_t r, int64_t k) {
   for (int64_t part = 0; part < left.parts; ++part) {
-    __builtin_memset(static_cast<char*>(left.row(r)) + (part * left.part() + k) * left.element_bytes(), 0,
-                     static_cast<size_t>((left.part() - k) * left.element_bytes()));
+    __builtin_memset(static_cast<char*>(left.row(r)) + (part * left.part_stride() + k) * left.element_bytes(), 0,
+                     static_cast<size_t>((left.part_stride() - k) * left.element_bytes()));
   }
 }
 

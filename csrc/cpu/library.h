@@ -65,7 +65,7 @@ struct LibraryBlocks {
   int64_t count() const { return across * down; }
   int64_t row(int64_t block) const { return smaller(block % down * height, rows); }
   int64_t column(int64_t block) const { return smaller(block / down * width, columns); }
-  int64_t stride() const { return left_stride(width, false); }
+  int64_t stride() const { return left_stride(width, {false}); }
 };
 
 // What each thread needs for the products of a call by the library, if there is one, of any k.

@@ -85,22 +85,22 @@ inline BackwardPlan plan_backward(const LinkBackward& call, void* base) {
   plan.needs_du = call.dx.data != nullptr || call.dnorm_in_weight.data != nullptr || call.dnorm_in_bias.data != nullptr;
   plan.needs_dp = plan.needs_du || call.dw1.data != nullptr || call.db1.data != nullptr;
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
-  plan.dz = take_left(arena, plan.block, s.out_features, dot);
+  plan.dz = take_left(arena, plan.block, s.out_features, {dot});
   const bool several_blocks = s.tokens > plan.block;
   const Matrix x{nullptr, call.x.dtype, call.x.stride};
-  const Matrix u{nullptr, plan.dz.dtype(), left_stride(s.in_features, dot)};
-  const Matrix activation{nullptr, plan.dz.dtype(), left_stride(s.hidden_features, dot)};
+  const Matrix u{nullptr, plan.dz.dtype(), left_stride(s.in_features, {dot})};
+  const Matrix activation{nullptr, plan.dz.dtype(), left_stride(s.hidden_features, {dot})};
   const Matrix& inputs = plan.norm_in ? u : x;
   plan.w1 = take_weight_sum(arena, plan, call.dw1, s.hidden_features, s.in_features, inputs, several_blocks);
   plan.w2 = take_weight_sum(arena, plan, call.dw2, s.out_features, s.hidden_features, activation, several_blocks);
   plan.w3 = take_weight_sum(arena, plan, call.dw3, s.out_features, s.in_features, x, several_blocks);
   if (plan.w2.reads_transposed() || plan.w3.reads_transposed()) {
-    plan.dz_transposed = take_left(arena, s.out_features, plan.block, dot);
+    plan.dz_transposed = take_left(arena, s.out_features, plan.block, {dot});
   }
-  if (plan.needs_dp) plan.dp = take_left(arena, plan.block, s.hidden_features, dot);
-  if (plan.w1.reads_transposed()) plan.dp_transposed = take_left(arena, s.hidden_features, plan.block, dot);
-  if (call.dw1.data != nullptr && plan.norm_in) plan.u = take_left(arena, plan.block, s.in_features, dot);
-  if (call.dw2.data != nullptr) plan.activation = take_left(arena, plan.block, s.hidden_features, dot);
+  if (plan.needs_dp) plan.dp = take_left(arena, plan.block, s.hidden_features, {dot});
+  if (plan.w1.reads_transposed()) plan.dp_transposed = take_left(arena, s.hidden_features, plan.block, {dot});
+  if (call.dw1.data != nullptr && plan.norm_in) plan.u = take_left(arena, plan.block, s.in_features, {dot});
+  if (call.dw2.data != nullptr) plan.activation = take_left(arena, plan.block, s.hidden_features, {dot});
   if (plan.needs_du && plan.norm_in) {
     plan.du = arena.floats(plan.block * s.in_features);
     if (plan.linear && call.dx.data != nullptr) plan.residual = arena.floats(plan.block * s.in_features);

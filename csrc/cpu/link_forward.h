@@ -108,9 +108,9 @@ inline ForwardPlan plan_forward(const LinkForward& call, void* base) {
   plan.linear = config.residual == Residual::linear;
   const bool dot = kDotPairs && config.compute == Dtype::bf16;
   plan.block = smaller(s.tokens, kForwardBlock);
-  plan.u = take_left(arena, plan.block, s.in_features, dot);
-  plan.x = plan.linear && plan.norm_in ? take_left(arena, plan.block, s.in_features, dot) : plan.u;
-  plan.hidden = take_left(arena, plan.block, s.hidden_features, dot);
+  plan.u = take_left(arena, plan.block, s.in_features, {dot});
+  plan.x = plan.linear && plan.norm_in ? take_left(arena, plan.block, s.in_features, {dot}) : plan.u;
+  plan.hidden = take_left(arena, plan.block, s.hidden_features, {dot});
   plan.keeps_z = plan.norm_out && (call.z.data == nullptr || call.z.dtype != Dtype::f32);
   if (plan.keeps_z) plan.z = arena.floats(plan.block * s.out_features);
   const Format fresh = dot ? Format::pairs : Format::f32;

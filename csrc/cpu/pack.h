@@ -10,7 +10,7 @@ namespace recmas::cpu::RECMAS_ISA {
 enum class Layout {
   rows,           // [k][columns]
   columns,        // [columns][k]: a weight as nn.Linear stores it
-  panels,         // in packed_format(compute), of `stride` k, of which a product reads k, from any one on
+  panels,         // in packed_format(compute); a product reads k of theirs, from any one on
   turned_panels,  // panels of the transpose, in packed_format(compute), the first k columns of it
   narrow_panels,  // panels of 16-bit elements, [stride][columns], that are laid out in fp32
 };
@@ -18,7 +18,7 @@ enum class Layout {
 struct Right {
   const void* data;
   Dtype dtype;
-  int64_t stride;  // elements between memory rows
+  int64_t stride;  // elements between memory rows; of panels, the k that each of them holds
   Layout layout;
   Form form;  // of what is stored: how it may be summed
   int64_t k, columns;

@@ -124,8 +124,8 @@ struct TileCall {
   float* out;  // [rows][kPanel]
   bool fresh;  // out holds nothing yet: it is written, not added to
   Ahead ahead;
-  int parts = 1;     // of each left-hand row
-  int64_t part = 0;  // elements from one to the next
+  int parts = 1;            // of each left-hand row
+  int64_t part_stride = 0;  // elements
 };
 
 // Prefetches an Ahead, some lines at a time.
@@ -150,14 +150,13 @@ class Prefetcher {
   int64_t left_, line_ = 0;
 };
 
-// out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth]. in_order: every sum goes through k one by
-// one, so that its bits do not depend on how many rows and columns the tile has.
-template <Format format, bool bf16_left, int rows, int vecs, bool in_order = false>
+// out [rows][kPanel] += (fresh: =) left [rows][k] x panel [k][vecs * kWidth].
+template <Format format, bool bf16_left, int rows, int vecs>
 void multiply_tile(const TileCall& call) {
   constexpr int64_t chain_steps = format != Format::pairs ? kChain : (bf16_left ? kDotChain : kChain) / 2;
   // Few accumulators would wait for each other's additions: even and odd k get their own. Both halves of a pair of
   // fp32 products are k even and k odd, so that packed pairs and fp32 panels still give the same bits.
-  constexpr bool few = rows * vecs <= 6 && !in_order;
+  constexpr bool few = rows * vecs <= 6;
   constexpr int sets = few ? 2 : 1;
   constexpr bool both_k = format == Format::pairs && !bf16_left;
   LeftRows<bf16_left, rows> left(call.left, call.left_stride);
@@ -210,41 +209,41 @@ void multiply_tile(const TileCall& call) {
 
 using TileFunction = void (*)(const TileCall& call);
 
-template <Format format, bool bf16_left, int vecs, bool in_order>
+template <Format format, bool bf16_left, int vecs>
 TileFunction tile_of_rows(int64_t rows) {
   switch (rows) {
     case 1:
-      return multiply_tile<format, bf16_left, 1, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 1, vecs>;
     case 2:
-      return multiply_tile<format, bf16_left, 2, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 2, vecs>;
     case 3:
-      return multiply_tile<format, bf16_left, 3, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 3, vecs>;
     case 4:
-      return multiply_tile<format, bf16_left, 4, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 4, vecs>;
 #if RECMAS_ISA_LEVEL >= 1
     case 5:
-      return multiply_tile<format, bf16_left, 5, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 5, vecs>;
     case 6:
-      return multiply_tile<format, bf16_left, 6, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 6, vecs>;
 #endif
 #if RECMAS_ISA_LEVEL >= 2
     case 7:
-      return multiply_tile<format, bf16_left, 7, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 7, vecs>;
     case 8:
-      return multiply_tile<format, bf16_left, 8, vecs, in_order>;
+      return multiply_tile<format, bf16_left, 8, vecs>;
 #endif
     default:
       return nullptr;
   }
 }
 
-template <Format format, bool bf16_left, bool in_order = false>
+template <Format format, bool bf16_left>
 TileFunction tile_of(int64_t rows, int64_t columns) {
-  if (columns <= kWidth) return tile_of_rows<format, bf16_left, 1, in_order>(rows);
+  if (columns <= kWidth) return tile_of_rows<format, bf16_left, 1>(rows);
 #if RECMAS_ISA_LEVEL >= 2
-  if (columns > 2 * kWidth) return tile_of_rows<format, bf16_left, 3, in_order>(rows);
+  if (columns > 2 * kWidth) return tile_of_rows<format, bf16_left, 3>(rows);
 #endif
-  return tile_of_rows<format, bf16_left, 2, in_order>(rows);
+  return tile_of_rows<format, bf16_left, 2>(rows);
 }
 
 // The kernel for `rows` <= kTileRows left-hand rows and `columns` <= kPanel columns.

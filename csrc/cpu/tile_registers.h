@@ -7,10 +7,11 @@
 
 namespace recmas::cpu::RECMAS_ISA {
 
-constexpr int64_t kDepth = 16;     // steps of a panel that one register holds
+constexpr int64_t kDepth = 16;     // steps of a panel that one register holds, at most
 constexpr int64_t kRegister = 16;  // rows of a register, and columns of its sums
 
-// This thread's tile registers: 0 to 5 hold sums, 6 left-hand rows, 7 a piece of the panel.
+// This thread's tile registers: 0 to 5 hold sums, 6 left-hand rows, 7 a piece of the panel. Of split rows (split.h) 3
+// to 5 hold the parts instead.
 class TileRegisters {
  public:
   TileRegisters() = default;
@@ -20,15 +21,19 @@ class TileRegisters {
     if (rows_ != 0) _tile_release();
   }
 
-  // Sums and left-hand rows get `rows` <= kRegister rows each; 70 ns where that is another number than before.
-  void shape(int64_t rows) {
-    if (rows == rows_) return;
+  // Sums and left-hand rows get `rows` <= kRegister rows each, left-hand rows and panel `steps` <= kDepth steps; 70 ns
+  // where that is another shape than before. split: registers 3 to 5 hold left-hand rows.
+  void shape(int64_t rows, int64_t steps, bool split) {
+    if (rows == rows_ && steps == steps_ && (split == split_ || steps == kDepth)) return;
     rows_ = rows;
+    steps_ = steps;
+    split_ = split;
     alignas(64) Layout layout{};
     layout.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      layout.row_bytes[i] = 64;
-      layout.rows[i] = static_cast<uint8_t>(i == 7 ? kDepth : rows);
+      const bool is_left = i == 6 || (split && 3 <= i && i < 6);
+      layout.row_bytes[i] = static_cast<uint16_t>(is_left ? 4 * steps : 64);
+      layout.rows[i] = static_cast<uint8_t>(i == 7 ? steps : rows);
     }
     read_all(&layout);
     _tile_loadconfig(&layout);
@@ -43,7 +48,8 @@ class TileRegisters {
     uint16_t row_bytes[16];
     uint8_t rows[16];
   };
-  int64_t rows_ = 0;
+  int64_t rows_ = 0, steps_ = 0;
+  bool split_ = false;
 };
 
 // The number of a register is part of the instruction. 0 to 5: sums, from and to rows of [kPanel] floats.
@@ -56,8 +62,6 @@ template <int sum>
 void store_sum(float* to);
 template <int sum>
 void add_product();  // of registers 6 and 7
-template <int sum, int part>
-void add_part();  // of registers 3 + part and 7
 #define RECMAS_SUM(sum)                          \
   template <>                                    \
   inline void zero_sum<sum>() {                  \
@@ -84,7 +88,9 @@ RECMAS_SUM(5)
 #undef RECMAS_SUM
 
 template <int part>
-void load_part(const void* rows, int64_t bytes);
+void load_part(const void* rows, int64_t bytes);  // to register 3 + part
+template <int sum, int part>
+void add_part();  // of registers 3 + part and 7
 #define RECMAS_PART(part, in)                                    \
   template <>                                                    \
   inline void load_part<part>(const void* rows, int64_t bytes) { \

@@ -54,9 +54,9 @@ inline void multiply_terms(const Term (&terms)[term_count], const char* const (&
     // after the first; they fetch what the next panel comes from meanwhile, each its own share.
     Ahead ahead{};
     if (groups > 1) ahead = ahead_of(term, panels[i], 1, column + kPanel, group, groups);
-    multiply_tile(
-        registers, format, term.left.bf16, rows, columns,
-        {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead, term.left.parts, term.left.part()});
+    multiply_tile(registers, format, term.left.bf16, rows, columns,
+                  {left, term.left.stride, panels[i], steps, tile, fresh && i == 0, ahead, term.left.parts,
+                   term.left.part_stride()});
   }
 }
 

@@ -17,8 +17,9 @@ struct LayerResults {
 
 class LayerCase {
  public:
-  LayerCase(const LayerShape& shape, Dtype stored, Dtype rows, Isa isa)
-      : s_(shape), stored_(stored), rows_(rows), isa_(isa) {}
+  // stored: of the first weight, the third and so on; others: of the second and so on.
+  LayerCase(const LayerShape& shape, Dtype stored, Dtype others, Dtype rows, Isa isa)
+      : s_(shape), stored_{stored, others}, rows_(rows), isa_(isa) {}
 
   LayerResults run(int32_t inputs_threads, int32_t output_threads) {
     cpu::DecoderLayer layer = make();
@@ -143,13 +144,14 @@ class LayerCase {
     return rounded_.back().data();
   }
   cpu::FrozenWeight weight(int64_t out, int64_t in, unsigned seed) {
+    const Dtype stored = stored_[seed % 2];
     const Rounded values(random_values(static_cast<size_t>(out * in), seed, 1.0f / std::sqrt(static_cast<float>(in))),
-                         stored_);
-    kept_.emplace_back(static_cast<size_t>(cpu::packed_bytes(out, in, stored_, isa_)));
-    CHECK(cpu::pack_weight({values.data(), stored_}, out, in, kept_.back().get(), stored_, isa_, 1) == Status::ok,
+                         stored);
+    kept_.emplace_back(static_cast<size_t>(cpu::packed_bytes(out, in, stored, isa_)));
+    CHECK(cpu::pack_weight({values.data(), stored}, out, in, kept_.back().get(), stored, isa_, 1) == Status::ok,
           "not packed");
     floats_.push_back(random_values(static_cast<size_t>(out), seed + 100));
-    return {kept_.back().get(), stored_, {floats_.back().data(), Dtype::f32}};
+    return {kept_.back().get(), stored, {floats_.back().data(), Dtype::f32}};
   }
   cpu::RmsGain norm(int64_t features, unsigned seed) {
     floats_.push_back(random_values(static_cast<size_t>(features), seed));
@@ -169,7 +171,7 @@ class LayerCase {
   }
 
   LayerShape s_;
-  Dtype stored_, rows_;
+  Dtype stored_[2], rows_;
   Isa isa_;
   std::deque<Guarded> kept_, queries_, results_;
   std::deque<std::vector<float>> floats_;

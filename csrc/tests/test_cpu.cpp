@@ -336,17 +336,25 @@ void test_alignment(Isa isa) {
 
 // Every instruction set computes what the baseline does in fp32, whose sums are those of the tests in Python.
 void test_layer(Isa isa) {
-  const LayerShape shapes[] = {{1, 40, 3, 1, 22, 50, 1}, {16, 33, 4, 2, 6, 70, 9}, {3, 130, 6, 6, 70, 300, 37}};
+  struct Dtypes {
+    Dtype stored, others, rows;
+  };
+  const LayerShape shapes[] = {
+      {1, 40, 3, 1, 22, 50, 1}, {16, 33, 4, 2, 6, 70, 9}, {16, 100, 4, 2, 30, 170, 9}, {3, 130, 6, 6, 70, 300, 37}};
   for (const LayerShape& shape : shapes) {
-    for (const auto& dtypes :
-         {std::pair{Dtype::f32, Dtype::f32}, {Dtype::bf16, Dtype::f32}, {Dtype::bf16, Dtype::bf16}}) {
-      const LayerResults found = LayerCase(shape, dtypes.first, dtypes.second, isa).run(3, 3);
-      const LayerResults plain = LayerCase(shape, dtypes.first, dtypes.second, Isa::baseline).run(1, 1);
-      const double bound = dtypes.second == Dtype::f32 ? 1e-5 : 4e-2;  // bf16 rows are rounded between the products
+    for (const Dtypes& dtypes : {Dtypes{Dtype::f32, Dtype::f32, Dtype::f32},
+                                 {Dtype::bf16, Dtype::bf16, Dtype::f32},
+                                 {Dtype::bf16, Dtype::f32, Dtype::f32},
+                                 {Dtype::f16, Dtype::bf16, Dtype::f32},
+                                 {Dtype::bf16, Dtype::bf16, Dtype::bf16}}) {
+      const LayerResults found = LayerCase(shape, dtypes.stored, dtypes.others, dtypes.rows, isa).run(3, 3);
+      const LayerResults plain = LayerCase(shape, dtypes.stored, dtypes.others, dtypes.rows, Isa::baseline).run(1, 1);
+      const double bound = dtypes.rows == Dtype::f32 ? 1e-5 : 4e-2;  // bf16 rows are rounded between the products
       const std::vector<double> queries(plain.queries.begin(), plain.queries.end()), y(plain.y.begin(), plain.y.end());
       CHECK(largest_error(found.queries, queries) <= bound && largest_error(found.y, y) <= bound,
-            "layer isa %d dtypes %d %d: errors %g %g", static_cast<int>(isa), static_cast<int>(dtypes.first),
-            static_cast<int>(dtypes.second), largest_error(found.queries, queries), largest_error(found.y, y));
+            "layer isa %d dtypes %d %d %d: errors %g %g", static_cast<int>(isa), static_cast<int>(dtypes.stored),
+            static_cast<int>(dtypes.others), static_cast<int>(dtypes.rows), largest_error(found.queries, queries),
+            largest_error(found.y, y));
     }
   }
   cpu::LayerInputs none{};

@@ -117,29 +117,39 @@ struct Frozen {
   std::vector<float> y, dx;
 };
 
-// Rows 2 KB apart are copied first; two blocks of rows forward, and two passes over the out features backward.
-Frozen run_frozen(Isa isa, int forward_threads, int backward_threads) {
-  const int64_t tokens = 150, in = 512, out = 1930;
-  const std::vector<float> weight = random_values(static_cast<size_t>(out * in), 1);
-  const std::vector<float> x = random_values(static_cast<size_t>(tokens * in), 2);
-  const std::vector<float> dy = random_values(static_cast<size_t>(tokens * out), 3);
-  const Guarded panels = workspace_of(cpu::packed_bytes(out, in, Dtype::f32, isa));
-  cpu::pack_weight({weight.data(), Dtype::f32}, out, in, panels.get(), Dtype::f32, isa, 1);
+struct FrozenShape {
+  int64_t tokens, in, out;
+  Dtype stored, rows;
+};
+
+const FrozenShape kFrozen[] = {
+    {150, 512, 1930, Dtype::f32, Dtype::f32},    // rows 2 KB apart are copied; two blocks, and two passes backward
+    {40, 6200, 100, Dtype::bf16, Dtype::f32},    // rows that AMX multiplies in parts, in several passes
+    {1060, 100, 130, Dtype::bf16, Dtype::bf16},  // rows that are read as they lie, in two blocks at least
+};
+
+Frozen run_frozen(const FrozenShape& shape, Isa isa, int forward_threads, int backward_threads) {
+  const int64_t tokens = shape.tokens, in = shape.in, out = shape.out;
+  const Rounded weight(random_values(static_cast<size_t>(out * in), 1), shape.stored);
+  const Rounded x(random_values(static_cast<size_t>(tokens * in), 2), shape.rows);
+  const Rounded dy(random_values(static_cast<size_t>(tokens * out), 3), shape.rows);
+  const Guarded panels = workspace_of(cpu::packed_bytes(out, in, shape.stored, isa));
+  cpu::pack_weight({weight.data(), shape.stored}, out, in, panels.get(), shape.stored, isa, 1);
   const Guarded y = Guarded::floats(static_cast<size_t>(tokens * out));
   const Guarded dx = Guarded::floats(static_cast<size_t>(tokens * in));
   const cpu::FrozenForward forward{tokens,
                                    in,
                                    out,
-                                   {x.data(), in, Dtype::f32},
+                                   {x.data(), in, shape.rows},
                                    panels.get(),
                                    {},
                                    {y.get(), Dtype::f32},
-                                   Dtype::f32,
+                                   shape.stored,
                                    Form::packed,
                                    isa,
                                    forward_threads};
   const cpu::FrozenBackward backward{
-      tokens,          in, out, {dy.data(), out, Dtype::f32}, panels.get(), {dx.get(), Dtype::f32}, Dtype::f32, isa,
+      tokens,          in, out, {dy.data(), out, shape.rows}, panels.get(), {dx.get(), Dtype::f32}, shape.stored, isa,
       backward_threads};
   const int64_t forward_bytes = cpu::frozen_forward_workspace(forward);
   const int64_t backward_bytes = cpu::frozen_backward_workspace(backward);
@@ -150,20 +160,26 @@ Frozen run_frozen(Isa isa, int forward_threads, int backward_threads) {
 }
 
 void test_frozen(Isa isa) {
-  const Frozen one = run_frozen(isa, 1, 1), several = run_frozen(isa, kThreads, kThreads);
-  CHECK(same(one.y, several.y) && same(one.dx, several.dx), "isa %d: frozen products differ between thread counts",
-        static_cast<int>(isa));
+  for (const FrozenShape& shape : kFrozen) {
+    const Frozen one = run_frozen(shape, isa, 1, 1), several = run_frozen(shape, isa, kThreads, kThreads);
+    CHECK(same(one.y, several.y) && same(one.dx, several.dx),
+          "isa %d, %lld rows: frozen products differ between thread counts", static_cast<int>(isa),
+          static_cast<long long>(shape.tokens));
+  }
 }
 
 // All norms, so that every barrier is there; more heads to a key than attention takes at once.
-LayerCase layer_case(Isa isa) { return {{5, 260, 20, 2, 34, 260, 19}, Dtype::f32, Dtype::f32, isa}; }
+LayerCase layer_case(Isa isa, int64_t rows = 5, Dtype stored = Dtype::f32) {
+  return {{rows, 260, 20, 2, 34, 260, 19}, stored, stored, Dtype::f32, isa};
+}
 
-void test_layer(Isa isa) {
-  const LayerResults one = layer_case(isa).run(1, 1), several = layer_case(isa).run(kThreads, kThreads);
+void test_layer(Isa isa, int64_t rows, Dtype stored) {
+  const auto layer = [&] { return layer_case(isa, rows, stored); };
+  const LayerResults one = layer().run(1, 1), several = layer().run(kThreads, kThreads);
   CHECK(same(one.queries, several.queries) && same(one.y, several.y), "isa %d: layers differ between thread counts",
         static_cast<int>(isa));
-  const LayerResults apart = layer_case(isa).run_layers(3, 1, false);
-  const LayerResults together = layer_case(isa).run_layers(3, kThreads, true);
+  const LayerResults apart = layer().run_layers(3, 1, false);
+  const LayerResults together = layer().run_layers(3, kThreads, true);
   CHECK(same(apart.queries, together.queries) && same(apart.y, together.y), "isa %d: layers differ in one call",
         static_cast<int>(isa));
 }
@@ -175,8 +191,8 @@ void run_without_barrier(const std::string& pass_name, int barrier) {
   const auto run_pass = [&] {
     if (pass_name == "forward") run(c, Isa::baseline, kThreads, kThreads, false);
     if (pass_name == "backward") run(c, Isa::baseline, 1, kThreads, true);
-    if (pass_name == "frozen_forward") run_frozen(Isa::baseline, kThreads, 1);
-    if (pass_name == "frozen_backward") run_frozen(Isa::baseline, 1, kThreads);
+    if (pass_name == "frozen_forward") run_frozen(kFrozen[0], Isa::baseline, kThreads, 1);
+    if (pass_name == "frozen_backward") run_frozen(kFrozen[0], Isa::baseline, 1, kThreads);
     if (pass_name == "layer_inputs") layer_case(Isa::baseline).run(kThreads, 1);
     if (pass_name == "layer_output") layer_case(Isa::baseline).run(1, kThreads);
     if (pass_name == "decoder_layers") layer_case(Isa::baseline).run_layers(2, kThreads, true);
@@ -205,7 +221,8 @@ int main(int count, char** arguments) {
     test_packing(isa);
     test_alignment(isa);
     test_frozen(isa);
-    test_layer(isa);
+    test_layer(isa, 5, Dtype::f32);
+    test_layer(isa, 16, Dtype::bf16);
   }
   if (failures == 0) std::printf("all checks of threads passed\n");
   return failures == 0 ? 0 : 1;

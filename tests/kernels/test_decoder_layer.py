@@ -113,6 +113,25 @@ def test_a_position_is_that_of_the_plain_layer(isa: str, dtype: torch.dtype, kin
             assert error(cache.values, expected.values) <= bound
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("every", [1, 2])
+@torch.no_grad()
+def test_float32_rows_beside_weights_that_16_bits_hold(isa: str, every: int):
+    """All weights or every second one: AMX splits rows that only bfloat16 panels multiply."""
+    layer = made("many heads")
+    for linear in [part for part in layer.modules() if isinstance(part, nn.Linear)][::every]:
+        linear.weight.data = linear.weight.data.bfloat16().float()
+    exact_layer = copy.deepcopy(layer).double()
+    with instruction_set(isa), accelerate(layer), threads(2):
+        for rows in (8, 9, 16):
+            step = step_of("many heads", rows)
+            exact, _ = step.to(torch.float64).run(exact_layer)
+            with Served() as served, guarded_allocations():
+                found, _ = step.run(layer)
+            assert served.count == 1
+            assert error(found, exact) <= (ROUNDINGS + 64) * torch.finfo(torch.float32).eps
+
+
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads_or_on_the_other_rows():
     layer, step = made("gemma3"), step_of("gemma3", 5)

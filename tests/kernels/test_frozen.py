@@ -15,7 +15,7 @@ from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instructi
 from tests.kernels.frozen import budget, error, make_linear
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-SIZES = [(37, 53), (96, 17), (64, 200), (1, 1)]
+SIZES = [(37, 53), (96, 17), (64, 200), (16, 60), (1, 1)]
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
