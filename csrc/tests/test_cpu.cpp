@@ -52,34 +52,69 @@ double tolerance(const Shape& s) {
   return 16.0 * std::sqrt(static_cast<double>(s.in + s.hidden + 16)) * std::ldexp(1.0, -24);
 }
 
-// The loss dy . y along one parameter direction, by central differences in double, against the gradient.
-void check_direction(const Case& c, const char* name, std::vector<float> Case::* member,
-                     const std::vector<float>& gradient, const Shape& s, Isa isa) {
-  std::vector<float> direction = random_values((c.*member).size(), 99);
-  const double step = 1.0 / 512;
-  double slope = 0.0, expected = 0.0, scale = 0.0;
-  const auto loss = [&](double sign) {
-    Case moved = c;
-    for (size_t i = 0; i < direction.size(); ++i) (moved.*member)[i] += static_cast<float>(sign * step) * direction[i];
-    const std::vector<double> y = moved.forward(moved.x);
-    double total = 0.0;
-    for (size_t i = 0; i < y.size(); ++i) total += y[i] * c.dy[i];
-    return total;
-  };
-  slope = (8.0 * (loss(1) - loss(-1)) - (loss(2) - loss(-2))) / (12.0 * step);
-  for (size_t i = 0; i < direction.size(); ++i) {
-    expected += static_cast<double>(gradient[i]) * direction[i];
-    scale += std::fabs(static_cast<double>(gradient[i]) * direction[i]);
-  }
-  // Central differences of order four at this step are good to about 1e-4; a wrong gradient misses by far more.
-  CHECK(std::fabs(slope - expected) <= 2e-3 * scale + 1e-3, "%s isa %d (%lld %lld %lld %lld): slope %g, gradient %g",
-        name, static_cast<int>(isa), static_cast<long long>(s.tokens), static_cast<long long>(s.in),
-        static_cast<long long>(s.hidden), static_cast<long long>(s.out), slope, expected);
-}
+// A direction in which one argument moves, and the slope of the loss dy . y along it, by central differences in double.
+struct Direction {
+  const char* name;
+  std::vector<float> Gradients::* gradient;
+  std::vector<float> along;
+  double slope;
 
-void test_link(Isa isa, const Shape& s) {
-  const Case c(s);
-  const std::vector<double> exact = c.forward(c.x);
+  Direction(const Case& c, const char* of, std::vector<float> Case::* argument, std::vector<float> Gradients::* its)
+      : name(of), gradient(its), along(random_values((c.*argument).size(), 99)) {
+    const double step = 1.0 / 512;
+    const auto loss = [&](double sign) {
+      Case moved = c;
+      for (size_t i = 0; i < along.size(); ++i) (moved.*argument)[i] += static_cast<float>(sign * step) * along[i];
+      const std::vector<double> y = moved.forward(moved.x);
+      double total = 0.0;
+      for (size_t i = 0; i < y.size(); ++i) total += y[i] * c.dy[i];
+      return total;
+    };
+    slope = (8.0 * (loss(1) - loss(-1)) - (loss(2) - loss(-2))) / (12.0 * step);
+  }
+
+  void check(const Gradients& gradients, const Shape& s, Isa isa) const {
+    const std::vector<float>& found = gradients.*gradient;
+    double expected = 0.0, scale = 0.0;
+    for (size_t i = 0; i < along.size(); ++i) {
+      expected += static_cast<double>(found[i]) * along[i];
+      scale += std::fabs(static_cast<double>(found[i]) * along[i]);
+    }
+    // Central differences of order four at this step are good to about 1e-4; a wrong gradient misses by far more.
+    CHECK(std::fabs(slope - expected) <= 2e-3 * scale + 1e-3, "%s isa %d (%lld %lld %lld %lld): slope %g, gradient %g",
+          name, static_cast<int>(isa), static_cast<long long>(s.tokens), static_cast<long long>(s.in),
+          static_cast<long long>(s.hidden), static_cast<long long>(s.out), slope, expected);
+  }
+};
+
+// A case with what every instruction set must find.
+struct Expected {
+  Case c;
+  std::vector<double> y;
+  std::vector<Direction> directions;
+
+  explicit Expected(const Shape& s) : c(s), y(c.forward(c.x)) {
+    const auto add = [&](bool present, const char* name, std::vector<float> Case::* argument,
+                         std::vector<float> Gradients::* gradient) {
+      if (present) directions.emplace_back(c, name, argument, gradient);
+    };
+    add(true, "dx", &Case::x, &Gradients::dx);
+    add(true, "dw1", &Case::w1, &Gradients::dw1);
+    add(true, "dw2", &Case::w2, &Gradients::dw2);
+    add(s.residual == Residual::linear, "dw3", &Case::w3, &Gradients::dw3);
+    add(s.biases, "db1", &Case::b1, &Gradients::db1);
+    add(s.biases, "db2", &Case::b2, &Gradients::db2);
+    add(s.norms, "dgi", &Case::gi, &Gradients::dgi);
+    add(s.norms, "dgo", &Case::go, &Gradients::dgo);
+    add(s.norms && s.biases, "dci", &Case::ci, &Gradients::dci);
+    add(s.norms && s.biases, "dco", &Case::co, &Gradients::dco);
+  }
+};
+
+void test_link(Isa isa, const Expected& expected) {
+  const Case& c = expected.c;
+  const Shape& s = c.s;
+  const std::vector<double>& exact = expected.y;
   const std::vector<float> stored = run_forward(c, c.weights(), isa, 3);
   const double error = largest_error(stored, exact);
   CHECK(error <= tolerance(s), "link isa %d (%lld %lld %lld %lld): error %g, bound %g", static_cast<int>(isa),
@@ -107,28 +142,49 @@ void test_link(Isa isa, const Shape& s) {
   Kept kept;
   run_forward(c, c.weights(), isa, 3, &kept);
   const Gradients g = run_backward(c, c.weights(), kept, isa, 3);
-  check_direction(c, "dx", &Case::x, g.dx, s, isa);
-  check_direction(c, "dw1", &Case::w1, g.dw1, s, isa);
-  check_direction(c, "dw2", &Case::w2, g.dw2, s, isa);
-  if (s.residual == Residual::linear) check_direction(c, "dw3", &Case::w3, g.dw3, s, isa);
-  if (s.biases) check_direction(c, "db1", &Case::b1, g.db1, s, isa);
-  if (s.biases) check_direction(c, "db2", &Case::b2, g.db2, s, isa);
-  if (s.norms) check_direction(c, "dgi", &Case::gi, g.dgi, s, isa);
-  if (s.norms) check_direction(c, "dgo", &Case::go, g.dgo, s, isa);
-  if (s.norms && s.biases) check_direction(c, "dci", &Case::ci, g.dci, s, isa);
-  if (s.norms && s.biases) check_direction(c, "dco", &Case::co, g.dco, s, isa);
+  for (const Direction& direction : expected.directions) direction.check(g, s, isa);
   const Gradients again = run_backward(c, c.weights(), kept, isa, 3);
   CHECK(std::memcmp(g.dw1.data(), again.dw1.data(), g.dw1.size() * sizeof(float)) == 0, "dw1 differs between runs");
 }
 
-// A frozen product and its input gradient in every dtype, against double precision, and the weight back from its
-// panels.
-void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, int64_t out) {
-  const Rounded weight(random_values(static_cast<size_t>(out * in), 1, 1.0f / std::sqrt(static_cast<float>(in))),
-                       stored);
-  const Rounded x(random_values(static_cast<size_t>(tokens * in), 2), rows);
-  const Rounded dy(random_values(static_cast<size_t>(tokens * out), 3), rows);
-  const std::vector<float> bias = random_values(static_cast<size_t>(out), 4);
+// A frozen product and its input gradient, exact in double precision.
+struct FrozenCase {
+  Dtype stored, row_dtype;
+  int64_t tokens, in, out;
+  Rounded weight, x, dy;
+  std::vector<float> bias;
+  std::vector<double> y, dx;
+
+  FrozenCase(Dtype weights, Dtype rows, int64_t count, int64_t in_features, int64_t out_features)
+      : stored(weights),
+        row_dtype(rows),
+        tokens(count),
+        in(in_features),
+        out(out_features),
+        weight(random_values(static_cast<size_t>(out * in), 1, 1.0f / std::sqrt(static_cast<float>(in))), stored),
+        x(random_values(static_cast<size_t>(tokens * in), 2), rows),
+        dy(random_values(static_cast<size_t>(tokens * out), 3), rows),
+        bias(random_values(static_cast<size_t>(out), 4)),
+        y(static_cast<size_t>(tokens * out)),
+        dx(static_cast<size_t>(tokens * in), 0.0) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t o = 0; o < out; ++o) {
+        double sum = bias[o];
+        for (int64_t i = 0; i < in; ++i) {
+          sum += static_cast<double>(x.values[t * in + i]) * weight.values[o * in + i];
+          dx[t * in + i] += static_cast<double>(dy.values[t * out + o]) * weight.values[o * in + i];
+        }
+        y[t * out + o] = sum;
+      }
+    }
+  }
+};
+
+// Both, and the weight back from its panels.
+void test_frozen(Isa isa, const FrozenCase& c) {
+  const int64_t tokens = c.tokens, in = c.in, out = c.out;
+  const Dtype stored = c.stored, rows = c.row_dtype;
+  const Rounded &weight = c.weight, &x = c.x, &dy = c.dy;
   const int64_t bytes = cpu::packed_bytes(out, in, stored, isa);
   const Guarded panels = workspace_of(bytes), back = workspace_of(static_cast<int64_t>(weight.bytes()));
   CHECK(cpu::pack_weight({weight.data(), stored}, out, in, panels.get(), stored, isa, 2) == Status::ok, "not packed");
@@ -143,7 +199,7 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
                                    out,
                                    {x.data(), in, rows},
                                    panels.get(),
-                                   {bias.data(), Dtype::f32},
+                                   {c.bias.data(), Dtype::f32},
                                    {y.get(), Dtype::f32},
                                    stored,
                                    Form::packed,
@@ -169,21 +225,10 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
     CHECK(cpu::frozen_forward(in_place, rows_copied.get(), in_place_bytes) == Status::ok, "not streamed");
   }
 
-  std::vector<double> exact_y(static_cast<size_t>(tokens * out)), exact_dx(static_cast<size_t>(tokens * in), 0.0);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t o = 0; o < out; ++o) {
-      double sum = bias[o];
-      for (int64_t i = 0; i < in; ++i) {
-        sum += static_cast<double>(x.values[t * in + i]) * weight.values[o * in + i];
-        exact_dx[t * in + i] += static_cast<double>(dy.values[t * out + o]) * weight.values[o * in + i];
-      }
-      exact_y[t * out + o] = sum;
-    }
-  }
   const double bound = 16.0 * std::sqrt(static_cast<double>(in + out + 16)) * std::ldexp(1.0, -24);
-  const double y_error = largest_error(y.values(), exact_y), dx_error = largest_error(dx.values(), exact_dx);
+  const double y_error = largest_error(y.values(), c.y), dx_error = largest_error(dx.values(), c.dx);
   if (tokens <= 16) {
-    const double error = largest_error(streamed.values(), exact_y);
+    const double error = largest_error(streamed.values(), c.y);
     CHECK(error <= bound, "streamed isa %d dtypes %d %d: error %g", static_cast<int>(isa), static_cast<int>(stored),
           static_cast<int>(rows), error);
   }
@@ -192,21 +237,33 @@ void test_frozen(Isa isa, Dtype stored, Dtype rows, int64_t tokens, int64_t in, 
         static_cast<long long>(in), static_cast<long long>(out), y_error, dx_error, bound);
 }
 
-void test_frozen(Isa isa) {
+template <class Body>
+void each_isa(const Body& body) {
+  for (int level = 0; level <= static_cast<int>(cpu::best_isa()); ++level) body(static_cast<Isa>(level));
+}
+
+void test_frozen() {
+  const auto test = [](Dtype stored, Dtype rows, int64_t tokens, int64_t in, int64_t out) {
+    const FrozenCase c(stored, rows, tokens, in, out);
+    each_isa([&](Isa isa) { test_frozen(isa, c); });
+  };
   for (const Dtype stored : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
     for (const Dtype rows : {Dtype::f32, stored}) {
       for (const int64_t tokens : {int64_t{1}, int64_t{5}, int64_t{9}, int64_t{131}}) {
-        test_frozen(isa, stored, rows, tokens, 37, 53);
-        test_frozen(isa, stored, rows, tokens, 96, 17);
+        test(stored, rows, tokens, 37, 53);
+        test(stored, rows, tokens, 96, 17);
       }
-      test_frozen(isa, stored, rows, 3, 1, 1);
-      test_frozen(isa, stored, rows, 3, 512, 20);     // rows 2 KB apart
-      test_frozen(isa, stored, rows, 2, 50, 1950);    // several passes over the out features
-      test_frozen(isa, stored, rows, 515, 19, 1930);  // and several blocks of rows
-      test_frozen(isa, stored, rows, 513, 19, 1930);  // the last of them a single row
-      test_frozen(isa, stored, rows, 40, 6200, 19);   // several passes over the in features
+      test(stored, rows, 3, 1, 1);
+      test(stored, rows, 3, 512, 20);     // rows 2 KB apart
+      test(stored, rows, 2, 50, 1950);    // several passes over the out features
+      test(stored, rows, 515, 19, 1930);  // and several blocks of rows
+      test(stored, rows, 513, 49, 1930);  // the last of them a single row
+      test(stored, rows, 33, 6200, 49);   // several passes over the in features
     }
   }
+}
+
+void test_refused(Isa isa) {
   float number = 1.0f;
   cpu::FrozenForward call{
       1, 1, 1, {&number, 1, Dtype::f16}, &number, {}, {&number, Dtype::f32}, Dtype::bf16, Form::packed, isa, 1};
@@ -369,25 +426,29 @@ void test_layer(Isa isa) {
 }  // namespace
 
 int main() {
-  for (int level = 0; level <= static_cast<int>(cpu::best_isa()); ++level) {
-    const Isa isa = static_cast<Isa>(level);
+  const auto test = [](const Shape& shape) {
+    const Expected expected(shape);
+    each_isa([&](Isa isa) { test_link(isa, expected); });
+  };
+  for (const int64_t tokens : {int64_t{1}, int64_t{7}, int64_t{33}}) {
+    test({tokens, 17, 51, 17, Residual::identity, true, true});
+    test({tokens, 40, 23, 57, Residual::linear, true, true});
+    test({tokens, 13, 49, 50, Residual::linear, false, false});
+    test({tokens, 8, 16, 3, Residual::none, false, true});
+  }
+  test({1100, 5, 6, 7, Residual::linear, true, true});      // several blocks of tokens, both ways
+  test({288, 300, 16, 256, Residual::linear, true, true});  // bands of rows, two terms of few pieces
+  test({300, 256, 270, 130, Residual::linear, false, true});
+  test_frozen();
+  each_isa([](Isa isa) {
     test_gelu(isa, Gelu::erf);
     test_gelu(isa, Gelu::tanh);
-    for (const int64_t tokens : {int64_t{1}, int64_t{7}, int64_t{33}}) {
-      test_link(isa, {tokens, 17, 51, 17, Residual::identity, true, true});
-      test_link(isa, {tokens, 40, 23, 57, Residual::linear, true, true});
-      test_link(isa, {tokens, 13, 49, 50, Residual::linear, false, false});
-      test_link(isa, {tokens, 8, 16, 3, Residual::none, false, true});
-    }
-    test_link(isa, {1100, 5, 6, 7, Residual::linear, true, true});      // several blocks of tokens, both ways
-    test_link(isa, {288, 300, 16, 256, Residual::linear, true, true});  // bands of rows, two terms of few pieces
-    test_link(isa, {300, 256, 270, 130, Residual::linear, false, true});
     test_alignment(isa);
-    test_frozen(isa);
+    test_refused(isa);
     test_large(isa);
     test_rms_norm(isa);
     test_layer(isa);
-  }
+  });
   test_handoff();
   if (failures == 0)
     std::printf("all native CPU checks passed, best instruction set %d\n", static_cast<int>(cpu::best_isa()));
