@@ -119,7 +119,7 @@ class NormKernel(OwnForward):
 
     def look(self) -> bool:
         if not _has_a_norms_parts(self.module):  # most modules of a model: a watch of each would take 0.4 ms
-            self.computes = None
+            self.computes, self._dtype = None, None  # looked at again by the next call
             return False
         watch = Watch(self.module)  # first: what changes from here on is seen
         self.computes = recognised(self.module)  # before the watch, for threads that find the norm unchanged meanwhile

@@ -158,6 +158,20 @@ def test_a_norm_changed_while_it_is_served(kind: type[Norm], change: Callable[[N
         assert found[0].requires_grad is found[1].requires_grad
 
 
+def test_a_norm_changed_and_changed_back_is_served_again(monkeypatch: pytest.MonkeyPatch):
+    norm, x, calls = Norm(24).eval(), make_rows(3, 24), []
+    served = cpu.rms_norm
+    monkeypatch.setattr(cpu, "rms_norm", lambda *given: calls.append(given) or served(*given))
+    with accelerate(nn.Sequential(norm)):
+        norm(x)
+        _another(norm)
+        norm(x)
+        assert len(calls) == 1
+        del norm.another
+        norm(x)
+        assert len(calls) == 2
+
+
 class Divided(Norm):
     def unit(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
