@@ -27,8 +27,8 @@ from benchmarks.suites.cpu.frozen_steps import Made, Steps
 from recmas.engine.growing_cache import Lent
 from recmas.files import write_atomically
 from recmas_kernels import DecoderSteps
-from recmas_kernels.backends.cpu_decoder import DecoderLayers
-from recmas_kernels.decoder_run import Known
+from recmas_kernels.backends.cpu.decoder import DecoderLayers
+from recmas_kernels.decoder.run import Known
 
 PIECES: dict[str, tuple[Any, str]] = {
     "kernels": (DecoderLayers, "__call__"),

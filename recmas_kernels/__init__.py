@@ -9,7 +9,7 @@ from recmas_kernels.backends.choice import BACKENDS, BackendUnavailableError, us
 from recmas_kernels.backends.explain import explain
 from recmas_kernels.backends.packing import packed
 from recmas_kernels.config import LinkConfig
-from recmas_kernels.decoder_steps import DecoderSteps
+from recmas_kernels.decoder.steps import DecoderSteps
 from recmas_kernels.frozen_linear import FrozenLinear
 from recmas_kernels.functional import Norm, alignment_loss, latent_handoff, recursive_link
 from recmas_kernels.fuse import fuse

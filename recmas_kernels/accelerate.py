@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from recmas_kernels import own_forward
-from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_model import ModelKernel
-from recmas_kernels.decoder_proof import Proofs
+from recmas_kernels.decoder.layer import LayerKernel
+from recmas_kernels.decoder.model import ModelKernel
+from recmas_kernels.decoder.proof import Proofs
 from recmas_kernels.frozen import Panels, why_not_packed
 from recmas_kernels.frozen_linear import FrozenLinear, freeze, thaw, why_not_frozen
 from recmas_kernels.holders import held_outside

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from recmas_kernels import use_backend
 from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu.module import isa_in_use, kernels
 
-AVAILABLE = cpu.ISAS[: cpu._native().best_isa() + 1] if cpu.unavailable() is None else ()
+AVAILABLE = cpu.ISAS[: kernels().best_isa() + 1] if cpu.unavailable() is None else ()
 GUARD = 256  # bytes each side of a guarded buffer
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     with mock.patch.dict(os.environ, RECMAS_CPU_ISA=name):
-        cpu._isa.cache_clear()
+        isa_in_use.cache_clear()
         with use_backend("cpu"):
             yield
-    cpu._isa.cache_clear()
+    isa_in_use.cache_clear()
 
 
 @contextmanager

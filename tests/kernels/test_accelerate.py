@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recmas_kernels import FrozenLinear, accelerate, named_weights
-from recmas_kernels.backends import cpu
+from recmas_kernels.backends import cpu, native
+from recmas_kernels.backends.cpu import module
 from recmas_kernels.testing import LOW_PRECISION, make_rows
 from tests.kernels.cpu_settings import AVAILABLE, instruction_set
 from tests.kernels.frozen import budget, error, make_linear
@@ -206,14 +209,26 @@ def test_no_linear_layer_and_no_module():
 def test_without_kernels_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
     """Built without them, or on a processor that they do not know."""
 
-    def native() -> None:
+    def load(label: str) -> None:
         raise ImportError("not built")
 
-    monkeypatch.setattr(cpu, "_native", native)
-    monkeypatch.setattr(cpu, "unavailable", lambda: "not built")
     model = nn.Sequential(make_linear(), nn.RMSNorm(53))
     x = make_rows(2, 37)
     expected = model(x)
-    done = accelerate(model)
-    assert (list(done.left.values()), done.packed, done.norms) == (["not built"], {}, {})
-    assert torch.equal(model(x), expected)
+    with monkeypatch.context() as changed, found_anew():
+        changed.setattr(native, "load", load)
+        done = accelerate(model)
+        assert (list(done.left.values()), done.packed, done.norms) == ([cpu.unavailable()], {}, {})
+        assert torch.equal(model(x), expected)
+
+
+@contextmanager
+def found_anew() -> Iterator[None]:
+    """Within, and from the end on, whether there are kernels is found out once more."""
+    for remembered in (module.kernels, cpu.unavailable):
+        remembered.cache_clear()
+    try:
+        yield
+    finally:
+        for remembered in (module.kernels, cpu.unavailable):
+            remembered.cache_clear()

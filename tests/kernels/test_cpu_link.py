@@ -17,6 +17,7 @@ from torch import Tensor
 from recmas_kernels import FusedRecursiveLink, LinkConfig, packed, recursive_link, use_backend
 from recmas_kernels.backends import cpu
 from recmas_kernels.backends.call import Call
+from recmas_kernels.backends.cpu.module import kernels
 from recmas_kernels.reference import LinkArguments
 from recmas_kernels.testing import (
     LOW_PRECISION,
@@ -110,7 +111,7 @@ def test_products_by_a_library(isa, sizes, dtype):
 
 def test_a_library_is_found():
     """Where torch multiplies with MKL, which this torch says."""
-    assert cpu._native().multiplies_by_library() == torch.backends.mkl.is_available()
+    assert kernels().multiplies_by_library() == torch.backends.mkl.is_available()
 
 
 @pytest.mark.parametrize("norm", [True, False])

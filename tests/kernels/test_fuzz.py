@@ -33,6 +33,7 @@ from recmas_kernels import (
     use_backend,
 )
 from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu.module import kernels
 from tests.kernels.cpu_settings import GUARD, LAYOUTS, guarded_allocations, laid_out
 
 CALLS = int(os.environ.get("RECMAS_FUZZ_CALLS", "2000"))
@@ -484,7 +485,7 @@ def test_ops_refuse_what_does_not_fit(call, backend):
 def test_bindings_pass_on_no_address_that_does_not_fit(call):
     """Behind the ops' checks: what a kernel would read or write outside of its tensors never reaches it."""
     with pytest.raises((ValueError, TypeError)):
-        call(cpu._native())
+        call(kernels())
 
 
 def align(native, target=FLOATS, ids=None, mask=None, loss=None, grad=None):

@@ -36,14 +36,15 @@ def test_a_setting_that_names_nothing_is_one_line(
     variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from recmas_kernels.backends import cpu
+    from recmas_kernels.backends.cpu.module import isa_in_use
 
     if cpu.unavailable() is not None:
         pytest.skip(str(cpu.unavailable()))
     monkeypatch.setenv(variable, "turbo")
-    cpu._isa.cache_clear()
+    isa_in_use.cache_clear()
     assert info.main([]) == 2
     assert "'turbo'" in capsys.readouterr().err
-    cpu._isa.cache_clear()
+    isa_in_use.cache_clear()
 
 
 def test_info_says_why_a_build_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from recmas_kernels import FusedRecursiveLink, alignment_loss, packed, recursive_link
 from recmas_kernels.backends import cpu, tensors
+from recmas_kernels.backends.cpu.module import kernels
 from recmas_kernels.reference import LinkArguments
 from recmas_kernels.testing import configs, make_link, make_rows
 
@@ -18,7 +19,7 @@ compiled = pytest.mark.skipif(
 @pytest.fixture
 def attribute_reading():
     """A torch without DLPack's table of C functions."""
-    modules = (cpu._native, tensors._native)
+    modules = (kernels, tensors._native)
     for module in modules:
         module().connect(torch, None)
     yield
@@ -60,7 +61,7 @@ def test_the_native_calls_refuse_what_does_not_fit():
     def forward(x: object, w1: object, y: object, **settings: object) -> bool:
         arguments = LinkArguments(x, w1, None, w, *[None] * 7, "identity", "none", 1e-5, torch.float32)
         arguments = arguments._replace(**settings)
-        return cpu._native().link_forward(0, 1, arguments, False, False, False, y, None, None, None)
+        return kernels().link_forward(0, 1, arguments, False, False, False, y, None, None, None)
 
     y = torch.empty(3, 8)
     assert forward(x, w, y)
@@ -79,9 +80,9 @@ def test_the_native_calls_refuse_what_does_not_fit():
     with pytest.raises(TypeError, match="must be real number, not str"):
         forward(x, w, y, eps="small")
     with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
-        cpu._native().link_forward(0)
+        kernels().link_forward(0)
     with pytest.raises(TypeError, match="expected LinkArguments, got tuple"):
-        cpu._native().link_forward(0, 1, (x, w), False, False, False, y, None, None, None)
+        kernels().link_forward(0, 1, (x, w), False, False, False, y, None, None, None)
     assert not forward(x, w.double(), y), "another dtype is for the caller to convert"
     assert not forward(x, w.t(), y), "and so are other strides"
 

@@ -16,7 +16,8 @@ from recmas.engine.growing_cache import GrowingCache
 from recmas.system.fingerprint import digest
 from recmas.training import outer_loss
 from recmas_kernels import FrozenLinear
-from recmas_kernels.backends import cpu, cpu_decoder
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu import decoder
 from tests.runtime.tiny import FAMILIES, prompts, tiny_agent, tiny_link, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -58,13 +59,13 @@ def test_a_step_runs_all_layers_in_one_call_with_the_same_bits(family: str, monk
     agent = accelerated(family)
     prompt, _ = prompts(agent, (9, 4, 1))
     calls = []
-    real = cpu_decoder.DecoderLayers.__call__
+    real = decoder.DecoderLayers.__call__
 
-    def counted(layers: cpu_decoder.DecoderLayers, *given: Any) -> bool:
+    def counted(layers: decoder.DecoderLayers, *given: Any) -> bool:
         calls.append(layers.count)
         return real(layers, *given)
 
-    monkeypatch.setattr(cpu_decoder.DecoderLayers, "__call__", counted)
+    monkeypatch.setattr(decoder.DecoderLayers, "__call__", counted)
     states, tokens = agent.think(prompt, 5, tiny_link(agent)).states, agent.decode(prompt, 4)
     assert len(calls) == 4 + 3  # the first state and the first token are of the prompt
     assert set(calls) == {agent.decoder.config.num_hidden_layers}

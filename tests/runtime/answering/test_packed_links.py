@@ -20,7 +20,7 @@ QUESTIONS = ["what is the answer?", "0 + 1 =", "and then?"]
 
 @pytest.fixture(autouse=True)
 def small_weights_are_packed_too(monkeypatch):
-    monkeypatch.setattr(cpu, "_LEAST_PACKED", 1)
+    monkeypatch.setattr(cpu.link, "_LEAST_PACKED", 1)
     yield
     assert not packing._entries
 

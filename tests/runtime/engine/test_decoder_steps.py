@@ -17,9 +17,11 @@ from transformers.models.llama import modeling_llama
 
 from recmas.engine.continuation import Continuation
 from recmas.engine.growing_cache import ROOM, GrowingCache, GrowingLayer
-from recmas_kernels import accelerate, decoder_steps, use_backend
-from recmas_kernels.backends import cpu, cpu_decoder
-from recmas_kernels.decoder_model import ModelKernel
+from recmas_kernels import accelerate, use_backend
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import steps as decoder_steps
+from recmas_kernels.decoder.model import ModelKernel
 from tests.runtime.tiny import prompts, tiny_agent, tiny_link, tiny_model
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -338,7 +340,7 @@ def test_a_step_that_raises_leaves_what_a_call_leaves():
     for called in (True, False):
         batch = Batch(called=called)
         batch.step(3)
-        stop = mock.patch.object(cpu_decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt)
+        stop = mock.patch.object(decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt)
         with stop, pytest.raises(KeyboardInterrupt):
             batch.step()
         lengths.append([layer.get_seq_length() for layer in batch.cache.layers])

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import decoder_kernels
-from recmas_kernels.backends import cpu_decoder, settings
-from recmas_kernels.decoder_layer import Found, LayerKernel, suits, takes
-from recmas_kernels.decoder_parts import Packed, Parts
+from recmas_kernels.backends import settings
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import kernels
+from recmas_kernels.decoder.layer import Found, LayerKernel, suits, takes
+from recmas_kernels.decoder.parts import Packed, Parts
 from recmas_kernels.watch import Watched
 
 _ORDER = "the model called its layers in another order than when it was looked at"
@@ -213,7 +214,7 @@ class Given(NamedTuple):
         return given and mine.sizes == its.sizes and mine.features == its.features and mine.dtype is its.dtype
 
     def arguments(self, number: int, room: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-        """One of `cpu_decoder.DecoderLayers`.
+        """One of `decoder.DecoderLayers`.
 
         Args:
             number: of what it is given.
@@ -235,11 +236,11 @@ def _ran(x: Tensor, y: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor
         if len(given) < 3 * len(numbers):
             given += *layer.turned, layer.mask
         arguments.append(layer.arguments(number, room))
-    return cpu_decoder.DecoderLayers(x, arguments)(x, y, tuple(given))
+    return decoder.DecoderLayers(x, arguments)(x, y, tuple(given))
 
 
 def _apart(x: Tensor, layers: list[Given], rooms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """What the last of the layers returns, each in two calls."""
     for (parts, packed, turned, mask), room in zip(layers, rooms, strict=True):
-        x = decoder_kernels.run_in_room(parts, packed, x, turned, mask, room)
+        x = kernels.run_in_room(parts, packed, x, turned, mask, room)
     return x

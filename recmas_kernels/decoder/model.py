@@ -12,8 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_run import Known, Together
+from recmas_kernels.decoder.layer import LayerKernel
+from recmas_kernels.decoder.run import Known, Together
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
 from recmas_kernels.watch import CALLS, HOOKS, INNER, Watched, is_own

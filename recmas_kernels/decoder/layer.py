@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from recmas_kernels import decoder_kernels, frozen
-from recmas_kernels.backends import cpu_decoder, settings
+from recmas_kernels import frozen
+from recmas_kernels.backends import settings
 from recmas_kernels.backends.choice import requested
-from recmas_kernels.decoder_parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
-from recmas_kernels.decoder_proof import Proofs
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import kernels
+from recmas_kernels.decoder.parts import Packed, Parts, is_known, is_plain, packed_of, parts_of
+from recmas_kernels.decoder.proof import Proofs
 from recmas_kernels.devices import autocast_enabled
 from recmas_kernels.observed import observed
 from recmas_kernels.own_forward import OwnForward
@@ -50,7 +52,7 @@ class LayerKernel(OwnForward):
         layer = self.module
         watch = Watch(layer) if is_known(layer) else None  # first: what changes from here on is seen
         parts = None if watch is None or not as_written(layer) else parts_of(layer)
-        if parts is not None and proofs.hold(layer, parts, decoder_kernels.run):
+        if parts is not None and proofs.hold(layer, parts, kernels.run):
             self._found = Found(parts)  # before the watch, for threads that find the layer unchanged meanwhile
         self._watch = watch
         return self._found is not None
@@ -73,7 +75,7 @@ class LayerKernel(OwnForward):
         if settings.checks():
             for linear in parts.linears.values():
                 frozen.expect_unwritten(linear._parameters["weight"])  # type: ignore[arg-type]
-        return decoder_kernels.run(parts, packed, x, turned, mask, cache)
+        return kernels.run(parts, packed, x, turned, mask, cache)
 
     def kept(self) -> tuple[Watch, Found] | None:
         """What the layer is now, and the kernels that it runs as; None if it runs as its class says."""
@@ -89,7 +91,7 @@ class LayerKernel(OwnForward):
 
 def suits(x: Any) -> bool:
     """Whether kernels may run here and now, on one position of few rows."""
-    if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= cpu_decoder.MOST_ROWS:
+    if not is_plain(x) or x.dim() != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= decoder.MOST_ROWS:
         return False
     if torch.is_grad_enabled() or observed() or functions_replaced():
         return False

@@ -14,10 +14,10 @@ from torch.overrides import BaseTorchFunctionMode
 
 from recmas_kernels import accelerate
 from recmas_kernels.backends import cpu
-from recmas_kernels.decoder_model import ModelKernel
-from recmas_kernels.decoder_run import Known
-from tests.kernels.decoder_layers import Layer
-from tests.kernels.decoder_models import LAYERS, Hooking, Model, calls, counted_as_known, one, step
+from recmas_kernels.decoder.model import ModelKernel
+from recmas_kernels.decoder.run import Known
+from tests.kernels.decoder.layers import Layer
+from tests.kernels.decoder.models import LAYERS, Hooking, Model, calls, counted_as_known, one, step
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 known = counted_as_known

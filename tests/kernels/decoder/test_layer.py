@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recmas_kernels import FrozenLinear, accelerate, decoder_kernels, decoder_parts
-from recmas_kernels.backends import cpu, cpu_decoder
-from recmas_kernels.decoder_layer import LayerKernel
+from recmas_kernels import FrozenLinear, accelerate
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import kernels as decoder_kernels
+from recmas_kernels.decoder import parts as decoder_parts
+from recmas_kernels.decoder.layer import LayerKernel
 from recmas_kernels.testing import LOW_PRECISION
-from tests.kernels import decoder_layers
 from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
-from tests.kernels.decoder_layers import (
+from tests.kernels.decoder import layers as decoder_layers
+from tests.kernels.decoder.layers import (
     ACTIVATIONS,
     OTHERS,
     Attention,
@@ -565,8 +568,8 @@ def test_layers_alike_are_proved_once_and_others_by_themselves():
     model[1].self_attn.layer_idx = 1
     model[3].self_attn.scaling = 1.0
     calls = []
-    real = cpu_decoder.layer_output
-    with mock.patch.object(cpu_decoder, "layer_output", lambda *a: calls.append(1) or real(*a)):
+    real = decoder.layer_output
+    with mock.patch.object(decoder, "layer_output", lambda *a: calls.append(1) or real(*a)):
         with accelerate(model) as done:
             assert len(done.layers) == 4
         assert len(calls) == 3 * 2 + 1  # three formulas with and without a mask, and the second layer of the first

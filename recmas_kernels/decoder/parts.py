@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recmas_kernels.backends import cpu_decoder
+from recmas_kernels.backends.cpu import decoder
 from recmas_kernels.frozen import Panels
 from recmas_kernels.frozen_linear import FrozenLinear
 from recmas_kernels.rms_norm import NormKernel
@@ -51,7 +51,7 @@ class Parts:
         scale: of the scores.
         index: of the layer in its cache.
         features: of rows.
-        feed: features between gate and down, and the activation's number in `cpu_decoder.ACTIVATIONS`.
+        feed: features between gate and down, and the activation's number in `decoder.ACTIVATIONS`.
         dtype: of the weights.
     """
 
@@ -100,7 +100,7 @@ def is_plain(tensor: Any) -> bool:
 
 
 class Packed(NamedTuple):
-    """A layer's weights and norms as the two kernels take them; see `recmas_kernels.backends.cpu_decoder`."""
+    """A layer's weights and norms as the two kernels take them; see `recmas_kernels.backends.cpu.decoder`."""
 
     inputs: tuple[Any, ...]
     output: tuple[Any, ...]
@@ -116,11 +116,10 @@ def packed_of(parts: Parts, tensors: dict[str, Tensor], panels: dict[str, Panels
     biases = {name: tensors.get(f"{name}.bias") for name in parts.linears}
     gains = [None if named is None else tensors[f"{named[0]}.weight"] for named in parts.norms]
     query, key, value, out, gate, up, down = (
-        (panels[name].data, cpu_decoder.dtype_number(panels[name].stored), bias) for name, bias in biases.items()
+        (panels[name].data, decoder.dtype_number(panels[name].stored), bias) for name, bias in biases.items()
     )
     norm, query_norm, key_norm, after, before, last = (
-        cpu_decoder.NO_NORM if rule is None else (gain, *rule)
-        for gain, rule in zip(gains, parts.norm_rules, strict=True)
+        decoder.NO_NORM if rule is None else (gain, *rule) for gain, rule in zip(gains, parts.norm_rules, strict=True)
     )
     return Packed(
         norm + query + key + value + query_norm + key_norm,
@@ -227,7 +226,7 @@ def _activation_of(function: Any) -> int | None:
             found = function(x)
         except Exception:  # an activation of another kind
             return None
-    for number, name in enumerate(cpu_decoder.ACTIVATIONS):
+    for number, name in enumerate(decoder.ACTIVATIONS):
         if isinstance(found, Tensor) and torch.allclose(found, PLAIN_ACTIVATIONS[name](x), rtol=1e-6, atol=1e-7):
             return number
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recmas_kernels import frozen
-from recmas_kernels.decoder_parts import Packed, Parts, packed_of
+from recmas_kernels.decoder.parts import Packed, Parts, packed_of
 from recmas_kernels.frozen_linear import OF_PACKING
 from recmas_kernels.watch import INNER
 

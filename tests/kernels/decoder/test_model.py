@@ -18,12 +18,12 @@ from torch import nn
 
 from recmas_kernels import accelerate
 from recmas_kernels.backends import cpu
-from recmas_kernels.decoder_layer import LayerKernel
-from recmas_kernels.decoder_model import ModelKernel
+from recmas_kernels.decoder.layer import LayerKernel
+from recmas_kernels.decoder.model import ModelKernel
 from recmas_kernels.testing import LOW_PRECISION
 from tests.kernels.cpu_settings import AVAILABLE, guarded_allocations, instruction_set, threads
-from tests.kernels.decoder_layers import Layer, Sizes
-from tests.kernels.decoder_models import (
+from tests.kernels.decoder.layers import Layer, Sizes
+from tests.kernels.decoder.models import (
     LAYERS,
     Cache,
     Doubled,

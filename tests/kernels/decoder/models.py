@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels import decoder_model, decoder_parts
-from recmas_kernels.backends import cpu_decoder
-from tests.kernels.decoder_layers import Layer, Sizes, Step
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import model as decoder_model
+from recmas_kernels.decoder import parts as decoder_parts
+from tests.kernels.decoder.layers import Layer, Sizes, Step
 
 LAYERS = 4
 
@@ -134,13 +135,13 @@ def counted_as_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls() -> Iterator[list[int]]:
     """How many layers each call of the kernels was of."""
     found: list[int] = []
-    real = cpu_decoder.DecoderLayers.__call__
+    real = decoder.DecoderLayers.__call__
 
-    def counted(layers: cpu_decoder.DecoderLayers, *given: Any) -> bool:
+    def counted(layers: decoder.DecoderLayers, *given: Any) -> bool:
         found.append(layers.count)
         return real(layers, *given)
 
-    with mock.patch.object(cpu_decoder.DecoderLayers, "__call__", counted):
+    with mock.patch.object(decoder.DecoderLayers, "__call__", counted):
         yield found
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recmas_kernels.backends import cpu, cpu_decoder, settings
-from recmas_kernels.decoder_layer import suits
-from recmas_kernels.decoder_model import ModelKernel, begins_with
-from recmas_kernels.decoder_run import Ran, recorded
+from recmas_kernels.backends import cpu, settings
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder.layer import suits
+from recmas_kernels.decoder.model import ModelKernel, begins_with
+from recmas_kernels.decoder.run import Ran, recorded
 from recmas_kernels.rms_norm import NormKernel
 from recmas_kernels.watch import CALLS, HOOKS, Watch, Watched, as_written, is_own, names_of
 
@@ -101,7 +102,7 @@ class _Run:
         self._around, self._turns, self._masks, self._lent = around, turns, masks, lent
         self._shape, self._dtype = first.x.shape, first.x.dtype
         rooms = zip(first.layers, lent.rooms, strict=True)
-        self._layers = cpu_decoder.DecoderLayers(first.x, [layer.arguments(0, room) for layer, room in rooms])
+        self._layers = decoder.DecoderLayers(first.x, [layer.arguments(0, room) for layer, room in rooms])
         self._vectors = [vector for layer in first.layers for vector in layer.packed.vectors]
 
     def __call__(self, x: Tensor, column: int) -> Tensor | None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from recmas_kernels import accelerate
-from recmas_kernels.backends import cpu, cpu_decoder
-from tests.kernels.decoder_models import Model, counted_as_known, step
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu import decoder
+from tests.kernels.decoder.models import Model, counted_as_known, step
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 known = counted_as_known
@@ -71,7 +72,7 @@ BAD_POSITIONS = {"none": 0, "more than there is room for": 7, "a fraction": 0.5}
 def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
     model, seen = Model(), []
 
-    class Seen(cpu_decoder.DecoderLayers):
+    class Seen(decoder.DecoderLayers):
         def __init__(self, x: Tensor, layers: Any) -> None:
             seen.append(tuple(layers))
             super().__init__(x, seen[-1])
@@ -80,10 +81,10 @@ def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
             seen.append(given)
             return True
 
-    with accelerate(model), mock.patch.object(cpu_decoder, "DecoderLayers", Seen):
+    with accelerate(model), mock.patch.object(decoder, "DecoderLayers", Seen):
         step(model)
     layers, (x, y, given) = seen[:2]
-    native, isa = cpu_decoder._native(), cpu_decoder._isa()
+    native, isa = decoder.kernels(), decoder.isa_in_use()
     queries, before = torch.empty(2 * 64), layers[0][25].clone()
     y.fill_(5)
     if bad in BAD:
@@ -95,7 +96,7 @@ def test_bad_arguments_are_one_error_and_nothing_is_written(bad: str):
     if bad == "many rows":
         x, y = x[:1].expand(17, 1, -1).contiguous(), torch.full((17, 1, 48), 5.0)
     queries = queries[:-1] if bad == "queries" else queries
-    last = BAD_NORM.get(bad, cpu_decoder.NO_NORM)
+    last = BAD_NORM.get(bad, decoder.NO_NORM)
     y = y[..., :-1] if bad == "y" else y
 
     def run() -> None:

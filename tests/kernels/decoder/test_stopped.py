@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from recmas_kernels import accelerate, decoder_model
-from recmas_kernels.backends import cpu, cpu_decoder
-from recmas_kernels.decoder_model import ModelKernel
-from tests.kernels.decoder_layers import Layer, Sizes
-from tests.kernels.decoder_models import LAYERS, Cache, Model, counted_as_known, step
+from recmas_kernels import accelerate
+from recmas_kernels.backends import cpu
+from recmas_kernels.backends.cpu import decoder
+from recmas_kernels.decoder import model as decoder_model
+from recmas_kernels.decoder.model import ModelKernel
+from tests.kernels.decoder.layers import Layer, Sizes
+from tests.kernels.decoder.models import LAYERS, Cache, Model, counted_as_known, step
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 known = counted_as_known
@@ -80,7 +82,7 @@ def test_a_cache_that_has_grown_does_not_grow_once_more_when_its_step_is_interru
     with accelerate(model):
         step(model)
         with (
-            mock.patch.object(cpu_decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt),
+            mock.patch.object(decoder.DecoderLayers, "__call__", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             model(inputs_embeds=torch.ones(2, 1, 48), past_key_values=cache)

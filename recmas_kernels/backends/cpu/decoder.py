@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recmas_kernels.backends.cpu import _CPU, _DTYPES, _isa, _native
+from recmas_kernels.backends.cpu.module import DEVICE, DTYPES, isa_in_use, kernels
 
 MOST_ROWS = 16  # csrc/link.h, most_layer_rows
 NO_NORM = (None, 0.0, 0.0)
@@ -21,7 +21,7 @@ ACTIVATIONS = ("silu", "gelu_erf", "gelu_tanh")  # csrc/link.h, enum Activation
 
 def dtype_number(dtype: torch.dtype) -> int:
     """As the kernels number dtypes."""
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def layer_inputs(
@@ -37,10 +37,10 @@ def layer_inputs(
         cos, sin: ``[B or 1, 1, D]``.
     """
     heads, key_heads, features = sizes
-    queries = torch.empty(x.shape[0], heads, features, dtype=torch.float32, device=_CPU)
-    keys = torch.empty(x.shape[0], key_heads, 1, features, dtype=x.dtype, device=_CPU)
+    queries = torch.empty(x.shape[0], heads, features, dtype=torch.float32, device=DEVICE)
+    keys = torch.empty(x.shape[0], key_heads, 1, features, dtype=x.dtype, device=DEVICE)
     values = torch.empty_like(keys)
-    run, settings = _native().layer_inputs, (_isa(), torch.get_num_threads(), *sizes, scale)
+    run, settings = kernels().layer_inputs, (isa_in_use(), torch.get_num_threads(), *sizes, scale)
     if not run(*settings, x, *arguments, cos, sin, queries, keys, values):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         if not run(*settings, x, *arguments, cos, sin, queries, keys, values):
@@ -68,8 +68,8 @@ def layer_output(
         arguments: of the weight after attention, the norms after it and before the feed-forward part, that part's
             three weights, the norm after it.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
-    run, settings = _native().layer_output, (_isa(), torch.get_num_threads(), *sizes)
+    y = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+    run, settings = kernels().layer_output, (isa_in_use(), torch.get_num_threads(), *sizes)
     if not run(*settings, x, queries, keys, values, mask, *arguments, y):
         keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
         mask = None if mask is None else mask.contiguous()
@@ -92,7 +92,7 @@ class DecoderLayers:
         found = tuple(layers)
         self.count = len(found)
         self._queries = x.shape[0] * max(heads * features for heads, _, features, *_ in found)
-        self._read = _native().read_decoder_layers(_isa(), x.shape[0], x.shape[2], found)
+        self._read = kernels().read_decoder_layers(isa_in_use(), x.shape[0], x.shape[2], found)
 
     def __call__(
         self, x: Tensor, y: Tensor, given: tuple[Any, ...], positions: int = -1, norm: tuple[Any, ...] = NO_NORM
@@ -106,7 +106,7 @@ class DecoderLayers:
             positions: that keys and values hold with the last one, which is written; -1 is as many as they have.
             norm: of what the last layer returns, in the place of that.
         """
-        queries = torch.empty(self._queries, dtype=torch.float32, device=_CPU)
-        settings = _isa(), torch.get_num_threads()
+        queries = torch.empty(self._queries, dtype=torch.float32, device=DEVICE)
+        settings = isa_in_use(), torch.get_num_threads()
         x = x.contiguous()
-        return bool(_native().decoder_layers(*settings, x, y, queries, given, positions, *norm, self._read))
+        return bool(kernels().decoder_layers(*settings, x, y, queries, given, positions, *norm, self._read))
