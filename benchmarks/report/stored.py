@@ -17,6 +17,7 @@ ORDER = (
     "overhead",
     "alignment",
     "frozen",
+    "released",
     "rollout",
     "system",
     "cluster",

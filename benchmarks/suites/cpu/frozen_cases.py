@@ -56,6 +56,8 @@ SHAPES = [
     Shape("Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151_936),
     Shape("SmolLM2-135M", 30, 576, 1536, 9, 3, 49_152),
 ]
+SUITES = {Shape: "frozen", Checkpoint: "released"}
+"""Of random weights or of released ones: who measures one need not measure the other."""
 TINY = Shape("tiny", 2, 64, 192, 2, 1, 512)
 
 
@@ -69,8 +71,12 @@ class Case:
     batch: int
 
     @property
+    def suite(self) -> str:
+        return SUITES[type(self.shape)]
+
+    @property
     def id(self) -> str:
-        return f"cpu-{self.shape.name}-{dtype_name(self.dtype)}-{self.op}-B{self.batch}"
+        return f"cpu-{self.suite}-{self.shape.name}-{dtype_name(self.dtype)}-{self.op}-B{self.batch}"
 
     @property
     def writes(self) -> bool:

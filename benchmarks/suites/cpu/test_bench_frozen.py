@@ -82,7 +82,7 @@ def test_frozen_steps(case: Case, bench: Bench, made: Made) -> None:
         weights = torch.ones(work.weight_bytes // STEPS // 4)
         calls = {**variants, READS: lambda: [weights.sum() for _ in range(STEPS)]}
         shape = f"{case.shape.name}, {STEPS} steps after {PROMPT} tokens"
-        labels = Labels("frozen", case.op, shape, case.dtype, "forward", case.batch)
+        labels = Labels(case.suite, case.op, shape, case.dtype, "forward", case.batch)
         bench.run(
             labels,
             calls,
